@@ -1,0 +1,1 @@
+"""Training on docked poses of three protein targets against measured binding free energies."""

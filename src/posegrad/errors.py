@@ -1,0 +1,79 @@
+"""Every exception posegrad raises.
+
+Each is a `PosegradError` and the built-in that fits, and each message says three things: what was
+found (path, index, shape, value), why it cannot work, and what to do about it. None of them leaves
+a changed `.grad`, a hook or a graph behind.
+"""
+
+__all__ = [
+    "ClosedEngineError",
+    "HigherOrderError",
+    "MissingExtraError",
+    "NoPosesError",
+    "NonFinitePredictionError",
+    "NotDifferentiableError",
+    "PerPoseLossError",
+    "PosegradError",
+    "ReentrantCheckpointError",
+    "ReplayError",
+    "ShapeMismatchError",
+    "StaleParametersError",
+    "UnsupportedModuleError",
+    "UntrackedTensorError",
+]
+
+
+class PosegradError(Exception):
+    """Base of every exception of this library."""
+
+
+class NoPosesError(PosegradError, ValueError):
+    """A group without poses: nothing can be combined."""
+
+
+class NonFinitePredictionError(PosegradError, FloatingPointError):
+    """Some predictions are nan or infinite; so would be the combination and its gradient."""
+
+
+class ShapeMismatchError(PosegradError, ValueError):
+    """Predictions that do not fit the poses, each other, or the rule."""
+
+
+class NotDifferentiableError(PosegradError, RuntimeError):
+    """Predictions that carry no gradient: not floating point, or cut from every parameter."""
+
+
+class PerPoseLossError(PosegradError, RuntimeError):
+    """A loss of `per_pose` reached a schedule that kept only the combined gradient."""
+
+
+class ReplayError(PosegradError, RuntimeError):
+    """A pose scored again gave another prediction: its gradient would belong to another model."""
+
+
+class StaleParametersError(PosegradError, RuntimeError):
+    """A parameter changed between `combine` and `backward`."""
+
+
+class UntrackedTensorError(PosegradError, RuntimeError):
+    """A tensor that requires grad is neither a parameter of the engine nor part of a pose."""
+
+
+class ReentrantCheckpointError(PosegradError, RuntimeError):
+    """Reentrant checkpointing inside the model: no path but plain `backward` can serve it."""
+
+
+class HigherOrderError(PosegradError, RuntimeError):
+    """A second derivative through a schedule that keeps no graph."""
+
+
+class UnsupportedModuleError(PosegradError, TypeError):
+    """A module the engine must not run: its gradients would be silently wrong."""
+
+
+class ClosedEngineError(PosegradError, RuntimeError):
+    """An engine used after `close()`."""
+
+
+class MissingExtraError(PosegradError, ImportError):
+    """An optional package is not installed; the message holds the exact pip line."""

@@ -1,0 +1,1 @@
+"""Schedules: m poses without m graphs. One schedule a file; `_plan.py` chooses."""

@@ -1,0 +1,83 @@
+"""Values computed elsewhere, made differentiable: the one autograd Function of the schedules."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx
+
+from posegrad.errors import HigherOrderError
+from posegrad.schedule._inputs import Inputs
+
+__all__ = ["Pullback", "attach"]
+
+Gradients = Sequence[Tensor | None]
+Pullback = Callable[[Gradients, Gradients], Gradients]
+"""From the saved tensors and the cotangents of the values to the gradients of the inputs."""
+
+
+def attach(
+    values: Sequence[Tensor], inputs: Inputs, pullback: Pullback, saved: Gradients = ()
+) -> tuple[Tensor, ...]:
+    """Returns `values` as differentiable functions of `inputs`.
+
+    To accumulation, loss scaling, gradient clipping and trainers the gradients are ordinary ones.
+
+    Args:
+        values: Results, without graph.
+        inputs: What they depend on.
+        pullback: Called once for every backward, under no_grad, with None for the cotangent of a
+            value that no loss used.
+        saved: Tensors the pullback needs; autograd frees them after backward, as it does its own.
+    """
+    out: tuple[Tensor, ...] = _Attached.apply(  # type: ignore[no-untyped-call]
+        inputs, pullback, len(values), *values, *saved, *inputs.tensors
+    )
+    return out
+
+
+class _Attached(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, inputs: Inputs, pullback: Pullback, count: int, *tensors: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        ctx.inputs = inputs
+        ctx.pullback = pullback
+        ctx.skipped = len(tensors) - len(inputs.tensors)
+        ctx.save_for_backward(*tensors[count : ctx.skipped])
+        ctx.set_materialize_grads(False)
+        return tuple(value.detach() if value is not None else None for value in tensors[:count])
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        with torch.no_grad():
+            ctx.inputs.check_fresh()
+            gradients = ctx.pullback(ctx.saved_tensors, cotangents)
+        if torch.is_grad_enabled():  # create_graph=True: someone means to differentiate again
+            gradients = _first_order_only(gradients, [*cotangents, *ctx.inputs.tensors])
+        return (None, None, None, *([None] * ctx.skipped), *gradients)
+
+
+def _first_order_only(gradients: Gradients, sources: Gradients) -> Gradients:
+    """The gradients, with a node behind them that refuses to be differentiated."""
+    present = [g for g in gradients if g is not None]
+    refused = _Refusal.apply(  # type: ignore[no-untyped-call]
+        len(present), *present, *(s for s in sources if s is not None)
+    )
+    refusing = iter(refused)
+    return [None if g is None else next(refusing) for g in gradients]
+
+
+class _Refusal(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: FunctionCtx, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(tensor.detach() for tensor in tensors[:count])
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, *cotangents: Tensor) -> tuple[None, ...]:
+        raise HigherOrderError(
+            "A second derivative was asked of combine(), whose poses' graphs are gone.\n"
+            "Differentiating the gradient again needs all of them at once: use "
+            "schedule='retain', which keeps them."
+        )

@@ -1,0 +1,66 @@
+"""Running sums of gradients."""
+
+from collections.abc import Mapping, Sequence
+from typing import Self
+
+import torch
+from torch import Tensor
+
+__all__ = ["GradientSum"]
+
+
+class GradientSum:
+    """A sum of gradients, kept by number of input; inputs nothing flowed to are absent.
+
+    A first gradient is kept as it is: autograd may hand out one tensor for two inputs, or a view
+    that must not be written. Only sums that this object made are changed in place. Half precisions
+    are summed in float32.
+    """
+
+    def __init__(self) -> None:
+        self._sums: dict[int, Tensor] = {}
+        self._owned: set[int] = set()
+
+    def add(self, gradients: Mapping[int, Tensor] | Self, factor: float = 1.0) -> None:
+        """Adds `factor` times the gradients."""
+        items = gradients._sums if isinstance(gradients, GradientSum) else gradients
+        for number, gradient in items.items():
+            self._add_one(number, _widened(gradient), factor)
+
+    def scale(self, factor: float) -> None:
+        """Multiplies the sums; a factor of zero drops them, whatever they hold."""
+        if factor == 0:
+            self._sums.clear()
+            self._owned.clear()
+        elif factor != 1:
+            for number, total in self._sums.items():
+                self._sums[number] = total.mul_(factor) if number in self._owned else total * factor
+            self._owned.update(self._sums)
+
+    def get(self, number: int) -> Tensor | None:
+        """The sum of one input, or None if nothing flowed to it."""
+        return self._sums.get(number)
+
+    def delivered(self, inputs: Sequence[Tensor]) -> list[Tensor | None]:
+        """The sums in the order and the dtypes of the inputs; None where nothing flowed."""
+        return [
+            None if (total := self.get(i)) is None else total.to(tensor.dtype)
+            for i, tensor in enumerate(inputs)
+        ]
+
+    def _add_one(self, number: int, gradient: Tensor, factor: float) -> None:
+        total = self._sums.get(number)
+        if total is not None and number in self._owned:
+            total.add_(gradient, alpha=factor)
+            return
+        if total is None and factor == 1:
+            self._sums[number] = gradient
+            return
+        self._sums[number] = (
+            gradient * factor if total is None else total.add(gradient, alpha=factor)
+        )
+        self._owned.add(number)
+
+
+def _widened(gradient: Tensor) -> Tensor:
+    return gradient.float() if gradient.dtype in (torch.float16, torch.bfloat16) else gradient

@@ -1,0 +1,99 @@
+"""What gradients flow to: the model's parameters, and pose tensors that require grad."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from posegrad.errors import StaleParametersError
+from posegrad.schedule._poses import Pose, map_tensors
+
+__all__ = ["Inputs"]
+
+
+class Inputs:
+    """The tensors whose gradients one combine delivers, numbered in order of appearance.
+
+    Parameters come first. A pose tensor that requires grad (coordinates, the output of an encoder
+    upstream) joins when its pose is met: the pose is *cut* there, scored on a detached copy, and
+    the copy's gradient is delivered to the original, whose own graph runs once, afterwards.
+    """
+
+    def __init__(self, parameters: Mapping[str, Tensor]) -> None:
+        self.tensors: list[Tensor] = [p for p in parameters.values() if p.requires_grad]
+        self.parameter_count = len(self.tensors)
+        self._names = [name for name, p in parameters.items() if p.requires_grad]
+        self._index = {id(tensor): i for i, tensor in enumerate(self.tensors)}
+        self._marks = [_mark(p) for p in self.tensors]
+
+    def cut(self, poses: Sequence[Pose]) -> tuple[list[Pose], dict[int, Tensor]]:
+        """Returns the poses with detached leaves for tensors that require grad, and those leaves.
+
+        Returns:
+            The poses, and the leaves by the number of the tensor they stand for. A tensor that
+            several of the poses share is one leaf.
+        """
+        leaves: dict[int, Tensor] = {}
+
+        def leaf_of(tensor: Tensor) -> Tensor:
+            if not tensor.requires_grad:
+                return tensor
+            number = self._number_of(tensor)
+            if number not in leaves:
+                leaves[number] = tensor.detach().requires_grad_()
+            return leaves[number]
+
+        return [map_tensors(leaf_of, pose) for pose in poses], leaves
+
+    def gradients(
+        self,
+        predictions: Tensor,
+        cotangent: Tensor,
+        leaves: Mapping[int, Tensor],
+        *,
+        keep_graph: bool = False,
+    ) -> dict[int, Tensor]:
+        """The vector-Jacobian product of one chunk, by number of input; unused inputs are absent.
+
+        Its memory is one gradient beside the chunk's graph, which is freed unless kept.
+        """
+        numbers = [*range(self.parameter_count), *leaves]
+        sources = [*self.tensors[: self.parameter_count], *leaves.values()]
+        if not sources or not predictions.requires_grad:
+            return {}
+        found = torch.autograd.grad(
+            predictions, sources, cotangent, retain_graph=keep_graph, allow_unused=True
+        )
+        return {i: g for i, g in zip(numbers, found, strict=True) if g is not None}
+
+    def check_fresh(self) -> None:
+        """Raises if a parameter is not what it was when the poses were scored.
+
+        Raises:
+            StaleParametersError: naming every changed parameter.
+        """
+        parameters = self.tensors[: self.parameter_count]
+        changed = [
+            name
+            for name, parameter, mark in zip(self._names, parameters, self._marks, strict=True)
+            if _mark(parameter) != mark
+        ]
+        if changed:
+            shown = ", ".join(changed[:5]) + (f" and {len(changed) - 5} more" * (len(changed) > 5))
+            raise StaleParametersError(
+                f"Changed between combine() and backward(): {shown}.\n"
+                f"The prediction was made with the old values, so no gradient at the new ones "
+                f"belongs to it.\n"
+                f"Call backward() before optimizer.step(), and load or freeze parameters before "
+                f"combine()."
+            )
+
+    def _number_of(self, tensor: Tensor) -> int:
+        number = self._index.setdefault(id(tensor), len(self.tensors))
+        if number == len(self.tensors):
+            self.tensors.append(tensor)  # also keeps it alive, so that its id stays its own
+        return number
+
+
+def _mark(parameter: Tensor) -> tuple[int, int, bool]:
+    return parameter._version, parameter.data_ptr(), parameter.requires_grad

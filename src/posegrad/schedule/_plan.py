@@ -1,0 +1,144 @@
+"""Which schedule runs, and what it costs."""
+
+from dataclasses import dataclass
+
+from posegrad.combination import Combination, OnlineForm
+
+__all__ = ["SCHEDULES", "Plan", "Request", "choose", "describe"]
+
+SCHEDULES = ("auto", "retain", "store", "stream", "recompute")
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the choice of a schedule looks at."""
+
+    rule: Combination
+    schedule: str
+    skip_below: float
+    one_chunk: bool
+    scales_float16: bool
+    components: int = 1
+
+    def form(self) -> OnlineForm | None:
+        """The rule's online form, unless the rule itself is being trained."""
+        if any(p.requires_grad for p in self.rule.parameters()):
+            return None
+        return self.rule.online()
+
+
+def choose(request: Request) -> tuple[str, str]:
+    """Returns the name of the schedule to run, and why.
+
+    Raises:
+        ValueError: if the schedule asked for does not exist or cannot serve the call.
+    """
+    if request.schedule not in SCHEDULES:
+        raise ValueError(
+            f"schedule={request.schedule!r} is unknown; it is one of {', '.join(SCHEDULES)}."
+        )
+    if not 0 <= request.skip_below < 1:
+        raise ValueError(f"skip_below is {request.skip_below}, but it must lie in [0, 1).")
+    if request.schedule == "auto":
+        return _automatic(request)
+    _check_served(request)
+    return request.schedule, "asked for"
+
+
+def _automatic(request: Request) -> tuple[str, str]:
+    if request.skip_below > 0:
+        return "recompute", "skip_below leaves out poses once all weights are known"
+    if request.one_chunk:
+        return "retain", "all poses fit into one chunk, so there is one graph anyway"
+    if request.scales_float16:
+        return "recompute", "float16 gradients need the scaled loss first"
+    form = request.form()
+    if form is None:
+        return "recompute", "the rule's weights do not separate"
+    if not form.soft:
+        return "recompute", "the rule is sharp: most poses get weight zero"
+    if request.components != 1:
+        return "recompute", "the predictions are vectors"
+    return "stream", "the rule's weights separate"
+
+
+def _check_served(request: Request) -> None:
+    name = request.schedule
+    if request.skip_below > 0 and name != "recompute":
+        raise ValueError(
+            f"skip_below={request.skip_below} needs all weights before any pose is "
+            f"differentiated, which schedule={name!r} does not have; use 'recompute' or 'auto'."
+        )
+    if name == "stream" and request.form() is None:
+        raise ValueError(
+            f"{type(request.rule).__name__} cannot stream: its weights do not separate, or it has "
+            f"parameters to train. Use schedule='recompute' or 'auto'."
+        )
+    if name in ("stream", "store") and request.scales_float16:
+        raise ValueError(
+            f"schedule={name!r} differentiates before the loss is scaled, and float16 gradients "
+            f"would underflow without a word. Use schedule='recompute' or 'auto'."
+        )
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one combine would do. Prints as a table.
+
+    Args:
+        schedule: The schedule that would run, and `reason`, why.
+        poses: m, and `chunks`, in how many forwards they are scored.
+        forwards: Forwards in all; a range where it depends on the weights.
+        backwards: Backwards in all, likewise.
+        holds: What is kept between combine and backward.
+        bytes_held: Its size for scalar predictions, or None if it depends on the model's graphs.
+    """
+
+    schedule: str
+    reason: str
+    poses: int
+    chunks: int
+    forwards: str
+    backwards: str
+    holds: str
+    bytes_held: int | None
+
+    def __str__(self) -> str:
+        size = (
+            "the model's to say"
+            if self.bytes_held is None
+            else f"{self.bytes_held / 2**20:.2f} MiB"
+        )
+        rows = {
+            "schedule": f"{self.schedule} ({self.reason})",
+            "poses": f"{self.poses} in {self.chunks} chunk" + "s" * (self.chunks != 1),
+            "forwards": self.forwards,
+            "backwards": self.backwards,
+            "holds": f"{self.holds}: {size}",
+        }
+        return "\n".join(f"{name:<10} {text}" for name, text in rows.items())
+
+
+def describe(request: Request, *, poses: int, chunks: int, parameter_bytes: int) -> Plan:
+    """The plan of one combine, for scalar predictions."""
+    schedule, reason = choose(request)
+    form = request.form()
+    sums = form.count if form is not None else 1
+    passes = chunks if poses == chunks else chunks * sums
+    costs: dict[str, tuple[str, str, str, int | None]] = {
+        "retain": (f"{chunks}", "1, through all graphs", f"{poses} graphs", None),
+        "store": (f"{chunks}", f"{poses}", f"{poses} gradients", poses * parameter_bytes),
+        "stream": (
+            f"{chunks}",
+            f"1 to {passes}",
+            f"{sums} running sum" + "s" * (sums > 1),
+            sums * parameter_bytes,
+        ),
+        "recompute": (
+            f"{chunks}, then 1 to {chunks}",
+            f"1 to {chunks}",
+            "the predictions",
+            4 * poses,
+        ),
+    }
+    return Plan(schedule, reason, poses, chunks, *costs[schedule])

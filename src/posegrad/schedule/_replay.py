@@ -1,0 +1,181 @@
+"""Scoring a pose again exactly as it was scored before.
+
+A forward depends on more than its arguments: on random state, on buffers, on which modules are in
+training, on autocast. `Surroundings` writes down what it was; a `Moment` is the part that changes
+from chunk to chunk. Random state (5 kB on a CPU) and buffers are kept only for chunks that drew or
+changed them. Without this, a replay under dropout would be 110 % wrong.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from posegrad.capture._compat import BatchNorm
+
+__all__ = ["Moment", "Surroundings", "scales_float16"]
+
+Place = tuple[nn.Module, str]
+"""Where a buffer lives: its module and its name there."""
+
+
+@dataclass(frozen=True)
+class Moment:
+    """What the forward of one chunk found, beyond its arguments and the parameters.
+
+    Args:
+        random: The random state of every device before it, or None if it drew nothing.
+        buffers: The values of the model's buffers before it.
+        coupled: Whether its poses must be scored together again, in the same composition.
+    """
+
+    random: list[Tensor] | None
+    buffers: Mapping[Place, Tensor]
+    coupled: bool
+
+
+class Surroundings:
+    """What a model's forward depends on besides arguments and parameters.
+
+    Made when the first pass begins. Costs one copy of the model's buffers.
+    """
+
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
+        self._training = {m: m.training for module in modules for m in module.modules()}
+        self._devices = _accelerators(modules)
+        self._autocast = _autocast_state(self._devices)
+        self._batch_statistics = any(
+            isinstance(m, BatchNorm) and (training or not m.track_running_stats)
+            for m, training in self._training.items()
+        )
+        self._buffers_seen = self._buffers()
+        self._values = _copied(self._buffers_seen)
+        self._marks = _marked(self._buffers_seen)
+        self._mutable: set[Place] = set()
+
+    def random_state(self) -> list[Tensor]:
+        """The random state of the CPU and of every accelerator the model is on."""
+        modules = [torch.get_device_module(device) for device in self._devices]
+        states = [m.get_rng_state(d) for m, d in zip(modules, self._devices, strict=True)]
+        return [torch.get_rng_state(), *states]
+
+    def moment_since(self, random: list[Tensor]) -> Moment:
+        """What the chunk that just ran had found, given the random state before it."""
+        found = self._values
+        drew = any(not torch.equal(a, b) for a, b in zip(random, self.random_state(), strict=True))
+        changed = self._note_changed_buffers()
+        return Moment(
+            random=random if drew else None,
+            buffers=found,
+            coupled=drew or changed or self._batch_statistics,
+        )
+
+    @contextmanager
+    def restored(self) -> Iterator[None]:
+        """Training flags and autocast as in the first pass; afterwards nothing has changed.
+
+        The global random state is put back too, whatever the replays draw.
+        """
+        now = {m: m.training for m in self._training}
+        random = self.random_state()
+        try:
+            with ExitStack() as stack:
+                for arguments in self._autocast:
+                    stack.enter_context(torch.autocast(**arguments))
+                _set_training(self._training)
+                yield
+        finally:
+            _set_training(now)
+            self._set_random_state(random)
+
+    @contextmanager
+    def at(self, moment: Moment) -> Iterator[None]:
+        """One chunk's random state and buffers; afterwards the model has its own buffers back.
+
+        Buffers are exchanged, not overwritten: the user's tensors, and graphs that saved them, see
+        nothing. Only those that differ from what the chunk found are.
+        """
+        if moment.random is not None:
+            self._set_random_state(moment.random)
+        own = self._buffers()
+        now = _marked(own)
+        stale = [
+            place
+            for place in own
+            if place in moment.buffers
+            and (place in self._mutable or now[place] != self._marks.get(place))
+        ]
+        replaced = _copied({place: moment.buffers[place] for place in stale})
+        try:
+            for (module, name), value in replaced.items():
+                setattr(module, name, value)
+            yield
+        finally:
+            for module, name in replaced:
+                setattr(module, name, own[module, name])
+
+    def _buffers(self) -> dict[Place, Tensor]:
+        return {
+            (module, name): buffer
+            for module in self._training
+            for name, buffer in module.named_buffers(recurse=False, remove_duplicate=False)
+        }
+
+    def _note_changed_buffers(self) -> bool:
+        """Copies the buffers that changed since they were last noted; returns whether any did."""
+        buffers = self._buffers()
+        marks = _marked(buffers)
+        changed = {p: buffers[p] for p in buffers if marks[p] != self._marks.get(p)}
+        if changed:
+            self._values = {**self._values, **_copied(changed)}
+            self._buffers_seen, self._marks = buffers, marks
+            self._mutable.update(changed)
+        return bool(changed)
+
+    def _set_random_state(self, states: Sequence[Tensor]) -> None:
+        torch.set_rng_state(states[0])
+        for device, state in zip(self._devices, states[1:], strict=True):
+            torch.get_device_module(device).set_rng_state(state, device)
+
+
+def _accelerators(modules: Sequence[nn.Module]) -> list[torch.device]:
+    tensors = [t for m in modules for t in (*m.parameters(), *m.buffers())]
+    return sorted({t.device for t in tensors if t.device.type not in ("cpu", "meta")}, key=str)
+
+
+def _autocast_state(devices: Sequence[torch.device]) -> list[dict[str, Any]]:
+    """The arguments of torch.autocast that restore today's state, one for each kind of device."""
+    return [
+        {
+            "device_type": kind,
+            "dtype": torch.get_autocast_dtype(kind),
+            "enabled": torch.is_autocast_enabled(kind),
+            "cache_enabled": torch.is_autocast_cache_enabled(),
+        }
+        for kind in sorted({"cpu", *(device.type for device in devices)})
+    ]
+
+
+def scales_float16(modules: Sequence[nn.Module]) -> bool:
+    """Whether gradients would pass through float16, which needs a scaled loss first."""
+    states = _autocast_state(_accelerators(modules))
+    return any(state["enabled"] and state["dtype"] == torch.float16 for state in states)
+
+
+def _copied(buffers: Mapping[Place, Tensor]) -> dict[Place, Tensor]:
+    """A copy of every buffer; one that two modules share stays one."""
+    copies = {id(buffer): buffer.detach().clone() for buffer in buffers.values()}
+    return {place: copies[id(buffer)] for place, buffer in buffers.items()}
+
+
+def _marked(buffers: Mapping[Place, Tensor]) -> dict[Place, tuple[int, int]]:
+    """A buffer's identity and version; one of them changes when its value does."""
+    return {place: (id(buffer), buffer._version) for place, buffer in buffers.items()}
+
+
+def _set_training(flags: Mapping[nn.Module, bool]) -> None:
+    for module, training in flags.items():
+        module.training = training

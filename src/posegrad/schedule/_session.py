@@ -1,0 +1,220 @@
+"""One combine call: the poses, how they are scored, and what their gradients flow to."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from posegrad.capture import check_tracked, graph_clock
+from posegrad.errors import (
+    NonFinitePredictionError,
+    NotDifferentiableError,
+    ShapeMismatchError,
+)
+from posegrad.schedule._inputs import Inputs
+from posegrad.schedule._poses import Pose, tensors_of
+from posegrad.schedule._replay import Moment, Surroundings
+
+__all__ = ["Chunk", "Combined", "Scorer", "Session", "group_predictions"]
+
+
+class Combined(NamedTuple):
+    """What `Engine.combine` returns; both parts carry gradients.
+
+    Args:
+        prediction: The rule's combined prediction, `[...]`.
+        per_pose: The predictions of the poses, `[m, ...]`.
+    """
+
+    prediction: Tensor
+    per_pose: Tensor
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """How to run the model on a chunk of poses."""
+
+    modules: Sequence[nn.Module]
+    predict: Callable[..., Any]
+    collate: Callable[[list[Pose]], Any] | None
+    chunk_size: int
+
+    def __call__(self, poses: list[Pose], start: int) -> Tensor:
+        """Scores poses `start`, `start + 1`, ...; returns their predictions `[c, ...]`."""
+        try:
+            argument = poses[0] if self.collate is None else self.collate(poses)
+            output = self.predict(*self.modules, argument)
+        except Exception as error:
+            error.add_note(f"This was raised while scoring {_span(start, len(poses))}.")
+            raise
+        return self._rows(output, len(poses), start)
+
+    def _rows(self, output: object, count: int, start: int) -> Tensor:
+        if not isinstance(output, Tensor):
+            raise NotDifferentiableError(
+                f"The model returned {_described(output)} for {_span(start, count)}, but a "
+                f"prediction is one tensor.\n"
+                f"Pick it with Engine(model, predict=lambda model, pose: model(pose)[...])."
+            )
+        if not output.is_floating_point():
+            raise NotDifferentiableError(
+                f"The prediction of {_span(start, count)} is {output.dtype}, which has no "
+                f"gradient.\nReturn a floating-point score."
+            )
+        if self.collate is None:
+            return output if output.shape == (1,) else output.unsqueeze(0)  # [1, ...]
+        if output.ndim == 0 or len(output) != count:
+            raise ShapeMismatchError(
+                f"The model returned shape {list(output.shape)} for {_span(start, count)}, but "
+                f"dimension 0 must hold one prediction for each of the {count} poses of the "
+                f"chunk.\nReturn [{count}, ...], or move that dimension to the front in `predict`."
+            )
+        return output.squeeze(1) if output.shape == (count, 1) else output
+
+
+@dataclass
+class Chunk:
+    """Some poses that were scored together.
+
+    Args:
+        start: The number of the first.
+        poses: The user's own.
+        predictions: `[c, ...]`, with a graph or without.
+        leaves: Detached stand-ins for pose tensors that require grad, by number of input.
+        moment: What a replay needs to know.
+    """
+
+    start: int
+    poses: list[Pose]
+    predictions: Tensor
+    leaves: dict[int, Tensor]
+    moment: Moment
+
+
+class Session:
+    """The state of one combine call, from its first pose to its last."""
+
+    def __init__(self, scorer: Scorer, chunks: Iterable[list[Pose]], inputs: Inputs) -> None:
+        self.scorer = scorer
+        self.inputs = inputs
+        self.surroundings = Surroundings(scorer.modules)
+        self.differentiable = False
+        self._chunks = iter(chunks)
+        self._count = 0
+        self._first: Chunk | None = None
+
+    def first(self) -> Chunk:
+        """The first chunk, always scored with its graph.
+
+        So a tensor the engine does not track is refused before anything else is computed, and a
+        model that caches a result between poses cannot hide it under no_grad.
+        """
+        if self._first is None:
+            self._first = self._score(next(self._chunks), with_graph=True)
+        return self._first
+
+    def chunks(self, *, with_graph: bool) -> Iterator[Chunk]:
+        """All chunks in order, each scored once. Only one graph is alive at a time."""
+        first, self._first = self.first(), None
+        yield first
+        del first
+        for poses in self._chunks:
+            yield self._score(poses, with_graph=with_graph)
+
+    def check_differentiable(self) -> None:
+        """Raises if there is something to differentiate for, but no pose that scored needs it.
+
+        Raises:
+            NotDifferentiableError: if so.
+        """
+        if self.inputs.tensors and not self.differentiable:
+            raise NotDifferentiableError(
+                "No prediction depends on a parameter or on a pose tensor that requires grad: "
+                "the model runs under no_grad or detaches its result.\n"
+                "Remove the no_grad() or detach() inside the model, or call combine() under "
+                "torch.no_grad() if no gradient is wanted."
+            )
+
+    def _score(self, poses: list[Pose], *, with_graph: bool) -> Chunk:
+        random = self.surroundings.random_state()
+        with torch.enable_grad() if with_graph else without_graph():
+            predictions, leaves = self.score_again(poses, self._count)
+        moment = self.surroundings.moment_since(random)
+        chunk = Chunk(self._count, poses, predictions, leaves, moment)
+        self._count += len(poses)
+        return chunk
+
+    def score_again(self, poses: list[Pose], start: int) -> tuple[Tensor, dict[int, Tensor]]:
+        """Scores poses on detached leaves; checks the graph, if there is one."""
+        clock = graph_clock()
+        cut, leaves = self.inputs.cut(poses)
+        predictions = self.scorer(cut, start)
+        if predictions.requires_grad:
+            self.differentiable = True
+            known = [*self.inputs.tensors, *leaves.values(), *tensors_of(poses)]
+            check_tracked(predictions, {id(tensor) for tensor in known}, clock)
+        return predictions, leaves
+
+
+@contextmanager
+def without_graph() -> Iterator[None]:
+    """Scoring that will be replayed: no graph, but the kernels of a forward that has one."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # its results differ in the last bits
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+        torch.clear_autocast_cache()  # casts made here carry no gradient
+
+
+def group_predictions(chunks: Sequence[Tensor]) -> Tensor:
+    """Joins the predictions of all chunks into `[m, ...]`, once they are all known.
+
+    Raises:
+        ShapeMismatchError: if poses disagree in the shape or dtype of their predictions.
+        NonFinitePredictionError: naming every pose whose prediction is nan or infinite.
+    """
+    shapes = [(list(c.shape[1:]), c.dtype) for c in chunks]
+    odd = next((i for i, shape in enumerate(shapes) if shape != shapes[0]), None)
+    if odd is not None:
+        pose = sum(len(c) for c in chunks[:odd])
+        raise ShapeMismatchError(
+            f"The prediction of pose {pose} is {shapes[odd][1]} {shapes[odd][0]}, that of pose 0 "
+            f"is {shapes[0][1]} {shapes[0][0]}.\n"
+            f"The poses of a group are combined component by component, so they must agree.\n"
+            f"Let the model return the same shape for every pose."
+        )
+    predictions = torch.cat(list(chunks))  # [m, ...]
+    _check_finite(predictions.detach())
+    return predictions
+
+
+def _check_finite(predictions: Tensor) -> None:
+    finite = predictions.isfinite()
+    if bool(finite.all()):
+        return
+    offenders = (~finite.flatten(1).all(dim=1) if finite.ndim > 1 else ~finite).nonzero().flatten()
+    shown = offenders[:5].tolist()
+    values = ", ".join(str(predictions[i].tolist()) for i in shown)
+    names = ", ".join(map(str, shown)) + " and more" * (len(offenders) > 5)
+    raise NonFinitePredictionError(
+        f"The predictions of {len(offenders)} of {len(predictions)} poses are not finite: "
+        f"poses {names}, predictions {values}.\n"
+        f"A combination of them would be nan and so would every gradient.\n"
+        f"Check those inputs, or drop them before combine(); the model's parameters and .grad are "
+        f"untouched."
+    )
+
+
+def _span(start: int, count: int) -> str:
+    return f"pose {start}" if count == 1 else f"poses {start} to {start + count - 1}"
+
+
+def _described(output: object) -> str:
+    kind = type(output).__name__
+    return f"a {kind} of {len(output)}" if isinstance(output, tuple | list) else f"a {kind}"

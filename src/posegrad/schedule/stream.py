@@ -1,0 +1,154 @@
+"""Schedule `stream`: differentiate each pose while its graph is there, keep running sums only."""
+
+import torch
+from torch import Tensor
+
+from posegrad.combination import Combination, OnlineForm
+from posegrad.errors import PerPoseLossError
+from posegrad.schedule._attach import Gradients, attach
+from posegrad.schedule._gradients import GradientSum
+from posegrad.schedule._session import Chunk, Combined, Session, group_predictions
+
+__all__ = ["stream"]
+
+
+def stream(session: Session, rule: Combination) -> Combined:
+    """Combines gradients while the poses pass, as online softmax combines values.
+
+    Memory: K sums of parameter size (times d for predictions of d numbers), and one graph. Time: m
+    forwards and at most m backwards; a pose whose weight is exactly zero beside those already seen
+    is never differentiated. Serves losses of the combined prediction only.
+    """
+    form = rule.online()
+    assert form is not None  # or another schedule would have been chosen
+    sums = _OnlineSums(session, form)
+    values: list[Tensor] = []
+    for chunk in session.chunks(with_graph=True):
+        sums.push(chunk)
+        values.append(chunk.predictions.detach())
+        del chunk  # its graph must be gone before the next one grows
+    session.check_differentiable()
+    per_pose = group_predictions(values)
+    with torch.no_grad():
+        prediction = rule(per_pose)
+
+    def pullback(saved: Gradients, cotangents: Gradients) -> Gradients:
+        on_prediction, on_poses = cotangents
+        if on_poses is not None and bool((on_poses != 0).any()):
+            raise PerPoseLossError(
+                "The loss depends on per_pose, but schedule='stream' kept only the gradient of "
+                "the combined prediction.\n"
+                "Pass schedule='recompute' (memory of one pose) or 'store' (no second forward) to "
+                "combine()."
+            )
+        return _weighted(saved, on_prediction, len(session.inputs.tensors))
+
+    gradients = sums.finish(per_pose)
+    return Combined(*attach([prediction, per_pose], session.inputs, pullback, gradients))
+
+
+def _weighted(gradients: Gradients, cotangent: Tensor | None, count: int) -> Gradients:
+    """The vector-Jacobian product of the combined prediction with its d stored gradients."""
+    totals: list[Tensor | None] = [None] * count
+    if cotangent is None:
+        return totals
+    for i, gradient in enumerate(gradients):
+        if gradient is not None:
+            component, number = divmod(i, count)
+            term = gradient * cotangent.reshape(-1)[component].to(gradient.dtype)
+            before = totals[number]
+            totals[number] = term if before is None else before.add_(term)
+    return totals
+
+
+class _OnlineSums:
+    """The running sums S[k][component] of one group; see `combination/_online.py` for the maths."""
+
+    def __init__(self, session: Session, form: OnlineForm) -> None:
+        self._inputs = session.inputs
+        self._form = form
+        self._sums: list[list[GradientSum]] = []
+        self._level: Tensor | None = None
+
+    def push(self, chunk: Chunk) -> None:
+        """Adds a chunk, re-basing what is there if the chunk raises the level."""
+        predictions = _on_host(chunk.predictions)  # [c, components]
+        self._raise_level(self._form.level(predictions))
+        assert self._level is not None
+        features = self._form.features(predictions, self._level)  # [K, c, components]
+        features = _exact_zeros(features, chunk.predictions.dtype)
+        if len(predictions) == 1:
+            self._push_one(chunk, features[:, 0])
+        else:
+            self._push_many(chunk, features)
+
+    def finish(self, predictions: Tensor) -> list[Tensor | None]:
+        """The gradient of the combined prediction: component by component, input by input."""
+        assert self._level is not None
+        coefficients = self._form.coefficients(_on_host(predictions), self._level)[:, 0].tolist()
+        gradients: list[Tensor | None] = []
+        for component, factor in enumerate(coefficients[0]):
+            total = self._sums[0][component]
+            total.scale(factor)
+            for k in range(1, self._form.count):
+                total.add(self._sums[k][component], coefficients[k][component])
+            gradients += total.delivered(self._inputs.tensors)
+        return gradients
+
+    def _raise_level(self, level: Tensor) -> None:
+        if self._level is None:
+            self._level = level
+            self._sums = [[GradientSum() for _ in level] for _ in range(self._form.count)]
+            return
+        new = torch.maximum(self._level, level)
+        rise, self._level = new - self._level, new
+        transfer = self._form.transfer(rise)  # [K, K, components]
+        for component in rise.nonzero().flatten().tolist():
+            self._rebase(component, transfer[:, :, component].tolist())
+
+    def _rebase(self, component: int, transfer: list[list[float]]) -> None:
+        # Lower triangular: from the last sum up, each still finds the old ones before it.
+        for k in reversed(range(self._form.count)):
+            self._sums[k][component].scale(transfer[k][k])
+            for j in range(k):
+                if transfer[k][j] != 0:
+                    self._sums[k][component].add(self._sums[j][component], transfer[k][j])
+
+    def _push_one(self, chunk: Chunk, features: Tensor) -> None:
+        """A single pose: one backward per component serves all K sums."""
+        flat = chunk.predictions.reshape(-1)
+        live = (features != 0).any(dim=0).nonzero().flatten().tolist()
+        factors = features.tolist()
+        for component in live:
+            unit = torch.zeros_like(flat)
+            unit[component] = 1
+            gradients = self._inputs.gradients(
+                flat, unit, chunk.leaves, keep_graph=component != live[-1]
+            )
+            for k, sums in enumerate(self._sums):
+                if factors[k][component] != 0:
+                    sums[component].add(gradients, factors[k][component])
+
+    def _push_many(self, chunk: Chunk, features: Tensor) -> None:
+        """Several poses: one backward per sum, with the features as cotangent."""
+        predictions = chunk.predictions.reshape(len(chunk.poses), -1)  # [c, components]
+        jobs = (features != 0).any(dim=1).nonzero().tolist()
+        for k, component in jobs:
+            cotangent = torch.zeros_like(predictions)
+            cotangent[:, component] = features[k, :, component].to(predictions)
+            self._sums[k][component].add(
+                self._inputs.gradients(
+                    predictions, cotangent, chunk.leaves, keep_graph=[k, component] != jobs[-1]
+                )
+            )
+
+
+def _on_host(predictions: Tensor) -> Tensor:
+    """A few numbers to compute with: [c, components], float64, on the CPU."""
+    return predictions.detach().reshape(len(predictions), -1).to("cpu", torch.float64)
+
+
+def _exact_zeros(features: Tensor, dtype: torch.dtype) -> Tensor:
+    """Zeros where the weight would be zero or subnormal in the predictions' own precision."""
+    tiny = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).tiny
+    return torch.where(features.abs() < tiny, torch.zeros_like(features), features)
