@@ -9,6 +9,7 @@ All are exact, so their gradients agree up to rounding: they differ in time and 
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -37,10 +38,8 @@ def checkpoint(
 ) -> Tensor:
     """`torch.utils.checkpoint` around each pose: one line changed, every pose run twice."""
 
-    def score(pose: Any) -> Tensor:
-        return torch.utils.checkpoint.checkpoint(predict, model, pose, use_reentrant=False)
-
-    predictions = torch.stack([score(pose).squeeze() for pose in poses])  # [m]
+    run = partial(torch.utils.checkpoint.checkpoint, predict, model, use_reentrant=False)
+    predictions = torch.stack([run(pose).squeeze() for pose in poses])  # [m]
     prediction = rule(predictions)
     _loss(prediction, target).backward()
     return prediction.detach()
@@ -49,7 +48,7 @@ def checkpoint(
 def mtenn_scheme(
     model: nn.Module, predict: Predict, poses: Sequence[Any], rule: Rule, target: float
 ) -> Tensor:
-    """mtenn's documented scheme: differentiate each pose at once, store its gradient, weight later.
+    """Differentiate each pose at once, store its gradient, weight later: mtenn's documented scheme.
 
     mtenn itself is not on PyPI. This is its scheme written anew, in a form that favours it: any
     rule instead of two, gradients are accumulated instead of lost, parameters without gradient are
@@ -106,7 +105,7 @@ def _loss(prediction: Tensor, target: float) -> Tensor:
 
 
 def _weights(predictions: Tensor, rule: Rule, target: float) -> tuple[Tensor, Tensor]:
-    """The combined prediction `[]` and `w = ∂L/∂ŷ` `[m]`, by autograd on the predictions alone."""
+    """Combined prediction `[]` and `w = ∂L/∂ŷ` `[m]`, by autograd on the predictions alone."""
     leaf = predictions.requires_grad_()
     prediction = rule(leaf)
     (weights,) = torch.autograd.grad(_loss(prediction, target), leaf)

@@ -101,12 +101,10 @@ class Surroundings:
         if moment.random is not None:
             self._set_random_state(moment.random)
         own = self._buffers()
-        now = _marked(own)
         stale = [
             place
-            for place in own
-            if place in moment.buffers
-            and (place in self._mutable or now[place] != self._marks.get(place))
+            for place, value in moment.buffers.items()
+            if place in own and (place in self._mutable or not _same_value(own[place], value))
         ]
         replaced = _copied({place: moment.buffers[place] for place in stale})
         try:
@@ -125,10 +123,19 @@ class Surroundings:
         }
 
     def _note_changed_buffers(self) -> bool:
-        """Copies the buffers that changed since they were last noted; returns whether any did."""
+        """Copies the buffers that changed since they were last noted; returns whether any did.
+
+        A buffer in evaluation is compared by identity and version. In training it is compared by
+        value: batch norm writes its running statistics without a new version, and so does `.data`.
+        """
         buffers = self._buffers()
         marks = _marked(buffers)
-        changed = {p: buffers[p] for p in buffers if marks[p] != self._marks.get(p)}
+        changed = {
+            place: buffer
+            for place, buffer in buffers.items()
+            if marks[place] != self._marks.get(place)
+            or (self._training[place[0]] and not _same_value(buffer, self._values[place]))
+        }
         if changed:
             self._values = {**self._values, **_copied(changed)}
             self._buffers_seen, self._marks = buffers, marks
@@ -171,8 +178,13 @@ def _copied(buffers: Mapping[Place, Tensor]) -> dict[Place, Tensor]:
     return {place: copies[id(buffer)] for place, buffer in buffers.items()}
 
 
+def _same_value(a: Tensor, b: Tensor) -> bool:
+    alike = (a.shape, a.dtype, a.device) == (b.shape, b.dtype, b.device)
+    return alike and torch.equal(a, b)
+
+
 def _marked(buffers: Mapping[Place, Tensor]) -> dict[Place, tuple[int, int]]:
-    """A buffer's identity and version; one of them changes when its value does."""
+    """A buffer's identity and version; the buffers are kept alive, so that an id stays theirs."""
     return {place: (id(buffer), buffer._version) for place, buffer in buffers.items()}
 
 

@@ -59,7 +59,7 @@ class _Ledger(TorchDispatchMode):
     """Live storages, by address; dead ones are swept out only when a new peak may be near."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.peak = 0
         self._live: dict[int, tuple[StorageWeakRef, int]] = {}
         self._outside: dict[int, StorageWeakRef] = {}

@@ -1,0 +1,176 @@
+"""Plain autograd in float64: the oracle every schedule is held against."""
+
+import copy
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from posegrad.combination._base import Rule, as_combination
+from posegrad.engine import Engine
+from posegrad.schedule._plan import Request
+from posegrad.schedule._poses import Pose, each_pose, in_chunks, map_tensors, tensors_of
+
+__all__ = ["assert_matches_autograd"]
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+def assert_matches_autograd(
+    model: nn.Module | Sequence[nn.Module],
+    poses: Iterable[Pose] | Tensor,
+    rule: Rule,
+    *,
+    schedules: Sequence[str] | None = None,
+    loss: Loss | None = None,
+    predict: Callable[..., Tensor] | None = None,
+    collate: Callable[[list[Pose]], Any] | None = None,
+    chunk_size: int = 1,
+    tolerance: float = 1e-10,
+) -> None:
+    r"""Asserts that `Engine.combine` gives this model the numbers plain autograd gives it.
+
+    Compares, in float64 and under one seed: the combined and the per-pose predictions, the gradient
+    of every parameter, of the rule's parameters and of pose tensors that require grad, the buffers
+    afterwards, and where the random generator then stands. Copies are used throughout: the model,
+    the poses and their `.grad` are not touched.
+
+    Args:
+        model: The model, or a sequence of modules for `predict`.
+        poses: As for `Engine.combine`; at least one.
+        rule: A combination rule or a function of the predictions.
+        schedules: Which to check; default every one that serves the rule.
+        loss: From `(prediction, per_pose)` to a number. Default: one that uses both, or only the
+            prediction under `stream`.
+        predict: As for `Engine`.
+        collate: As for `Engine`.
+        chunk_size: As for `Engine`.
+        tolerance: Largest difference allowed, absolute, and relative beyond 1.
+
+    Raises:
+        AssertionError: naming the schedule and the first tensor that differs, and by how much.
+
+    Note:
+        Costs a forward and a backward of plain autograd, and one combine for each schedule.
+
+    Example:
+        >>> assert_matches_autograd(nn.Linear(3, 1), torch.randn(5, 3), Min(scale=10.0))
+    """
+    case = _Case(
+        modules=[model] if isinstance(model, nn.Module) else list(model),
+        poses=list(each_pose(poses.detach() if isinstance(poses, Tensor) else poses)),
+        rule=as_combination(rule),
+        options={"predict": predict, "collate": collate, "chunk_size": chunk_size},
+    )
+    if isinstance(poses, Tensor) and collate is None and chunk_size > 1:
+        case.options["collate"] = torch.stack
+    for schedule in schedules if schedules is not None else _serving(case.rule):
+        chosen = loss if loss is not None else _loss_of(per_pose=schedule != "stream")
+        expected = _plain(case.copy(), chosen)
+        found = _engine(case.copy(), chosen, schedule)
+        for name, value in expected.items():
+            _assert_close(found[name], value, tolerance, f"schedule={schedule!r}, {name}")
+
+
+def _assert_close(found: Tensor, expected: Tensor, tolerance: float, what: str) -> None:
+    torch.testing.assert_close(
+        found, expected, rtol=tolerance, atol=tolerance, msg=lambda text: f"{what}: {text}"
+    )
+
+
+@dataclass
+class _Case:
+    modules: list[nn.Module]
+    poses: list[Pose]
+    rule: nn.Module
+    options: dict[str, Any]
+
+    def copy(self) -> "_Case":
+        """The same case in float64, sharing nothing with this one."""
+        modules, rule = copy.deepcopy((self.modules, self.rule))
+        twins: dict[int, Tensor] = {}
+
+        def twin(tensor: Tensor) -> Tensor:
+            if id(tensor) not in twins:
+                new = tensor.detach().clone()
+                new = new.double() if new.is_floating_point() else new
+                twins[id(tensor)] = new.requires_grad_(tensor.requires_grad)
+            return twins[id(tensor)]
+
+        poses = [map_tensors(twin, pose) for pose in self.poses]
+        for module in (*modules, rule):
+            module.double().zero_grad()
+        return _Case(modules, poses, rule, self.options)
+
+    def results(self, prediction: Tensor, per_pose: Tensor) -> dict[str, Tensor]:
+        """Everything that must agree, by name."""
+        named: dict[str, Tensor] = {"prediction": prediction, "per_pose": per_pose}
+        parts = {f"module {i}": m for i, m in enumerate(self.modules)} | {"rule": self.rule}
+        for part, module in parts.items():
+            for name, parameter in module.named_parameters():
+                named[f"{part}, {name}.grad"] = _gradient(parameter)
+            named |= {f"{part}, {name}": buffer for name, buffer in module.named_buffers()}
+        for i, leaf in enumerate(_leaves(self.poses)):
+            named[f"pose tensor {i}.grad"] = _gradient(leaf)
+        return named | {"random state": torch.get_rng_state()}
+
+
+def _gradient(leaf: Tensor) -> Tensor:
+    """A pose of weight zero gives plain autograd a gradient of zeros, and us none."""
+    return torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
+
+
+def _call(model: nn.Module, pose: Pose) -> Any:
+    return model(pose)
+
+
+def _leaves(poses: list[Pose]) -> Iterator[Tensor]:
+    found = {id(t): t for pose in poses for t in tensors_of(pose) if t.requires_grad}
+    return iter(found.values())
+
+
+def _plain(case: _Case, loss: Loss) -> dict[str, Tensor]:
+    """All graphs kept, one backward; imports nothing of the engine."""
+    predict = case.options["predict"] or _call
+    collate, size = case.options["collate"], case.options["chunk_size"]
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        rows = []
+        for chunk in in_chunks(iter(case.poses), size):
+            argument = chunk[0] if collate is None else collate(chunk)
+            output = predict(*case.modules, argument)
+            single = collate is None and output.shape != (1,)
+            rows.append(output.unsqueeze(0) if single else output)
+        per_pose = torch.cat(rows)  # [m, ...]
+        per_pose = per_pose.squeeze(1) if per_pose.shape[1:] == (1,) else per_pose
+        prediction = case.rule(per_pose)
+        torch.autograd.backward(loss(prediction, per_pose))
+        return case.results(prediction.detach(), per_pose.detach())
+
+
+def _engine(case: _Case, loss: Loss, schedule: str) -> dict[str, Tensor]:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        engine = Engine(*case.modules, **case.options)
+        prediction, per_pose = engine.combine(case.poses, case.rule, schedule=schedule)
+        torch.autograd.backward(loss(prediction, per_pose))
+        return case.results(prediction.detach(), per_pose.detach())
+
+
+def _loss_of(*, per_pose: bool) -> Loss:
+    def loss(prediction: Tensor, predictions: Tensor) -> Tensor:
+        total = (prediction - 1.5).square().sum()
+        if per_pose:
+            steps = torch.arange(predictions.numel(), dtype=predictions.dtype)
+            signs = torch.cos(3 * steps + 1).to(predictions)  # mixed signs, none zero
+            total = total + (signs.reshape(predictions.shape) * predictions).sum()
+        return total
+
+    return loss
+
+
+def _serving(rule: Any) -> list[str]:
+    request = Request(rule, "auto", 0.0, one_chunk=False, scales_float16=False)
+    return ["retain", "store", "recompute"] + ["stream"] * (request.form() is not None)
