@@ -1,9 +1,11 @@
 """Peak memory of one training step, in a process of its own.
 
-A process that has run another method has touched, freed and kept memory that hides this one's, so each case starts fresh:
-`python -m benchmarks.memory '{"method": …, "rule": …, "poses": …, "threads": …}'` prints one JSON object.
+A process that has run another method has touched, freed and kept memory that hides this one's, so
+each case starts fresh: `python -m benchmarks.memory '{"method": …, "rule": …, "poses": …,
+"threads": …}'` prints one JSON object.
 """
 
+import ctypes
 import gc
 import json
 import subprocess
@@ -46,11 +48,12 @@ def _case(method: str, rule: str, poses: int, threads: int) -> dict[str, float |
     network = model()
     step, combine, group = METHODS[method](network, score), RULES[rule](), distinct_poses(poses)
 
-    # First use loads kernels and code paths: two small poses, so that it stays below any step's peak.
+    # First use loads kernels and code: two small poses, to stay below any step's own peak.
     step(sorted(group, key=lambda pose: len(pose.z))[:2], combine, TARGET)
     network.zero_grad()
     gc.collect()
 
+    _give_back_freed_memory()
     baseline = _reset_high_water_mark()
     step(group, combine, TARGET)
     resident = None if baseline is None else (_status("VmHWM") - baseline) / MIB
@@ -60,6 +63,13 @@ def _case(method: str, rule: str, poses: int, threads: int) -> dict[str, float |
     with peak_live_bytes() as peak:  # a second run: watching each operation costs memory itself
         step(group, combine, TARGET)
     return {"live_mib": peak.bytes / MIB, "resident_mib": resident}
+
+
+def _give_back_freed_memory() -> None:
+    """Return what glibc keeps of freed memory, which the step would else reuse unseen."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def _reset_high_water_mark() -> int | None:

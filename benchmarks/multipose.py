@@ -1,10 +1,12 @@
 """One training step on `m` poses of one compound: every scheme side by side.
 
-Time: all methods in one process, round after round in rotating order, so that a slow minute hits all of them; what counts is the ratio to
-plain autograd within a round. Memory: a fresh process for each case. Gradients: against plain autograd in float64, in the same run.
+Time: all methods in one process, round after round in rotating order, so that a slow minute hits
+all of them; what counts is the ratio to plain autograd within a round. Memory: a fresh process for
+each case. Gradients: against plain autograd in float64, in the same run.
 
-The limit is what no exact scheme can avoid: one forward for each pose and one backward for each pose whose weight is not zero, both measured
-here. Denormals are flushed: SchNet's Gaussians underflow, and backward through denormals takes up to ten times as long.
+The limit is what no exact scheme can avoid: one forward for each pose and one backward for each
+pose whose weight is not zero, both measured here. Denormals are flushed: SchNet's Gaussians
+underflow, and backward through denormals takes up to ten times as long.
 """
 
 import copy
@@ -98,11 +100,9 @@ class _Suite:
             self._compare(poses, rule, {n: rows[rule, n] for n in self.methods})
             bar.update()
         for turn in range(rounds):
-            forwards, backwards, predictions = _floor_times(self.network, poses)
-            for floor in floors:
-                floor.add(forwards, backwards, predictions)
-            for rule in rules:
+            for rule, floor in zip(rules, floors, strict=True):
                 bar.set_description(f"round {turn + 1}, {m} poses, {rule}")
+                floor.add(*_floor_times(self.network, poses))
                 for name in _rotated(list(self.methods), turn):
                     rows[rule, name]["seconds"].append(self._seconds(name, poses, rule))
                     bar.update()
@@ -161,7 +161,7 @@ def _rotated(names: list[str], turn: int) -> Iterator[str]:
 
 
 def _floor_times(network: nn.Module, poses: list[Pose]) -> tuple[float, list[float], Tensor]:
-    """Seconds of all forwards without graph, seconds of each backward, and the predictions `[m]`."""
+    """Seconds of the forwards without graph, of each backward, and the predictions `[m]`."""
     start = time.perf_counter()
     with torch.no_grad():
         predictions = torch.stack([score(network, pose) for pose in poses])  # [m]

@@ -37,7 +37,6 @@ def checkpoint(
     model: nn.Module, predict: Predict, poses: Sequence[Any], rule: Rule, target: float
 ) -> Tensor:
     """`torch.utils.checkpoint` around each pose: one line changed, every pose run twice."""
-
     run = partial(torch.utils.checkpoint.checkpoint, predict, model, use_reentrant=False)
     predictions = torch.stack([run(pose).squeeze() for pose in poses])  # [m]
     prediction = rule(predictions)

@@ -5,7 +5,12 @@ import math
 import torch
 from torch import Tensor
 
-__all__ = ["positive", "whole"]
+__all__ = ["number", "positive", "whole"]
+
+
+def number(value: float | Tensor) -> float:
+    """The plain number in `value`; for a tensor this waits for its device."""
+    return float(value.detach() if isinstance(value, Tensor) else value)
 
 
 def positive(name: str, value: float | Tensor) -> float | Tensor:
@@ -14,15 +19,12 @@ def positive(name: str, value: float | Tensor) -> float | Tensor:
     Raises:
         ValueError: if it is anything else.
     """
-    if isinstance(value, Tensor):
-        if value.numel() != 1:
-            raise ValueError(
-                f"{name} has shape {list(value.shape)}, but one number scales every prediction. "
-                f"Pass a float or a tensor with one element."
-            )
-        found = float(value.detach())
-    else:
-        found = float(value)
+    if isinstance(value, Tensor) and value.numel() != 1:
+        raise ValueError(
+            f"{name} has shape {list(value.shape)}, but one number scales every prediction. "
+            f"Pass a float or a tensor with one element."
+        )
+    found = number(value)
     if not (math.isfinite(found) and found > 0):
         raise ValueError(f"{name} is {found}, but it must be positive and finite.")
     return value if isinstance(value, Tensor) else found

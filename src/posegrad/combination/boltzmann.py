@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from posegrad.combination._base import Combination
-from posegrad.combination._checks import positive
+from posegrad.combination._checks import number, positive
 from posegrad.combination._online import BoltzmannForm, OnlineForm
 
 __all__ = ["Boltzmann"]
@@ -56,7 +56,7 @@ class Boltzmann(Combination):
     def online(self) -> OnlineForm | None:
         if isinstance(self.kT, Tensor) and self.kT.requires_grad:
             return None  # the gradient with respect to kT needs all predictions
-        return BoltzmannForm(kT=float(self.kT))
+        return BoltzmannForm(kT=number(self.kT))
 
     def extra_repr(self) -> str:
-        return f"kT={float(self.kT):g}"
+        return f"kT={number(self.kT):g}"

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from posegrad.combination._base import Combination
-from posegrad.combination._checks import positive
+from posegrad.combination._checks import number, positive
 from posegrad.combination._online import LogSumExpForm, OnlineForm
 
 __all__ = ["Max", "Min"]
@@ -33,10 +33,10 @@ class _LogSumExp(Combination):
     def online(self) -> OnlineForm | None:
         if isinstance(self.scale, Tensor) and self.scale.requires_grad:
             return None  # the gradient with respect to the scale needs all predictions
-        return LogSumExpForm(sign=self.sign, scale=float(self.scale))
+        return LogSumExpForm(sign=self.sign, scale=number(self.scale))
 
     def extra_repr(self) -> str:
-        return f"scale={float(self.scale):g}"
+        return f"scale={number(self.scale):g}"
 
 
 @final

@@ -133,7 +133,7 @@ def _leaves(poses: list[Pose]) -> Iterator[Tensor]:
 
 def _plain(case: _Case, loss: Loss) -> dict[str, Tensor]:
     """All graphs kept, one backward; imports nothing of the engine."""
-    predict = case.options["predict"] or _call
+    predict: Callable[..., Any] = case.options["predict"] or _call
     collate, size = case.options["collate"], case.options["chunk_size"]
     with torch.random.fork_rng():
         torch.manual_seed(0)

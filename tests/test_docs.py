@@ -1,0 +1,139 @@
+"""What the documentation shows, runs: its code blocks, its links, the docstrings' examples."""
+
+import doctest
+import importlib
+import inspect
+import pkgutil
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import posegrad
+import posegrad.testing
+from posegrad import Combination, Engine
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
+
+BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"\]\((?!https?:)([^)#]*)(?:#([^)]*))?\)")
+HEADING = re.compile(r"^#+ (.*)$", re.MULTILINE)
+
+OPTIONS = doctest.ELLIPSIS | doctest.DONT_ACCEPT_TRUE_FOR_1
+
+
+def _name(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=_name)
+def test_code_blocks_of_a_page_run_from_top_to_bottom(
+    page: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = ModuleType(f"page_{page.stem.replace('-', '_')}")
+    monkeypatch.setitem(sys.modules, module.__name__, module)  # so that its classes pickle
+    text = page.read_text()
+    for block in BLOCK.finditer(text):
+        _run(block[1], module, page, line=text.count("\n", 0, block.start(1)))
+
+
+def _run(source: str, module: ModuleType, page: Path, *, line: int) -> None:
+    if source.lstrip().startswith(">>>"):
+        example = doctest.DocTestParser().get_doctest(source, {}, _name(page), str(page), line)
+        _check(example, module.__dict__)
+    else:
+        exec(compile("\n" * line + source, str(page), "exec"), module.__dict__)
+
+
+def _check(example: doctest.DocTest, namespace: dict[str, Any]) -> None:
+    example.globs = namespace
+    report: list[str] = []
+    runner = doctest.DocTestRunner(optionflags=OPTIONS)
+    runner.run(example, out=report.append, clear_globs=False)
+    assert not report, "".join(report)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=_name)
+def test_links_between_pages_lead_somewhere(page: Path) -> None:
+    for path, anchor in LINK.findall(page.read_text()):
+        target = (page.parent / path).resolve() if path else page
+        assert target.exists(), f"{_name(page)} links to {path}, which does not exist"
+        if anchor:
+            anchors = [_anchor(heading) for heading in HEADING.findall(target.read_text())]
+            assert anchor in anchors, f"{_name(page)} links to {path}#{anchor}, which has {anchors}"
+
+
+def _anchor(heading: str) -> str:
+    """A heading's anchor, as GitHub makes it."""
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+
+
+def _modules() -> list[ModuleType]:
+    found = pkgutil.walk_packages(posegrad.__path__, "posegrad.")
+    return [posegrad, *(importlib.import_module(info.name) for info in found)]
+
+
+def _examples() -> Iterator[Any]:
+    finder = doctest.DocTestFinder(exclude_empty=True)
+    for module in _modules():
+        for example in finder.find(module):
+            if example.examples:
+                yield pytest.param(example, id=example.name.removeprefix("posegrad."))
+
+
+@pytest.mark.parametrize("example", _examples())
+def test_examples_in_docstrings_print_what_they_say(example: doctest.DocTest) -> None:
+    torch.manual_seed(0)
+    names = {"torch": torch, "nn": nn, "Tensor": Tensor}
+    for package in (posegrad, posegrad.testing):
+        names |= {name: getattr(package, name) for name in package.__all__}
+    _check(example, names)
+
+
+PUBLIC = [
+    f"{package.__name__}.{name}"
+    for package in (posegrad, posegrad.testing)
+    for name in package.__all__
+    if name != "__version__"
+]
+METHODS = [
+    f"posegrad.Engine.{name}"
+    for name, method in inspect.getmembers(Engine, inspect.isfunction)
+    if not name.startswith("_")
+]
+WITH_EXAMPLE = [
+    "posegrad.Engine",
+    *(name for name in METHODS if not name.endswith(".close")),  # there is nothing to show
+    *(f"posegrad.{c.__name__}" for c in Combination.__subclasses__() if not c.__name__[0] == "_"),
+    "posegrad.Max",
+    "posegrad.Min",
+]
+
+
+def _public(path: str) -> Any:
+    return pkgutil.resolve_name(path)
+
+
+@pytest.mark.parametrize("path", [*PUBLIC, *METHODS])
+def test_public_names_are_documented(path: str) -> None:
+    assert vars(_public(path)).get("__doc__") or _public(path).__doc__, f"{path} has no docstring"
+
+
+@pytest.mark.parametrize("path", WITH_EXAMPLE)
+def test_rules_and_the_engine_show_an_example(path: str) -> None:
+    assert ">>>" in (_public(path).__doc__ or ""), f"the docstring of {path} has no Example"
+
+
+def test_the_map_of_the_house_names_every_room() -> None:
+    text = (ROOT / "docs" / "house.md").read_text()
+    source = ROOT / "src" / "posegrad"
+    rooms = [path for path in source.rglob("*.py") if path.name != "__init__.py"]
+    missing = [path.name for path in rooms if f"`{path.name}`" not in text]
+    assert not missing, f"docs/house.md does not mention {missing}"
