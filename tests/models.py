@@ -150,7 +150,11 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "vector": lambda: _mlp(out=3),
     "dropout": lambda: _mlp(nn.Dropout(0.4)),
     "in-place": lambda: nn.Sequential(
-        nn.Linear(FEATURES, 8), nn.ReLU(inplace=True), nn.Linear(8, 8), nn.SiLU(True), nn.Linear(8, 1)
+        nn.Linear(FEATURES, 8),
+        nn.ReLU(inplace=True),
+        nn.Linear(8, 8),
+        nn.SiLU(True),
+        nn.Linear(8, 1),
     ),
     "batch norm, training": lambda: _mlp(nn.BatchNorm1d(8), nn.Dropout(0.2)),
     "batch norm, evaluation": lambda: _eval(_mlp(BatchNorm(8), nn.Dropout(0.2))),

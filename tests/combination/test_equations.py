@@ -1,6 +1,6 @@
 """Equations 1 to 9 of the source documents, with numbers worked by hand.
 
-Two poses with predictions f(x) = theta x, x = (1, 2), theta = 1: predictions (1, 2), gradients (1, 2).
+Two poses scored by f(x) = theta x at theta = 1, x = (1, 2): predictions (1, 2), gradients (1, 2).
 """
 
 import math

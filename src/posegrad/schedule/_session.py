@@ -151,12 +151,25 @@ class Session:
         """Scores poses on detached leaves; checks the graph, if there is one."""
         clock = graph_clock()
         cut, leaves = self.inputs.cut(poses)
-        predictions = self.scorer(cut, start)
+        with _flags_kept(poses):
+            predictions = self.scorer(cut, start)
         if predictions.requires_grad:
             self.differentiable = True
             known = [*self.inputs.tensors, *leaves.values(), *tensors_of(poses)]
             check_tracked(predictions, {id(tensor) for tensor in known}, clock)
         return predictions, leaves
+
+
+@contextmanager
+def _flags_kept(poses: list[Pose]) -> Iterator[None]:
+    """Undoes requires_grad_() on the user's poses, which models that compute forces are fond of."""
+    plain = [t for pose in poses for t in tensors_of(pose) if not t.requires_grad]
+    try:
+        yield
+    finally:
+        for tensor in plain:
+            if tensor.requires_grad and tensor.is_leaf:
+                tensor.requires_grad_(False)
 
 
 @contextmanager

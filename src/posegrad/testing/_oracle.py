@@ -1,7 +1,7 @@
 """Plain autograd in float64: the oracle every schedule is held against."""
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from posegrad.combination._base import Rule, as_combination
 from posegrad.engine import Engine
 from posegrad.schedule._plan import Request
-from posegrad.schedule._poses import Pose, each_pose, in_chunks, map_tensors, tensors_of
+from posegrad.schedule._poses import Pose, each_pose, in_chunks, map_tensors
 
 __all__ = ["assert_matches_autograd"]
 
@@ -86,6 +86,7 @@ class _Case:
     poses: list[Pose]
     rule: nn.Module
     options: dict[str, Any]
+    leaves: Sequence[Tensor] = ()
 
     def copy(self) -> "_Case":
         """The same case in float64, sharing nothing with this one."""
@@ -102,7 +103,8 @@ class _Case:
         poses = [map_tensors(twin, pose) for pose in self.poses]
         for module in (*modules, rule):
             module.double().zero_grad()
-        return _Case(modules, poses, rule, self.options)
+        leaves = [t for t in twins.values() if t.requires_grad]
+        return _Case(modules, poses, rule, self.options, leaves)
 
     def results(self, prediction: Tensor, per_pose: Tensor) -> dict[str, Tensor]:
         """Everything that must agree, by name."""
@@ -112,7 +114,7 @@ class _Case:
             for name, parameter in module.named_parameters():
                 named[f"{part}, {name}.grad"] = _gradient(parameter)
             named |= {f"{part}, {name}": buffer for name, buffer in module.named_buffers()}
-        for i, leaf in enumerate(_leaves(self.poses)):
+        for i, leaf in enumerate(self.leaves):
             named[f"pose tensor {i}.grad"] = _gradient(leaf)
         return named | {"random state": torch.get_rng_state()}
 
@@ -124,11 +126,6 @@ def _gradient(leaf: Tensor) -> Tensor:
 
 def _call(model: nn.Module, pose: Pose) -> Any:
     return model(pose)
-
-
-def _leaves(poses: list[Pose]) -> Iterator[Tensor]:
-    found = {id(t): t for pose in poses for t in tensors_of(pose) if t.requires_grad}
-    return iter(found.values())
 
 
 def _plain(case: _Case, loss: Loss) -> dict[str, Tensor]:

@@ -1,0 +1,59 @@
+"""Imports point one way: errors, combination, capture, schedule, engine, testing."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import posegrad
+
+SRC = Path(posegrad.__file__).parent
+ORDER = ["errors", "combination", "capture", "schedule", "engine", "testing"]
+FILES = sorted(
+    path.relative_to(SRC) for path in SRC.rglob("*.py") if path.parent != SRC or path.stem in ORDER
+)
+
+
+def _imports(path: Path) -> set[str]:
+    tree = ast.parse((SRC / path).read_text())
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def _room(path: Path) -> str:
+    return path.parts[0].removesuffix(".py")
+
+
+@pytest.mark.parametrize("path", FILES, ids=str)
+def test_rooms_import_only_what_lies_before_them(path: Path) -> None:
+    own = ORDER.index(_room(path))
+    rooms = {name.split(".")[1] for name in _imports(path) if name.startswith("posegrad.")}
+    assert all(ORDER.index(room) <= own for room in rooms), rooms
+
+
+@pytest.mark.parametrize("path", FILES, ids=str)
+def test_private_torch_names_are_imported_in_compat_only(path: Path) -> None:
+    private = {
+        name
+        for name in _imports(path)
+        if name.startswith("torch.") and any(part.startswith("_") for part in name.split("."))
+    }
+    assert not private or path == Path("capture/_compat.py")
+
+
+def test_only_the_core_is_needed_to_import() -> None:
+    outside = {name.split(".")[0] for path in FILES for name in _imports(path)}
+    allowed = {"posegrad", "torch", "hypothesis"}  # hypothesis: inside the strategies alone
+    import sys
+
+    assert outside <= allowed | set(sys.stdlib_module_names)
+
+
+@pytest.mark.parametrize("path", FILES, ids=str)
+def test_files_hold_one_idea(path: Path) -> None:
+    assert len((SRC / path).read_text().splitlines()) <= 350

@@ -1,0 +1,68 @@
+"""The real parts: PyTorch Geometric's SchNet on real docked poses."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch_geometric.data import Batch, Data
+from torch_geometric.nn import SchNet
+
+from examples.docked_poses.arrays import by_ligand, load
+from examples.docked_poses.network import AllNeighbours
+from posegrad import Boltzmann, Combination, Engine, Mean, Min
+from posegrad.testing import assert_matches_autograd, peak_live_bytes
+
+
+def _poses(count: int, *, forces: bool = False) -> list[Data]:
+    ligand = by_ligand(load("tyk2", cutoff=3.0))[0]
+    return [Data(z=pose.z, pos=pose.xyz.clone().requires_grad_(forces)) for pose in ligand[:count]]
+
+
+def _schnet() -> SchNet:
+    torch.manual_seed(0)
+    return SchNet(
+        hidden_channels=16,
+        num_filters=16,
+        num_interactions=2,
+        num_gaussians=10,
+        cutoff=4.0,
+        interaction_graph=AllNeighbours(4.0),
+    )
+
+
+def _score(model: nn.Module, data: Data) -> Tensor:
+    batch = data.batch if isinstance(data, Batch) else None
+    return model(data.z, data.pos, batch).squeeze(-1)  # [c]
+
+
+@pytest.mark.parametrize("rule", [Min(), Min(1.7), Boltzmann(0.593), Mean()])
+@pytest.mark.parametrize("chunk_size", [1, 4])
+def test_schnet_matches_autograd(rule: Combination, chunk_size: int) -> None:
+    assert_matches_autograd(
+        _schnet(),
+        _poses(6),
+        rule,
+        predict=_score,
+        collate=Batch.from_data_list,
+        chunk_size=chunk_size,
+        tolerance=1e-9,
+    )
+
+
+def test_forces_through_schnet_match_autograd() -> None:
+    assert_matches_autograd(_schnet(), _poses(4, forces=True), Min(1.7), predict=_score)
+
+
+@pytest.mark.parametrize("schedule", ["stream", "recompute"])
+def test_peak_memory_is_that_of_one_pose(schedule: str) -> None:
+    model = _schnet()
+    engine = Engine(model, predict=_score)
+
+    def peak(count: int) -> int:
+        model.zero_grad()
+        poses = _poses(count)
+        with peak_live_bytes() as measured:
+            engine.combine(poses, Min(1.7), schedule=schedule).prediction.square().backward()
+        return measured.bytes
+
+    peak(2)
+    assert peak(16) <= 1.15 * peak(2)
