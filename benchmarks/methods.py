@@ -11,6 +11,7 @@ from benchmarks.peers import PEERS, Predict, Rule
 from examples.docked_poses.arrays import KT, Pose, by_ligand, load_all
 from examples.docked_poses.network import schnet
 from posegrad import Boltzmann, Engine, Mean, Min
+from posegrad.combination import Combination
 
 __all__ = ["METHODS", "RULES", "Bound", "distinct_poses", "model"]
 
@@ -38,7 +39,7 @@ METHODS: dict[str, Callable[[nn.Module, Predict], Bound]] = {
 }
 """How each method is bound to a model: a peer's step, or an engine made once."""
 
-RULES: dict[str, Callable[[], nn.Module]] = {
+RULES: dict[str, Callable[[], Combination]] = {
     "Min(1000)": lambda: Min(scale=1000.0),
     "Min(1/kT)": lambda: Min(scale=1.0 / KT),
     "Boltzmann(kT)": lambda: Boltzmann(kT=KT),

@@ -134,9 +134,7 @@ class _Floor:
         self.limit: list[float] = []
 
     def add(self, forwards: float, backwards: list[float], predictions: Tensor) -> None:
-        leaf = predictions.clone().requires_grad_()
-        (weights,) = torch.autograd.grad(RULES[self.rule]()(leaf), leaf)  # [m]
-        needed = weights.ne(0).tolist()
+        needed = RULES[self.rule]().weights(predictions).ne(0).tolist()  # [m]
         self.needed = sum(needed)
         self.forwards.append(forwards)
         self.limit.append(forwards + sum(b for b, n in zip(backwards, needed, strict=True) if n))

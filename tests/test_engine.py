@@ -8,7 +8,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from posegrad import Best, Boltzmann, Combined, Engine, Mean, Min, Sum, TopK
+from posegrad import (
+    Best,
+    Boltzmann,
+    Combination,
+    Combined,
+    Engine,
+    Mean,
+    Min,
+    OnlineForm,
+    Sum,
+    TopK,
+)
 from posegrad.testing import assert_matches_autograd
 from tests.models import FEATURES, MODELS
 
@@ -220,3 +231,44 @@ def test_a_plan_says_what_combine_does() -> None:
         size = sum(p.numel() * 4 for p in model.parameters())
         plan = engine.plan(torch.zeros(5, FEATURES), rule, schedule="store")
         assert plan.bytes_held == 5 * size
+
+
+def test_a_rule_that_trains_something_outside_itself_is_not_streamed() -> None:
+    temperature = torch.tensor(0.5, requires_grad=True)
+
+    class Tempered(Combination):
+        """A smooth minimum whose temperature is learned elsewhere; a careless online form."""
+
+        def forward(self, predictions: Tensor) -> Tensor:
+            return Min(1.0)(predictions / temperature) * temperature
+
+        def online(self) -> OnlineForm | None:
+            return Min(2.0).online()
+
+    engine, batch = Engine(MODELS["mlp"]()), torch.randn(5, FEATURES)
+    engine.combine(batch, Tempered()).prediction.backward()
+    assert temperature.grad is not None
+    with pytest.raises(ValueError, match="Tempered cannot stream"):
+        engine.combine(batch, Tempered(), schedule="stream")
+
+
+def test_embeddings_that_renormalise_their_weight_in_forward() -> None:
+    class Renormalising(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding = nn.Embedding(5, 4, max_norm=0.5)
+            self.head = nn.Linear(4, 1)
+
+        def forward(self, pose: Tensor) -> Tensor:
+            return self.head(self.embedding(pose).sum(-2)).squeeze(-1)
+
+    assert_matches_autograd(Renormalising(), torch.tensor([[0, 1], [2, 3], [4, 0]]), Min(2.0))
+
+
+def test_a_pose_that_requires_grad_only_later_gets_none() -> None:
+    model, batch = MODELS["mlp"](), [torch.randn(FEATURES) for _ in range(4)]
+    prediction, _ = Engine(model).combine(batch, Mean(), schedule="recompute")
+    batch[0].requires_grad_()
+    prediction.backward()
+    assert batch[0].grad is None
+    assert model[0].weight.grad is not None

@@ -41,7 +41,7 @@ def schnet(
     gaussians: int = 50,
     cutoff: float = 5.0,
     **options: Any,
-) -> SchNet:
+) -> nn.Module:
     """Untrained SchNet over all neighbours within the cutoff.
 
     Args:
@@ -51,7 +51,7 @@ def schnet(
         cutoff: Largest distance of a pair, Å.
         **options: Passed on to `torch_geometric.nn.SchNet`.
     """
-    return SchNet(
+    network: nn.Module = SchNet(
         hidden_channels=channels,
         num_filters=channels,
         num_interactions=interactions,
@@ -60,6 +60,7 @@ def schnet(
         interaction_graph=AllNeighbours(cutoff),
         **options,
     )
+    return network
 
 
 def score(model: nn.Module, pose: Pose) -> Tensor:

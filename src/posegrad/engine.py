@@ -87,6 +87,7 @@ class Engine:
         self.collate = collate
         self.chunk_size = int(chunk_size)
         self._closed = False
+        self._seasoned = False  # whether a group has been through without a complaint
 
     def combine(
         self,
@@ -221,15 +222,17 @@ class Engine:
     ) -> Combined:
         if name == "retain" or not torch.is_grad_enabled():
             return retain(scorer, chunks, request.rule)
-        session = Session(scorer, chunks, Inputs(self._parameters()))
-        if name == "stream":  # only now is it known how many numbers a prediction has
-            components = session.first().predictions[0].numel()
-            name, _ = choose(replace(request, components=components))
+        session = Session(scorer, chunks, Inputs(self._parameters()), wary=not self._seasoned)
         if name == "stream":
-            return stream(session, request.rule)
-        if name == "store":
-            return store(session, request.rule)
-        return recompute(session, request.rule, skip_below=request.skip_below)
+            name, _ = choose(_informed(request, session.first().predictions))
+        if name == "stream":
+            combined = stream(session, request.rule)
+        elif name == "store":
+            combined = store(session, request.rule)
+        else:
+            combined = recompute(session, request.rule, skip_below=request.skip_below)
+        self._seasoned = True
+        return combined
 
     def _scorer(self, poses: Iterable[Pose] | Tensor) -> Scorer:
         if isinstance(poses, Tensor) and poses.ndim == 0:
@@ -272,6 +275,13 @@ class Engine:
     def _check_open(self) -> None:
         if self._closed:
             raise ClosedEngineError("This engine was closed. Make a new one: Engine(model).")
+
+
+def _informed(request: Request, predictions: Tensor) -> Request:
+    """The request with what only a first prediction tells: its size, and what the rule trains."""
+    with torch.enable_grad():
+        trained = request.rule(predictions.detach()).requires_grad
+    return replace(request, components=predictions[0].numel(), rule_is_trained=trained)
 
 
 def _call(model: nn.Module, pose: Pose) -> Any:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from posegrad import Engine, Mean, Min, ReplayError
+from posegrad import Engine, Mean, Min, ReplayError, UntrackedTensorError
 from posegrad.testing import assert_matches_autograd
 from tests.models import FEATURES, MODELS
 
@@ -186,12 +186,31 @@ class Remembering(nn.Module):
 
 @pytest.mark.parametrize("schedule", ["store", "stream", "recompute"])
 def test_a_cache_between_poses_is_refused_not_lost(schedule: str) -> None:
-    from posegrad import UntrackedTensorError
-
     with pytest.raises(UntrackedTensorError, match="computed before this pose was scored"):
         Engine(Remembering()).combine(
             torch.randn(3, FEATURES), Mean(), schedule=schedule
         ).prediction.backward()
+
+
+class RememberingEach(Remembering):
+    """Keeps one encoding for each kind of pocket, and poses of one group have several."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.caches: dict[bool, Tensor] = {}
+
+    def forward(self, pose: Tensor) -> Tensor:
+        kind = bool(pose[0] > 0)
+        if kind not in self.caches:
+            self.caches[kind] = torch.tanh(self.pocket(torch.full((1,), float(kind))))
+        return self.head(pose * self.caches[kind])
+
+
+@pytest.mark.parametrize("schedule", ["store", "stream", "recompute"])
+def test_a_cache_that_fills_later_is_refused_too(schedule: str) -> None:
+    poses = torch.tensor([[1.0], [-1.0], [-2.0], [-3.0]]).expand(4, FEATURES)
+    with pytest.raises(UntrackedTensorError, match="computed before this pose was scored"):
+        Engine(RememberingEach()).combine(poses, Min(), schedule=schedule)
 
 
 def test_a_cache_between_poses_works_with_retain() -> None:
@@ -206,8 +225,12 @@ def test_a_replay_under_another_random_generator_state_is_bitwise() -> None:
     model[1].register_forward_hook(
         lambda module, args, out: seen[torch.is_grad_enabled()].append((out == 0).tolist())
     )
-    prediction, _ = Engine(model).combine(torch.randn(4, FEATURES), Mean(), schedule="recompute")
-    first_pass = seen[True][:1] + seen[False]
+    engine, batch = Engine(model), torch.randn(4, FEATURES)
+    engine.combine(batch, Mean(), schedule="recompute")
+    seen[True].clear()
+    prediction, _ = engine.combine(batch, Mean(), schedule="recompute")
+    first_pass = seen[True] + seen[False]
+    assert len(first_pass) == 4
     seen[True].clear()
     torch.manual_seed(99)
     prediction.backward()

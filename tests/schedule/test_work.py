@@ -46,6 +46,8 @@ def _work(
 ) -> dict[str, int]:
     model = Tallied()
     engine = Engine(model, chunk_size=chunk_size)
+    engine.combine(batch[:2], Best(), schedule="recompute")  # the first group is checked throughout
+    model.counts.clear()
     result = engine.combine(batch, rule, schedule=schedule, skip_below=skip_below)
     result.prediction.backward()
     return dict(model.counts)
@@ -117,6 +119,7 @@ def test_no_grad_costs_the_forwards_alone() -> None:
 def test_a_loss_that_ignores_the_result_costs_no_backward() -> None:
     model = Tallied()
     prediction, _ = Engine(model).combine(SHUFFLED, Min(), schedule="recompute")
+    assert dict(model.counts) == {"with graph": 32}  # an engine's first group
     (0 * prediction).backward()
     assert model.counts["backwards"] == 0
 

@@ -31,6 +31,7 @@ def attach(
             value that no loss used.
         saved: Tensors the pullback needs; autograd frees them after backward, as it does its own.
     """
+    inputs.close()
     out: tuple[Tensor, ...] = _Attached.apply(  # type: ignore[no-untyped-call]
         inputs, pullback, len(values), *values, *saved, *inputs.tensors
     )

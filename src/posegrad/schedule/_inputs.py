@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from posegrad.capture import leaf_hooks_off
 from posegrad.errors import StaleParametersError
 from posegrad.schedule._poses import Pose, map_tensors
 
@@ -24,14 +25,14 @@ class Inputs:
         self.parameter_count = len(self.tensors)
         self._names = [name for name, p in parameters.items() if p.requires_grad]
         self._index = {id(tensor): i for i, tensor in enumerate(self.tensors)}
-        self._marks = [_mark(p) for p in self.tensors]
+        self._marks: list[tuple[int, int, bool]] | None = None
 
     def cut(self, poses: Sequence[Pose]) -> tuple[list[Pose], dict[int, Tensor]]:
         """Returns the poses with detached leaves for tensors that require grad, and those leaves.
 
         Returns:
             The poses, and the leaves by the number of the tensor they stand for. A tensor that
-            several of the poses share is one leaf.
+            several of the poses share is one leaf. Once closed, nothing new is numbered.
         """
         leaves: dict[int, Tensor] = {}
 
@@ -39,6 +40,8 @@ class Inputs:
             if not tensor.requires_grad:
                 return tensor
             number = self._number_of(tensor)
+            if number is None:
+                return tensor.detach()
             if number not in leaves:
                 leaves[number] = tensor.detach().requires_grad_()
             return leaves[number]
@@ -61,10 +64,15 @@ class Inputs:
         sources = [*self.tensors[: self.parameter_count], *leaves.values()]
         if not sources or not predictions.requires_grad:
             return {}
-        found = torch.autograd.grad(
-            predictions, sources, cotangent, retain_graph=keep_graph, allow_unused=True
-        )
+        with leaf_hooks_off(sources):
+            found = torch.autograd.grad(
+                predictions, sources, cotangent, retain_graph=keep_graph, allow_unused=True
+            )
         return {i: g for i, g in zip(numbers, found, strict=True) if g is not None}
+
+    def close(self) -> None:
+        """Ends the first pass: the inputs are complete, and parameters must stay as they are."""
+        self._marks = [_mark(p) for p in self.tensors[: self.parameter_count]]
 
     def check_fresh(self) -> None:
         """Raises if a parameter is not what it was when the poses were scored.
@@ -72,12 +80,9 @@ class Inputs:
         Raises:
             StaleParametersError: naming every changed parameter.
         """
-        parameters = self.tensors[: self.parameter_count]
-        changed = [
-            name
-            for name, parameter, mark in zip(self._names, parameters, self._marks, strict=True)
-            if _mark(parameter) != mark
-        ]
+        assert self._marks is not None
+        rows = zip(self._names, self.tensors[: self.parameter_count], self._marks, strict=True)
+        changed = [name for name, parameter, mark in rows if _mark(parameter) != mark]
         if changed:
             shown = ", ".join(changed[:5]) + (f" and {len(changed) - 5} more" * (len(changed) > 5))
             raise StaleParametersError(
@@ -88,11 +93,12 @@ class Inputs:
                 f"combine()."
             )
 
-    def _number_of(self, tensor: Tensor) -> int:
-        number = self._index.setdefault(id(tensor), len(self.tensors))
-        if number == len(self.tensors):
+    def _number_of(self, tensor: Tensor) -> int | None:
+        closed = self._marks is not None
+        if id(tensor) not in self._index and not closed:
+            self._index[id(tensor)] = len(self.tensors)
             self.tensors.append(tensor)  # also keeps it alive, so that its id stays its own
-        return number
+        return self._index.get(id(tensor))
 
 
 def _mark(parameter: Tensor) -> tuple[int, int, bool]:

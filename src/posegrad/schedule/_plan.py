@@ -19,10 +19,11 @@ class Request:
     one_chunk: bool
     scales_float16: bool
     components: int = 1
+    rule_is_trained: bool = False
 
     def form(self) -> OnlineForm | None:
         """The rule's online form, unless the rule itself is being trained."""
-        if any(p.requires_grad for p in self.rule.parameters()):
+        if self.rule_is_trained or any(p.requires_grad for p in self.rule.parameters()):
             return None
         return self.rule.online()
 

@@ -97,11 +97,14 @@ class Chunk:
 class Session:
     """The state of one combine call, from its first pose to its last."""
 
-    def __init__(self, scorer: Scorer, chunks: Iterable[list[Pose]], inputs: Inputs) -> None:
+    def __init__(
+        self, scorer: Scorer, chunks: Iterable[list[Pose]], inputs: Inputs, *, wary: bool
+    ) -> None:
         self.scorer = scorer
         self.inputs = inputs
         self.surroundings = Surroundings(scorer.modules)
         self.differentiable = False
+        self._wary = wary
         self._chunks = iter(chunks)
         self._count = 0
         self._first: Chunk | None = None
@@ -109,20 +112,23 @@ class Session:
     def first(self) -> Chunk:
         """The first chunk, always scored with its graph.
 
-        So a tensor the engine does not track is refused before anything else is computed, and a
-        model that caches a result between poses cannot hide it under no_grad.
+        So a tensor the engine does not track is refused before anything else is computed.
         """
         if self._first is None:
             self._first = self._score(next(self._chunks), with_graph=True)
         return self._first
 
     def chunks(self, *, with_graph: bool) -> Iterator[Chunk]:
-        """All chunks in order, each scored once. Only one graph is alive at a time."""
+        """All chunks in order, each scored once. Only one graph is alive at a time.
+
+        An engine's first group is scored with graphs throughout: a result that the model caches
+        between poses is seen there, where under no_grad it would lose its gradient in silence.
+        """
         first, self._first = self.first(), None
         yield first
         del first
         for poses in self._chunks:
-            yield self._score(poses, with_graph=with_graph)
+            yield self._score(poses, with_graph=with_graph or self._wary)
 
     def check_differentiable(self) -> None:
         """Raises if there is something to differentiate for, but no pose that scored needs it.
