@@ -105,6 +105,12 @@ IN_COMBINE = {
         r"No prediction depends on a parameter",
         engine=_predicting(lambda model, x: model(x).detach()),
     ),
+    "detached prediction, stored": Bad(
+        NotDifferentiableError,
+        r"No prediction depends on a parameter",
+        engine=_predicting(lambda model, x: model(x).detach()),
+        combine={"schedule": "store"},
+    ),
     "wrong rows": Bad(
         ShapeMismatchError,
         r"shape \[1, 1\] for poses 0 to 1.*each of the 2 poses",
@@ -279,6 +285,15 @@ def _check_gradients(model: nn.Module) -> None:
     for name, p in model.named_parameters():
         assert p.grad is not None, name
         assert bool((p.grad == 7).all()), name
+
+
+@pytest.mark.parametrize("rule", [Mean(), Min()])
+def test_recompute_refuses_detached_predictions_in_backward(rule: Any) -> None:
+    model = MODELS["mlp"]()
+    engine = Engine(model, predict=lambda model, x: model(x).detach())
+    prediction, _ = engine.combine(_poses(), rule, schedule="recompute")
+    with pytest.raises(NotDifferentiableError, match="No prediction depends on a parameter"):
+        prediction.backward()
 
 
 def test_a_closure_recomputed_result_is_refused_by_age() -> None:

@@ -16,13 +16,16 @@ from posegrad.errors import ReentrantCheckpointError, UntrackedTensorError
 
 __all__ = ["check_tracked", "graph_clock"]
 
+_LEAF = type(get_gradient_edge(torch.zeros((), requires_grad=True)).node)
+"""The class of the nodes that stand for leaves, AccumulateGrad."""
+
 
 def graph_clock() -> int:
     """A time stamp: graph nodes made on this thread from now on carry a number at least as high."""
     with torch.enable_grad():
         node = torch.zeros((), requires_grad=True).view(()).grad_fn
     assert node is not None
-    return _time(node)
+    return node._sequence_nr()
 
 
 def check_tracked(output: Tensor, known: Collection[int], since: int) -> None:
@@ -38,17 +41,18 @@ def check_tracked(output: Tensor, known: Collection[int], since: int) -> None:
         ReentrantCheckpointError: if a reentrant checkpoint is.
     """
     for node in _nodes(output):
-        variable = getattr(node, "variable", None) if _is_leaf(node) else None
-        if variable is not None:
+        kind = type(node)
+        if kind is _LEAF:
+            variable = node.variable  # type: ignore[attr-defined]
             if id(variable) not in known:
                 raise UntrackedTensorError(_leaf_message(variable))
-        elif node.name() == "CheckpointFunctionBackward":
+        elif kind.__name__ == "CheckpointFunctionBackward":
             raise ReentrantCheckpointError(
                 "The model uses torch.utils.checkpoint with use_reentrant=True, which works under "
                 "a plain backward() only.\n"
                 "Use use_reentrant=False, or schedule='retain'."
             )
-        elif _time(node) < since and not _is_cached_cast(node):
+        elif node._sequence_nr() < since and not _is_cached_cast(node):
             raise UntrackedTensorError(_older_message(node))
 
 
@@ -64,18 +68,10 @@ def _nodes(output: Tensor) -> Iterator[Node]:
                 stack.append(parent)
 
 
-def _time(node: Node) -> int:
-    return int(node._sequence_nr())
-
-
-def _is_leaf(node: Node) -> bool:
-    return node.name() == "torch::autograd::AccumulateGrad"
-
-
 def _is_cached_cast(node: Node) -> bool:
     """Autocast casts a parameter once and reuses the copy in later forwards."""
-    return node.name() == "ToCopyBackward0" and all(
-        parent is not None and _is_leaf(parent) for parent, _ in node.next_functions
+    return type(node).__name__ == "ToCopyBackward0" and all(
+        type(parent) is _LEAF for parent, _ in node.next_functions
     )
 
 

@@ -51,6 +51,9 @@ class Surroundings:
             isinstance(m, BatchNorm) and (training or not m.track_running_stats)
             for m, training in self._training.items()
         )
+        self._holders = [
+            m for m in self._training if next(m.buffers(recurse=False), None) is not None
+        ]
         self._buffers_seen = self._buffers()
         self._values = _copied(self._buffers_seen)
         self._marks = _marked(self._buffers_seen)
@@ -118,7 +121,7 @@ class Surroundings:
     def _buffers(self) -> dict[Place, Tensor]:
         return {
             (module, name): buffer
-            for module in self._training
+            for module in self._holders
             for name, buffer in module.named_buffers(recurse=False, remove_duplicate=False)
         }
 

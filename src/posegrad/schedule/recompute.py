@@ -2,6 +2,7 @@
 
 from collections import deque
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from posegrad.combination._base import flush_denormals
 from posegrad.errors import ReplayError
 from posegrad.schedule._attach import Gradients, attach
 from posegrad.schedule._gradients import GradientSum
-from posegrad.schedule._poses import Pose, tensors_of
+from posegrad.schedule._poses import Pose, in_chunks, tensors_of
 from posegrad.schedule._replay import Moment
 from posegrad.schedule._session import Combined, Session, group_predictions
 
@@ -94,7 +95,7 @@ class _Tape:
                 else:
                     total.add(gradients)
                 del gradients
-        if len(kept) == len(self._poses):
+        if kept:
             self._session.check_differentiable()
         return total.delivered(self._session.inputs.tensors)
 
@@ -109,16 +110,16 @@ class _Tape:
         """How to score the kept poses again.
 
         A chunk that is coupled (random numbers, batch statistics) comes back whole. Poses of other
-        chunks move together: a batched backward costs the same for a pose of weight zero.
+        chunks move together, if their chunks found the same buffers: a batched backward costs the
+        same for a pose of weight zero.
         """
-        coupled = {i for poses, moment in self._chunks if moment.coupled for i in poses}
-        takes = self._original_takes([i for i in kept if i in coupled])
-        free = [i for i in kept if i not in coupled]
         moments = {i: moment for poses, moment in self._chunks for i in poses}
+        takes = self._original_takes([i for i in kept if moments[i].coupled])
+        free = (i for i in kept if not moments[i].coupled)
         size = self._session.scorer.chunk_size
-        for at in range(0, len(free), size):
-            group = free[at : at + size]
-            takes.append(_Take(group, group, moments[group[0]], original=size == 1))
+        for _, alike in groupby(free, key=lambda i: id(moments[i].buffers)):
+            for poses in in_chunks(alike, size):
+                takes.append(_Take(poses, poses, moments[poses[0]], original=size == 1))
         return takes
 
     def _original_takes(self, counted: list[int]) -> list[_Take]:
