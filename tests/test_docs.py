@@ -22,6 +22,7 @@ from posegrad import Combination, Engine
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
 
+FENCED = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\((?!https?:)([^)#]*)(?:#([^)]*))?\)")
 HEADING = re.compile(r"^#+ (.*)$", re.MULTILINE)
@@ -39,7 +40,7 @@ def test_code_blocks_of_a_page_run_from_top_to_bottom(
 ) -> None:
     module = ModuleType(f"page_{page.stem.replace('-', '_')}")
     monkeypatch.setitem(sys.modules, module.__name__, module)  # so that its classes pickle
-    text = page.read_text()
+    text = page.read_text(encoding="utf-8")
     for block in BLOCK.finditer(text):
         _run(block[1], module, page, line=text.count("\n", 0, block.start(1)))
 
@@ -62,12 +63,16 @@ def _check(example: doctest.DocTest, namespace: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=_name)
 def test_links_between_pages_lead_somewhere(page: Path) -> None:
-    for path, anchor in LINK.findall(page.read_text()):
+    for path, anchor in LINK.findall(_prose(page)):
         target = (page.parent / path).resolve() if path else page
         assert target.exists(), f"{_name(page)} links to {path}, which does not exist"
         if anchor:
-            anchors = [_anchor(heading) for heading in HEADING.findall(target.read_text())]
+            anchors = [_anchor(heading) for heading in HEADING.findall(_prose(target))]
             assert anchor in anchors, f"{_name(page)} links to {path}#{anchor}, which has {anchors}"
+
+
+def _prose(page: Path) -> str:
+    return FENCED.sub("", page.read_text(encoding="utf-8"))
 
 
 def _anchor(heading: str) -> str:
@@ -130,7 +135,7 @@ def test_rules_and_the_engine_show_an_example(path: str) -> None:
 
 
 def test_the_map_of_the_house_names_every_room() -> None:
-    text = (ROOT / "docs" / "house.md").read_text()
+    text = (ROOT / "docs" / "house.md").read_text(encoding="utf-8")
     source = ROOT / "src" / "posegrad"
     rooms = [path for path in source.rglob("*.py") if path.name != "__init__.py"]
     missing = [path.name for path in rooms if f"`{path.name}`" not in text]

@@ -349,6 +349,14 @@ def test_float16_is_refused_where_the_loss_is_not_scaled_yet(schedule: str) -> N
         Engine(model).combine(_poses(), Mean(), schedule=schedule)
 
 
+def test_float16_models_are_refused_there_too() -> None:
+    model = MODELS["mlp"]().half()
+    for schedule in ("store", "stream"):
+        with pytest.raises(ValueError, match=r"float16 gradients would underflow"):
+            Engine(model).combine(_poses().half(), Mean(), schedule=schedule)
+    assert Engine(model).plan(_poses(), Mean()).schedule == "recompute"
+
+
 class _Wrapped(nn.Module):
     """Stands in for torch's own wrapper, which needs a process group to exist."""
 

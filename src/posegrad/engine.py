@@ -135,8 +135,8 @@ class Engine:
             HigherOrderError: if a second derivative is asked for (not under `retain`).
 
         Shape:
-            predictions of shape `[...]` for a pose (`[1]` counts as `[]`) give `per_pose`
-            `[m, ...]` and a `prediction` `[...]`.
+            predictions of shape `[...]` for a pose give `per_pose` `[m, ...]` and a `prediction`
+            `[...]`. A prediction of one number counts as `[]`, be it `[1]` or `[1, 1]`.
 
         Note:
             Time in forwards F and backwards B, memory beyond the poses: `stream` m (F + B), one
@@ -207,7 +207,14 @@ class Engine:
         return describe(request, poses=count, chunks=chunks, parameter_bytes=size)
 
     def close(self) -> None:
-        """Ends the engine's life; using it afterwards raises `ClosedEngineError`."""
+        """Ends the engine's life; using it afterwards raises `ClosedEngineError`.
+
+        There is nothing to undo on the model. `with Engine(model) as engine:` closes at the end.
+
+        Example:
+            >>> engine = Engine(nn.Linear(3, 1))
+            >>> engine.close()
+        """
         self._closed = True
 
     def __enter__(self) -> Self:

@@ -138,7 +138,7 @@ def describe(request: Request, *, poses: int, chunks: int, parameter_bytes: int)
         "recompute": (
             f"{chunks}, then 1 to {chunks}",
             f"1 to {chunks}",
-            "the predictions",
+            "the poses and their predictions",
             4 * poses,
         ),
     }

@@ -172,7 +172,9 @@ def _autocast_state(devices: Sequence[torch.device]) -> list[dict[str, Any]]:
 def scales_float16(modules: Sequence[nn.Module]) -> bool:
     """Whether gradients would pass through float16, which needs a scaled loss first."""
     states = _autocast_state(_accelerators(modules))
-    return any(state["enabled"] and state["dtype"] == torch.float16 for state in states)
+    if any(state["enabled"] and state["dtype"] == torch.float16 for state in states):
+        return True
+    return any(p.dtype == torch.float16 for module in modules for p in module.parameters())
 
 
 def _copied(buffers: Mapping[Place, Tensor]) -> dict[Place, Tensor]:

@@ -64,15 +64,14 @@ class Scorer:
                 f"The prediction of {_span(start, count)} is {output.dtype}, which has no "
                 f"gradient.\nReturn a floating-point score."
             )
-        if self.collate is None:
-            return output if output.shape == (1,) else output.unsqueeze(0)  # [1, ...]
-        if output.ndim == 0 or len(output) != count:
+        rows = output.unsqueeze(0) if self.collate is None else output  # [c, ...]
+        if rows.ndim == 0 or len(rows) != count or rows.numel() == 0:
             raise ShapeMismatchError(
                 f"The model returned shape {list(output.shape)} for {_span(start, count)}, but "
                 f"dimension 0 must hold one prediction for each of the {count} poses of the "
                 f"chunk.\nReturn [{count}, ...], or move that dimension to the front in `predict`."
             )
-        return output.squeeze(1) if output.shape == (count, 1) else output
+        return rows.reshape(count) if rows.numel() == count else rows  # one number is a scalar
 
 
 @dataclass

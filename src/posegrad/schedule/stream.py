@@ -36,8 +36,8 @@ def stream(session: Session, rule: Combination) -> Combined:
         on_prediction, on_poses = cotangents
         if on_poses is not None and bool((on_poses != 0).any()):
             raise PerPoseLossError(
-                "The loss depends on per_pose, but schedule='stream' kept only the gradient of "
-                "the combined prediction.\n"
+                "The loss depends on per_pose, but schedule='stream' (which 'auto' takes for rules "
+                "whose weights separate) kept only the gradient of the combined prediction.\n"
                 "Pass schedule='recompute' (memory of one pose) or 'store' (no second forward) to "
                 "combine()."
             )

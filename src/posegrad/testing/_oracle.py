@@ -150,10 +150,9 @@ def _plain(case: _Case, loss: Loss) -> dict[str, Tensor]:
         for chunk in in_chunks(iter(case.poses), size):
             argument = chunk[0] if collate is None else collate(chunk)
             output = predict(*case.modules, argument)
-            single = collate is None and output.shape != (1,)
-            rows.append(output.unsqueeze(0) if single else output)
+            rows.append(output.unsqueeze(0) if collate is None else output)
         per_pose = torch.cat(rows)  # [m, ...]
-        per_pose = per_pose.squeeze(1) if per_pose.shape[1:] == (1,) else per_pose
+        per_pose = per_pose.flatten() if per_pose.numel() == len(case.poses) else per_pose
         prediction = case.rule(per_pose)
         torch.autograd.backward(loss(prediction, per_pose))
         return case.results(prediction.detach(), per_pose.detach())

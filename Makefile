@@ -1,0 +1,61 @@
+# Each target makes the virtual environment it needs; a second call finds it ready.
+#   make test VENV=/some/where    to use another environment
+#   make test PYTHON=python3.13   to make it with another Python
+
+VENV ?= .venv
+
+# The first of these that is there and new enough.
+PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3.14 python3; do \
+	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
+	&& echo $$python && break; done)
+
+RUN := $(VENV)/bin/python
+INSTALL := $(RUN) -m pip install --disable-pip-version-check -c constraints.txt
+
+.PHONY: help demo test lint bench clean
+
+help:
+	@echo "make demo   fine-tune a pretrained network on docked poses"
+	@echo "make test   run the tests"
+	@echo "make lint   check format, style and types"
+	@echo "make bench  measure posegrad beside its peers"
+	@echo "make clean  remove caches and outputs, not the environment"
+
+demo: $(VENV)/.demo-ready
+	$(RUN) -m examples.docked_poses
+
+test: $(VENV)/.test-ready
+	$(RUN) -m pytest -q -n auto
+
+lint: $(VENV)/.lint-ready
+	$(RUN) -m ruff format --check .
+	$(RUN) -m ruff check .
+	$(RUN) -m mypy
+
+bench: $(VENV)/.test-ready
+	$(RUN) -m benchmarks
+
+clean:
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis dist examples/docked_poses/out
+	find . -name __pycache__ -type d -not -path './.*' -prune -exec rm -rf {} +
+
+$(VENV)/bin/python:
+	$(if $(PYTHON),,$(error No Python of 3.11 or later found. Name one: make test PYTHON=...))
+	$(PYTHON) -m venv $(VENV)
+
+# torch first: it is most of the download, and shows its progress alone.
+$(VENV)/.test-ready: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(INSTALL) torch
+	$(INSTALL) -e '.[test]'
+	@touch $@
+
+$(VENV)/.lint-ready: $(VENV)/.test-ready
+	$(INSTALL) -e '.[lint]'
+	@touch $@
+
+# pignet2 without its dependencies: it asks for PyMOL and older releases of torch and NumPy, none of
+# which scoring a pose needs.
+$(VENV)/.demo-ready: $(VENV)/.test-ready examples/docked_poses/requirements.txt
+	$(INSTALL) -r examples/docked_poses/requirements.txt
+	$(INSTALL) --no-deps pignet2
+	@touch $@
