@@ -18,6 +18,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--rules", nargs="+", choices=list(RULES), default=list(RULES))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--clock", choices=list(multipose.CLOCKS), default="wall")
     parser.add_argument("--no-memory", action="store_true", help="skip the process for each case")
     parser.add_argument("--output", type=Path, default=RESULTS / "multipose-cpu.json")
     return parser.parse_args()
@@ -31,6 +32,7 @@ def main() -> None:
         arguments.rules,
         rounds=arguments.rounds,
         threads=arguments.threads,
+        clock=arguments.clock,
         memory=not arguments.no_memory,
     )
     arguments.output.write_text(json.dumps(result, indent=1) + "\n")

@@ -1,6 +1,6 @@
 """One training step on `m` poses of one compound: every scheme side by side.
 
-Time: all methods in one process, round after round in rotating order, so that a slow minute hits
+Time: all methods in one process, round after round in changing order, so that a slow minute hits
 all of them; what counts is the ratio to plain autograd within a round. Memory: a fresh process for
 each case. Gradients: against plain autograd in float64, in the same run.
 
@@ -11,8 +11,9 @@ underflow, and backward through denormals takes up to ten times as long.
 
 import copy
 import gc
+import random
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -27,9 +28,12 @@ from benchmarks.peers import checkpoint, plain
 from examples.docked_poses.arrays import Pose
 from examples.docked_poses.network import score
 
-__all__ = ["run"]
+__all__ = ["CLOCKS", "run"]
 
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 LARGEST_PLAIN_FLOAT64 = 64  # poses; beyond, graphs in float64 want tens of GiB
+
+LIMIT = "limit"
 
 Row = dict[str, Any]
 
@@ -40,6 +44,7 @@ def run(
     *,
     rounds: int = 3,
     threads: int = 1,
+    clock: str = "wall",
     memory: bool = True,
 ) -> dict[str, Any]:
     """Run the suite.
@@ -49,6 +54,8 @@ def run(
         rules: Names out of `RULES`.
         rounds: How often each case is timed.
         threads: Threads of torch.
+        clock: `"wall"`, or `"cpu"`: the processor time of this process, which on a machine shared
+            with others says more. With several threads it adds them up.
         memory: Whether to measure peak memory, which starts a process for each case.
 
     Returns:
@@ -56,7 +63,7 @@ def run(
     """
     torch.set_num_threads(threads)
     torch.set_flush_denormal(True)
-    suite = _Suite(model())
+    suite = _Suite(model(), CLOCKS[clock])
     cases = len(sizes) * len(rules) * len(METHODS)
     with tqdm(total=cases * (rounds + memory) + cases // len(METHODS)) as bar:
         rows, limits = [], []
@@ -69,7 +76,7 @@ def run(
                 bar.set_description(f"memory, {row['poses']} poses, {row['rule']}")
                 row |= measure(row["method"], row["rule"], row["poses"], threads=threads)
                 bar.update()
-    settings = {"suite": "multipose", "model": "PyG SchNet", "rounds": rounds}
+    settings = {"suite": "multipose", "model": "PyG SchNet", "rounds": rounds, "clock": clock}
     return {**settings, "environment": environment(), "rows": rows, "limits": limits}
 
 
@@ -80,8 +87,8 @@ class _Method:
 
 
 class _Suite:
-    def __init__(self, network: nn.Module) -> None:
-        self.network = network
+    def __init__(self, network: nn.Module, now: Callable[[], float]) -> None:
+        self.network, self.now = network, now
         # A copy for each method: nothing one of them hangs on its model slows another.
         copies = {name: copy.deepcopy(network) for name in METHODS}
         self.methods = {
@@ -102,19 +109,21 @@ class _Suite:
         for turn in range(rounds):
             for rule, floor in zip(rules, floors, strict=True):
                 bar.set_description(f"round {turn + 1}, {m} poses, {rule}")
-                floor.add(*_floor_times(self.network, poses))
-                for name in _rotated(list(self.methods), turn):
-                    rows[rule, name]["seconds"].append(self._seconds(name, poses, rule))
-                    bar.update()
+                for name in _shuffled([*self.methods, LIMIT], turn):
+                    if name == LIMIT:
+                        floor.add(*_floor_times(self.network, poses, self.now))
+                    else:
+                        rows[rule, name]["seconds"].append(self._seconds(name, poses, rule))
+                        bar.update()
         return list(rows.values()), [floor.row() for floor in floors]
 
     def _seconds(self, name: str, poses: list[Pose], rule: str) -> float:
         method, combine = self.methods[name], RULES[rule]()
         method.network.zero_grad()
         gc.collect()
-        start = time.perf_counter()
+        start = self.now()
         method.step(poses, combine, TARGET)
-        return time.perf_counter() - start
+        return self.now() - start
 
     def _compare(self, poses: list[Pose], rule: str, rows: dict[str, Row]) -> None:
         """Largest relative difference of each method's gradient from float64; warms all up."""
@@ -153,25 +162,27 @@ def _row(m: int, rule: str, method: str) -> Row:
     return {"poses": m, "rule": rule, "method": method, "seconds": []}
 
 
-def _rotated(names: list[str], turn: int) -> Iterator[str]:
-    cut = turn % len(names)
-    yield from names[cut:] + names[:cut]
+def _shuffled(names: list[str], turn: int) -> list[str]:
+    """Another order each round: a method's neighbours leave it memory and caches."""
+    return random.Random(turn).sample(names, len(names))
 
 
-def _floor_times(network: nn.Module, poses: list[Pose]) -> tuple[float, list[float], Tensor]:
+def _floor_times(
+    network: nn.Module, poses: list[Pose], now: Callable[[], float]
+) -> tuple[float, list[float], Tensor]:
     """Seconds of the forwards without graph, of each backward, and the predictions `[m]`."""
-    start = time.perf_counter()
+    start = now()
     with torch.no_grad():
         predictions = torch.stack([score(network, pose) for pose in poses])  # [m]
-    forwards = time.perf_counter() - start
+    forwards = now() - start
 
     backwards = []
     network.zero_grad()
     for pose in poses:
         prediction = score(network, pose)
-        start = time.perf_counter()
+        start = now()
         prediction.backward()
-        backwards.append(time.perf_counter() - start)
+        backwards.append(now() - start)
     network.zero_grad()
     return forwards, backwards, predictions
 
