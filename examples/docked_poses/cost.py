@@ -30,6 +30,7 @@ class Cost:
     Attributes:
         method: Whose way it is.
         seconds: CPU time of forward and backward of all poses, median over interleaved rounds.
+        of_plain: The same as a ratio to plain autograd, median over rounds.
         peak_mib: Most memory held by tensors at once, beyond model and poses, MiB.
         gradient_error: Largest difference to plain autograd's gradient, relative to that
             gradient's largest entry, both in float64, for the four best poses by Vina's score.
@@ -37,12 +38,14 @@ class Cost:
 
     method: str
     seconds: float
+    of_plain: float
     peak_mib: float
     gradient_error: float
 
 
+PLAIN = "plain autograd"
 PEERS: dict[str, Step] = {
-    "plain autograd": peers.plain,
+    PLAIN: peers.plain,
     "checkpoint per pose": peers.checkpoint,
     "mtenn's scheme": peers.mtenn_scheme,
 }
@@ -83,14 +86,27 @@ def measure(compound: Compound, rule: Combination, *, rounds: int = 3) -> list[C
             peaks[method] = peak.bytes / 2**20
             bar.update()
         times: dict[str, list[float]] = {method: [] for method in steps}
-        for _ in range(rounds):
-            for method, step in steps.items():
-                start = time.process_time()
-                _take(step, model, compound, rule)
-                times[method].append(time.process_time() - start)
-                bar.update()
+        for method in _in_turns(list(steps), rounds):
+            start = time.process_time()
+            _take(steps[method], model, compound, rule)
+            times[method].append(time.process_time() - start)
+            bar.update()
         errors = _gradient_errors(compound, rule, bar)
-    return [Cost(m, statistics.median(times[m]), peaks[m], errors[m]) for m in steps]
+    return [
+        Cost(m, statistics.median(times[m]), _ratio(times[m], times[PLAIN]), peaks[m], errors[m])
+        for m in steps
+    ]
+
+
+def _in_turns(methods: list[str], rounds: int) -> Iterator[str]:
+    """All methods each round, starting one later each time: none always follows the same one."""
+    for i in range(rounds):
+        yield from methods[i % len(methods) :] + methods[: i % len(methods)]
+
+
+def _ratio(times: Sequence[float], plain: Sequence[float]) -> float:
+    """Median of the ratios within a round: a clock that drifts between rounds cancels."""
+    return statistics.median(t / p for t, p in zip(times, plain, strict=True))
 
 
 def _take(step: Step, model: nn.Module, compound: Compound, rule: Combination) -> None:
@@ -108,7 +124,7 @@ def _gradient_errors(compound: Compound, rule: Combination, bar: tqdm) -> dict[s
             step(model, binding_energy, poses, rule, compound.dg)
             gradients[method] = _flat_gradient(model)
             bar.update()
-    reference = gradients["plain autograd"]
+    reference = gradients[PLAIN]
     scale = reference.abs().max()
     return {m: float((g - reference).abs().max() / scale) for m, g in gradients.items()}
 

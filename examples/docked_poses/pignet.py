@@ -19,8 +19,8 @@ from torch_geometric.data import Data
 __all__ = ["binding_energy", "graph", "pretrained"]
 
 _CONVOLUTION_RANGE = (0.5, 5.0)  # Å, what every shipped checkpoint was trained with
-# Å. The checkpoints say 999, which is every pair of a ligand and a pocket atom. The pairs beyond 10
-# are half of them, add 0.04 kcal/mol to a pose's energy at most, and cost a seventh of the time.
+# Å. The checkpoints say 999, every pair of a ligand and a pocket atom. For TYK2 the pairs beyond 10
+# are a third of them, add 0.04 kcal/mol to a pose's energy at most, and cost a seventh of the time.
 _INTERACTION_RANGE = (0.5, 10.0)
 _TENSORS = (
     *("x", "pos", "edge_index", "edge_index_c", "vdw_radii", "rotor"),

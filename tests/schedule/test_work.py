@@ -81,7 +81,7 @@ def test_recompute_replays_the_poses_that_carry_weight(rule: Combination, kept: 
 
 
 @pytest.mark.parametrize(("rule", "kept"), [(Min(), 1), (TopK(5), 2), (Mean(), 8)])
-def test_recompute_joins_the_kept_poses_in_new_chunks(rule: Combination, kept: int) -> None:
+def test_recompute_replays_the_chunks_that_carry_weight(rule: Combination, kept: int) -> None:
     counts = _work(SHUFFLED, rule, "recompute", chunk_size=4)
     assert counts == {"without graph": 7, "with graph": 1 + kept, "backwards": kept}
 

@@ -1,15 +1,31 @@
 """The only place that uses names PyTorch does not promise to keep."""
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
+import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-__all__ = ["BatchNorm", "StorageWeakRef", "TorchDispatchMode", "leaf_hooks_off", "tree_leaves"]
+__all__ = [
+    "StorageWeakRef",
+    "TorchDispatchMode",
+    "leaf_hooks_off",
+    "no_autocast",
+    "tree_leaves",
+]
+
+
+@contextmanager
+def no_autocast(device_type: str) -> Iterator[None]:
+    """Turns autocast off for a backward: its operators follow the dtypes of the forward."""
+    kinds = [kind for kind in {"cpu", device_type} if torch.is_autocast_enabled(kind)]
+    with ExitStack() as stack:
+        for kind in kinds:
+            stack.enter_context(torch.autocast(kind, enabled=False))
+        yield
 
 
 @contextmanager

@@ -48,7 +48,7 @@ class _Attached(torch.autograd.Function):
         ctx.skipped = len(tensors) - len(inputs.tensors)
         ctx.save_for_backward(*tensors[count : ctx.skipped])
         ctx.set_materialize_grads(False)
-        return tuple(value.detach() if value is not None else None for value in tensors[:count])
+        return tuple(value.clone() if value is not None else None for value in tensors[:count])
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:

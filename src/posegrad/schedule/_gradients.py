@@ -50,6 +50,9 @@ class GradientSum:
 
     def _add_one(self, number: int, gradient: Tensor, factor: float) -> None:
         total = self._sums.get(number)
+        if total is not None and total.is_sparse != gradient.is_sparse:
+            total, gradient = (t.to_dense() if t.is_sparse else t for t in (total, gradient))
+            self._owned.discard(number)
         if total is not None and number in self._owned:
             total.add_(gradient, alpha=factor)
             return

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from posegrad.capture import leaf_hooks_off
+from posegrad.capture import leaf_hooks_off, no_autocast
 from posegrad.errors import StaleParametersError
 from posegrad.schedule._poses import Pose, map_tensors
 
@@ -21,9 +21,12 @@ class Inputs:
     """
 
     def __init__(self, parameters: Mapping[str, Tensor]) -> None:
-        self.tensors: list[Tensor] = [p for p in parameters.values() if p.requires_grad]
+        # By identity: a weight tied across two modules has two names and one gradient.
+        trained = {id(p): (name, p) for name, p in parameters.items() if p.requires_grad}
+        self.parameters = frozenset(id(p) for p in parameters.values())
+        self.tensors: list[Tensor] = [p for _, p in trained.values()]
         self.parameter_count = len(self.tensors)
-        self._names = [name for name, p in parameters.items() if p.requires_grad]
+        self._names = [name for name, _ in trained.values()]
         self._index = {id(tensor): i for i, tensor in enumerate(self.tensors)}
         self._marks: list[tuple[int, int, bool]] | None = None
 
@@ -37,14 +40,15 @@ class Inputs:
         leaves: dict[int, Tensor] = {}
 
         def leaf_of(tensor: Tensor) -> Tensor:
-            if not tensor.requires_grad:
+            if not tensor.requires_grad or id(tensor) in self.parameters:
                 return tensor
             number = self._number_of(tensor)
             if number is None:
                 return tensor.detach()
             if number not in leaves:
                 leaves[number] = tensor.detach().requires_grad_()
-            return leaves[number]
+            # What is no leaf to the user may be written in place by the model.
+            return leaves[number] if tensor.is_leaf else leaves[number].clone()
 
         return [map_tensors(leaf_of, pose) for pose in poses], leaves
 
@@ -64,7 +68,7 @@ class Inputs:
         sources = [*self.tensors[: self.parameter_count], *leaves.values()]
         if not sources or not predictions.requires_grad:
             return {}
-        with leaf_hooks_off(sources):
+        with leaf_hooks_off(sources), no_autocast(predictions.device.type):
             found = torch.autograd.grad(
                 predictions, sources, cotangent, retain_graph=keep_graph, allow_unused=True
             )

@@ -2,13 +2,14 @@
 
 import copy
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from itertools import islice
+from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor
 
-__all__ = ["Pose", "each_pose", "in_chunks", "map_tensors", "tensors_of"]
+__all__ = ["Pose", "copied", "each_pose", "in_chunks", "map_tensors", "tensors_of"]
 
 Pose = Any
 """What the model is called with: a tensor, a container of tensors, a PyG Data, anything."""
@@ -37,11 +38,17 @@ def tensors_of(pose: Pose) -> list[Tensor]:
     return found
 
 
+def copied(pose: Pose) -> Pose:
+    """A copy of the pose's containers, not of its tensors."""
+    return map_tensors(lambda tensor: tensor, pose)
+
+
 def map_tensors(function: Callable[[Tensor], Tensor], pose: Pose) -> Pose:
     """Returns `pose` with `function` applied to every tensor in it.
 
-    Looks into tuples, named tuples, lists, mappings, dataclasses and PyG Data; each is copied only
-    if one of its tensors changes. Other objects are handed through as they are.
+    Looks into tuples, named tuples, lists, mappings, dataclasses and PyG Data. Containers that can
+    be written to are always copied, others only if a tensor in them changes. Other objects are
+    handed through as they are.
     """
     if isinstance(pose, Tensor):
         return function(pose)
@@ -49,9 +56,12 @@ def map_tensors(function: Callable[[Tensor], Tensor], pose: Pose) -> Pose:
     if items is None:
         return pose
     mapped = {key: map_tensors(function, value) for key, value in items.items()}
-    if all(mapped[key] is value for key, value in items.items()):
-        return pose
-    return _rebuilt(pose, mapped)
+    changed = {key: mapped[key] for key, value in items.items() if mapped[key] is not value}
+    if isinstance(pose, tuple):
+        return _tuple_like(pose, mapped) if changed else pose
+    if changed or isinstance(pose, list | MutableMapping) or _is_graph(pose):
+        return _rebuilt(pose, changed)
+    return copy.copy(pose) if dataclasses.is_dataclass(pose) else pose
 
 
 def _items_of(pose: Pose) -> dict[Any, Any] | None:
@@ -60,26 +70,33 @@ def _items_of(pose: Pose) -> dict[Any, Any] | None:
     if isinstance(pose, Mapping):
         return dict(pose)
     if dataclasses.is_dataclass(pose) and not isinstance(pose, type):
-        return {field.name: getattr(pose, field.name) for field in dataclasses.fields(pose)}
-    if hasattr(pose, "stores"):  # PyG Data, HeteroData, Batch: a list of mappings
-        return {
-            (i, key): value for i, store in enumerate(pose.stores) for key, value in store.items()
-        }
+        names = [field.name for field in dataclasses.fields(pose)]
+        return {name: getattr(pose, name) for name in names if hasattr(pose, name)}
+    if _is_graph(pose):
+        stores = enumerate(pose.stores)
+        return {(i, key): value for i, store in stores for key, value in store.items()}
     return None
 
 
-def _rebuilt(pose: Pose, items: dict[Any, Any]) -> Pose:
-    if isinstance(pose, tuple) and hasattr(pose, "_fields"):
-        return type(pose)(*items.values())
-    if isinstance(pose, tuple | list):
-        return type(pose)(items.values())
-    new = copy.copy(pose)
-    if isinstance(pose, Mapping):
-        new.update(items)
-    elif dataclasses.is_dataclass(pose):
-        for name, value in items.items():
-            object.__setattr__(new, name, value)  # frozen dataclasses too
-    else:
-        for (i, key), value in items.items():
-            new.stores[i][key] = value
+def _is_graph(pose: Pose) -> bool:
+    """PyG Data, HeteroData and Batch keep their tensors in a list of mappings."""
+    stores = getattr(pose, "stores", None)
+    return isinstance(stores, list) and all(isinstance(store, Mapping) for store in stores)
+
+
+def _tuple_like(pose: tuple[Any, ...], items: dict[Any, Any]) -> tuple[Any, ...]:
+    return type(pose)(*items.values()) if hasattr(pose, "_fields") else type(pose)(items.values())
+
+
+def _rebuilt(pose: Pose, changed: dict[Any, Any]) -> Pose:
+    """A copy of a container, with the changed items in place."""
+    new: Any = dict(pose) if isinstance(pose, MappingProxyType) else copy.copy(pose)
+    for key, value in changed.items():
+        if isinstance(pose, list | Mapping):
+            new[key] = value
+        elif dataclasses.is_dataclass(pose):
+            object.__setattr__(new, key, value)  # frozen dataclasses too
+        else:
+            i, name = key
+            new.stores[i][name] = value
     return new

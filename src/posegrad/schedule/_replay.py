@@ -14,12 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from posegrad.capture._compat import BatchNorm
-
 __all__ = ["Moment", "Surroundings", "scales_float16"]
 
 Place = tuple[nn.Module, str]
 """Where a buffer lives: its module and its name there."""
+
+
+SMALL = 8192
+"""Buffers of up to this many elements are compared by value too."""
 
 
 @dataclass(frozen=True)
@@ -29,12 +31,10 @@ class Moment:
     Args:
         random: The random state of every device before it, or None if it drew nothing.
         buffers: The values of the model's buffers before it.
-        coupled: Whether its poses must be scored together again, in the same composition.
     """
 
     random: list[Tensor] | None
     buffers: Mapping[Place, Tensor]
-    coupled: bool
 
 
 class Surroundings:
@@ -47,10 +47,6 @@ class Surroundings:
         self._training = {m: m.training for module in modules for m in module.modules()}
         self._devices = _accelerators(modules)
         self._autocast = _autocast_state(self._devices)
-        self._batch_statistics = any(
-            isinstance(m, BatchNorm) and (training or not m.track_running_stats)
-            for m, training in self._training.items()
-        )
         self._holders = [
             m for m in self._training if next(m.buffers(recurse=False), None) is not None
         ]
@@ -69,12 +65,8 @@ class Surroundings:
         """What the chunk that just ran had found, given the random state before it."""
         found = self._values
         drew = any(not torch.equal(a, b) for a, b in zip(random, self.random_state(), strict=True))
-        changed = self._note_changed_buffers()
-        return Moment(
-            random=random if drew else None,
-            buffers=found,
-            coupled=drew or changed or self._batch_statistics,
-        )
+        self._note_changed_buffers()
+        return Moment(random=random if drew else None, buffers=found)
 
     @contextmanager
     def restored(self) -> Iterator[None]:
@@ -107,7 +99,7 @@ class Surroundings:
         stale = [
             place
             for place, value in moment.buffers.items()
-            if place in own and (place in self._mutable or not _same_value(own[place], value))
+            if place in own and (place in self._mutable or self._differs(place, own[place], value))
         ]
         replaced = _copied({place: moment.buffers[place] for place in stale})
         try:
@@ -125,11 +117,10 @@ class Surroundings:
             for name, buffer in module.named_buffers(recurse=False, remove_duplicate=False)
         }
 
-    def _note_changed_buffers(self) -> bool:
-        """Copies the buffers that changed since they were last noted; returns whether any did.
+    def _note_changed_buffers(self) -> None:
+        """Copies the buffers that changed since they were last noted.
 
-        A buffer in evaluation is compared by identity and version. In training it is compared by
-        value: batch norm writes its running statistics without a new version, and so does `.data`.
+        Buffers in evaluation are compared by identity and version only, which costs nothing.
         """
         buffers = self._buffers()
         marks = _marked(buffers)
@@ -137,13 +128,21 @@ class Surroundings:
             place: buffer
             for place, buffer in buffers.items()
             if marks[place] != self._marks.get(place)
-            or (self._training[place[0]] and not _same_value(buffer, self._values[place]))
+            or (self._training[place[0]] and self._differs(place, buffer, self._values[place]))
         }
         if changed:
             self._values = {**self._values, **_copied(changed)}
             self._buffers_seen, self._marks = buffers, marks
             self._mutable.update(changed)
-        return bool(changed)
+
+    def _differs(self, place: Place, buffer: Tensor, value: Tensor) -> bool:
+        """Whether a buffer is no longer what was noted: by identity, version, and value if small.
+
+        Batch norm writes its running statistics without a new version, and so does `.data`.
+        """
+        if _mark(buffer) != self._marks.get(place):
+            return True
+        return buffer.numel() <= SMALL and not _same_value(buffer, value)
 
     def _set_random_state(self, states: Sequence[Tensor]) -> None:
         torch.set_rng_state(states[0])
@@ -190,7 +189,11 @@ def _same_value(a: Tensor, b: Tensor) -> bool:
 
 def _marked(buffers: Mapping[Place, Tensor]) -> dict[Place, tuple[int, int]]:
     """A buffer's identity and version; the buffers are kept alive, so that an id stays theirs."""
-    return {place: (id(buffer), buffer._version) for place, buffer in buffers.items()}
+    return {place: _mark(buffer) for place, buffer in buffers.items()}
+
+
+def _mark(buffer: Tensor) -> tuple[int, int]:
+    return id(buffer), 0 if buffer.is_inference() else buffer._version
 
 
 def _set_training(flags: Mapping[nn.Module, bool]) -> None:

@@ -15,10 +15,14 @@ from posegrad.errors import (
     ShapeMismatchError,
 )
 from posegrad.schedule._inputs import Inputs
-from posegrad.schedule._poses import Pose, tensors_of
+from posegrad.schedule._poses import Pose, copied, tensors_of
 from posegrad.schedule._replay import Moment, Surroundings
 
 __all__ = ["Chunk", "Combined", "Scorer", "Session", "group_predictions"]
+
+
+Kind = tuple[torch.Size, torch.dtype]
+"""What the predictions of all poses of a group must agree in."""
 
 
 class Combined(NamedTuple):
@@ -107,6 +111,7 @@ class Session:
         self._chunks = iter(chunks)
         self._count = 0
         self._first: Chunk | None = None
+        self._kind: Kind | None = None
 
     def first(self) -> Chunk:
         """The first chunk, always scored with its graph.
@@ -144,31 +149,38 @@ class Session:
             )
 
     def _score(self, poses: list[Pose], *, with_graph: bool) -> Chunk:
+        poses = [
+            copied(pose) for pose in poses
+        ]  # as they are now: user and model may write to them
         random = self.surroundings.random_state()
         with torch.enable_grad() if with_graph else without_graph():
             predictions, leaves = self.score_again(poses, self._count)
         moment = self.surroundings.moment_since(random)
         chunk = Chunk(self._count, poses, predictions, leaves, moment)
+        self._kind = self._kind or _kind(predictions)
+        _check_alike(_kind(predictions), self._kind, self._count)
         self._count += len(poses)
         return chunk
 
     def score_again(self, poses: list[Pose], start: int) -> tuple[Tensor, dict[int, Tensor]]:
         """Scores poses on detached leaves; checks the graph, if there is one."""
         clock = graph_clock()
+        plain = [t for pose in poses for t in tensors_of(pose) if not t.requires_grad]
         cut, leaves = self.inputs.cut(poses)
-        with _flags_kept(poses):
+        with _flags_kept(plain):
             predictions = self.scorer(cut, start)
+        if not torch.is_grad_enabled():  # a model may enable it for itself
+            return predictions.detach(), leaves
         if predictions.requires_grad:
             self.differentiable = True
-            known = [*self.inputs.tensors, *leaves.values(), *tensors_of(poses)]
-            check_tracked(predictions, {id(tensor) for tensor in known}, clock)
+            known = {id(tensor) for tensor in (*leaves.values(), *plain)}
+            check_tracked(predictions, known | self.inputs.parameters, clock)
         return predictions, leaves
 
 
 @contextmanager
-def _flags_kept(poses: list[Pose]) -> Iterator[None]:
+def _flags_kept(plain: list[Tensor]) -> Iterator[None]:
     """Undoes requires_grad_() on the user's poses, which models that compute forces are fond of."""
-    plain = [t for pose in poses for t in tensors_of(pose) if not t.requires_grad]
     try:
         yield
     finally:
@@ -197,19 +209,27 @@ def group_predictions(chunks: Sequence[Tensor]) -> Tensor:
         ShapeMismatchError: if poses disagree in the shape or dtype of their predictions.
         NonFinitePredictionError: naming every pose whose prediction is nan or infinite.
     """
-    shapes = [(list(c.shape[1:]), c.dtype) for c in chunks]
-    odd = next((i for i, shape in enumerate(shapes) if shape != shapes[0]), None)
-    if odd is not None:
-        pose = sum(len(c) for c in chunks[:odd])
-        raise ShapeMismatchError(
-            f"The prediction of pose {pose} is {shapes[odd][1]} {shapes[odd][0]}, that of pose 0 "
-            f"is {shapes[0][1]} {shapes[0][0]}.\n"
-            f"The poses of a group are combined component by component, so they must agree.\n"
-            f"Let the model return the same shape for every pose."
-        )
+    start = 0
+    for chunk in chunks:
+        _check_alike(_kind(chunk), _kind(chunks[0]), start)
+        start += len(chunk)
     predictions = torch.cat(list(chunks))  # [m, ...]
     _check_finite(predictions.detach())
     return predictions
+
+
+def _kind(predictions: Tensor) -> Kind:
+    return predictions.shape[1:], predictions.dtype
+
+
+def _check_alike(found: Kind, first: Kind, pose: int) -> None:
+    if found != first:
+        raise ShapeMismatchError(
+            f"The prediction of pose {pose} is {found[1]} {list(found[0])}, that of pose 0 is "
+            f"{first[1]} {list(first[0])}.\n"
+            f"The poses of a group are combined component by component, so they must agree.\n"
+            f"Let the model return the same shape for every pose."
+        )
 
 
 def _check_finite(predictions: Tensor) -> None:
