@@ -7,7 +7,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from posegrad import Engine, Mean, Min, ShapeMismatchError, TopK, UntrackedTensorError
+from posegrad import (
+    Engine,
+    Mean,
+    Min,
+    ReentrantCheckpointError,
+    ShapeMismatchError,
+    TopK,
+    UntrackedTensorError,
+)
 from posegrad.testing import assert_matches_autograd
 from tests.models import FEATURES, MODELS
 
@@ -220,3 +228,31 @@ def test_inference_tensors_can_be_poses(schedule: str) -> None:
     model = MODELS["mlp"]()
     Engine(model).combine([x.clone() for x in batch], Mean(), schedule=schedule)[0].backward()
     assert model[0].weight.grad is not None
+
+
+class Depositing(torch.autograd.Function):
+    """A home-made checkpoint: its backward runs a backward of its own."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, module: nn.Module) -> Tensor:
+        ctx.module = module
+        ctx.save_for_backward(x)
+        return module(x)
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, None]:
+        x = ctx.saved_tensors[0].detach().requires_grad_()
+        with torch.enable_grad():
+            torch.autograd.backward(ctx.module(x), cotangent)
+        return x.grad, None
+
+
+@pytest.mark.parametrize("schedule", ["store", "stream"])
+def test_a_function_that_deposits_gradients_itself_is_refused(schedule: str) -> None:
+    model = nn.Sequential(nn.Linear(FEATURES, 4), nn.Linear(4, 1))
+    model[1].weight.grad = torch.ones(1, 4)
+    engine = Engine(model, predict=lambda model, x: Depositing.apply(model[0](x), model[1]))
+    with pytest.raises(ReentrantCheckpointError, match="calls backward"):
+        engine.combine(_poses(), Mean(), schedule=schedule)
+    assert torch.equal(model[1].weight.grad, torch.ones(1, 4))
+    assert model[0].weight.grad is None

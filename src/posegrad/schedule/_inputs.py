@@ -1,12 +1,13 @@
 """What gradients flow to: the model's parameters, and pose tensors that require grad."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor
 
 from posegrad.capture import leaf_hooks_off, no_autocast
-from posegrad.errors import StaleParametersError
+from posegrad.errors import ReentrantCheckpointError, StaleParametersError
 from posegrad.schedule._poses import Pose, map_tensors
 
 __all__ = ["Inputs"]
@@ -68,7 +69,8 @@ class Inputs:
         sources = [*self.tensors[: self.parameter_count], *leaves.values()]
         if not sources or not predictions.requires_grad:
             return {}
-        with leaf_hooks_off(sources), no_autocast(predictions.device.type):
+        guard = nullcontext() if self._marks is not None else self._grad_set_aside()
+        with guard, leaf_hooks_off(sources), no_autocast(predictions.device.type):
             found = torch.autograd.grad(
                 predictions, sources, cotangent, retain_graph=keep_graph, allow_unused=True
             )
@@ -95,6 +97,32 @@ class Inputs:
                 f"belongs to it.\n"
                 f"Call backward() before optimizer.step(), and load or freeze parameters before "
                 f"combine()."
+            )
+
+    @contextmanager
+    def _grad_set_aside(self) -> Iterator[None]:
+        """Refuses a backward that deposits gradients by itself, before combine() has weights.
+
+        Raises:
+            ReentrantCheckpointError: if one did; every `.grad` is as it was.
+        """
+        parameters = self.tensors[: self.parameter_count]
+        held = [p.grad for p in parameters]
+        for p in parameters:
+            p.grad = None
+        try:
+            yield
+        finally:
+            written = [
+                name for name, p in zip(self._names, parameters, strict=True) if p.grad is not None
+            ]
+            for p, gradient in zip(parameters, held, strict=True):
+                p.grad = gradient
+        if written:
+            raise ReentrantCheckpointError(
+                f"A custom autograd function inside the model calls backward() and deposits "
+                f"gradients by itself (into {written[0]}), before their weights are known.\n"
+                f"Use schedule='retain', or let the function return its gradients."
             )
 
     def _number_of(self, tensor: Tensor) -> int | None:
