@@ -1,4 +1,4 @@
-"""Imports point one way: errors, combination, capture, schedule, engine, testing."""
+"""Imports point one way: errors, combination, jacobian, capture, schedule, engine, testing."""
 
 import ast
 from pathlib import Path
@@ -8,7 +8,7 @@ import pytest
 import posegrad
 
 SRC = Path(posegrad.__file__).parent
-ORDER = ["errors", "combination", "capture", "schedule", "engine", "testing"]
+ORDER = ["errors", "combination", "jacobian", "capture", "schedule", "engine", "testing"]
 FILES = sorted(
     path.relative_to(SRC) for path in SRC.rglob("*.py") if path.parent != SRC or path.stem in ORDER
 )

@@ -25,10 +25,12 @@ from posegrad.errors import (
     ReentrantCheckpointError,
     ReplayError,
     ShapeMismatchError,
+    StaleFactorError,
     StaleParametersError,
     UnsupportedModuleError,
     UntrackedTensorError,
 )
+from posegrad.jacobian import PoseJacobian
 from posegrad.schedule._plan import Plan
 from posegrad.schedule._session import Combined
 
@@ -53,10 +55,12 @@ __all__ = [
     "OnlineForm",
     "PerPoseLossError",
     "Plan",
+    "PoseJacobian",
     "PosegradError",
     "ReentrantCheckpointError",
     "ReplayError",
     "ShapeMismatchError",
+    "StaleFactorError",
     "StaleParametersError",
     "Sum",
     "TopK",

@@ -1,35 +1,24 @@
-"""The engine: runs the poses of a group and delivers their combined gradient."""
+"""The engine: runs the poses of a group, and reads gradients off graphs."""
 
-from collections.abc import Callable, Iterable, Iterator, Sized
-from dataclasses import replace
-from itertools import chain, islice
+from collections.abc import Callable, Iterable, Sequence, Sized
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 
-from posegrad.combination import Combination
+from posegrad.capture import Gatherer, check_modules, named_parameters, selected
 from posegrad.combination._base import Rule, as_combination
-from posegrad.errors import (
-    ClosedEngineError,
-    NoPosesError,
-    ShapeMismatchError,
-    UnsupportedModuleError,
-)
+from posegrad.errors import ClosedEngineError
+from posegrad.jacobian import PoseJacobian
+from posegrad.schedule._combine import chunks_of, request_for, run, scorer_for
+from posegrad.schedule._gather import Loss, gather
 from posegrad.schedule._inputs import Inputs
-from posegrad.schedule._plan import Plan, Request, choose, describe
-from posegrad.schedule._poses import Pose, each_pose, in_chunks
-from posegrad.schedule._replay import scales_float16
+from posegrad.schedule._plan import Plan, ReadingPlan, choose, count_of, describe
+from posegrad.schedule._poses import Pose
 from posegrad.schedule._session import Combined, Scorer, Session
-from posegrad.schedule.recompute import recompute
 from posegrad.schedule.retain import retain
-from posegrad.schedule.store import store
-from posegrad.schedule.stream import stream
 
 __all__ = ["Engine"]
-
-_WRAPPERS = ("DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule")
 
 
 class Engine:
@@ -40,7 +29,10 @@ class Engine:
     of J the gradient of :math:`\hat y_i`. The engine finds w first and differentiates only what w
     needs, one pose at a time, so that m graphs are never alive together.
 
-    Nothing is added to the model: no hooks, no attributes. The engine draws no random numbers.
+    Where a rule looks at the gradients themselves, the engine reads J off the graph of a batch:
+    `jacobian`, `gather`, `compute_gramian`, `backward`.
+
+    Nothing is added to the model, and nothing drawn from the global random generators.
 
     Args:
         modules: The model; or several modules, none inside another, together with `predict`.
@@ -49,10 +41,15 @@ class Engine:
             `Batch.from_data_list`. The model must then return one row per pose, `[c, ...]`.
         chunk_size: How many poses are scored together, and so how many graphs are alive at once.
             A stacked tensor needs no `collate`; a list does.
+        check: When a Jacobian is compared with a plain backward: on the `"first"` gather of every
+            structure of graph, `"always"`, or `"never"`. What disagrees is taken by slower ways.
+        batch_dim: `"auto"` finds the owner of every row by itself. A number is trusted to be the
+            dimension of poses, as TorchJD's; None takes a backward for every row.
+        block_bytes: About how much memory rows without a closed form may take at once.
 
     Raises:
         TypeError: if a module is not an `nn.Module`.
-        ValueError: if there is no module, several without `predict`, or `chunk_size` < 1.
+        ValueError: if there is no module, several without `predict`, or an option is unknown.
         UnsupportedModuleError: if one module is inside another, or is wrapped for distributed
             training.
 
@@ -73,8 +70,11 @@ class Engine:
         predict: Callable[..., Tensor] | None = None,
         collate: Callable[[list[Pose]], Any] | None = None,
         chunk_size: int = 1,
+        check: str = "first",
+        batch_dim: int | str | None = "auto",
+        block_bytes: int = 2**27,
     ) -> None:
-        _check_modules(modules)
+        check_modules(modules)
         if predict is None and len(modules) > 1:
             raise ValueError(
                 f"The engine has {len(modules)} modules and cannot know how a pose passes through "
@@ -86,6 +86,7 @@ class Engine:
         self.predict = predict if predict is not None else _call
         self.collate = collate
         self.chunk_size = int(chunk_size)
+        self._gatherer = Gatherer(check, batch_dim, block_bytes)
         self._closed = False
         self._seasoned = False  # whether a group has been through without a complaint
 
@@ -145,41 +146,162 @@ class Engine:
             m (F + B), m graphs.
 
         Example:
-            >>> engine = Engine(nn.Linear(3, 1))
-            >>> prediction, per_pose = engine.combine([torch.ones(3), torch.zeros(3)], Mean())
+            >>> poses = [torch.ones(3), torch.zeros(3)]
+            >>> prediction, per_pose = Engine(nn.Linear(3, 1)).combine(poses, Mean())
             >>> bool(prediction == per_pose.mean())
             True
         """
         self._check_open()
-        rule = as_combination(rule)
         scorer = self._scorer(poses)
-        chunks = in_chunks(each_pose(poses), self.chunk_size)
-        opening = list(islice(chunks, 2))
-        if not opening:
-            raise NoPosesError(
-                "There are no poses: a combination of none is undefined.\n"
-                "Leave compounds without poses out of the loop."
-            )
-        request = self._request(rule, schedule, skip_below, len(opening))
-        name, _ = choose(request)
-        return self._run(name, request, scorer, chain(opening, chunks))
+        count, chunks = chunks_of(poses, self.chunk_size)
+        request = request_for(as_combination(rule), schedule, skip_below, count, self.modules)
+        if choose(request)[0] == "retain" or not torch.is_grad_enabled():
+            return retain(scorer, chunks, request.rule)
+        inputs = Inputs(named_parameters(self.modules))
+        session = Session(scorer, chunks, inputs, wary=not self._seasoned)
+        combined = run(session, request, self._gatherer)
+        self._seasoned = True
+        return combined
 
-    def plan(
-        self, poses: Sized | Tensor, rule: Rule, *, schedule: str = "auto", skip_below: float = 0.0
-    ) -> Plan:
-        """What `combine` would do with these poses and this rule, without scoring any.
+    def jacobian(
+        self,
+        output: Tensor,
+        *,
+        params: Iterable[str | Tensor] | None = None,
+        pose_index: Tensor | Sequence[Tensor] | None = None,
+        retain_graph: bool = False,
+    ) -> PoseJacobian:
+        r"""Reads the Jacobian of an output off its graph; the graph is freed.
+
+        Any output will do: predictions, losses, some of them, several numbers a pose. Which rows of
+        the activations belong to which pose is found out, in whatever layout they are.
 
         Args:
-            poses: As for `combine`, but with a length.
-            rule: As for `combine`.
+            output: Of any shape, computed with a graph from the engine's modules.
+            params: Names or parameters to differentiate by; default: all trainable ones.
+            pose_index: The poses of atoms, edges or other rows of a ragged batch: one tensor of
+                indices for each kind of rows. Saves the search; it is trusted.
+            retain_graph: Leave the graph for another backward.
+
+        Returns:
+            J as a linear operator.
+
+        Raises:
+            NoPosesError: if the output is empty.
+            NotDifferentiableError: if it has no graph, or depends on none of the parameters.
+            ReentrantCheckpointError: if a reentrant checkpoint is in its graph.
+            StaleFactorError: if a tensor the forward saved was changed in place.
+            ValueError: if `params` names what is not there.
+
+        Warns:
+            UserWarning: once for every structure of graph in which poses depend on each other.
+
+        Note:
+            Time: one backward to the activations, which computes no parameter's gradient, and a
+            second one to find the owners; for a parameter behind activations in which poses mix,
+            one backward for each row. Memory: the inputs and cotangents of the layers, about as
+            much as the graph; for parameters without a closed form, their rows.
+
+        Example:
+            >>> model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1))
+            >>> J = Engine(model).jacobian(model(torch.randn(6, 3)).squeeze(1))
+            >>> J.gramian().shape
+            torch.Size([6, 6])
+        """
+        self._check_open()
+        parameters = selected(named_parameters(self.modules), params)
+        index = [pose_index] if isinstance(pose_index, Tensor) else list(pose_index or ())
+        return self._gatherer.gather(output, parameters, pose_index=index, keep_graph=retain_graph)
+
+    def gather(
+        self, poses: Iterable[Pose] | Tensor, *, loss: Loss | None = None, form: str = "auto"
+    ) -> PoseJacobian:
+        """Scores poses chunk by chunk and gathers their Jacobian; each chunk's graph is freed.
+
+        Args:
+            poses: As for `combine`.
+            loss: From the predictions `[c, ...]` of a chunk and the numbers `[c]` of its poses to
+                `[c, ...]`: J has the rows of these instead.
+            form: How each parameter's rows are held: as `"factors"`, `"dense"`, or as the smaller
+                of the two, `"auto"`.
+
+        Returns:
+            J with the rows of all poses.
+
+        Raises:
+            NoPosesError, ShapeMismatchError: as `combine`; the latter also for rows of the loss.
+
+        Note:
+            Memory: one chunk's graph, and m rows in the form that was asked for.
+
+        Example:
+            >>> targets = torch.zeros(5)
+            >>> squares = lambda predictions, i: (predictions - targets[i]).square()
+            >>> Engine(nn.Linear(3, 1)).gather(torch.randn(5, 3), loss=squares).matrix().shape
+            torch.Size([5, 4])
+        """
+        self._check_open()
+        _, chunks = chunks_of(poses, self.chunk_size)
+        parameters = selected(named_parameters(self.modules), None)
+        return gather(self._gatherer, self._scorer(poses), chunks, parameters, loss, form)
+
+    def compute_gramian(self, output: Tensor) -> Tensor:
+        """The Gramian of an output's gradients, as TorchJD's engine gives it; the graph is kept.
+
+        Returns:
+            Of shape `output.shape + reversed(output.shape)`: `[m, m]` for `[m]`.
+
+        Example:
+            >>> model = nn.Linear(3, 1)
+            >>> losses = model(torch.ones(2, 3)).squeeze(1)
+            >>> Engine(model).compute_gramian(losses)
+            tensor([[4., 4.],
+                    [4., 4.]])
+            >>> losses.backward(torch.ones(2))
+        """
+        gramian: Tensor = self.jacobian(output, retain_graph=True).gramian()
+        return gramian
+
+    def backward(self, output: Tensor, rule: Rule | Tensor) -> Tensor:
+        r"""Adds :math:`w^\top J` to the parameters' `.grad`, with the weights a rule gives.
+
+        Args:
+            output: As for `jacobian`.
+            rule: A combination rule h, for which :math:`w = \partial h / \partial \hat y`; or the
+                weights themselves.
+
+        Returns:
+            The weights, in the output's shape.
+
+        Example:
+            >>> model = nn.Linear(3, 1)
+            >>> Engine(model).backward(model(torch.ones(2, 3)).squeeze(1), Mean())
+            tensor([0.5000, 0.5000])
+        """
+        return self.jacobian(output).backward(rule)
+
+    def plan(
+        self,
+        poses_or_output: Sized | Tensor,
+        rule: Rule,
+        *,
+        schedule: str = "auto",
+        skip_below: float = 0.0,
+    ) -> Plan | ReadingPlan:
+        """What `combine` or `backward` would do, without doing any of it.
+
+        Args:
+            poses_or_output: Poses as for `combine`, but with a length; or an output as for
+                `backward`, with its graph.
+            rule: As for those.
             schedule: As for `combine`.
             skip_below: As for `combine`.
 
         Returns:
-            A `Plan`; print it. It supposes that a prediction is one number.
+            Something to print. It supposes that a pose's prediction is one number.
 
         Raises:
-            TypeError: if `poses` has no length, as a generator.
+            TypeError: if the poses have no length, as a generator.
             NoPosesError: if there are none.
 
         Example:
@@ -191,29 +313,21 @@ class Engine:
             holds      1 running sum: 0.00 MiB
         """
         self._check_open()
-        if not isinstance(poses, Sized):
-            raise TypeError(
-                f"plan() needs to know how many poses there are, and a {type(poses).__name__} does "
-                f"not say. Pass a list or a stacked tensor."
-            )
-        count = len(poses)
-        if count == 0:
-            raise NoPosesError("There are no poses to plan for.")
+        parameters = selected(named_parameters(self.modules), None)
+        paths = self._gatherer.paths(poses_or_output, parameters)
+        if paths:
+            return ReadingPlan(poses_or_output.numel(), paths)  # type: ignore[union-attr]
+        count = count_of(poses_or_output)
         chunks = -(-count // self.chunk_size)
-        request = self._request(as_combination(rule), schedule, skip_below, chunks)
-        size = sum(
-            p.numel() * p.element_size() for p in self._parameters().values() if p.requires_grad
-        )
-        return describe(request, poses=count, chunks=chunks, parameter_bytes=size)
+        request = request_for(as_combination(rule), schedule, skip_below, chunks, self.modules)
+        return describe(request, count, chunks, parameters.values())
 
     def close(self) -> None:
         """Ends the engine's life; using it afterwards raises `ClosedEngineError`.
 
         There is nothing to undo on the model. `with Engine(model) as engine:` closes at the end.
 
-        Example:
-            >>> engine = Engine(nn.Linear(3, 1))
-            >>> engine.close()
+        >>> Engine(nn.Linear(3, 1)).close()
         """
         self._closed = True
 
@@ -224,104 +338,13 @@ class Engine:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _run(
-        self, name: str, request: Request, scorer: Scorer, chunks: Iterator[list[Pose]]
-    ) -> Combined:
-        if name == "retain" or not torch.is_grad_enabled():
-            return retain(scorer, chunks, request.rule)
-        session = Session(scorer, chunks, Inputs(self._parameters()), wary=not self._seasoned)
-        if name == "stream":
-            name, _ = choose(_informed(request, session.first().predictions))
-        if name == "stream":
-            combined = stream(session, request.rule)
-        elif name == "store":
-            combined = store(session, request.rule)
-        else:
-            combined = recompute(session, request.rule, skip_below=request.skip_below)
-        self._seasoned = True
-        return combined
-
     def _scorer(self, poses: Iterable[Pose] | Tensor) -> Scorer:
-        if isinstance(poses, Tensor) and poses.ndim == 0:
-            raise ShapeMismatchError(
-                "The poses are a tensor without dimensions; its rows would be the poses.\n"
-                "Pass a stacked tensor [m, ...] or a list of poses."
-            )
-        collate = self.collate
-        if collate is None and self.chunk_size > 1:
-            if not isinstance(poses, Tensor):
-                raise ValueError(
-                    f"chunk_size is {self.chunk_size} and the poses come as a "
-                    f"{type(poses).__name__}, so the engine must know how to join them. Pass "
-                    f"Engine(..., collate=torch.stack), PyG's Batch.from_data_list, or a stacked "
-                    f"tensor of poses."
-                )
-            collate = torch.stack
-        return Scorer(self.modules, self.predict, collate, self.chunk_size)
-
-    def _request(self, rule: Combination, schedule: str, skip: float, chunks: int) -> Request:
-        scales = scales_float16(self.modules)
-        return Request(rule, schedule, skip, one_chunk=chunks == 1, scales_float16=scales)
-
-    def _parameters(self) -> dict[str, nn.Parameter]:
-        """All parameters by dotted name; those of several modules under `0.`, `1.`, ..."""
-        prefixes = [f"{i}." for i in range(len(self.modules))] if len(self.modules) > 1 else [""]
-        named = {
-            prefix + name: parameter
-            for prefix, module in zip(prefixes, self.modules, strict=True)
-            for name, parameter in module.named_parameters()
-        }
-        lazy = [name for name, parameter in named.items() if is_lazy(parameter)]
-        if lazy:
-            raise UnsupportedModuleError(
-                f"Not initialised yet: {', '.join(lazy)}. The engine cannot follow a parameter "
-                f"that does not exist. Score one pose with the model first."
-            )
-        return named
+        return scorer_for(poses, self.modules, self.predict, self.collate, self.chunk_size)
 
     def _check_open(self) -> None:
         if self._closed:
             raise ClosedEngineError("This engine was closed. Make a new one: Engine(model).")
 
 
-def _informed(request: Request, predictions: Tensor) -> Request:
-    """The request with what only a first prediction tells: its size, and what the rule trains."""
-    with torch.enable_grad():
-        trained = request.rule(predictions.detach()).requires_grad
-    return replace(request, components=predictions[0].numel(), rule_is_trained=trained)
-
-
 def _call(model: nn.Module, pose: Pose) -> Any:
     return model(pose)
-
-
-def _check_modules(modules: tuple[nn.Module, ...]) -> None:
-    if not modules:
-        raise ValueError("The engine has no module. Pass the model: Engine(model).")
-    for i, module in enumerate(modules):
-        if not isinstance(module, nn.Module):
-            raise TypeError(
-                f"Module {i} is a {type(module).__name__}, not an nn.Module. Pass the model "
-                f"itself; a function that calls it belongs into predict=."
-            )
-        for name, part in module.named_modules():
-            _check_not_wrapped(name or f"module {i}", part)
-            inside = next((j for j, m in enumerate(modules) if m is part and j != i), None)
-            if inside is not None:
-                raise UnsupportedModuleError(
-                    f"Module {inside} is inside module {i} (as {name or 'the same object'}), so "
-                    f"its parameters would be counted twice. Pass the outer one only."
-                )
-
-
-def _check_not_wrapped(name: str, module: nn.Module) -> None:
-    kinds = {c.__name__ for c in type(module).__mro__ if c.__module__.startswith("torch.")}
-    found = kinds.intersection(_WRAPPERS)
-    if found:
-        raise UnsupportedModuleError(
-            f"{name} is wrapped by {found.pop()}, which averages gradients over processes when its "
-            f"own forward runs with a graph. The engine scores poses without one, so the gradients "
-            f"would silently stay local.\n"
-            f"Until posegrad supports it: Engine(wrapped.module), then all-reduce each .grad "
-            f"yourself before optimizer.step()."
-        )

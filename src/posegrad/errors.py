@@ -17,6 +17,7 @@ __all__ = [
     "ReentrantCheckpointError",
     "ReplayError",
     "ShapeMismatchError",
+    "StaleFactorError",
     "StaleParametersError",
     "UnsupportedModuleError",
     "UntrackedTensorError",
@@ -53,6 +54,10 @@ class ReplayError(PosegradError, RuntimeError):
 
 class StaleParametersError(PosegradError, RuntimeError):
     """A parameter changed between `combine` and `backward`."""
+
+
+class StaleFactorError(PosegradError, RuntimeError):
+    """A tensor the forward saved was changed in place before the Jacobian was used."""
 
 
 class UntrackedTensorError(PosegradError, RuntimeError):

@@ -1,6 +1,21 @@
 """Reading autograd's graph: the only code that touches autograd's internals."""
 
 from posegrad.capture._compat import leaf_hooks_off, no_autocast
+from posegrad.capture._edges import EdgeRegistry
+from posegrad.capture._gather import Gatherer
+from posegrad.capture._guard import grad_set_aside
+from posegrad.capture._modules import check_modules, named_parameters, selected
 from posegrad.capture._tracked import check_tracked, graph_clock
 
-__all__ = ["check_tracked", "graph_clock", "leaf_hooks_off", "no_autocast"]
+__all__ = [
+    "EdgeRegistry",
+    "Gatherer",
+    "check_modules",
+    "check_tracked",
+    "grad_set_aside",
+    "graph_clock",
+    "leaf_hooks_off",
+    "named_parameters",
+    "no_autocast",
+    "selected",
+]

@@ -1,19 +1,29 @@
 """The only place that uses names PyTorch does not promise to keep."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import Node
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from posegrad.errors import StaleFactorError
+
 __all__ = [
     "StorageWeakRef",
     "TorchDispatchMode",
+    "apply_node",
+    "device_of",
+    "dtype_of",
+    "in_backward",
     "leaf_hooks_off",
     "no_autocast",
+    "saved",
+    "shape_of",
     "tree_leaves",
 ]
 
@@ -44,3 +54,60 @@ def leaf_hooks_off(leaves: Iterable[Tensor]) -> Iterator[None]:
     finally:
         for table, functions in zip(hooks, held, strict=True):
             table.update(functions)
+
+
+def shape_of(node: Node) -> list[torch.Size]:
+    """The shapes of a node's outputs."""
+    return [torch.Size(data.shape) for data in node._input_metadata]
+
+
+def dtype_of(node: Node) -> list[torch.dtype]:
+    """The dtypes of a node's outputs."""
+    return [data.dtype for data in node._input_metadata]
+
+
+def device_of(node: Node) -> torch.device:
+    """The device of a node's first output."""
+    device: torch.device = node._input_metadata[0].device
+    return device
+
+
+def saved(node: Node, name: str) -> Any:
+    """What a node saved under a name in the forward; None if it saved nothing.
+
+    Raises:
+        StaleFactorError: if it is a tensor that was changed in place since.
+    """
+    try:
+        return getattr(node, f"_saved_{name}", None)
+    except RuntimeError as error:
+        if "inplace" not in str(error):
+            raise
+        raise StaleFactorError(
+            f"A tensor that {node.name()} saved in the forward was changed in place since; a plain "
+            f"backward would fail likewise.\n{error}\n"
+            f"Change a clone, or take the Jacobian before the change."
+        ) from None
+
+
+def apply_node(node: Node, cotangents: list[Tensor | None]) -> tuple[Tensor | None, ...]:
+    """One operator's vector-Jacobian product: a gradient for each of its arguments.
+
+    No hook runs, and nothing beyond the operator.
+    """
+    call = node if callable(node) else node.apply  # type: ignore[attr-defined]
+    result = call(*cotangents)
+    return result if isinstance(result, tuple) else (result,)
+
+
+def in_backward(function: Callable[[], None]) -> None:
+    """Calls a function inside a backward of its own.
+
+    Saved tensors of a checkpoint are recomputed once for each backward they are read in; outside
+    of any, once for each tensor.
+    """
+    with torch.enable_grad():
+        start = torch.zeros((), requires_grad=True)
+        end = start.clone()
+    end.register_hook(lambda _: function())  # type: ignore[no-untyped-call]
+    torch.autograd.grad(end, start)

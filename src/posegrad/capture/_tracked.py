@@ -7,18 +7,16 @@ walk costs 0.05 to 0.5 ms; nothing is kept.
 """
 
 import sys
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import Node, get_gradient_edge
 
-from posegrad.errors import ReentrantCheckpointError, UntrackedTensorError
+from posegrad.capture._edges import LEAF, walk
+from posegrad.errors import UntrackedTensorError
 
 __all__ = ["check_tracked", "graph_clock"]
-
-_LEAF = type(get_gradient_edge(torch.zeros((), requires_grad=True)).node)
-"""The class of the nodes that stand for leaves, AccumulateGrad."""
 
 
 def graph_clock() -> int:
@@ -41,37 +39,18 @@ def check_tracked(output: Tensor, known: Collection[int], since: int) -> None:
         UntrackedTensorError: if another leaf, or a node older than the forward, is reached.
         ReentrantCheckpointError: if a reentrant checkpoint is.
     """
-    for node in _nodes(output):
-        kind = type(node)
-        if kind is _LEAF:
+    for node in walk(get_gradient_edge(output).node):
+        if type(node) is LEAF:
             if id(_variable(node)) not in known and _references(node) > _HELD_BY_GRAPH_ALONE:
                 raise UntrackedTensorError(_leaf_message(_variable(node)))
-        elif kind.__name__ == "CheckpointFunctionBackward":
-            raise ReentrantCheckpointError(
-                "The model uses torch.utils.checkpoint with use_reentrant=True, which works under "
-                "a plain backward() only.\n"
-                "Use use_reentrant=False, or schedule='retain'."
-            )
         elif node._sequence_nr() < since and not _is_cached_cast(node):
             raise UntrackedTensorError(_older_message(node))
-
-
-def _nodes(output: Tensor) -> Iterator[Node]:
-    stack = [get_gradient_edge(output).node]
-    seen = set(stack)
-    while stack:
-        node = stack.pop()
-        yield node
-        for parent, _ in node.next_functions:
-            if parent is not None and parent not in seen:
-                seen.add(parent)
-                stack.append(parent)
 
 
 def _is_cached_cast(node: Node) -> bool:
     """Autocast casts a parameter once and reuses the copy in later forwards."""
     return type(node).__name__ == "ToCopyBackward0" and all(
-        type(parent) is _LEAF for parent, _ in node.next_functions
+        type(parent) is LEAF for parent, _ in node.next_functions
     )
 
 

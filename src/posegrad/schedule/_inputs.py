@@ -1,13 +1,13 @@
 """What gradients flow to: the model's parameters, and pose tensors that require grad."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
 
-from posegrad.capture import leaf_hooks_off, no_autocast
-from posegrad.errors import ReentrantCheckpointError, StaleParametersError
+from posegrad.capture import grad_set_aside, leaf_hooks_off, no_autocast
+from posegrad.errors import StaleParametersError
 from posegrad.schedule._poses import Pose, map_tensors
 
 __all__ = ["Inputs"]
@@ -27,7 +27,7 @@ class Inputs:
         self.parameters = frozenset(id(p) for p in parameters.values())
         self.tensors: list[Tensor] = [p for _, p in trained.values()]
         self.parameter_count = len(self.tensors)
-        self._names = [name for name, _ in trained.values()]
+        self.names = [name for name, _ in trained.values()]
         self._index = {id(tensor): i for i, tensor in enumerate(self.tensors)}
         self._marks: list[tuple[int, int, bool]] | None = None
 
@@ -53,6 +53,11 @@ class Inputs:
 
         return [map_tensors(leaf_of, pose) for pose in poses], leaves
 
+    def sources(self, leaves: Mapping[int, Tensor]) -> dict[str, tuple[int, Tensor]]:
+        """What a chunk's predictions may depend on: numbers and tensors, by a name for messages."""
+        own = zip(self.names, enumerate(self.tensors), strict=False)
+        return dict(own) | {f"pose tensor {i}": (i, leaf) for i, leaf in leaves.items()}
+
     def gradients(
         self,
         predictions: Tensor,
@@ -69,7 +74,8 @@ class Inputs:
         sources = [*self.tensors[: self.parameter_count], *leaves.values()]
         if not sources or not predictions.requires_grad:
             return {}
-        guard = nullcontext() if self._marks is not None else self._grad_set_aside()
+        own = dict(zip(self.names, self.tensors, strict=False))
+        guard = nullcontext() if self._marks is not None else grad_set_aside(own)
         with guard, leaf_hooks_off(sources), no_autocast(predictions.device.type):
             found = torch.autograd.grad(
                 predictions, sources, cotangent, retain_graph=keep_graph, allow_unused=True
@@ -87,7 +93,7 @@ class Inputs:
             StaleParametersError: naming every changed parameter.
         """
         assert self._marks is not None
-        rows = zip(self._names, self.tensors[: self.parameter_count], self._marks, strict=True)
+        rows = zip(self.names, self.tensors[: self.parameter_count], self._marks, strict=True)
         changed = [name for name, parameter, mark in rows if _mark(parameter) != mark]
         if changed:
             shown = ", ".join(changed[:5]) + (f" and {len(changed) - 5} more" * (len(changed) > 5))
@@ -97,32 +103,6 @@ class Inputs:
                 f"belongs to it.\n"
                 f"Call backward() before optimizer.step(), and load or freeze parameters before "
                 f"combine()."
-            )
-
-    @contextmanager
-    def _grad_set_aside(self) -> Iterator[None]:
-        """Refuses a backward that deposits gradients by itself, before combine() has weights.
-
-        Raises:
-            ReentrantCheckpointError: if one did; every `.grad` is as it was.
-        """
-        parameters = self.tensors[: self.parameter_count]
-        held = [p.grad for p in parameters]
-        for p in parameters:
-            p.grad = None
-        try:
-            yield
-        finally:
-            written = [
-                name for name, p in zip(self._names, parameters, strict=True) if p.grad is not None
-            ]
-            for p, gradient in zip(parameters, held, strict=True):
-                p.grad = gradient
-        if written:
-            raise ReentrantCheckpointError(
-                f"A custom autograd function inside the model calls backward() and deposits "
-                f"gradients by itself (into {written[0]}), before their weights are known.\n"
-                f"Use schedule='retain', or let the function return its gradients."
             )
 
     def _number_of(self, tensor: Tensor) -> int | None:

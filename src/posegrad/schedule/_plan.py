@@ -1,10 +1,14 @@
 """Which schedule runs, and what it costs."""
 
+from collections.abc import Iterable, Mapping, Sized
 from dataclasses import dataclass
 
-from posegrad.combination import Combination, OnlineForm
+from torch import Tensor
 
-__all__ = ["SCHEDULES", "Plan", "Request", "choose", "describe"]
+from posegrad.combination import Combination, OnlineForm
+from posegrad.errors import NoPosesError
+
+__all__ = ["SCHEDULES", "Plan", "ReadingPlan", "Request", "choose", "count_of", "describe"]
 
 SCHEDULES = ("auto", "retain", "store", "stream", "recompute")
 
@@ -120,8 +124,44 @@ class Plan:
         return "\n".join(f"{name:<10} {text}" for name, text in rows.items())
 
 
-def describe(request: Request, *, poses: int, chunks: int, parameter_bytes: int) -> Plan:
+@dataclass(frozen=True)
+class ReadingPlan:
+    """How the Jacobian of an output would be read. Prints as a table.
+
+    Args:
+        rows: The number of its rows.
+        paths: For each parameter how its rows are read, unless poses turn out to mix.
+    """
+
+    rows: int
+    paths: Mapping[str, str]
+
+    def __str__(self) -> str:
+        width = max(len(name) for name in self.paths)
+        lines = [f"{name:<{width}}  {path}" for name, path in self.paths.items()]
+        return "\n".join([f"{self.rows} rows, from one backward to the activations", *lines])
+
+
+def count_of(poses: object) -> int:
+    """The number of poses.
+
+    Raises:
+        TypeError: if they do not say.
+        NoPosesError: if there are none.
+    """
+    if not isinstance(poses, Sized):
+        raise TypeError(
+            f"plan() needs to know how many poses there are, and a {type(poses).__name__} does "
+            f"not say. Pass a list or a stacked tensor."
+        )
+    if len(poses) == 0:
+        raise NoPosesError("There are no poses to plan for.")
+    return len(poses)
+
+
+def describe(request: Request, poses: int, chunks: int, parameters: Iterable[Tensor]) -> Plan:
     """The plan of one combine, for scalar predictions."""
+    parameter_bytes = sum(p.numel() * p.element_size() for p in parameters)
     schedule, reason = choose(request)
     form = request.form()
     sums = form.count if form is not None else 1

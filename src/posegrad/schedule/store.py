@@ -1,50 +1,74 @@
-"""Schedule `store`: keep the m rows of the Jacobian instead of the m graphs."""
+"""Schedule `store`: keep the rows of the Jacobian instead of the graphs."""
+
+from typing import cast
 
 import torch
 from torch import Tensor
 
+from posegrad.capture import Gatherer
 from posegrad.combination import Combination
+from posegrad.jacobian import Block
 from posegrad.schedule._attach import Gradients, attach
 from posegrad.schedule._gradients import GradientSum
+from posegrad.schedule._poses import map_tensors, tensors_of
 from posegrad.schedule._session import Chunk, Combined, Session, group_predictions
 
 __all__ = ["store"]
 
+Rows = dict[int, Block | Tensor]
+"""The rows of one chunk by number of input; for a chunk of one number, its gradient."""
 
-def store(session: Session, rule: Combination) -> Combined:
+
+def store(session: Session, rule: Combination, gatherer: Gatherer) -> Combined:
     """Differentiates every pose at once, as mtenn does, and weighs the gradients in backward.
 
-    Memory: m gradients of parameter size (times d for predictions of d numbers). Time: m forwards
-    and m d backwards. Serves any rule and any loss of both outputs without scoring a pose twice.
+    Memory: the rows of m poses, those of each parameter in their smaller form (times d for
+    predictions of d numbers). Time: one forward for each pose, and a backward to the activations.
+    Serves any rule and any loss of both outputs without scoring a pose twice.
     """
     values: list[Tensor] = []
-    rows: list[dict[int, Tensor]] = []  # one per prediction, in the order of `values` flattened
+    rows: list[Rows] = []
     for chunk in session.chunks(with_graph=True):
-        rows += _rows(session, chunk)
+        rows.append(_rows(session, chunk, gatherer))
         values.append(chunk.predictions.detach())
     session.check_differentiable()
-    places = [(i, number) for i, row in enumerate(rows) for number in row]
+    saved = tensors_of(rows)
+    empty = torch.empty(0)
+    shells = map_tensors(lambda _: empty, rows)  # the tensors themselves are autograd's to free
+    sizes = [value.numel() for value in values]
 
     def pullback(saved: Gradients, cotangents: Gradients) -> Gradients:
         (cotangent,) = cotangents
         total = GradientSum()
-        weights = [] if cotangent is None else cotangent.flatten().tolist()  # one wait for a GPU
-        for (i, number), gradient in zip(places if weights else [], saved, strict=bool(weights)):
-            if gradient is not None and weights[i] != 0:
-                total.add({number: gradient}, weights[i])
+        if cotangent is not None:
+            tensors = iter(saved)
+            filled: list[Rows] = map_tensors(lambda _: cast("Tensor", next(tensors)), shells)
+            pieces = torch.split(cotangent.reshape(-1), sizes)
+            for weights, blocks in zip(pieces, filled, strict=True):
+                if bool(weights.any()):
+                    _add(total, blocks, weights)
         return total.delivered(session.inputs.tensors)
 
-    saved = [rows[i][number] for i, number in places]
     (per_pose,) = attach([group_predictions(values)], session.inputs, pullback, saved)
     return Combined(rule(per_pose), per_pose)
 
 
-def _rows(session: Session, chunk: Chunk) -> list[dict[int, Tensor]]:
-    """The gradient of every number the chunk predicted, one backward each."""
+def _add(total: GradientSum, rows: Rows, weights: Tensor) -> None:
+    """Adds the rows of one chunk, times their weights."""
+    for number, held in rows.items():
+        if isinstance(held, Tensor):
+            total.add({number: held}, float(weights))
+        else:
+            total.add({number: held.combine(weights)})
+
+
+def _rows(session: Session, chunk: Chunk, gatherer: Gatherer) -> Rows:
+    """The rows of one chunk's Jacobian, of the inputs it depends on."""
     flat = chunk.predictions.reshape(-1)
-    units = torch.eye(len(flat), dtype=flat.dtype, device=flat.device)
-    last = len(flat) - 1
-    return [
-        session.inputs.gradients(flat, unit, chunk.leaves, keep_graph=i < last)
-        for i, unit in enumerate(units)
-    ]
+    if len(flat) == 1:
+        return {**session.inputs.gradients(flat, torch.ones_like(flat), chunk.leaves)}
+    sources = session.inputs.sources(chunk.leaves)
+    tensors = {name: tensor for name, (_, tensor) in sources.items()}
+    jacobian = gatherer.gather(chunk.predictions, tensors, must_depend=False, quiet=True)
+    blocks = jacobian.in_form("auto").blocks
+    return {sources[name][0]: block for name, block in blocks.items() if block.parts}

@@ -1,0 +1,221 @@
+"""From an output with its graph to its Jacobian."""
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import groupby
+
+import torch
+from torch import Tensor
+
+from posegrad.capture._edges import EdgeRegistry
+from posegrad.capture._guard import grad_set_aside
+from posegrad.capture._recipe import Recipe, outlook, resolve, slow_parameters
+from posegrad.capture._rungs import Parts, Reading
+from posegrad.capture._trial import Subject, Trial, attempt
+from posegrad.capture._verify import disagreeing
+from posegrad.capture._vjp import release
+from posegrad.errors import NoPosesError, NotDifferentiableError
+from posegrad.jacobian import Arrangement, Block, PoseJacobian
+
+__all__ = ["Gatherer"]
+
+CHECKS = ("first", "always", "never")
+
+_REMEMBERED = 256  # structures of graph
+
+
+@dataclass
+class Gatherer:
+    """Reads Jacobians off graphs; remembers how for graphs of the same structure.
+
+    Args:
+        check: `"first"`, `"always"` or `"never"`: when to compare with a plain backward.
+        batch_dim: `"auto"`, a dimension to trust, or None for rows only.
+        block_bytes: About how much memory rows that have no closed form may take at once.
+    """
+
+    check: str
+    batch_dim: int | str | None
+    block_bytes: int
+    _recipes: dict[int, Recipe] = field(default_factory=dict)
+    _generator: torch.Generator = field(default_factory=lambda: torch.Generator().manual_seed(0))
+
+    def __post_init__(self) -> None:
+        if self.check not in CHECKS:
+            raise ValueError(f"check={self.check!r} is unknown; it is one of {', '.join(CHECKS)}.")
+        dim = self.batch_dim
+        if dim != "auto" and dim is not None and (isinstance(dim, bool | str) or dim < 0):
+            raise ValueError(
+                f"batch_dim={dim!r} is unknown; it is 'auto', None, or a dimension from 0."
+            )
+
+    def paths(self, output: object, parameters: Mapping[str, Tensor]) -> dict[str, str]:
+        """How each parameter's rows would be read if no poses mix; empty for anything else."""
+        if not isinstance(output, Tensor) or output.grad_fn is None:
+            return {}
+        registry = EdgeRegistry(output)
+        if not any(id(parameter) in registry.leaves for parameter in parameters.values()):
+            return {}
+        return {name: outlook(registry, name, parameter) for name, parameter in parameters.items()}
+
+    def gather(
+        self,
+        output: Tensor,
+        parameters: Mapping[str, Tensor],
+        *,
+        pose_index: Sequence[Tensor] = (),
+        keep_graph: bool = False,
+        must_depend: bool = True,
+        quiet: bool = False,
+    ) -> PoseJacobian:
+        """The Jacobian of `output` with respect to `parameters`.
+
+        Args:
+            output: Of any shape, with its graph.
+            parameters: Leaves, by name.
+            pose_index: Owners of rows, one tensor for each kind of row.
+            keep_graph: Leave the graph as it is.
+            must_depend: Refuse an output that depends on none of them.
+            quiet: Do not warn of slow ways.
+
+        Raises:
+            NoPosesError: if the output is empty.
+            NotDifferentiableError: if it depends on none of the parameters.
+            ReentrantCheckpointError: if a reentrant checkpoint is in its graph.
+        """
+        _check_output(output)
+        parts: Parts = {}
+        if output.requires_grad:
+            registry = EdgeRegistry(output)
+            used = {name: p for name, p in parameters.items() if id(p) in registry.leaves}
+            trusted = self.batch_dim if isinstance(self.batch_dim, int) else None
+            subject = Subject(output, registry, pose_index, trusted, self._generator)
+            if used:
+                with torch.no_grad(), grad_set_aside(parameters):
+                    parts = self._parts(Reading(subject, used, self.block_bytes), quiet)
+                    if not keep_graph:
+                        release(output, list(used.values()))
+        if not parts and must_depend:
+            raise NotDifferentiableError(_unrelated_message(output, len(parameters)))
+        blocks = {
+            name: Block.of(p, output.numel(), parts.get(name, ())) for name, p in parameters.items()
+        }
+        return PoseJacobian(output.detach(), parameters, blocks)
+
+    def _parts(self, reading: Reading, quiet: bool) -> Parts:
+        subject, parameters = reading.subject, reading.parameters
+        key = _signature(subject, parameters)
+        recipe, trial = self._recipes.get(key), None
+        if recipe is not None:
+            trial = _followed(subject, recipe)
+        if recipe is None or trial is None:
+            recipe, trial = self._new_recipe(subject, parameters)
+            slow = slow_parameters(subject.registry, recipe)
+            if slow and not quiet and self.batch_dim is not None:
+                _warn(_coupled_message(slow))
+        parts = reading.parts(recipe, trial)
+        if self.check == "always" or (self.check == "first" and not recipe.verified):
+            recipe, parts = _verified(reading, recipe, trial, parts, quiet)
+        self._recipes[key] = recipe
+        while len(self._recipes) > _REMEMBERED:
+            self._recipes.pop(next(iter(self._recipes)))
+        return parts
+
+    def _new_recipe(
+        self, subject: Subject, parameters: Mapping[str, Tensor]
+    ) -> tuple[Recipe, Trial]:
+        if self.batch_dim is None:
+            return Recipe(None, (), frozenset(parameters)), Trial({}, {})
+        return resolve(subject, parameters)
+
+
+def _followed(subject: Subject, recipe: Recipe) -> Trial | None:
+    """The cotangents a known recipe needs; None if poses mix this time."""
+    arrangement = Arrangement(subject.output.shape, recipe.dim)
+    trial = attempt(subject, arrangement, recipe.sites, sets=1)
+    served = all(trial.serves(subject.registry, site) for site in recipe.sites)
+    return trial if served else None
+
+
+def _signature(subject: Subject, parameters: Mapping[str, Tensor]) -> int:
+    """A hash of everything a recipe depends on."""
+    numbers = {id(p): i for i, p in enumerate(parameters.values())}
+    several = tuple(min(size, 2) for size in subject.output.shape)
+    stated = bool(subject.pose_index)
+    return hash((subject.registry.signature(numbers), several, tuple(parameters), stated))
+
+
+def _verified(
+    reading: Reading, recipe: Recipe, trial: Trial, parts: Parts, quiet: bool
+) -> tuple[Recipe, Parts]:
+    """Compares with autograd; what disagrees goes down the ladder, with one warning."""
+    wrong = disagreeing(reading.subject, reading.parameters, parts)
+    if wrong:
+        if not quiet:
+            _warn(_disagreement_message(wrong))
+        recipe = replace(
+            recipe,
+            sites=tuple(
+                replace(site, closed=False) if site.parameter in wrong else site
+                for site in recipe.sites
+            ),
+        )
+        parts = reading.parts(recipe, trial)
+        still = disagreeing(reading.subject, reading.parameters, parts)
+        if still:
+            sites = tuple(site for site in recipe.sites if site.parameter not in still)
+            recipe = replace(recipe, sites=sites, by_rows=recipe.by_rows | still)
+            parts = reading.parts(recipe, trial)
+    return replace(recipe, verified=True), parts
+
+
+def _warn(message: str) -> None:
+    warnings.warn(message, stacklevel=7)
+
+
+def _check_output(output: Tensor) -> None:
+    if not isinstance(output, Tensor):
+        raise TypeError(
+            f"The output is a {type(output).__name__}, but a Jacobian has the rows of one tensor. "
+            f"Pass the predictions or losses themselves."
+        )
+    if output.numel() == 0:
+        raise NoPosesError(
+            f"The output has shape {list(output.shape)}: there is no prediction to differentiate.\n"
+            f"Leave empty batches out of the loop."
+        )
+
+
+def _unrelated_message(output: Tensor, count: int) -> str:
+    if not output.requires_grad:
+        return (
+            f"The output ({output.dtype}, {list(output.shape)}) carries no graph.\n"
+            f"Compute it without no_grad() and detach(), from parameters that require grad."
+        )
+    return (
+        f"The output depends on none of the {count} trainable parameters of this engine: it was "
+        f"computed by another model (a copy?), or every parameter it uses is frozen.\n"
+        f"Make the engine from the model that computed it: Engine(model)."
+    )
+
+
+def _modules_of(names: Sequence[str]) -> str:
+    modules = [module for module, _ in groupby(name.rpartition(".")[0] or name for name in names)]
+    return ", ".join(modules[:8]) + (f" and {len(modules) - 8} more" if len(modules) > 8 else "")
+
+
+def _coupled_message(names: Sequence[str]) -> str:
+    return (
+        f"The predictions of different poses depend on each other through the activations of: "
+        f"{_modules_of(names)}. Batch statistics or a mean over the batch do that. Their per-pose "
+        f"gradients are exact, but take one backward through the graph for each prediction."
+    )
+
+
+def _disagreement_message(names: frozenset[str]) -> str:
+    return (
+        f"The per-pose gradients read off the graph do not add up to autograd's for: "
+        f"{_modules_of(sorted(names))}. A hook or a custom backward that is not linear does that. "
+        f"They are taken by slower, exact ways from now on."
+    )

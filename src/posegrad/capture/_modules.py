@@ -1,0 +1,101 @@
+"""Which modules an engine can follow, and their parameters by name."""
+
+from collections.abc import Iterable, Sequence
+
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from posegrad.errors import UnsupportedModuleError
+
+__all__ = ["check_modules", "named_parameters", "selected"]
+
+_WRAPPERS = ("DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule")
+
+
+def check_modules(modules: tuple[nn.Module, ...]) -> None:
+    """Refuses what is no module, is wrapped for distributed training, or is inside another.
+
+    Raises:
+        TypeError: if a module is not an `nn.Module`.
+        ValueError: if there is none.
+        UnsupportedModuleError: for the other two.
+    """
+    if not modules:
+        raise ValueError("The engine has no module. Pass the model: Engine(model).")
+    for i, module in enumerate(modules):
+        if not isinstance(module, nn.Module):
+            raise TypeError(
+                f"Module {i} is a {type(module).__name__}, not an nn.Module. Pass the model "
+                f"itself; a function that calls it belongs into predict=."
+            )
+        for name, part in module.named_modules():
+            _check_not_wrapped(name or f"module {i}", part)
+            inside = next((j for j, m in enumerate(modules) if m is part and j != i), None)
+            if inside is not None:
+                raise UnsupportedModuleError(
+                    f"Module {inside} is inside module {i} (as {name or 'the same object'}), so "
+                    f"its parameters would be counted twice. Pass the outer one only."
+                )
+
+
+def _check_not_wrapped(name: str, module: nn.Module) -> None:
+    kinds = {c.__name__ for c in type(module).__mro__ if c.__module__.startswith("torch.")}
+    found = kinds.intersection(_WRAPPERS)
+    if found:
+        raise UnsupportedModuleError(
+            f"{name} is wrapped by {found.pop()}, which averages gradients over processes when its "
+            f"own forward runs with a graph. The engine scores poses without one, so the gradients "
+            f"would silently stay local.\n"
+            f"Until posegrad supports it: Engine(wrapped.module), then all-reduce each .grad "
+            f"yourself before optimizer.step()."
+        )
+
+
+def named_parameters(modules: Sequence[nn.Module]) -> dict[str, nn.Parameter]:
+    """All parameters by dotted name; those of several modules under `0.`, `1.`, ...
+
+    Raises:
+        UnsupportedModuleError: if one is not initialised yet.
+    """
+    prefixes = [f"{i}." for i in range(len(modules))] if len(modules) > 1 else [""]
+    named = {
+        prefix + name: parameter
+        for prefix, module in zip(prefixes, modules, strict=True)
+        for name, parameter in module.named_parameters()
+    }
+    lazy = [name for name, parameter in named.items() if is_lazy(parameter)]
+    if lazy:
+        raise UnsupportedModuleError(
+            f"Not initialised yet: {', '.join(lazy)}. The engine cannot follow a parameter "
+            f"that does not exist. Score one pose with the model first."
+        )
+    return named
+
+
+def selected(
+    named: dict[str, nn.Parameter], wanted: Iterable[str | Tensor] | None
+) -> dict[str, nn.Parameter]:
+    """The trainable parameters, each once; only those wanted, if any are named.
+
+    Args:
+        named: All parameters by name.
+        wanted: Names or parameters, or None for all.
+
+    Raises:
+        ValueError: if one that is wanted is not there or not trainable.
+    """
+    names: dict[int, str] = {}
+    for name, parameter in named.items():
+        if parameter.requires_grad:
+            names.setdefault(id(parameter), name)  # a weight tied across modules is one
+    trainable = {name: named[name] for name in names.values()}
+    if wanted is None:
+        return trainable
+    keys = {key if isinstance(key, str) else names.get(id(key), "?") for key in wanted}
+    missing = sorted(keys - trainable.keys())
+    if missing:
+        raise ValueError(
+            f"params names {', '.join(missing)}, which the engine's modules do not have or do not "
+            f"train. There are: {', '.join(trainable)}."
+        )
+    return {name: parameter for name, parameter in trainable.items() if name in keys}

@@ -1,0 +1,144 @@
+"""From a node of the graph to the closed form of one of its arguments.
+
+An operator's node holds what its backward needs; the formulas of `jacobian/layers` need no more.
+Reading nodes instead of hooking modules finds every use alike, whatever Python called the operator.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import Node
+
+from posegrad.capture._compat import saved, shape_of
+from posegrad.jacobian import ClosedForm, Factor
+from posegrad.jacobian.layers import Convolution, Elementwise, Embedding, LayerNormScale, Linear
+
+__all__ = ["TRANSPARENT", "is_readable", "read"]
+
+Reader = Callable[[Node, torch.Size, bool, str], ClosedForm | None]
+"""From the node, the parameter's shape, whether a transpose lies between, and a description."""
+
+TRANSPARENT = {"TBackward0", "ToCopyBackward0"}
+"""Between a parameter and its use: a transpose, a cast. The gradient is the same numbers."""
+
+
+def is_readable(node: Node, argument: int) -> bool:
+    """Whether there is a closed form for this argument of this kind of node."""
+    return (node.name(), argument) in _READERS
+
+
+def read(
+    node: Node, argument: int, shape: torch.Size, *, transposed: bool, what: str
+) -> ClosedForm | None:
+    """The closed form of one use, or None if this use is special.
+
+    Args:
+        node: The operator.
+        argument: Which of its arguments the parameter is.
+        shape: The parameter's shape.
+        transposed: Whether its transpose entered.
+        what: The parameter's name, for messages.
+    """
+    return _READERS[node.name(), argument](node, shape, transposed, f"The input beside {what}")
+
+
+def _product(argument: str, *, on_left: bool, has_scale: bool) -> Reader:
+    def reader(node: Node, shape: torch.Size, transposed: bool, what: str) -> ClosedForm | None:
+        other = saved(node, argument)
+        scale = saved(node, "alpha") if has_scale else 1.0
+        if not isinstance(other, Tensor) or other.layout != torch.strided:
+            return None
+        # On the right the operator's own operand is [d, p], W transposed.
+        flipped = transposed if on_left else not transposed
+        return Linear(shape, Factor.of(other, what), flipped, on_left, float(scale))
+
+    return reader
+
+
+def _sum(*, name: str | None = None, sign: float = 1.0) -> Reader:
+    def reader(node: Node, shape: torch.Size, transposed: bool, what: str) -> ClosedForm | None:
+        factor = sign * (float(saved(node, name)) if name else 1.0)
+        return _elementwise(node, shape, transposed, factor)
+
+    return reader
+
+
+def _scaled_by(operand: str, *, inverse: bool = False) -> Reader:
+    def reader(node: Node, shape: torch.Size, transposed: bool, what: str) -> ClosedForm | None:
+        other = saved(node, operand)
+        if not isinstance(other, Tensor):
+            return None
+        factor = Factor.of(other.reciprocal() if inverse else other, what)
+        return _elementwise(node, shape, transposed, factor)
+
+    return reader
+
+
+def _elementwise(
+    node: Node, shape: torch.Size, transposed: bool, factor: Factor | float
+) -> ClosedForm | None:
+    out = shape_of(node)[0]
+    if transposed or len(shape) > len(out):
+        return None
+    aligned = torch.Size([1] * (len(out) - len(shape)) + list(shape))
+    return Elementwise(shape, aligned, factor)
+
+
+def _kernel(node: Node, shape: torch.Size, transposed: bool, what: str) -> ClosedForm | None:
+    images = saved(node, "input")
+    if transposed or not isinstance(images, Tensor):
+        return None
+    names = ("stride", "padding", "dilation", "transposed", "output_padding", "groups")
+    options = tuple(_plain(saved(node, name)) for name in names)
+    return Convolution(shape, Factor.of(images, what), options)
+
+
+def _channel_bias(node: Node, shape: torch.Size, transposed: bool, what: str) -> ClosedForm | None:
+    spatial = len(shape_of(node)[0]) - 2
+    return Elementwise(shape, torch.Size([1, *shape, *[1] * spatial]), 1.0)
+
+
+def _table(node: Node, shape: torch.Size, transposed: bool, what: str) -> ClosedForm | None:
+    if saved(node, "scale_grad_by_freq") or transposed:
+        return None  # frequencies are counted over all poses of the batch
+    padding = int(saved(node, "padding_idx"))
+    if padding >= 2**63:
+        padding -= 2**64
+    indices = Factor.of(saved(node, "indices"), what)
+    return Embedding(shape, indices, padding if padding >= 0 else None)
+
+
+def _norm_scale(node: Node, shape: torch.Size, transposed: bool, what: str) -> ClosedForm | None:
+    names = ("input", "result1", "result2")
+    tensors = [saved(node, name) for name in names]
+    if not all(isinstance(tensor, Tensor) for tensor in tensors):
+        return None
+    aligned = torch.Size([1] * (tensors[0].ndim - len(shape)) + list(shape))
+    return LayerNormScale(shape, aligned, *(Factor.of(tensor, what) for tensor in tensors))
+
+
+def _plain(value: object) -> object:
+    return list(value) if isinstance(value, tuple) else value
+
+
+_READERS: dict[tuple[str, int], Reader] = {
+    ("AddmmBackward0", 0): _sum(name="beta"),
+    ("AddmmBackward0", 1): _product("mat2", on_left=True, has_scale=True),
+    ("AddmmBackward0", 2): _product("mat1", on_left=False, has_scale=True),
+    ("MmBackward0", 0): _product("mat2", on_left=True, has_scale=False),
+    ("MmBackward0", 1): _product("self", on_left=False, has_scale=False),
+    ("AddBackward0", 0): _sum(),
+    ("AddBackward0", 1): _sum(name="alpha"),
+    ("SubBackward0", 0): _sum(),
+    ("SubBackward0", 1): _sum(name="alpha", sign=-1.0),
+    ("MulBackward0", 0): _scaled_by("other"),
+    ("MulBackward0", 1): _scaled_by("self"),
+    ("DivBackward0", 0): _scaled_by("other", inverse=True),
+    ("ExpandBackward0", 0): _sum(),
+    ("ConvolutionBackward0", 1): _kernel,
+    ("ConvolutionBackward0", 2): _channel_bias,
+    ("EmbeddingBackward0", 0): _table,
+    ("NativeLayerNormBackward0", 1): _norm_scale,
+    ("NativeLayerNormBackward0", 2): _sum(),
+}

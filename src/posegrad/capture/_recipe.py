@@ -1,0 +1,140 @@
+"""Finding out where every parameter's rows can be read."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from posegrad.capture._compat import shape_of
+from posegrad.capture._edges import EdgeRegistry
+from posegrad.capture._sites import Site, beyond, carries_data, meets_itself, sites_of
+from posegrad.capture._trial import Subject, Trial, attempt
+from posegrad.jacobian import Arrangement
+
+__all__ = ["Recipe", "outlook", "resolve", "slow_parameters"]
+
+_MOST_CLIMBED = 512  # sites beyond a parameter's own that are looked at together
+
+_LARGEST_CLIMBED = 4  # times the parameter's size: what is larger is no weight
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How the Jacobian of one structure of graph is read.
+
+    Args:
+        dim: The output's dimension that counts poses, None if every number is a pose.
+        sites: Where rows are read.
+        by_rows: Parameters that take a backward through the whole graph for each row.
+        verified: Whether a gather of this structure was compared with autograd.
+    """
+
+    dim: int | None
+    sites: tuple[Site, ...]
+    by_rows: frozenset[str]
+    verified: bool = False
+
+
+def resolve(subject: Subject, parameters: Mapping[str, Tensor]) -> tuple[Recipe, Trial]:
+    """The recipe of a structure not met before, and the cotangents it needs.
+
+    Args:
+        subject: What is differentiated.
+        parameters: Those that the output depends on.
+    """
+    registry, shape = subject.registry, subject.output.shape
+    sites = [
+        site
+        for name, parameter in parameters.items()
+        for site in sites_of(
+            registry, name, (registry.leaves[id(parameter)], 0), direct=True, light=True
+        )
+    ]
+    best: tuple[int, Arrangement, Trial] | None = None
+    for dim in _pose_dimensions(shape):
+        arrangement = Arrangement(shape, dim)
+        trial = attempt(subject, arrangement, sites, sets=2)
+        mixed = sum(not trial.serves(registry, site) for site in sites)
+        if best is None or mixed < best[0]:
+            best = mixed, arrangement, trial
+        if not mixed:
+            break
+    assert best is not None
+    _, arrangement, trial = best
+    lost = {name for name in parameters if not any(site.parameter == name for site in sites)}
+    mixed_sites = [site for site in sites if not trial.serves(registry, site)]
+    if mixed_sites:
+        further = _further(registry, mixed_sites, parameters)
+        trial = trial.joined(attempt(subject, arrangement, further, sets=2))
+    settled = _settled(registry, sites, trial, lost)
+    for name in parameters:
+        if meets_itself(registry, [site for site in settled if site.parameter == name]):
+            lost.add(name)
+    kept = tuple(site for site in settled if site.parameter not in lost)
+    return Recipe(arrangement.dim, kept, frozenset(lost)), trial
+
+
+def outlook(registry: EdgeRegistry, name: str, parameter: Tensor) -> str:
+    """How a parameter's rows would be read, as far as the graph alone can tell."""
+    leaf = registry.leaves.get(id(parameter))
+    if leaf is None:
+        return "unused"
+    kinds: dict[str, int] = {}
+    for site in sites_of(registry, name, (leaf, 0), direct=True, light=True):
+        rung = "closed form" if site.closed else "operator vjp"
+        kind = f"{rung} ({registry.nodes[site.node].name()})"
+        kinds[kind] = kinds.get(kind, 0) + 1
+    return ", ".join(f"{count} x {kind}" if count > 1 else kind for kind, count in kinds.items())
+
+
+def slow_parameters(registry: EdgeRegistry, recipe: Recipe) -> list[str]:
+    """The parameters that take a backward, or a part of one, for each row."""
+    pulled = {
+        site.parameter
+        for site in recipe.sites
+        if not site.light and carries_data(registry, registry.nodes[site.source[0]])
+    }
+    return sorted(recipe.by_rows | pulled)
+
+
+def _settled(
+    registry: EdgeRegistry, sites: Sequence[Site], trial: Trial, lost: set[str]
+) -> list[Site]:
+    """The nearest sites to the parameters whose rows have owners; the rest is added to `lost`."""
+    settled: dict[Site, None] = {}
+    pending = list(sites)
+    while pending:
+        site = pending.pop()
+        if trial.serves(registry, site):
+            settled[site] = None
+            continue
+        further = beyond(registry, site) if trial.knows(registry, site) else None
+        if further is None:
+            lost.add(site.parameter)
+        else:
+            pending += further
+    return [site for site in settled if site.parameter not in lost]
+
+
+def _further(
+    registry: EdgeRegistry, mixed: Sequence[Site], parameters: Mapping[str, Tensor]
+) -> list[Site]:
+    """All sites that may be read instead, where what lies between may be a weight."""
+    found: dict[Site, None] = {}
+    pending = list(mixed)
+    while pending and len(found) < _MOST_CLIMBED:
+        for site in beyond(registry, pending.pop()) or ():
+            size = sum(shape.numel() for shape in shape_of(registry.nodes[site.node]))
+            small = size <= _LARGEST_CLIMBED * max(parameters[site.parameter].numel(), 64)
+            if site not in found and small:
+                found[site] = None
+                pending.append(site)
+    return list(found)
+
+
+def _pose_dimensions(shape: torch.Size) -> list[int | None]:
+    """Ways to number poses, the most likely first: every number one, or one dimension."""
+    several = [dim for dim, size in enumerate(shape) if 1 < size < shape.numel()]
+    alone = [0] if len(shape) > 1 and shape[0] == 1 < shape.numel() else []
+    return [None, *alone, *several]

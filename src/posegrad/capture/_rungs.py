@@ -1,0 +1,212 @@
+"""The ladder: closed forms, the vjp of one operator, rows of the whole graph."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge
+
+from posegrad.capture._compat import dtype_of, in_backward, shape_of
+from posegrad.capture._edges import Edge, EdgeRegistry, gradient_edges
+from posegrad.capture._read import read
+from posegrad.capture._recipe import Recipe
+from posegrad.capture._sites import Site, carries_data
+from posegrad.capture._trial import Subject, Trial, edges_of
+from posegrad.capture._vjp import cotangents_at, node_rows, rows_of_graph
+from posegrad.jacobian import Arrangement, ClosedForm, Factors, Part, Pull, Rows
+
+__all__ = ["Parts", "Reading"]
+
+Parts = dict[str, list[Part]]
+
+Cotangents = list[dict[Edge, Tensor | None]]
+"""For each component of the output the cotangents, by edge."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """One Jacobian being read.
+
+    Args:
+        subject: What is differentiated.
+        parameters: By name; the output depends on each.
+        block_bytes: About how much memory rows without a closed form may take at once.
+    """
+
+    subject: Subject
+    parameters: Mapping[str, Tensor]
+    block_bytes: int
+
+    def parts(self, recipe: Recipe, trial: Trial) -> Parts:
+        """Reads all sites, then takes the rows that cannot be read."""
+        arrangement = Arrangement(self.subject.output.shape, recipe.dim)
+        forms = self._forms(recipe.sites)
+        found: Parts = {name: [] for name in self.parameters}
+        cotangents = self._cotangents(arrangement, recipe.sites, trial)
+        for site in recipe.sites:
+            part = self._part(site, forms[site], arrangement, trial, cotangents)
+            found[site.parameter] += [] if part is None else [part]
+        found.update(self._by_rows(sorted(recipe.by_rows)))
+        return found
+
+    def _forms(self, sites: Sequence[Site]) -> dict[Site, ClosedForm | None]:
+        """Reads what the operators saved, all in one go: a checkpoint recomputes but once."""
+        forms: dict[Site, ClosedForm | None] = dict.fromkeys(sites)
+
+        def read_all() -> None:
+            for site in sites:
+                if site.closed:
+                    forms[site] = read(
+                        self.registry.nodes[site.node],
+                        site.argument,
+                        self._shape(site),
+                        transposed=site.transposed,
+                        what=site.parameter,
+                    )
+
+        in_backward(read_all)
+        return forms
+
+    def _shape(self, site: Site) -> torch.Size:
+        node, number = site.source
+        return shape_of(self.registry.nodes[node])[number]
+
+    def _cotangents(
+        self, arrangement: Arrangement, sites: Sequence[Site], trial: Trial
+    ) -> Cotangents:
+        """The cotangents of each component, by edge."""
+        if arrangement.components == 1:
+            return [dict(trial.cotangents)]
+        edges = list(dict.fromkeys(e for site in sites for e in edges_of(self.registry, site)))
+        found: Cotangents = []
+        for k in range(arrangement.components if edges else 0):
+            unit = torch.zeros(arrangement.poses, arrangement.components)
+            unit[:, k] = 1
+            output = self.subject.output
+            cotangent = arrangement.join(unit).reshape(output.shape)
+            values = cotangents_at(
+                output, gradient_edges(edges), cotangent.to(output.device, output.dtype)
+            )
+            found.append(dict(zip(edges, values, strict=True)))
+        return found
+
+    def _part(
+        self,
+        site: Site,
+        form: ClosedForm | None,
+        arrangement: Arrangement,
+        trial: Trial,
+        cotangents: Cotangents,
+    ) -> Part | None:
+        edge = (self.registry.nodes[site.node], 0)
+        layout = trial.layouts.get(edge)
+        values = [found.get(edge) for found in cotangents]
+        present = [value for value in values if value is not None]
+        if (
+            form is None
+            or layout is None
+            or (present and layout.dims and not form.accepts(present[0].shape, layout))
+        ):
+            return self._operator_rows(site, arrangement, trial, cotangents)
+        if not present:
+            return None
+        each = tuple(torch.zeros_like(present[0]) if v is None else v for v in values)
+        path = f"closed form ({type(form).__name__})"
+        if not site.light:
+            computed = carries_data(self.registry, self.registry.nodes[site.source[0]])
+            path = "rows of activations" if computed else f"{path} of a computed weight"
+        factors = Factors(path, 0, form, layout, arrangement, each, self._pull(site))
+        return factors if site.light else Rows(path, 0, self._narrow(site, factors.rows()))
+
+    def _operator_rows(
+        self,
+        site: Site,
+        arrangement: Arrangement,
+        trial: Trial,
+        cotangents: Cotangents,
+    ) -> Part | None:
+        """The rows of one operator's own vjp, one masked cotangent for each."""
+        node = self.registry.nodes[site.node]
+        edges = edges_of(self.registry, site)
+        width = len(shape_of(node))
+        sizes = shape_of(node)
+
+        def masked(row: int) -> list[Tensor | None]:
+            pose, k = divmod(row, arrangement.components)
+            values: list[Tensor | None] = [None] * width
+            for edge in edges:
+                value, layout = cotangents[k][edge], trial.layouts[edge]
+                if value is not None and layout is not None:
+                    values[edge[1]] = layout.only(value, pose)
+                else:
+                    values[edge[1]] = torch.zeros(
+                        sizes[edge[1]],
+                        dtype=dtype_of(node)[edge[1]],
+                        device=self.subject.output.device,
+                    )
+            return values
+
+        held = sum(shape_of(node)[i].numel() for _, i in edges) + 2 * self._shape(site).numel()
+        count = arrangement.shape.numel()
+        rows = node_rows(node, site.argument, masked, count, self._most(held))
+        if rows is None:
+            return None
+        each = rows.reshape(arrangement.poses, arrangement.components, *rows.shape[1:])
+        rows = arrangement.join(each)
+        if site.transposed:
+            rows = rows.mT
+        pull = self._pull(site)
+        rows = rows if pull is None else pull(rows)
+        return Rows(f"operator vjp ({node.name()})", 0, self._narrow(site, rows))
+
+    def _pull(self, site: Site) -> Pull | None:
+        """From rows of the tensor that entered to rows of the parameter it was computed from."""
+        if site.direct:
+            return None
+        number, index = site.source
+        node = self.registry.nodes[number]
+        edge, dtype = GradientEdge(node, index), dtype_of(node)[index]
+        parameter, most = self.parameters[site.parameter], self.block_bytes
+        most = self._most(2 * parameter.numel())
+
+        def pull(rows: Tensor) -> Tensor:
+            (found,) = rows_of_graph(
+                edge, lambda i: rows[i].to(dtype), [parameter], len(rows), most
+            )
+            return rows.new_zeros(len(rows), *parameter.shape) if found is None else found
+
+        return pull
+
+    def _by_rows(self, names: Sequence[str]) -> Parts:
+        """One backward through the whole graph for every number of the output."""
+        if not names:
+            return {}
+        output = self.subject.output
+        sources = [self.parameters[name] for name in names]
+        held = sum(p.numel() for p in sources)
+        held += sum(s.numel() for node in self.registry.nodes for s in shape_of(node))
+
+        def unit(row: int) -> Tensor:
+            cotangent = torch.zeros_like(output).reshape(-1)
+            cotangent[row] = 1
+            return cotangent.reshape(output.shape)
+
+        found = rows_of_graph(output, unit, sources, output.numel(), self._most(held))
+        path = "rows of the whole graph"
+        return {
+            name: [] if rows is None else [Rows(path, 0, rows)]
+            for name, rows in zip(names, found, strict=True)
+        }
+
+    def _narrow(self, site: Site, rows: Tensor) -> Tensor:
+        return rows.to(self.parameters[site.parameter].dtype)
+
+    def _most(self, numbers: int) -> int:
+        """How many rows of so many numbers may be in memory at once."""
+        return max(1, self.block_bytes // (8 * max(numbers, 1)))
+
+    @property
+    def registry(self) -> EdgeRegistry:
+        """The graph."""
+        return self.subject.registry

@@ -1,0 +1,74 @@
+"""Never silently wrong: a Jacobian is compared with one plain backward."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from posegrad.capture._compat import leaf_hooks_off, no_autocast
+from posegrad.capture._trial import Subject
+from posegrad.jacobian import Block, Part
+
+__all__ = ["disagreeing"]
+
+_TOLERANCE = {
+    torch.float64: 1e-8,
+    torch.float32: 2e-3,
+    torch.float16: 6e-2,
+    torch.bfloat16: 1e-1,
+}
+
+
+def disagreeing(
+    subject: Subject, parameters: Mapping[str, Tensor], parts: Mapping[str, Sequence[Part]]
+) -> frozenset[str]:
+    r"""The parameters whose :math:`w^\top J` is not what autograd gives, for one random w.
+
+    The weights have mixed signs and sizes: with ones, rows given to the wrong pose would still sum
+    to the right total. The tolerance is relative to the larger of the two results and of the
+    result with the signs of w dropped, so that a cancellation is not taken for an error; and below
+    some rounding errors of the whole gradient nothing is an error, for there are parameters whose
+    gradient is zero but for rounding (the bias of attention's keys).
+    """
+    output = subject.output
+    weights = torch.randn(output.shape, generator=subject.generator, dtype=torch.float64)
+    weights = weights.to(output.device, output.dtype)
+    leaves = list(parameters.values())
+    with leaf_hooks_off(leaves), no_autocast(output.device.type):
+        expected = torch.autograd.grad(
+            output, leaves, weights, retain_graph=True, allow_unused=True
+        )
+    floor = 64 * torch.finfo(output.dtype).eps * _size(expected)
+    wrong = set()
+    dtypes = {output.dtype, *(b.dtype for own in parts.values() for p in own for b in _tensors(p))}
+    for (name, parameter), gradient in zip(parameters.items(), expected, strict=True):
+        tolerance = max(_TOLERANCE.get(d, 2e-3) for d in dtypes | {parameter.dtype})
+        block = Block.of(parameter, output.numel(), parts[name])
+        found = block.combine(weights.reshape(-1))
+        reference = torch.zeros_like(found) if gradient is None else _dense(gradient)
+        error = (found - reference).double().norm()
+        if error <= floor + tolerance * max(found.double().norm(), reference.double().norm()):
+            continue
+        scale = block.combine(weights.abs().reshape(-1)).double().norm()
+        if not error <= tolerance * scale and not _alike_nonfinite(found, reference):
+            wrong.add(name)
+    return frozenset(wrong)
+
+
+def _size(gradients: Sequence[Tensor | None]) -> float:
+    """The norm of a whole gradient."""
+    norms = [_dense(g).double().norm() for g in gradients if g is not None]
+    return float(torch.stack(norms).norm()) if norms else 0.0
+
+
+def _tensors(part: Part) -> Sequence[Tensor]:
+    return getattr(part, "cotangents", ())
+
+
+def _dense(gradient: Tensor) -> Tensor:
+    return gradient.to_dense() if gradient.layout != torch.strided else gradient
+
+
+def _alike_nonfinite(found: Tensor, reference: Tensor) -> bool:
+    """Whether both are nan or infinite; then there is nothing to compare."""
+    return not bool(found.isfinite().all()) and not bool(reference.isfinite().all())

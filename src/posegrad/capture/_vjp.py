@@ -1,0 +1,201 @@
+"""Vector-Jacobian products below the closed forms: of one operator, and of the whole graph."""
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, Node
+
+from posegrad.capture._compat import (
+    apply_node,
+    dtype_of,
+    leaf_hooks_off,
+    no_autocast,
+    shape_of,
+)
+
+__all__ = ["cotangents_at", "node_rows", "release", "rows_of_graph"]
+
+_VMAP_LEFT = (
+    ".*performance drop.*batching rule.*",
+    ".*There is a performance drop.*",
+)
+
+
+def cotangents_at(
+    output: Tensor, edges: Sequence[GradientEdge], cotangent: Tensor
+) -> list[Tensor | None]:
+    """One backward from the output to the edges and no further; the graph is kept.
+
+    No parameter's gradient is computed on the way.
+    """
+    with no_autocast(output.device.type):
+        found = torch.autograd.grad(
+            output, list(edges), cotangent, retain_graph=True, allow_unused=True
+        )
+    return [g.to_dense() if g is not None and g.layout != torch.strided else g for g in found]
+
+
+def node_rows(
+    node: Node,
+    argument: int,
+    cotangents: Callable[[int], list[Tensor | None]],
+    count: int,
+    most: int,
+) -> Tensor | None:
+    """One operator's gradients for one argument, one for each of `count` cotangents.
+
+    Args:
+        node: The operator.
+        argument: The argument.
+        cotangents: Row number to the cotangents of the operator's outputs, None where unused.
+        count: The number of rows.
+        most: How many rows may be computed at once.
+
+    Returns:
+        `[count, *shape]`, or None if no gradient flows.
+    """
+    rows: list[Tensor] = []
+    with no_autocast("cuda"):
+        for start in range(0, count, most):
+            group = [cotangents(i) for i in range(start, min(start + most, count))]
+            part = _node_group(node, argument, group)
+            if part is None:
+                return None
+            rows.append(part)
+    return torch.cat(rows) if len(rows) != 1 else rows[0]
+
+
+def _node_group(node: Node, argument: int, group: list[list[Tensor | None]]) -> Tensor | None:
+    present = [i for i, value in enumerate(group[0]) if value is not None]
+    rows = [[value for value in row if value is not None] for row in group]
+    source, number = node.next_functions[argument]
+    assert source is not None
+    shape, dtype = shape_of(source)[number], dtype_of(source)[number]
+
+    def gradient(*values: Tensor) -> Tensor:
+        places = dict(zip(present, values, strict=True))
+        found = apply_node(node, [places.get(i) for i in range(len(group[0]))])[argument]
+        if found is None:
+            raise _NothingFlowsError
+        return _strided(found).sum_to_size(shape).to(dtype)  # as the engine does between operators
+
+    try:
+        if len(group) > 1:
+            batches = [torch.stack(column) for column in zip(*rows, strict=True)]
+            try:
+                with _quiet():
+                    batch: Tensor = torch.func.vmap(gradient)(*batches)
+                return batch
+            except RuntimeError:
+                pass  # an operator without a batching rule, or one that looks at values
+        return torch.stack([gradient(*row) for row in rows])
+    except _NothingFlowsError:
+        return None
+
+
+class _NothingFlowsError(Exception):
+    """An operator gave no gradient for the argument."""
+
+
+def rows_of_graph(
+    output: Tensor | GradientEdge,
+    cotangents: Callable[[int], Tensor],
+    sources: Sequence[Tensor],
+    count: int,
+    most: int,
+) -> list[Tensor | None]:
+    """Rows of the Jacobian by backwards through the graph, batched where torch can.
+
+    Args:
+        output: What is differentiated.
+        cotangents: Row number to the cotangent.
+        sources: With respect to what: leaves.
+        count: The number of rows.
+        most: How many rows may be computed at once.
+
+    Returns:
+        `[count, *shape]` for each source, None where nothing flows.
+    """
+    chunks: list[list[Tensor | None]] = []
+    sources = list(sources)
+    with leaf_hooks_off(sources), no_autocast(sources[0].device.type):
+        for start in range(0, count, most):
+            group = [cotangents(i) for i in range(start, min(start + most, count))]
+            chunks.append(_graph_group(output, group, sources))
+    return [
+        None if column[0] is None else torch.cat(column) if len(column) > 1 else column[0]
+        for column in zip(*chunks, strict=True)
+    ]
+
+
+def _graph_group(
+    output: Tensor | GradientEdge, group: list[Tensor], sources: list[Tensor]
+) -> list[Tensor | None]:
+    if len(group) > 1:
+        try:
+            with _quiet():
+                found = _grad(output, torch.stack(group), sources, batched=True)
+                return [None if g is None else g for g in found]
+        except RuntimeError:
+            pass  # not every backward can run under vmap; one by one, all can
+    rows = [_grad(output, cotangent, sources, batched=False) for cotangent in group]
+    return [
+        None if column[0] is None else torch.stack([_strided(g) for g in column])
+        for column in zip(*rows, strict=True)
+    ]
+
+
+def _grad(
+    output: Tensor | GradientEdge, cotangent: Tensor, sources: list[Tensor], *, batched: bool
+) -> tuple[Tensor | None, ...]:
+    return torch.autograd.grad(
+        [output],  # type: ignore[arg-type]
+        sources,
+        [cotangent],
+        retain_graph=True,
+        allow_unused=True,
+        is_grads_batched=batched,
+    )
+
+
+def _strided(tensor: Tensor) -> Tensor:
+    return tensor.to_dense() if tensor.layout != torch.strided else tensor
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without vmap's remarks on operators it takes one by one."""
+    with warnings.catch_warnings():
+        for message in _VMAP_LEFT:
+            warnings.filterwarnings("ignore", message, UserWarning)
+        yield
+
+
+def release(output: Tensor, sources: Sequence[Tensor]) -> None:
+    """Frees what the graph saved, as a backward does, without computing anything.
+
+    A backward whose cotangent is undefined passes through every node, and every operator answers
+    an undefined cotangent with undefined gradients at once; then its saved tensors are freed.
+    """
+    try:
+        with torch.enable_grad():
+            nothing = _Nothing.apply(output)  # type: ignore[no-untyped-call]
+        with leaf_hooks_off(sources):
+            torch.autograd.grad(nothing, sources, torch.ones_like(nothing), allow_unused=True)
+    except (RuntimeError, TypeError):
+        # A hook on an activation that cannot take None, or a function of the user's. The graph is
+        # freed with the output then.
+        return
+
+
+class _Nothing(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: object, output: Tensor) -> Tensor:
+        return output.detach()
+
+    @staticmethod
+    def backward(ctx: object, *cotangents: Tensor) -> None:
+        return None

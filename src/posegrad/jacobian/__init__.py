@@ -1,0 +1,23 @@
+"""The Jacobian of a group of poses, held in the cheapest form that is exact."""
+
+from posegrad.jacobian._block import Block
+from posegrad.jacobian._form import ClosedForm, Factor
+from posegrad.jacobian._layout import NOBODY, Layout, rows_of, single
+from posegrad.jacobian._parts import Arrangement, Factors, Part, Pull, Rows
+from posegrad.jacobian.operator import PoseJacobian
+
+__all__ = [
+    "NOBODY",
+    "Arrangement",
+    "Block",
+    "ClosedForm",
+    "Factor",
+    "Factors",
+    "Layout",
+    "Part",
+    "PoseJacobian",
+    "Pull",
+    "Rows",
+    "rows_of",
+    "single",
+]

@@ -1,0 +1,98 @@
+"""What a closed form is."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, fields, replace
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from posegrad.errors import StaleFactorError
+from posegrad.jacobian._layout import Layout
+
+__all__ = ["ClosedForm", "Factor"]
+
+
+@dataclass(frozen=True)
+class Factor:
+    """A tensor the forward saved, and the version it had then.
+
+    It is the user's own: an in-place change after the forward would make every gradient computed
+    from it wrong, so the version is checked at each use.
+
+    Args:
+        tensor: The tensor.
+        what: Its description for messages.
+    """
+
+    tensor: Tensor
+    what: str
+    version: int
+
+    @classmethod
+    def of(cls, tensor: Tensor, what: str) -> Self:
+        """A factor as it is now."""
+        return cls(tensor.detach(), what, tensor._version)
+
+    @property
+    def value(self) -> Tensor:
+        """The tensor.
+
+        Raises:
+            StaleFactorError: if it was changed in place.
+        """
+        if self.tensor._version != self.version:
+            raise StaleFactorError(
+                f"{self.what}, of shape {list(self.tensor.shape)}, was changed in place after the "
+                f"forward (version {self.tensor._version}, expected {self.version}).\n"
+                f"The per-pose gradients are products with the old values, which are gone.\n"
+                f"Use the Jacobian before that change, or change a clone."
+            )
+        return self.tensor
+
+    def to(self, device: torch.device | str) -> "Factor":
+        """The factor on another device."""
+        return Factor.of(self.value.to(device), self.what)
+
+
+@dataclass(frozen=True)
+class ClosedForm(ABC):
+    """How a parameter enters one operator, and what that makes of a cotangent.
+
+    A form holds what the forward saved, never the graph. It states one linear map twice: from the
+    cotangent of the operator's output to the gradient of the parameter, summed over all rows
+    (`vjp`), and kept apart by owner (`rows`).
+
+    *Law:* for any cotangent B and any layout the form accepts,
+    `rows(B, layout)[i] == vjp(layout.only(B, i))`.
+
+    Args:
+        shape: The shape of the parameter.
+    """
+
+    shape: torch.Size
+
+    @abstractmethod
+    def vjp(self, cotangent: Tensor) -> Tensor:
+        """The gradient of the parameter, `[*shape]`: autograd's own formula."""
+
+    @abstractmethod
+    def rows(self, cotangent: Tensor, layout: Layout) -> Tensor:
+        """The gradient of each pose, `[m, *shape]`; `layout.dims` is not empty."""
+
+    def accepts(self, cotangent: torch.Size, layout: Layout) -> bool:
+        """Whether `rows` can serve a layout; where not, the exact rung below does."""
+        return True
+
+    def factors(self) -> list[Factor]:
+        """The tensors of the forward that this form holds."""
+        values = [getattr(self, field.name) for field in fields(self)]
+        return [value for value in values if isinstance(value, Factor)]
+
+    def to(self, device: torch.device | str) -> Self:
+        """The form on another device."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        moved: dict[str, Any] = {
+            name: value.to(device) for name, value in values.items() if isinstance(value, Factor)
+        }
+        return replace(self, **moved)

@@ -1,0 +1,139 @@
+"""Which pose each row of a tensor belongs to."""
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+from math import prod
+from typing import Self
+
+import torch
+from torch import Tensor
+
+__all__ = ["NOBODY", "Layout"]
+
+NOBODY = -1
+"""The owner of a row that no prediction depends on: its cotangent is zero."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    r"""The owners of the rows of a tensor, and the sums over the rows of each.
+
+    A cotangent in front of a layer has one or more *rows* for each pose: `[m, p]` has one,
+    `[m, T, p]` and `[T, m, p]` have T along another dimension, `[m T, p]` has T along the same,
+    and a ragged batch of graphs has as many as each pose has atoms. `dims` are the dimensions along
+    which the owner changes; merged into one they count the rows.
+
+    Args:
+        count: m, the number of poses.
+        dims: Dimensions that count rows, in order. `()` if one pose owns the whole tensor.
+        owners: The pose of every row, `[R]`; `NOBODY` where it makes no difference.
+    """
+
+    count: int
+    dims: tuple[int, ...]
+    owners: Tensor
+
+    @classmethod
+    def along(cls, count: int, dim: int, owners: Tensor) -> Self:
+        """The layout of a tensor whose rows lie along one dimension."""
+        return cls(count, (dim,), owners)
+
+    def front(self, tensor: Tensor) -> Tensor:
+        """`tensor` with its rows as dimension 0: `[R, ...]`."""
+        if not self.dims:
+            return tensor.unsqueeze(0)
+        if self.dims != (0,):
+            tensor = tensor.movedim(self.dims, tuple(range(len(self.dims))))
+        return tensor.flatten(0, len(self.dims) - 1) if len(self.dims) > 1 else tensor
+
+    @cached_property
+    def stride(self) -> int | None:
+        r"""s, if row r belongs to pose :math:`\lfloor r / s \rfloor \bmod m`; None if irregular.
+
+        Rows nobody owns fit any pattern: their cotangents are zero.
+        """
+        rows = len(self.owners)
+        if rows == 0 or rows % self.count:
+            return None
+        places = torch.arange(rows, device=self.owners.device)
+        anyone = self.owners == NOBODY
+        for stride in _divisors(rows // self.count):
+            expected = places.div(stride, rounding_mode="floor") % self.count
+            if bool(((self.owners == expected) | anyone).all()):
+                return stride
+        return None
+
+    def by_pose(self, tensor: Tensor) -> Tensor:
+        """The rows of each pose together, `[m, R / m, ...]`; for regular layouts."""
+        assert self.stride is not None
+        rows = self.front(tensor)
+        outer = len(rows) // (self.count * self.stride)
+        grid = rows.reshape(outer, self.count, self.stride, *rows.shape[1:])
+        return grid.transpose(0, 1).flatten(1, 2)
+
+    @cached_property
+    def sizes(self) -> list[int]:
+        """How many rows each pose owns."""
+        return torch.bincount(self._live_owners, minlength=self.count).tolist()
+
+    def segments(self, tensor: Tensor) -> tuple[Tensor, ...]:
+        """The rows of each pose, one tensor `[R_i, ...]` a pose."""
+        if self.stride is not None:
+            return self.by_pose(tensor).unbind(0)
+        return torch.split(self.front(tensor)[self._order], self.sizes)
+
+    def sum(self, rows: Tensor) -> Tensor:
+        """Adds up the rows of each pose: `[R, ...]`, as `front` gives them, to `[m, ...]`."""
+        if self.stride is not None:
+            outer = len(rows) // (self.count * self.stride)
+            if len(rows) == self.count:
+                return rows
+            return rows.reshape(outer, self.count, self.stride, *rows.shape[1:]).sum((0, 2))
+        total = rows.new_zeros(self.count, *rows.shape[1:])
+        if len(self._live_owners) < len(self.owners):
+            rows = rows[self.owners != NOBODY]
+        return total.index_add_(0, self._live_owners, rows)
+
+    def weigh(self, tensor: Tensor, weights: Tensor) -> Tensor:
+        """`tensor` with every row multiplied by the weight `[m]` of its owner."""
+        values = weights[self.owners.clamp(min=0)].to(tensor.dtype)  # [R]
+        values = values.reshape([tensor.shape[dim] for dim in self.dims])
+        shape = [size if dim in self.dims else 1 for dim, size in enumerate(tensor.shape)]
+        return tensor * values.reshape(shape)
+
+    def only(self, tensor: Tensor, pose: int) -> Tensor:
+        """`tensor` with zeros in place of the rows of all other poses."""
+        shape = [size if dim in self.dims else 1 for dim, size in enumerate(tensor.shape)]
+        return torch.where((self.owners == pose).reshape(shape), tensor, 0)
+
+    def is_regular(self) -> bool:
+        """Whether every pose owns the same number of rows, in a fixed pattern."""
+        return self.stride is not None
+
+    def to(self, device: torch.device | str) -> Self:
+        """The layout on another device."""
+        return replace(self, owners=self.owners.to(device))
+
+    @cached_property
+    def _order(self) -> Tensor:
+        order = torch.argsort(self.owners, stable=True)
+        return order[len(order) - len(self._live_owners) :]  # NOBODY sorts first
+
+    @cached_property
+    def _live_owners(self) -> Tensor:
+        return self.owners[self.owners != NOBODY]
+
+
+def _divisors(number: int) -> list[int]:
+    small = [d for d in range(1, int(number**0.5) + 1) if number % d == 0]
+    return sorted({*small, *(number // d for d in small)})
+
+
+def single(tensor: Tensor) -> Layout:
+    """The layout of a tensor that belongs to the only pose there is."""
+    return Layout(1, (), torch.zeros(1, dtype=torch.long, device=tensor.device))
+
+
+def rows_of(shape: torch.Size, dims: tuple[int, ...]) -> int:
+    """R, the number of rows along `dims`."""
+    return prod(shape[dim] for dim in dims)

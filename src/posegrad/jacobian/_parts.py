@@ -1,0 +1,200 @@
+"""Parts of a block: how the rows of one parameter's Jacobian are held."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import final
+
+import torch
+from torch import Tensor
+
+from posegrad.jacobian._form import ClosedForm
+from posegrad.jacobian._layout import Layout
+
+__all__ = ["Arrangement", "Factors", "Part", "Pull", "Rows", "wide"]
+
+Pull = Callable[[Tensor], Tensor]
+"""From gradients `[N, ...]` of a tensor computed from the parameter to those of the parameter."""
+
+
+@dataclass(frozen=True)
+class Arrangement:
+    """How an output's elements are numbered: m poses of K components each.
+
+    Args:
+        shape: The output's shape.
+        dim: The dimension that counts poses; None if every element is a pose of its own, K = 1.
+    """
+
+    shape: torch.Size
+    dim: int | None
+
+    @property
+    def poses(self) -> int:
+        """The number of poses."""
+        return self.shape.numel() if self.dim is None else self.shape[self.dim]
+
+    @property
+    def components(self) -> int:
+        """The number of components of each."""
+        return 1 if self.dim is None else self.shape.numel() // self.poses
+
+    def split(self, flat: Tensor) -> Tensor:
+        """From `[m K, ...]`, in the order of the flattened output, to `[m, K, ...]`."""
+        if self.dim is None:
+            return flat.unsqueeze(1)
+        shaped = flat.reshape(*self.shape, *flat.shape[1:])
+        return shaped.movedim(self.dim, 0).reshape(self.poses, self.components, *flat.shape[1:])
+
+    def join(self, split: Tensor) -> Tensor:
+        """The inverse of `split`."""
+        if self.dim is None:
+            return split.squeeze(1)
+        others = [size for dim, size in enumerate(self.shape) if dim != self.dim]
+        shaped = split.reshape(self.poses, *others, *split.shape[2:])
+        return shaped.movedim(0, self.dim).flatten(0, len(self.shape) - 1)
+
+
+@dataclass(frozen=True)
+class Part(ABC):
+    """Some rows of a block, or a summand of them.
+
+    Args:
+        path: How it was found, for `report`.
+        start: The number of its first row in the whole Jacobian.
+    """
+
+    path: str
+    start: int
+
+    @property
+    @abstractmethod
+    def count(self) -> int:
+        """The number of its rows."""
+
+    @abstractmethod
+    def rows(self) -> Tensor:
+        """The rows, `[count, *shape]`."""
+
+    @abstractmethod
+    def combine(self, weights: Tensor) -> Tensor:
+        """The sum of the rows times their weights `[count]`: `[*shape]`."""
+
+    @abstractmethod
+    def bytes(self) -> int:
+        """The size of what is held."""
+
+    @abstractmethod
+    def to(self, device: torch.device | str) -> "Part":
+        """The part on another device."""
+
+    def shifted(self, by: int) -> "Part":
+        """The part as rows of a longer Jacobian."""
+        return replace(self, start=self.start + by)
+
+    def add_to(self, rows: Tensor) -> None:
+        """Adds the rows to the block's `[M, *shape]`."""
+        rows[self.start : self.start + self.count] += self.rows()
+
+
+@final
+@dataclass(frozen=True)
+class Rows(Part):
+    """Rows as they are."""
+
+    values: Tensor
+
+    @property
+    def count(self) -> int:
+        return len(self.values)
+
+    def rows(self) -> Tensor:
+        return wide(self.values)
+
+    def combine(self, weights: Tensor) -> Tensor:
+        rows = self.rows()
+        total: Tensor = torch.tensordot(weights.to(rows.dtype), rows, dims=1)
+        return total
+
+    def bytes(self) -> int:
+        return self.values.numel() * self.values.element_size()
+
+    def to(self, device: torch.device | str) -> Part:
+        return replace(self, values=self.values.to(device))
+
+
+@final
+@dataclass(frozen=True)
+class Factors(Part):
+    """A closed form and its cotangents, one for each component of the output.
+
+    Args:
+        form: How the parameter enters.
+        layout: Whose the rows of the cotangents are.
+        arrangement: How poses and components number the output.
+        cotangents: K tensors of one shape.
+        pull: From the tensor the form is about back to the parameter, if it was computed from it.
+    """
+
+    form: ClosedForm
+    layout: Layout
+    arrangement: Arrangement
+    cotangents: tuple[Tensor, ...]
+    pull: Pull | None = None
+
+    @property
+    def count(self) -> int:
+        return self.arrangement.shape.numel()
+
+    def rows(self) -> Tensor:
+        each = torch.stack([self._rows(wide(b)) for b in self.cotangents], dim=1)  # [m, K, *shape]
+        rows = self.arrangement.join(each)
+        return rows if self.pull is None else wide(self.pull(rows))
+
+    def combine(self, weights: Tensor) -> Tensor:
+        columns = self.arrangement.split(weights).unbind(1)  # K of [m]
+        weighted = [
+            self.layout.weigh(wide(b), w) for b, w in zip(self.cotangents, columns, strict=True)
+        ]
+        total = self.form.vjp(weighted[0] if len(weighted) == 1 else torch.stack(weighted).sum(0))
+        return total if self.pull is None else wide(self.pull(total.unsqueeze(0))[0])
+
+    def add_to(self, rows: Tensor) -> None:
+        if self.layout.dims or self.pull is not None:
+            return super().add_to(rows)
+        owner = int(self.layout.owners)
+        block = self.arrangement.split(rows[self.start : self.start + self.count])
+        for k, cotangent in enumerate(self.cotangents if owner >= 0 else ()):
+            block[owner, k] += self.form.vjp(wide(cotangent))
+        if self.arrangement.dim not in (None, 0):  # split has copied
+            rows[self.start : self.start + self.count] = self.arrangement.join(block)
+        return None
+
+    def bytes(self) -> int:
+        held = [factor.tensor for factor in self.form.factors()] + list(self.cotangents)
+        return sum(tensor.numel() * tensor.element_size() for tensor in held)
+
+    def to(self, device: torch.device | str) -> Part:
+        if self.pull is not None:
+            return Rows(self.path, self.start, self.rows().to(device))
+        return replace(
+            self,
+            form=self.form.to(device),
+            layout=self.layout.to(device),
+            cotangents=tuple(b.to(device) for b in self.cotangents),
+        )
+
+    def _rows(self, cotangent: Tensor) -> Tensor:
+        if self.layout.dims:
+            return self.form.rows(cotangent, self.layout)
+        gradient = self.form.vjp(cotangent).unsqueeze(0)  # all of it is one pose's
+        if self.layout.count == 1:
+            return gradient
+        owner = self.layout.owners
+        rows = gradient.new_zeros(self.layout.count, *gradient.shape[1:])
+        return rows if int(owner) < 0 else rows.index_copy_(0, owner, gradient)
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """Half precisions as float32: sums over poses are never taken in less."""
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor

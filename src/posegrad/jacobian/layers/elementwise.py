@@ -1,0 +1,63 @@
+"""Parameters that are added to, or multiplied with, every row alike: biases and scales."""
+
+from dataclasses import dataclass
+from typing import final
+
+import torch
+from torch import Tensor
+
+from posegrad.jacobian._form import ClosedForm, Factor
+from posegrad.jacobian._layout import Layout
+
+__all__ = ["Broadcast", "Elementwise"]
+
+
+@dataclass(frozen=True)
+class Broadcast(ClosedForm):
+    r"""A parameter :math:`\theta` broadcast over Y, where it acts element by element.
+
+    .. math::
+        \frac{\partial \hat y_i}{\partial \theta} = \sum_{r \in R_i} b_r \circ
+        \frac{\partial y_r}{\partial \theta}
+
+    summed over every dimension along which :math:`\theta` was repeated.
+
+    Args:
+        aligned: The parameter's shape against Y's, with a 1 where it was repeated.
+    """
+
+    aligned: torch.Size
+
+    def contribution(self, cotangent: Tensor) -> Tensor:
+        """The cotangent times the derivative of each element of Y, in the shape of Y."""
+        raise NotImplementedError
+
+    def accepts(self, cotangent: torch.Size, layout: Layout) -> bool:
+        return all(self.aligned[dim] == 1 for dim in layout.dims)
+
+    def vjp(self, cotangent: Tensor) -> Tensor:
+        return self.contribution(cotangent).sum_to_size(self.aligned).reshape(self.shape)
+
+    def rows(self, cotangent: Tensor, layout: Layout) -> Tensor:
+        parts = self.contribution(cotangent)
+        kept = {*layout.dims, *(d for d, size in enumerate(self.aligned) if size != 1)}
+        summed = [d for d in range(parts.ndim) if d not in kept]
+        parts = parts.sum(summed, keepdim=True) if summed else parts
+        return layout.sum(layout.front(parts)).reshape(layout.count, *self.shape)
+
+
+@final
+@dataclass(frozen=True)
+class Elementwise(Broadcast):
+    """A bias (factor 1), a difference (factor -1), a scale (the factor is the other operand).
+
+    Args:
+        factor: The derivative of Y: a number, or a tensor that broadcasts against Y.
+    """
+
+    factor: Factor | float
+
+    def contribution(self, cotangent: Tensor) -> Tensor:
+        if isinstance(self.factor, Factor):
+            return cotangent * self.factor.value.to(cotangent.dtype)
+        return cotangent if self.factor == 1 else cotangent * self.factor

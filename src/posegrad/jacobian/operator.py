@@ -1,0 +1,307 @@
+"""The Jacobian of a group of predictions, as a linear operator."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+from posegrad.combination._base import as_combination
+from posegrad.errors import NotDifferentiableError, ShapeMismatchError
+from posegrad.jacobian._block import Block
+
+__all__ = ["PoseJacobian"]
+
+
+@final
+class PoseJacobian:
+    r"""The rows :math:`\partial \hat y_i / \partial \theta` of a group, held in factors.
+
+    Row i of the Jacobian J `[M, n]` is the gradient of one number of the output with respect to all
+    n parameters. J is never formed unless asked for: for most layers what is held is the layer's
+    input and the cotangent of its output, from which products with J are taken.
+
+    Made by `Engine.jacobian` and `Engine.gather`. Immutable; keeps no graph of the model.
+
+    Example:
+        >>> model = nn.Linear(3, 1)
+        >>> J = Engine(model).jacobian(model(torch.ones(4, 3)).squeeze(1))
+        >>> J.gramian()
+        tensor([[4., 4., 4., 4.],
+                [4., 4., 4., 4.],
+                [4., 4., 4., 4.],
+                [4., 4., 4., 4.]])
+    """
+
+    def __init__(
+        self,
+        predictions: Tensor,
+        parameters: Mapping[str, Tensor],
+        blocks: Mapping[str, Block],
+    ) -> None:
+        self.predictions = predictions
+        self._parameters = dict(parameters)
+        self._blocks = dict(blocks)
+
+    @classmethod
+    def joined(cls, jacobians: Sequence["PoseJacobian"]) -> "PoseJacobian":
+        """The rows of several Jacobians of the same parameters, one after another."""
+        predictions = torch.cat([jacobian.predictions for jacobian in jacobians])
+        first = jacobians[0]
+        blocks = {
+            name: Block.joined([jacobian._blocks[name] for jacobian in jacobians])
+            for name in first._blocks
+        }
+        return cls(predictions, first._parameters, blocks)
+
+    @property
+    def blocks(self) -> Mapping[str, Block]:
+        """The blocks by parameter, as they are held."""
+        return self._blocks
+
+    def in_form(self, form: str) -> "PoseJacobian":
+        """The same rows as `"factors"`, `"dense"`, or in the smaller form of each block."""
+        if form == "factors":
+            return self
+        blocks = {
+            name: block
+            if form == "auto" and block.bytes() <= block.dense_bytes()
+            else block.dense()
+            for name, block in self._blocks.items()
+        }
+        return PoseJacobian(self.predictions, self._parameters, blocks)
+
+    @property
+    def output_shape(self) -> torch.Size:
+        """The shape of the predictions; it has M elements."""
+        return self.predictions.shape
+
+    def __len__(self) -> int:
+        return len(self.predictions)
+
+    def __repr__(self) -> str:
+        count = sum(parameter.numel() for parameter in self._parameters.values())
+        return f"PoseJacobian(output_shape={list(self.output_shape)}, parameters={count})"
+
+    def combine(self, weights: Tensor) -> dict[str, Tensor]:
+        r"""The product :math:`w^\top J`: one gradient, shaped and named like the parameters.
+
+        Args:
+            weights: Of `output_shape`; w, one weight for each number of the output.
+
+        Returns:
+            An entry for every trainable parameter, in the order of `named_parameters()`; zeros for
+            those the output does not depend on.
+
+        Raises:
+            ShapeMismatchError: if the weights have another shape.
+            StaleFactorError: if a tensor the forward saved was changed in place since.
+
+        Note:
+            Time: half a plain backward, from factors; no graph is needed.
+
+        Example:
+            >>> model = nn.Linear(2, 1)
+            >>> J = Engine(model).jacobian(model(torch.eye(2)).squeeze(1))
+            >>> J.combine(torch.tensor([1.0, 10.0]))
+            {'weight': tensor([[ 1., 10.]]), 'bias': tensor([11.])}
+        """
+        flat = self._flat(weights)
+        return {name: block.combine(flat) for name, block in self._blocks.items()}
+
+    def backward(self, weights: Tensor | Callable[[Tensor], Tensor]) -> Tensor:
+        r"""Adds :math:`w^\top J` to the `.grad` of the parameters, as a backward would.
+
+        Args:
+            weights: w of `output_shape`; or a combination rule, for which
+                :math:`w = \partial\,\mathrm{rule}(\hat y) / \partial \hat y`.
+
+        Returns:
+            w.
+
+        Raises:
+            ShapeMismatchError: if w has another shape, or the rule gives more than one number.
+            StaleFactorError: as for `combine`; no `.grad` is touched then.
+
+        Note:
+            Hooks on the parameters run, once. Where autograd would leave `.grad` None, so does it.
+
+        Example:
+            >>> model = nn.Linear(2, 1)
+            >>> J = Engine(model).jacobian(model(torch.eye(2)).squeeze(1))
+            >>> J.backward(Mean())
+            tensor([0.5000, 0.5000])
+            >>> model.weight.grad
+            tensor([[0.5000, 0.5000]])
+        """
+        if not isinstance(weights, Tensor):
+            weights = self._weights_of(weights)
+        gradients = self.combine(weights)
+        used = [name for name, block in self._blocks.items() if block.parts]
+        if used:
+            torch.autograd.backward(
+                [self._parameters[name] for name in used],
+                [gradients[name].to(self._parameters[name].device) for name in used],
+            )
+        return weights
+
+    def gramian(self, dtype: torch.dtype | None = None, *, per_parameter: bool = False) -> Any:
+        r"""The inner products of the rows, :math:`G = J J^\top`.
+
+        Args:
+            dtype: Of the result and the sums; default: that of the parameters, float32 at least.
+            per_parameter: Return one Gramian for each parameter instead of their sum.
+
+        Returns:
+            G of shape `output_shape + reversed(output_shape)`: `[m, m]` for predictions `[m]`; or
+            a dict of those, by parameter.
+
+        Note:
+            Time and memory, for R rows of a linear layer of d inputs and p outputs: the lesser of
+            `R^2 (d + p)`, without any gradient, and `(R + M^2) d p`, with the rows of one
+            parameter at a time. Other layers take the latter.
+
+        References:
+            Goodfellow, "Efficient per-example gradient computations" (2015), for one row a pose;
+            Rochette et al. (2019) for convolutions.
+        """
+        grams = {
+            name: block.gramian(dtype or self._wide_dtype(block))
+            for name, block in self._blocks.items()
+            if block.parts or per_parameter
+        }
+        if per_parameter:
+            return {name: self._generalized(gram) for name, gram in grams.items()}
+        count = self.predictions.numel()
+        total = torch.zeros(count, count, dtype=dtype or torch.float32, device=self._device)
+        for gram in grams.values():
+            total = total + gram.to(self._device)
+        return self._generalized(total)
+
+    def norms(self) -> Tensor:
+        """The Euclidean norm of every row, in `output_shape`."""
+        total = torch.zeros(self.predictions.numel(), device=self._device)
+        for block in self._blocks.values():
+            if block.parts:
+                total = total + block.squared_norms(self._wide_dtype(block)).to(self._device)
+        return total.sqrt().reshape(self.output_shape)
+
+    def __getitem__(self, index: Any) -> dict[str, Tensor]:
+        """The gradient of one number of the output, by parameter.
+
+        Args:
+            index: As into a tensor of `output_shape`; must pick one number.
+
+        Raises:
+            IndexError: if it is out of range or picks several.
+        """
+        places = torch.zeros(self.output_shape, device=self._device)
+        if places[index].numel() != 1:
+            raise IndexError(
+                f"{index!r} picks {places[index].numel()} numbers of an output of shape "
+                f"{list(self.output_shape)}, but a row belongs to one. Give an index for each "
+                f"dimension, or use block()."
+            )
+        places[index] = 1
+        return self.combine(places)
+
+    def block(self, name: str) -> Tensor:
+        """The rows of one parameter, `[*output_shape, *parameter.shape]`.
+
+        Raises:
+            KeyError: if no trainable parameter has that name.
+        """
+        if name not in self._blocks:
+            raise KeyError(
+                f"There is no trainable parameter {name!r}; there are "
+                f"{', '.join(self._blocks) or 'none'}."
+            )
+        block = self._blocks[name]
+        return block.rows().to(block.dtype).reshape(*self.output_shape, *block.shape)
+
+    def matrix(self) -> Tensor:
+        """J as a matrix `[M, n]`, columns in the order of `named_parameters()`.
+
+        Memory: M n numbers, once.
+        """
+        count = self.predictions.numel()
+        widths = [block.shape.numel() for block in self._blocks.values()]
+        dtypes = [block.dtype for block in self._blocks.values()]
+        dtype = max(dtypes, key=lambda d: d.itemsize, default=torch.float32)
+        matrix = torch.zeros(count, sum(widths), dtype=dtype, device=self._device)
+        columns = torch.split(matrix, widths, dim=1)
+        for part, block in zip(columns, self._blocks.values(), strict=True):
+            if block.parts:
+                part.copy_(block.rows().flatten(1))
+        return matrix
+
+    def to(self, device: torch.device | str) -> "PoseJacobian":
+        """The Jacobian on another device; `backward` still serves the parameters where they are."""
+        blocks = {name: block.to(device) for name, block in self._blocks.items()}
+        return PoseJacobian(self.predictions.to(device), self._parameters, blocks)
+
+    def report(self) -> str:
+        """How each parameter's block is held: a table of paths and sizes.
+
+        Example:
+            >>> model = nn.Linear(3, 1)
+            >>> print(Engine(model).jacobian(model(torch.ones(4, 3)).squeeze(1)).report())
+            parameter  path                       uses  MiB
+            weight     closed form (Linear)          1  0.00
+            bias       closed form (Elementwise)     1  0.00
+        """
+        rows = [("parameter", "path", "uses", "MiB")]
+        for name, block in self._blocks.items():
+            path = " + ".join(dict.fromkeys(part.path for part in block.parts)) or "unused"
+            rows.append((name, path, str(len(block.parts)), f"{block.bytes() / 2**20:.2f}"))
+        first, second = (max(len(row[i]) for row in rows) for i in (0, 1))
+        return "\n".join(
+            f"{name:<{first}}  {path:<{second}}  {uses:>4}  {size}"
+            for name, path, uses, size in rows
+        )
+
+    @property
+    def paths(self) -> dict[str, tuple[str, ...]]:
+        """The rungs each parameter's parts came by; empty for unused parameters."""
+        return {
+            name: tuple(part.path for part in block.parts) for name, block in self._blocks.items()
+        }
+
+    @property
+    def _device(self) -> torch.device:
+        return self.predictions.device
+
+    def _wide_dtype(self, block: Block) -> torch.dtype:
+        return block.dtype if block.dtype == torch.float64 else torch.float32
+
+    def _generalized(self, gram: Tensor) -> Tensor:
+        """From `[M, M]` to `output_shape + reversed(output_shape)`."""
+        shape = self.output_shape
+        order = [*range(len(shape)), *reversed(range(len(shape), 2 * len(shape)))]
+        return gram.reshape((*shape, *shape)).permute(order)
+
+    def _flat(self, weights: Tensor) -> Tensor:
+        if weights.shape != self.output_shape:
+            raise ShapeMismatchError(
+                f"The weights have shape {list(weights.shape)}, the output "
+                f"{list(self.output_shape)}; there must be one weight for each of its numbers.\n"
+                f"Reshape the weights, or the output before jacobian()."
+            )
+        return weights.detach().to(self._device).reshape(-1)
+
+    def _weights_of(self, rule: Callable[[Tensor], Tensor]) -> Tensor:
+        leaf = self.predictions.detach().clone().requires_grad_()
+        with torch.enable_grad():
+            combined = as_combination(rule)(leaf)
+        if combined.numel() != 1:
+            raise ShapeMismatchError(
+                f"The rule combines predictions {list(leaf.shape)} to {list(combined.shape)}, but "
+                f"a backward needs one number.\nReduce it in the rule, or pass the weights."
+            )
+        if not combined.requires_grad:
+            raise NotDifferentiableError(
+                "The rule's result does not depend on the predictions, so it has no weights.\n"
+                "Remove the detach() or no_grad() inside the rule."
+            )
+        (weights,) = torch.autograd.grad(combined.sum(), leaf)
+        return weights

@@ -1,0 +1,79 @@
+"""The Jacobian of poses scored in chunks."""
+
+from collections.abc import Callable, Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from posegrad.capture import Gatherer
+from posegrad.errors import NotDifferentiableError, ShapeMismatchError
+from posegrad.jacobian import PoseJacobian
+from posegrad.schedule._poses import Pose
+from posegrad.schedule._session import Scorer
+
+__all__ = ["FORMS", "Loss", "gather"]
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+"""From predictions `[c, ...]` and the numbers of their poses `[c]` to rows `[c, ...]`."""
+
+FORMS = ("auto", "factors", "dense")
+
+
+def gather(
+    gatherer: Gatherer,
+    scorer: Scorer,
+    chunks: Iterator[list[Pose]],
+    parameters: Mapping[str, nn.Parameter],
+    loss: Loss | None,
+    form: str,
+) -> PoseJacobian:
+    """Scores chunk after chunk, and keeps of each the rows of its Jacobian.
+
+    Args:
+        gatherer: Reads the rows.
+        scorer: Runs the model.
+        chunks: The poses.
+        parameters: What to differentiate by.
+        loss: Made of the predictions, if not they themselves.
+        form: One of `FORMS`.
+    """
+    if form not in FORMS:
+        raise ValueError(f"form={form!r} is unknown; it is one of {', '.join(FORMS)}.")
+    jacobians: list[PoseJacobian] = []
+    count = 0
+    for poses in chunks:
+        with torch.enable_grad():
+            rows = scorer(poses, count)
+            if loss is not None:
+                rows = _of_loss(loss, rows, count)
+        _check_alike(rows, jacobians, count)
+        jacobian = gatherer.gather(rows, parameters, must_depend=False)
+        jacobians.append(jacobian.in_form(form))
+        count += len(poses)
+    if not any(block.parts for jacobian in jacobians for block in jacobian.blocks.values()):
+        raise NotDifferentiableError(
+            "No prediction depends on a trainable parameter: the model detaches its result, or "
+            "everything it uses is frozen.\nRemove the detach(), or unfreeze a parameter."
+        )
+    return PoseJacobian.joined(jacobians)
+
+
+def _of_loss(loss: Loss, predictions: Tensor, start: int) -> Tensor:
+    count = len(predictions)
+    rows = loss(predictions, torch.arange(start, start + count, device=predictions.device))
+    rows = rows.reshape(1) if count == 1 and rows.ndim == 0 else rows
+    if rows.ndim == 0 or len(rows) != count:
+        raise ShapeMismatchError(
+            f"The loss returned shape {list(rows.shape)} for {count} poses, but dimension 0 must "
+            f"hold one row for each.\nLeave out the reduction: reduction='none'."
+        )
+    return rows
+
+
+def _check_alike(rows: Tensor, jacobians: list[PoseJacobian], start: int) -> None:
+    if jacobians and rows.shape[1:] != jacobians[0].output_shape[1:]:
+        raise ShapeMismatchError(
+            f"The rows of pose {start} have shape {list(rows.shape[1:])}, those of pose 0 "
+            f"{list(jacobians[0].output_shape[1:])}.\nLet the model return the same shape for "
+            f"every pose."
+        )
