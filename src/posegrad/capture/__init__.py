@@ -1,6 +1,6 @@
 """Reading autograd's graph: the only code that touches autograd's internals."""
 
-from posegrad.capture._compat import leaf_hooks_off, no_autocast
+from posegrad.capture._compat import leaf_hooks_off
 from posegrad.capture._edges import EdgeRegistry
 from posegrad.capture._gather import Gatherer
 from posegrad.capture._guard import grad_set_aside
@@ -16,6 +16,5 @@ __all__ = [
     "graph_clock",
     "leaf_hooks_off",
     "named_parameters",
-    "no_autocast",
     "selected",
 ]

@@ -1,7 +1,7 @@
 """The only place that uses names PyTorch does not promise to keep."""
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -21,21 +21,10 @@ __all__ = [
     "dtype_of",
     "in_backward",
     "leaf_hooks_off",
-    "no_autocast",
     "saved",
     "shape_of",
     "tree_leaves",
 ]
-
-
-@contextmanager
-def no_autocast(device_type: str) -> Iterator[None]:
-    """Turns autocast off for a backward: its operators follow the dtypes of the forward."""
-    kinds = [kind for kind in {"cpu", device_type} if torch.is_autocast_enabled(kind)]
-    with ExitStack() as stack:
-        for kind in kinds:
-            stack.enter_context(torch.autocast(kind, enabled=False))
-        yield
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from posegrad.capture._trial import Subject, Trial, attempt
 from posegrad.capture._verify import disagreeing
 from posegrad.capture._vjp import release
 from posegrad.errors import NoPosesError, NotDifferentiableError
-from posegrad.jacobian import Arrangement, Block, PoseJacobian
+from posegrad.jacobian import Arrangement, Block, PoseJacobian, no_autocast
 
 __all__ = ["Gatherer"]
 
@@ -92,7 +92,8 @@ class Gatherer:
             trusted = self.batch_dim if isinstance(self.batch_dim, int) else None
             subject = Subject(output, registry, pose_index, trusted, self._generator)
             if used:
-                with torch.no_grad(), grad_set_aside(parameters):
+                autocast_off = no_autocast(output.device.type)
+                with torch.no_grad(), autocast_off, grad_set_aside(parameters):
                     parts = self._parts(Reading(subject, used, self.block_bytes), quiet)
                     if not keep_graph:
                         release(output, list(used.values()))

@@ -22,11 +22,13 @@ from posegrad.jacobian import NOBODY, Layout
 
 __all__ = ["Probes", "find_layout", "make_probes"]
 
-_DIGITS = {torch.float16: 8}
-_DEFAULT_DIGITS = 60  # exponents -30 to 29 leave 96 powers of two on either side in float32
+_RANGE = {torch.float16: (0, 8)}
+_DEFAULT_RANGE = (-30, 30)  # leaves 96 powers of two on either side in float32
 
-_TINY = {torch.float16: 2.0**-14}
-_DEFAULT_TINY = 2.0**-80  # below, a probe could meet denormal numbers
+# A row this much smaller than the largest, and this small, is nobody's: scaling it could lose bits.
+_SMALL, _TINY = 2.0**-60, 2.0**-80
+
+_ROUNDING = 2.0**-50  # what an element may be off beside the largest of its row
 
 _TOLERANCE = {torch.float16: 2.0**-5, torch.bfloat16: 2.0**-4}
 _DEFAULT_TOLERANCE = 2.0**-10
@@ -38,15 +40,18 @@ class Probes:
 
     Args:
         exponents: k, `[P, m]`: one row for each probe.
-        tables: For each probe the digit each exponent stands for, by exponent + `offset`.
+        tables: For each probe the digit each exponent stands for, by exponent - `lowest`.
         places: For each probe the value of its digit.
         sets: Number of the set each probe belongs to.
+        lowest: The smallest exponent.
+        digits: The number of exponents.
     """
 
     exponents: Tensor
     tables: Tensor
     places: tuple[int, ...]
     sets: tuple[int, ...]
+    lowest: int
     digits: int
 
     def scales(self) -> Iterator[Tensor]:
@@ -63,7 +68,8 @@ def make_probes(count: int, dtype: torch.dtype, generator: torch.Generator, *, s
         generator: The engine's own.
         sets: How many independent answers are wanted.
     """
-    digits = _DIGITS.get(dtype, _DEFAULT_DIGITS)
+    lowest, end = _RANGE.get(dtype, _DEFAULT_RANGE)
+    digits = end - lowest
     length = 1
     while digits**length < count:
         length += 1
@@ -73,11 +79,12 @@ def make_probes(count: int, dtype: torch.dtype, generator: torch.Generator, *, s
         for digit in range(length):
             order = torch.randperm(digits, generator=generator)
             value = numbers.div(digits**digit, rounding_mode="floor") % digits
-            exponents.append(order[value] - digits // 2)
+            exponents.append(order[value] + lowest)
             tables.append(torch.argsort(order))
             places.append(digits**digit)
             owners.append(number)
-    return Probes(torch.stack(exponents), torch.stack(tables), tuple(places), tuple(owners), digits)
+    rows = torch.stack(exponents), torch.stack(tables)
+    return Probes(*rows, tuple(places), tuple(owners), lowest, digits)
 
 
 def find_layout(
@@ -93,9 +100,8 @@ def find_layout(
     """
     if not base.is_floating_point():
         return None
-    tiny = _TINY.get(base.dtype, _DEFAULT_TINY)
     for dims in _candidates(base.ndim):
-        owners = _owners(base, probed, probes, dims, tiny, count)
+        owners = _owners(base, probed, probes, dims, count)
         if owners is not None:
             return Layout(count, dims, owners)
     return None
@@ -111,55 +117,50 @@ def _candidates(ndim: int) -> Iterator[tuple[int, ...]]:
 
 
 def _owners(
-    base: Tensor,
-    probed: Sequence[Tensor],
-    probes: Probes,
-    dims: tuple[int, ...],
-    tiny: float,
-    count: int,
+    base: Tensor, probed: Sequence[Tensor], probes: Probes, dims: tuple[int, ...], count: int
 ) -> Tensor | None:
+    """The owners of the rows along some dimensions, or None if they are no rows of single poses."""
     layout = Layout(count, dims, base.new_zeros(0, dtype=torch.long))
-    rows = layout.front(base).flatten(1) if base.ndim > len(dims) else layout.front(base)[:, None]
-    size = rows.abs().amax(1) if rows.shape[1] else rows.new_zeros(len(rows))  # [R]
-    alive = size > tiny
+    rows = layout.front(base)
+    rows = rows.reshape(len(rows), -1)
+    if rows.numel() == 0:
+        return torch.full((len(rows),), NOBODY, device=base.device)
+    size = rows.abs().amax(1)  # [R]
+    # Written so that nan is alive, and then belongs to no single pose.
+    alive = ~(size <= min(_TINY, _SMALL * float(size.max()))) & (size != 0)
     answers = [torch.zeros(len(rows), dtype=torch.long, device=base.device)] * (probes.sets[-1] + 1)
     for n, scaled in enumerate(probed):
-        other = layout.front(scaled).reshape(rows.shape)
-        digit = _digit(rows, size, other, alive, probes.tables[n], tiny, probes.digits)
+        digit = _digit(rows, size, layout.front(scaled).reshape(rows.shape), alive, probes, n)
         if digit is None:
             return None
-        which = probes.sets[n]
-        answers[which] = answers[which] + digit * probes.places[n]
-    if any(not torch.equal(answer[alive], answers[0][alive]) for answer in answers[1:]):
-        return None
-    if bool((answers[0][alive] >= count).any()):
+        answers[probes.sets[n]] = answers[probes.sets[n]] + digit * probes.places[n]
+    first, *others = (answer[alive] for answer in answers)
+    if bool((first >= count).any()) or not all(torch.equal(first, other) for other in others):
         return None
     return torch.where(alive, answers[0], NOBODY)
 
 
 def _digit(
-    rows: Tensor,
-    size: Tensor,
-    other: Tensor,
-    alive: Tensor,
-    table: Tensor,
-    tiny: float,
-    digits: int,
+    rows: Tensor, size: Tensor, other: Tensor, alive: Tensor, probes: Probes, n: int
 ) -> Tensor | None:
-    """The digit every row was scaled by, `[R]`; None if a row was not scaled by one power."""
-    ratio = other.abs().amax(1) / size if rows.shape[1] else size
-    exponent = torch.log2(torch.where(alive, ratio, 1).double()).round()
-    offset = exponent.long() + digits // 2
-    if bool(((offset < 0) | (offset >= digits))[alive].any()):
+    """The digit probe n gives every row, `[R]`; None if a row was not scaled by one power."""
+    scaled = other.abs().amax(1)
+    ratio = torch.where(alive, scaled.double() / size.double(), 1)
+    exponent = torch.log2(ratio).round()
+    place = exponent.nan_to_num(nan=-1e6, posinf=1e6, neginf=-1e6).long() - probes.lowest
+    if bool(((place < 0) | (place >= probes.digits))[alive].any()):
         return None
-    power = torch.exp2(exponent).to(rows.dtype).unsqueeze(1)
-    error = (other - rows * power).abs().amax(1) if rows.shape[1] else size
+    power = torch.exp2(exponent)
     if rows.device.type == "cpu":  # one order of summation, so equal to the last bit
-        allowed = tiny * power.squeeze(1)
+        tolerance = _ROUNDING
     else:
         tolerance = _TOLERANCE.get(rows.dtype, _DEFAULT_TOLERANCE)
-        allowed = tolerance * size * power.squeeze(1)
-    wrong = torch.where(alive, error > allowed, other.abs().amax(1) > tiny * 2.0**digits)
-    if bool(wrong.any()):
+    error = (other - rows * power.to(rows.dtype).unsqueeze(1)).abs().amax(1)
+    right = torch.where(
+        alive,
+        error <= tolerance * power * size,
+        scaled <= size.max() * _SMALL * 2.0 ** (probes.lowest + probes.digits),
+    )
+    if not bool(right.all()):
         return None
-    return table.to(rows.device)[offset.clamp(0, digits - 1)]
+    return probes.tables[n].to(rows.device)[place.clamp(0, probes.digits - 1)]

@@ -12,7 +12,7 @@ from torch.autograd.graph import Node
 
 from posegrad.capture._compat import saved, shape_of
 from posegrad.jacobian import ClosedForm, Factor
-from posegrad.jacobian.layers import Convolution, Elementwise, Embedding, LayerNormScale, Linear
+from posegrad.jacobian.layers import Convolution, Elementwise, Embedding, Linear, NormScale
 
 __all__ = ["TRANSPARENT", "is_readable", "read"]
 
@@ -109,13 +109,39 @@ def _table(node: Node, shape: torch.Size, transposed: bool, what: str) -> Closed
     return Embedding(shape, indices, padding if padding >= 0 else None)
 
 
-def _norm_scale(node: Node, shape: torch.Size, transposed: bool, what: str) -> ClosedForm | None:
-    names = ("input", "result1", "result2")
-    tensors = [saved(node, name) for name in names]
-    if not all(isinstance(tensor, Tensor) for tensor in tensors):
+def _layer_scale(node: Node, shape: torch.Size, transposed: bool, what: str) -> ClosedForm | None:
+    x, mean, rho = (saved(node, name) for name in ("input", "result1", "result2"))
+    if not isinstance(x, Tensor):
         return None
-    aligned = torch.Size([1] * (tensors[0].ndim - len(shape)) + list(shape))
-    return LayerNormScale(shape, aligned, *(Factor.of(tensor, what) for tensor in tensors))
+    aligned = torch.Size([1] * (x.ndim - len(shape)) + list(shape))
+    return NormScale(shape, aligned, *(Factor.of(t, what) for t in (x, mean, rho)))
+
+
+def _group_scale(node: Node, shape: torch.Size, transposed: bool, what: str) -> ClosedForm | None:
+    x, *statistics = (saved(node, name) for name in ("input", "result1", "result2"))
+    if not isinstance(x, Tensor):
+        return None
+    each = saved(node, "C") // saved(node, "group")
+    spatial = [1] * (x.ndim - 2)
+    mean, rho = (
+        t.repeat_interleave(each, dim=1).reshape(*x.shape[:2], *spatial) for t in statistics
+    )
+    aligned = torch.Size([1, *shape, *spatial])
+    return NormScale(shape, aligned, *(Factor.of(t, what) for t in (x, mean, rho)))
+
+
+def _batch_scale(node: Node, shape: torch.Size, transposed: bool, what: str) -> ClosedForm | None:
+    x, train = saved(node, "input"), saved(node, "training")
+    if not isinstance(x, Tensor) or not isinstance(train, bool):
+        return None
+    if train:
+        mean, rho = saved(node, "result1"), saved(node, "result2")
+    else:
+        mean = saved(node, "running_mean")
+        rho = (saved(node, "running_var") + saved(node, "eps")).rsqrt()
+    aligned = torch.Size([1, *shape, *[1] * (x.ndim - 2)])
+    mean, rho = mean.reshape(aligned), rho.reshape(aligned)
+    return NormScale(shape, aligned, *(Factor.of(t, what) for t in (x, mean, rho)))
 
 
 def _plain(value: object) -> object:
@@ -139,6 +165,10 @@ _READERS: dict[tuple[str, int], Reader] = {
     ("ConvolutionBackward0", 1): _kernel,
     ("ConvolutionBackward0", 2): _channel_bias,
     ("EmbeddingBackward0", 0): _table,
-    ("NativeLayerNormBackward0", 1): _norm_scale,
+    ("NativeLayerNormBackward0", 1): _layer_scale,
     ("NativeLayerNormBackward0", 2): _sum(),
+    ("NativeGroupNormBackward0", 1): _group_scale,
+    ("NativeGroupNormBackward0", 2): _channel_bias,
+    ("NativeBatchNormBackward0", 1): _batch_scale,
+    ("NativeBatchNormBackward0", 2): _channel_bias,
 }

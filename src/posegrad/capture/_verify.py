@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from posegrad.capture._compat import leaf_hooks_off, no_autocast
+from posegrad.capture._compat import leaf_hooks_off
 from posegrad.capture._trial import Subject
 from posegrad.jacobian import Block, Part
 
@@ -34,7 +34,7 @@ def disagreeing(
     weights = torch.randn(output.shape, generator=subject.generator, dtype=torch.float64)
     weights = weights.to(output.device, output.dtype)
     leaves = list(parameters.values())
-    with leaf_hooks_off(leaves), no_autocast(output.device.type):
+    with leaf_hooks_off(leaves):
         expected = torch.autograd.grad(
             output, leaves, weights, retain_graph=True, allow_unused=True
         )

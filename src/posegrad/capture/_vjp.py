@@ -12,7 +12,6 @@ from posegrad.capture._compat import (
     apply_node,
     dtype_of,
     leaf_hooks_off,
-    no_autocast,
     shape_of,
 )
 
@@ -31,10 +30,9 @@ def cotangents_at(
 
     No parameter's gradient is computed on the way.
     """
-    with no_autocast(output.device.type):
-        found = torch.autograd.grad(
-            output, list(edges), cotangent, retain_graph=True, allow_unused=True
-        )
+    found = torch.autograd.grad(
+        output, list(edges), cotangent, retain_graph=True, allow_unused=True
+    )
     return [g.to_dense() if g is not None and g.layout != torch.strided else g for g in found]
 
 
@@ -58,13 +56,12 @@ def node_rows(
         `[count, *shape]`, or None if no gradient flows.
     """
     rows: list[Tensor] = []
-    with no_autocast("cuda"):
-        for start in range(0, count, most):
-            group = [cotangents(i) for i in range(start, min(start + most, count))]
-            part = _node_group(node, argument, group)
-            if part is None:
-                return None
-            rows.append(part)
+    for start in range(0, count, most):
+        group = [cotangents(i) for i in range(start, min(start + most, count))]
+        part = _node_group(node, argument, group)
+        if part is None:
+            return None
+        rows.append(part)
     return torch.cat(rows) if len(rows) != 1 else rows[0]
 
 
@@ -121,7 +118,7 @@ def rows_of_graph(
     """
     chunks: list[list[Tensor | None]] = []
     sources = list(sources)
-    with leaf_hooks_off(sources), no_autocast(sources[0].device.type):
+    with leaf_hooks_off(sources):
         for start in range(0, count, most):
             group = [cotangents(i) for i in range(start, min(start + most, count))]
             chunks.append(_graph_group(output, group, sources))

@@ -4,6 +4,7 @@ from posegrad.jacobian._block import Block
 from posegrad.jacobian._form import ClosedForm, Factor
 from posegrad.jacobian._layout import NOBODY, Layout, rows_of, single
 from posegrad.jacobian._parts import Arrangement, Factors, Part, Pull, Rows
+from posegrad.jacobian._precision import no_autocast
 from posegrad.jacobian.operator import PoseJacobian
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "PoseJacobian",
     "Pull",
     "Rows",
+    "no_autocast",
     "rows_of",
     "single",
 ]

@@ -8,7 +8,8 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from posegrad.jacobian._parts import Factors, Part, Rows, wide
+from posegrad.jacobian._parts import Factors, Part, Rows
+from posegrad.jacobian._precision import wide
 from posegrad.jacobian.layers.linear import Linear
 
 __all__ = ["Block"]
@@ -62,6 +63,7 @@ class Block:
 
     def combine(self, weights: Tensor) -> Tensor:
         r""":math:`\sum_i w_i \partial \hat y_i / \partial \theta` for w `[M]`: `[*shape]`."""
+        weights = weights.to(self.device)
         total = torch.zeros((), dtype=self.dtype, device=self.device).expand(self.shape)
         for n, part in enumerate(self.parts):
             gradient = part.combine(weights[part.start : part.start + part.count])

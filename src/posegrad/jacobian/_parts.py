@@ -10,8 +10,9 @@ from torch import Tensor
 
 from posegrad.jacobian._form import ClosedForm
 from posegrad.jacobian._layout import Layout
+from posegrad.jacobian._precision import wide
 
-__all__ = ["Arrangement", "Factors", "Part", "Pull", "Rows", "wide"]
+__all__ = ["Arrangement", "Factors", "Part", "Pull", "Rows"]
 
 Pull = Callable[[Tensor], Tensor]
 """From gradients `[N, ...]` of a tensor computed from the parameter to those of the parameter."""
@@ -193,8 +194,3 @@ class Factors(Part):
         owner = self.layout.owners
         rows = gradient.new_zeros(self.layout.count, *gradient.shape[1:])
         return rows if int(owner) < 0 else rows.index_copy_(0, owner, gradient)
-
-
-def wide(tensor: Tensor) -> Tensor:
-    """Half precisions as float32: sums over poses are never taken in less."""
-    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor

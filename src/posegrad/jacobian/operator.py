@@ -9,6 +9,7 @@ from torch import Tensor
 from posegrad.combination._base import as_combination
 from posegrad.errors import NotDifferentiableError, ShapeMismatchError
 from posegrad.jacobian._block import Block
+from posegrad.jacobian._precision import no_autocast
 
 __all__ = ["PoseJacobian"]
 
@@ -83,6 +84,8 @@ class PoseJacobian:
         count = sum(parameter.numel() for parameter in self._parameters.values())
         return f"PoseJacobian(output_shape={list(self.output_shape)}, parameters={count})"
 
+    @torch.no_grad()
+    @no_autocast()
     def combine(self, weights: Tensor) -> dict[str, Tensor]:
         r"""The product :math:`w^\top J`: one gradient, shaped and named like the parameters.
 
@@ -145,6 +148,8 @@ class PoseJacobian:
             )
         return weights
 
+    @torch.no_grad()
+    @no_autocast()
     def gramian(self, dtype: torch.dtype | None = None, *, per_parameter: bool = False) -> Any:
         r"""The inner products of the rows, :math:`G = J J^\top`.
 
@@ -178,6 +183,8 @@ class PoseJacobian:
             total = total + gram.to(self._device)
         return self._generalized(total)
 
+    @torch.no_grad()
+    @no_autocast()
     def norms(self) -> Tensor:
         """The Euclidean norm of every row, in `output_shape`."""
         total = torch.zeros(self.predictions.numel(), device=self._device)
@@ -205,6 +212,8 @@ class PoseJacobian:
         places[index] = 1
         return self.combine(places)
 
+    @torch.no_grad()
+    @no_autocast()
     def block(self, name: str) -> Tensor:
         """The rows of one parameter, `[*output_shape, *parameter.shape]`.
 
@@ -219,6 +228,8 @@ class PoseJacobian:
         block = self._blocks[name]
         return block.rows().to(block.dtype).reshape(*self.output_shape, *block.shape)
 
+    @torch.no_grad()
+    @no_autocast()
     def matrix(self) -> Tensor:
         """J as a matrix `[M, n]`, columns in the order of `named_parameters()`.
 

@@ -6,8 +6,9 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
-from posegrad.capture import grad_set_aside, leaf_hooks_off, no_autocast
+from posegrad.capture import grad_set_aside, leaf_hooks_off
 from posegrad.errors import StaleParametersError
+from posegrad.jacobian import no_autocast
 from posegrad.schedule._poses import Pose, map_tensors
 
 __all__ = ["Inputs"]

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from posegrad.capture import Gatherer
 from posegrad.combination import Combination
-from posegrad.jacobian import Block
+from posegrad.jacobian import Block, no_autocast
 from posegrad.schedule._attach import Gradients, attach
 from posegrad.schedule._gradients import GradientSum
 from posegrad.schedule._poses import map_tensors, tensors_of
@@ -44,9 +44,10 @@ def store(session: Session, rule: Combination, gatherer: Gatherer) -> Combined:
             tensors = iter(saved)
             filled: list[Rows] = map_tensors(lambda _: cast("Tensor", next(tensors)), shells)
             pieces = torch.split(cotangent.reshape(-1), sizes)
-            for weights, blocks in zip(pieces, filled, strict=True):
-                if bool(weights.any()):
-                    _add(total, blocks, weights)
+            with no_autocast(cotangent.device.type):
+                for weights, blocks in zip(pieces, filled, strict=True):
+                    if bool(weights.any()):
+                        _add(total, blocks, weights)
         return total.delivered(session.inputs.tensors)
 
     (per_pose,) = attach([group_predictions(values)], session.inputs, pullback, saved)

@@ -1,4 +1,4 @@
-"""The scale of a layer normalisation."""
+"""The scale of a normalisation: layer, group, batch."""
 
 from dataclasses import dataclass
 from typing import final
@@ -8,17 +8,18 @@ from torch import Tensor
 from posegrad.jacobian._form import Factor
 from posegrad.jacobian.layers.elementwise import Broadcast
 
-__all__ = ["LayerNormScale"]
+__all__ = ["NormScale"]
 
 
 @final
 @dataclass(frozen=True)
-class LayerNormScale(Broadcast):
+class NormScale(Broadcast):
     r"""The scale of :math:`y = \gamma \circ (x - \mu)\,\rho + \beta`, from the saved statistics.
 
     Args:
         input: x.
-        mean: The means, with a 1 for each normalised dimension.
+        mean: The means, with a 1 for each normalised dimension. They are held fixed: how they
+            depend on other parameters is in those parameters' cotangents.
         inverse_deviation: The inverse deviations, likewise.
     """
 
