@@ -43,8 +43,8 @@ class Engine:
             A stacked tensor needs no `collate`; a list does.
         check: When a Jacobian is compared with a plain backward: on the `"first"` gather of every
             structure of graph, `"always"`, or `"never"`. What disagrees is taken by slower ways.
-        batch_dim: `"auto"` finds the owner of every row by itself. A number is trusted to be the
-            dimension of poses, as TorchJD's; None takes a backward for every row.
+        batch_dim: `"auto"` finds out which dimension of an output counts poses; a number is trusted
+            to be it, as TorchJD's. None takes a backward for every row.
         block_bytes: About how much memory rows without a closed form may take at once.
 
     Raises:

@@ -15,7 +15,7 @@ from posegrad.capture._rungs import Parts, Reading
 from posegrad.capture._trial import Subject, Trial, attempt
 from posegrad.capture._verify import disagreeing
 from posegrad.capture._vjp import release
-from posegrad.errors import NoPosesError, NotDifferentiableError
+from posegrad.errors import NoPosesError, NotDifferentiableError, ShapeMismatchError
 from posegrad.jacobian import Arrangement, Block, PoseJacobian, no_autocast
 
 __all__ = ["Gatherer"]
@@ -31,7 +31,7 @@ class Gatherer:
 
     Args:
         check: `"first"`, `"always"` or `"never"`: when to compare with a plain backward.
-        batch_dim: `"auto"`, a dimension to trust, or None for rows only.
+        batch_dim: The output's dimension that counts poses, `"auto"`, or None for rows only.
         block_bytes: About how much memory rows that have no closed form may take at once.
     """
 
@@ -89,8 +89,9 @@ class Gatherer:
         if output.requires_grad:
             registry = EdgeRegistry(output)
             used = {name: p for name, p in parameters.items() if id(p) in registry.leaves}
-            trusted = self.batch_dim if isinstance(self.batch_dim, int) else None
-            subject = Subject(output, registry, pose_index, trusted, self._generator)
+            dim = self.batch_dim if isinstance(self.batch_dim, int) and output.ndim else None
+            _check_dimension(output, dim)
+            subject = Subject(output, registry, pose_index, dim, self._generator)
             if used:
                 autocast_off = no_autocast(output.device.type)
                 with torch.no_grad(), autocast_off, grad_set_aside(parameters):
@@ -185,6 +186,14 @@ def _check_output(output: Tensor) -> None:
         raise NoPosesError(
             f"The output has shape {list(output.shape)}: there is no prediction to differentiate.\n"
             f"Leave empty batches out of the loop."
+        )
+
+
+def _check_dimension(output: Tensor, dim: int | None) -> None:
+    if dim is not None and dim >= output.ndim:
+        raise ShapeMismatchError(
+            f"The engine has batch_dim={dim}, but the output has shape {list(output.shape)}.\n"
+            f"Leave batch_dim out: the engine finds out by itself."
         )
 
 

@@ -83,12 +83,19 @@ def selected(
 
     Raises:
         ValueError: if one that is wanted is not there or not trainable.
+        UnsupportedModuleError: if one is complex.
     """
     names: dict[int, str] = {}
     for name, parameter in named.items():
         if parameter.requires_grad:
             names.setdefault(id(parameter), name)  # a weight tied across modules is one
     trainable = {name: named[name] for name in names.values()}
+    unreal = [name for name, parameter in trainable.items() if parameter.is_complex()]
+    if unreal:
+        raise UnsupportedModuleError(
+            f"Complex parameters: {', '.join(unreal)}. A Jacobian of real rows has no entry for "
+            f"them.\nHold them as torch.view_as_real(...) and view them as complex in the forward."
+        )
     if wanted is None:
         return trainable
     keys = {key if isinstance(key, str) else names.get(id(key), "?") for key in wanted}

@@ -75,6 +75,13 @@ def _scaled_by(operand: str, *, inverse: bool = False) -> Reader:
     return reader
 
 
+def _denominator(node: Node, shape: torch.Size, transposed: bool, what: str) -> ClosedForm | None:
+    above, below = saved(node, "self"), saved(node, "other")
+    if not isinstance(above, Tensor) or not isinstance(below, Tensor):
+        return None
+    return _elementwise(node, shape, transposed, Factor.of(-above / below.square(), what))
+
+
 def _elementwise(
     node: Node, shape: torch.Size, transposed: bool, factor: Factor | float
 ) -> ClosedForm | None:
@@ -161,6 +168,7 @@ _READERS: dict[tuple[str, int], Reader] = {
     ("MulBackward0", 0): _scaled_by("other"),
     ("MulBackward0", 1): _scaled_by("self"),
     ("DivBackward0", 0): _scaled_by("other", inverse=True),
+    ("DivBackward0", 1): _denominator,
     ("ExpandBackward0", 0): _sum(),
     ("ConvolutionBackward0", 1): _kernel,
     ("ConvolutionBackward0", 2): _channel_bias,

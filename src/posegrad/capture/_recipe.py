@@ -52,7 +52,7 @@ def resolve(subject: Subject, parameters: Mapping[str, Tensor]) -> tuple[Recipe,
         )
     ]
     best: tuple[int, Arrangement, Trial] | None = None
-    for dim in _pose_dimensions(shape):
+    for dim in _pose_dimensions(shape) if subject.dim is None else [subject.dim]:
         arrangement = Arrangement(shape, dim)
         trial = attempt(subject, arrangement, sites, sets=2)
         mixed = sum(not trial.serves(registry, site) for site in sites)

@@ -25,14 +25,14 @@ class Subject:
         output: The predictions, with their graph.
         registry: That graph.
         pose_index: Owners of rows the caller has stated.
-        batch_dim: The dimension the caller trusts to count poses everywhere, or None.
+        dim: The output's dimension that counts poses, if the caller has said.
         generator: The engine's own source of random numbers.
     """
 
     output: Tensor
     registry: EdgeRegistry
     pose_index: Sequence[Tensor]
-    batch_dim: int | None
+    dim: int | None
     generator: torch.Generator
 
 
@@ -117,20 +117,12 @@ def _known_layout(subject: Subject, count: int, cotangent: Tensor | None) -> Lay
         return Layout(count, (), nobody)
     if count == 1:
         return single(cotangent)
-    places = torch.arange(count, device=cotangent.device)
     if subject.pose_index and cotangent.ndim:
-        rows = len(cotangent)
+        rows, places = len(cotangent), torch.arange(count, device=cotangent.device)
         stated = [index for index in subject.pose_index if len(index) == rows]
         if stated:
             return Layout.along(count, 0, stated[0].to(cotangent.device))
         return Layout.along(count, 0, places) if rows == count else None
-    dim = subject.batch_dim
-    if dim is not None and cotangent.ndim > dim and cotangent.shape[dim] == count:
-        return Layout.along(count, dim, places)
-    if dim in (0, 1) and cotangent.ndim and len(cotangent) % count == 0:
-        each = len(cotangent) // count
-        owners = places.repeat_interleave(each) if dim == 0 else places.repeat(each)
-        return Layout.along(count, 0, owners)
     return None
 
 

@@ -61,6 +61,10 @@ class Block:
             part.add_to(total)
         return total
 
+    def matrix(self) -> Tensor:
+        """`rows` as a matrix `[M, n]`."""
+        return self.rows().reshape(self.count, self.shape.numel())
+
     def combine(self, weights: Tensor) -> Tensor:
         r""":math:`\sum_i w_i \partial \hat y_i / \partial \theta` for w `[M]`: `[*shape]`."""
         weights = weights.to(self.device)
@@ -75,7 +79,7 @@ class Block:
         uses = self._linear_uses()
         if uses and self._pairs_cost(uses) <= self._rows_cost(uses):
             return self._paired(uses, dtype)
-        rows = self.rows().flatten(1).to(dtype)
+        rows = self.matrix().to(dtype)
         return rows @ rows.mT
 
     def squared_norms(self, dtype: torch.dtype) -> Tensor:
@@ -83,7 +87,7 @@ class Block:
         uses = self._linear_uses()
         if uses and self._pairs_cost(uses) <= self._rows_cost(uses):
             return self._paired(uses, dtype).diagonal()
-        return self.rows().flatten(1).to(dtype).square().sum(1)
+        return self.matrix().to(dtype).square().sum(1)
 
     def bytes(self) -> int:
         """The size of what is held."""

@@ -243,7 +243,7 @@ class PoseJacobian:
         columns = torch.split(matrix, widths, dim=1)
         for part, block in zip(columns, self._blocks.values(), strict=True):
             if block.parts:
-                part.copy_(block.rows().flatten(1))
+                part.copy_(block.matrix())
         return matrix
 
     def to(self, device: torch.device | str) -> "PoseJacobian":

@@ -1,0 +1,55 @@
+"""Plain autograd: what every cleverness has to agree with. Imports no engine."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["deposited", "gramian", "product", "rows", "trainable"]
+
+
+def trainable(model: nn.Module) -> dict[str, Tensor]:
+    """The parameters a Jacobian has columns for, each once, by name."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def rows(output: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
+    """J `[M, n]`, one backward for each number of the output; the graph is kept."""
+    sources = list(parameters.values())
+    matrix = []
+    for number in output.reshape(-1).unbind():
+        found = torch.autograd.grad(number, sources, retain_graph=True, allow_unused=True)
+        matrix.append(torch.cat([_dense(g, p) for g, p in zip(found, sources, strict=True)]))
+    return torch.stack(matrix)
+
+
+def gramian(matrix: Tensor, shape: torch.Size) -> Tensor:
+    """J Jᵀ of shape `shape + reversed(shape)`."""
+    order = [*range(len(shape)), *reversed(range(len(shape), 2 * len(shape)))]
+    return (matrix @ matrix.T).reshape([*shape, *shape]).permute(order)
+
+
+def product(weights: Tensor, matrix: Tensor, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """wᵀJ, shaped and named like the parameters."""
+    flat = (weights.reshape(-1) @ matrix).split([p.numel() for p in parameters.values()])
+    return {
+        name: part.reshape(p.shape).to(p.dtype)
+        for (name, p), part in zip(parameters.items(), flat, strict=True)
+    }
+
+
+def deposited(
+    output: Tensor, weights: Tensor, parameters: Mapping[str, Tensor]
+) -> dict[str, Tensor | None]:
+    """What a backward leaves in `.grad`, dense; the graph is kept, `.grad` is None again."""
+    output.backward(weights, retain_graph=True)
+    found = {name: None if p.grad is None else p.grad.to_dense() for name, p in parameters.items()}
+    for p in parameters.values():
+        p.grad = None
+    return found
+
+
+def _dense(gradient: Tensor | None, parameter: Tensor) -> Tensor:
+    if gradient is None:
+        return torch.zeros_like(parameter).reshape(-1)
+    return gradient.to_dense().reshape(-1)
