@@ -160,6 +160,17 @@ def test_small_cotangents_are_not_dropped(dtype: torch.dtype) -> None:
     torch.testing.assert_close(norms / norms[2], atoms.double(), rtol=0.02, atol=0)
 
 
+def test_nested_tensors_take_rows() -> None:
+    model = nn.Linear(4, 1).double()
+    parts = [torch.randn(n, 4, dtype=torch.float64) for n in (2, 3)]
+    scores = model(torch.nested.nested_tensor(parts, layout=torch.jagged))
+    output = torch.stack([score.sum() for score in scores.unbind()])
+    expected = rows(output, trainable(model))
+    with pytest.warns(UserWarning, match="one backward through the graph"):
+        found = Engine(model).jacobian(output).matrix()
+    torch.testing.assert_close(found, expected)
+
+
 def test_complex_parameters_are_refused_by_name() -> None:
     model = nn.Linear(3, 1)
     model.phase = nn.Parameter(torch.zeros(2, dtype=torch.complex64))

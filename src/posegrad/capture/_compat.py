@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import Node
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -20,8 +21,10 @@ __all__ = [
     "device_of",
     "dtype_of",
     "in_backward",
+    "is_python",
     "leaf_hooks_off",
     "saved",
+    "saved_slots",
     "shape_of",
     "tree_leaves",
 ]
@@ -61,6 +64,11 @@ def device_of(node: Node) -> torch.device:
     return device
 
 
+def is_python(node: Node) -> bool:
+    """Whether a node is of a function written in Python, of any name."""
+    return isinstance(node, BackwardCFunction)
+
+
 def saved(node: Node, name: str) -> Any:
     """What a node saved under a name in the forward; None if it saved nothing.
 
@@ -77,6 +85,21 @@ def saved(node: Node, name: str) -> Any:
             f"backward would fail likewise.\n{error}\n"
             f"Change a clone, or take the Jacobian before the change."
         ) from None
+
+
+def saved_slots(node: Node) -> list[Any]:
+    """Where a node holds saved tensors."""
+    kind = type(node)
+    if kind not in _SLOTS:
+        _SLOTS[kind] = [name for name in dir(kind) if name.startswith("_raw_saved_")]
+    slots: list[Any] = []
+    for name in _SLOTS[kind]:
+        value = getattr(node, name)
+        slots += value if isinstance(value, tuple | list) else [value]
+    return slots
+
+
+_SLOTS: dict[type, list[str]] = {}
 
 
 def apply_node(node: Node, cotangents: list[Tensor | None]) -> tuple[Tensor | None, ...]:

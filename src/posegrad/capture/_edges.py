@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
-from posegrad.capture._compat import shape_of
+from posegrad.capture._compat import saved, shape_of
 from posegrad.errors import ReentrantCheckpointError
 
 __all__ = ["LEAF", "EdgeRegistry", "Use", "walk"]
@@ -65,6 +65,32 @@ class EdgeRegistry:
         count = len(shape_of(node))
         return [i for i in range(count) if (node, i) in self._consumers or (node, i) == self.root]
 
+    def is_nested(self) -> bool:
+        """Whether there are nested tensors in it, whose shapes are no numbers."""
+        return any(
+            not isinstance(size, int)
+            for node in self.nodes
+            for shape in shape_of(node)
+            for size in shape
+        )
+
+    def in_order(self) -> Iterator[Node]:
+        """All nodes, each after everything that was computed from it."""
+        waiting = dict.fromkeys(self.nodes, 0)
+        for node in self.nodes:
+            for parent, _ in node.next_functions:
+                if parent is not None:
+                    waiting[parent] += 1
+        ready = [self.root[0]]
+        while ready:
+            node = ready.pop()
+            yield node
+            for parent, _ in node.next_functions:
+                if parent is not None:
+                    waiting[parent] -= 1
+                    if not waiting[parent]:
+                        ready.append(parent)
+
     def below(self, node: Node) -> set[Node]:
         """The node and everything it was computed from."""
         return set(_reachable(node))
@@ -82,6 +108,7 @@ class EdgeRegistry:
                     node.name(),
                     leaves.get(node),
                     tuple(len(shape) for shape in shape_of(node)),
+                    saved(node, "training") if "BatchNorm" in node.name() else None,
                     tuple((self.number.get(n), i) if n else None for n, i in node.next_functions),
                 )
                 for node in self.nodes

@@ -11,10 +11,10 @@ from torch import Tensor
 from posegrad.capture._edges import EdgeRegistry
 from posegrad.capture._guard import grad_set_aside
 from posegrad.capture._recipe import Recipe, outlook, resolve, slow_parameters
+from posegrad.capture._release import release
 from posegrad.capture._rungs import Parts, Reading
 from posegrad.capture._trial import Subject, Trial, attempt
 from posegrad.capture._verify import disagreeing
-from posegrad.capture._vjp import release
 from posegrad.errors import NoPosesError, NotDifferentiableError, ShapeMismatchError
 from posegrad.jacobian import Arrangement, Block, PoseJacobian, no_autocast
 
@@ -97,7 +97,7 @@ class Gatherer:
                 with torch.no_grad(), autocast_off, grad_set_aside(parameters):
                     parts = self._parts(Reading(subject, used, self.block_bytes), quiet)
                     if not keep_graph:
-                        release(output, list(used.values()))
+                        release(registry, used.values())
         if not parts and must_depend:
             raise NotDifferentiableError(_unrelated_message(output, len(parameters)))
         blocks = {
@@ -135,7 +135,7 @@ class Gatherer:
 def _followed(subject: Subject, recipe: Recipe) -> Trial | None:
     """The cotangents a known recipe needs; None if poses mix this time."""
     arrangement = Arrangement(subject.output.shape, recipe.dim)
-    trial = attempt(subject, arrangement, recipe.sites, sets=1)
+    trial = attempt(subject, arrangement, recipe.sites)
     served = all(trial.serves(subject.registry, site) for site in recipe.sites)
     return trial if served else None
 

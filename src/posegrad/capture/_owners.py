@@ -6,9 +6,10 @@ A row that belongs to pose i alone comes back scaled by exactly :math:`2^{k_i}`,
 tells the owner, in whatever order, layout or number the rows are. A row that comes back otherwise
 mixes poses.
 
-With more poses than exponents, several probes write the pose's number in digits. Two independent
-sets of probes exclude coincidences: :math:`2^a - 2^b / 3` can be a power of two for one pair of
-exponents, not for another.
+With more poses than exponents, several probes write the pose's number in digits. The exponents
+span fewer binary digits than the numbers have: otherwise :math:`2^a + 2^b` would round to a power
+of two. Two independent sets of probes exclude coincidences: :math:`2^a - 2^b / 3` can be a power of
+two for one pair of exponents, not for another.
 """
 
 from collections.abc import Iterator, Sequence
@@ -22,8 +23,15 @@ from posegrad.jacobian import NOBODY, Layout
 
 __all__ = ["Probes", "find_layout", "make_probes"]
 
-_RANGE = {torch.float16: (0, 8)}
-_DEFAULT_RANGE = (-30, 30)  # leaves 96 powers of two on either side in float32
+# The lowest exponent and the number of exponents, within the precision and the range of the type.
+_RANGE = {
+    torch.float64: (-24, 48),
+    torch.float32: (-10, 20),
+    torch.bfloat16: (-3, 6),
+    torch.float16: (0, 8),  # upwards only: downwards, its small numbers would lose digits
+}
+
+_SETS = 2
 
 # A row this much smaller than the largest, and this small, is nobody's: scaling it could lose bits.
 _SMALL, _TINY = 2.0**-60, 2.0**-80
@@ -59,32 +67,30 @@ class Probes:
         yield from torch.exp2(self.exponents.double())
 
 
-def make_probes(count: int, dtype: torch.dtype, generator: torch.Generator, *, sets: int) -> Probes:
+def make_probes(count: int, dtype: torch.dtype, generator: torch.Generator) -> Probes:
     """Probes for m poses, with exponents drawn in random order.
 
     Args:
         count: m.
         dtype: The narrowest of the cotangents'.
         generator: The engine's own.
-        sets: How many independent answers are wanted.
     """
-    lowest, end = _RANGE.get(dtype, _DEFAULT_RANGE)
-    digits = end - lowest
+    lowest, digits = _RANGE[dtype]
     length = 1
     while digits**length < count:
         length += 1
     numbers = torch.arange(count)
-    exponents, tables, places, owners = [], [], [], []
-    for number in range(sets):
+    exponents, tables, places, sets = [], [], [], []
+    for number in range(_SETS):
         for digit in range(length):
             order = torch.randperm(digits, generator=generator)
             value = numbers.div(digits**digit, rounding_mode="floor") % digits
             exponents.append(order[value] + lowest)
             tables.append(torch.argsort(order))
             places.append(digits**digit)
-            owners.append(number)
+            sets.append(number)
     rows = torch.stack(exponents), torch.stack(tables)
-    return Probes(*rows, tuple(places), tuple(owners), lowest, digits)
+    return Probes(*rows, tuple(places), tuple(sets), lowest, digits)
 
 
 def find_layout(
@@ -98,9 +104,10 @@ def find_layout(
         probes: What they were.
         count: m.
     """
-    if not base.is_floating_point():
-        return None
-    for dims in _candidates(base.ndim):
+    ndim = base.ndim
+    if base.is_complex():
+        base, probed = torch.view_as_real(base), [torch.view_as_real(b) for b in probed]
+    for dims in _candidates(ndim):
         owners = _owners(base, probed, probes, dims, count)
         if owners is not None:
             return Layout(count, dims, owners)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
-from posegrad.capture._compat import saved, shape_of
+from posegrad.capture._compat import dtype_of, saved, shape_of
 from posegrad.jacobian import ClosedForm, Factor
 from posegrad.jacobian.layers import Convolution, Elementwise, Embedding, Linear, NormScale
 
@@ -40,6 +40,8 @@ def read(
         transposed: Whether its transpose entered.
         what: The parameter's name, for messages.
     """
+    if dtype_of(node)[0].is_complex:
+        return None  # the formulas here are those of real numbers
     return _READERS[node.name(), argument](node, shape, transposed, f"The input beside {what}")
 
 
@@ -69,7 +71,9 @@ def _scaled_by(operand: str, *, inverse: bool = False) -> Reader:
         other = saved(node, operand)
         if not isinstance(other, Tensor):
             return None
-        factor = Factor.of(other.reciprocal() if inverse else other, what)
+        if inverse:
+            other = other.to(dtype_of(node)[0]).reciprocal()
+        factor = Factor.of(other, what)
         return _elementwise(node, shape, transposed, factor)
 
     return reader
@@ -79,6 +83,7 @@ def _denominator(node: Node, shape: torch.Size, transposed: bool, what: str) -> 
     above, below = saved(node, "self"), saved(node, "other")
     if not isinstance(above, Tensor) or not isinstance(below, Tensor):
         return None
+    above, below = above.to(dtype_of(node)[0]), below.to(dtype_of(node)[0])
     return _elementwise(node, shape, transposed, Factor.of(-above / below.square(), what))
 
 

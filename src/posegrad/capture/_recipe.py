@@ -44,6 +44,8 @@ def resolve(subject: Subject, parameters: Mapping[str, Tensor]) -> tuple[Recipe,
         parameters: Those that the output depends on.
     """
     registry, shape = subject.registry, subject.output.shape
+    if registry.is_nested():
+        return Recipe(None, (), frozenset(parameters)), Trial({}, {})
     sites = [
         site
         for name, parameter in parameters.items()
@@ -54,7 +56,7 @@ def resolve(subject: Subject, parameters: Mapping[str, Tensor]) -> tuple[Recipe,
     best: tuple[int, Arrangement, Trial] | None = None
     for dim in _pose_dimensions(shape) if subject.dim is None else [subject.dim]:
         arrangement = Arrangement(shape, dim)
-        trial = attempt(subject, arrangement, sites, sets=2)
+        trial = attempt(subject, arrangement, sites)
         mixed = sum(not trial.serves(registry, site) for site in sites)
         if best is None or mixed < best[0]:
             best = mixed, arrangement, trial
@@ -66,7 +68,7 @@ def resolve(subject: Subject, parameters: Mapping[str, Tensor]) -> tuple[Recipe,
     mixed_sites = [site for site in sites if not trial.serves(registry, site)]
     if mixed_sites:
         further = _further(registry, mixed_sites, parameters)
-        trial = trial.joined(attempt(subject, arrangement, further, sets=2))
+        trial = trial.joined(attempt(subject, arrangement, further))
     settled = _settled(registry, sites, trial, lost)
     for name in parameters:
         if meets_itself(registry, [site for site in settled if site.parameter == name]):

@@ -185,7 +185,8 @@ class Reading:
         output = self.subject.output
         sources = [self.parameters[name] for name in names]
         held = sum(p.numel() for p in sources)
-        held += sum(s.numel() for node in self.registry.nodes for s in shape_of(node))
+        if not self.registry.is_nested():
+            held += sum(s.numel() for node in self.registry.nodes for s in shape_of(node))
 
         def unit(row: int) -> Tensor:
             cotangent = torch.zeros_like(output).reshape(-1)

@@ -1,14 +1,16 @@
 """One look at the cotangents: what they are, and whose."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
+from posegrad.capture._axis import Axis
 from posegrad.capture._compat import dtype_of
 from posegrad.capture._edges import Edge, EdgeRegistry, gradient_edges
+from posegrad.capture._inference import infer
 from posegrad.capture._owners import find_layout, make_probes
 from posegrad.capture._sites import Site
 from posegrad.capture._vjp import cotangents_at
@@ -27,6 +29,7 @@ class Subject:
         pose_index: Owners of rows the caller has stated.
         dim: The output's dimension that counts poses, if the caller has said.
         generator: The engine's own source of random numbers.
+        inferred: What `axes` has found, by the output's dimension of poses.
     """
 
     output: Tensor
@@ -34,6 +37,13 @@ class Subject:
     pose_index: Sequence[Tensor]
     dim: int | None
     generator: torch.Generator
+    inferred: dict[int | None, dict[Edge, Axis]] = field(default_factory=dict)
+
+    def axes(self, arrangement: Arrangement) -> dict[Edge, Axis]:
+        """Where poses lie at the edges for which the graph alone tells."""
+        if arrangement.dim not in self.inferred:
+            self.inferred[arrangement.dim] = infer(self.registry, arrangement)
+        return self.inferred[arrangement.dim]
 
 
 @dataclass(frozen=True)
@@ -67,16 +77,13 @@ def edges_of(registry: EdgeRegistry, site: Site) -> list[Edge]:
     return [(node, number) for number in registry.outputs(node)]
 
 
-def attempt(
-    subject: Subject, arrangement: Arrangement, sites: Sequence[Site], *, sets: int
-) -> Trial:
+def attempt(subject: Subject, arrangement: Arrangement, sites: Sequence[Site]) -> Trial:
     """One backward for the cotangents, and probes for what is not known without.
 
     Args:
         subject: What is differentiated.
         arrangement: Which numbers of the output are one pose.
         sites: Where to look.
-        sets: How many independent sets of probes to take.
     """
     registry, output = subject.registry, subject.output
     edges = list(dict.fromkeys(edge for site in sites for edge in edges_of(registry, site)))
@@ -90,10 +97,13 @@ def attempt(
         return flat.reshape(output.shape).to(output.device, output.dtype)
 
     base = _at(output, edges, cotangent(torch.ones(count, dtype=torch.float64)))
-    layouts = {edge: _known_layout(subject, count, value) for edge, value in base.items()}
+    axes = {} if count == 1 or subject.pose_index else subject.axes(arrangement)
+    layouts = {
+        edge: _known_layout(subject, count, value, axes.get(edge)) for edge, value in base.items()
+    }
     unknown = [edge for edge, layout in layouts.items() if layout is None]
     if unknown:
-        probes = make_probes(count, _narrowest(unknown, output), subject.generator, sets=sets)
+        probes = make_probes(count, _narrowest(unknown, output), subject.generator)
         probed = [_at(output, unknown, cotangent(scales)) for scales in probes.scales()]
         for edge in unknown:
             value = base[edge]
@@ -110,13 +120,18 @@ def _at(output: Tensor, edges: Sequence[Edge], cotangent: Tensor) -> dict[Edge, 
     return dict(zip(edges, found, strict=True))
 
 
-def _known_layout(subject: Subject, count: int, cotangent: Tensor | None) -> Layout | None:
-    """The layout that needs no probe: of one pose, of nothing, or as the caller stated."""
+def _known_layout(
+    subject: Subject, count: int, cotangent: Tensor | None, axis: Axis | None
+) -> Layout | None:
+    """The layout that needs no probe: of one pose, of nothing, inferred, or stated."""
     if cotangent is None:
         nobody = torch.full((1,), -1, dtype=torch.long, device=subject.output.device)
         return Layout(count, (), nobody)
     if count == 1:
         return single(cotangent)
+    if axis is not None:
+        size = cotangent.shape[axis.dim]
+        return Layout.regular(count, axis.dim, size, axis.inner, cotangent.device)
     if subject.pose_index and cotangent.ndim:
         rows, places = len(cotangent), torch.arange(count, device=cotangent.device)
         stated = [index for index in subject.pose_index if len(index) == rows]
@@ -127,5 +142,5 @@ def _known_layout(subject: Subject, count: int, cotangent: Tensor | None) -> Lay
 
 
 def _narrowest(edges: Sequence[Edge], output: Tensor) -> torch.dtype:
-    dtypes = {dtype_of(node)[number] for node, number in edges} | {output.dtype}
-    return torch.float16 if torch.float16 in dtypes else torch.float32
+    dtypes = {dtype_of(node)[number].to_real() for node, number in edges} | {output.dtype}
+    return min(dtypes, key=lambda dtype: (-torch.finfo(dtype).eps, torch.finfo(dtype).max))

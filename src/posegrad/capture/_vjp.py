@@ -15,7 +15,7 @@ from posegrad.capture._compat import (
     shape_of,
 )
 
-__all__ = ["cotangents_at", "node_rows", "release", "rows_of_graph"]
+__all__ = ["cotangents_at", "node_rows", "rows_of_graph"]
 
 _VMAP_LEFT = (
     ".*performance drop.*batching rule.*",
@@ -33,7 +33,7 @@ def cotangents_at(
     found = torch.autograd.grad(
         output, list(edges), cotangent, retain_graph=True, allow_unused=True
     )
-    return [g.to_dense() if g is not None and g.layout != torch.strided else g for g in found]
+    return [None if g is None else _dense(g) for g in found]
 
 
 def node_rows(
@@ -77,7 +77,7 @@ def _node_group(node: Node, argument: int, group: list[list[Tensor | None]]) -> 
         found = apply_node(node, [places.get(i) for i in range(len(group[0]))])[argument]
         if found is None:
             raise _NothingFlowsError
-        return _strided(found).sum_to_size(shape).to(dtype)  # as the engine does between operators
+        return _dense(found).sum_to_size(shape).to(dtype)  # as the engine does between operators
 
     try:
         if len(group) > 1:
@@ -85,7 +85,8 @@ def _node_group(node: Node, argument: int, group: list[list[Tensor | None]]) -> 
             try:
                 with _quiet():
                     batch: Tensor = torch.func.vmap(gradient)(*batches)
-                return batch
+                if _alike(batch[-1], gradient(*rows[-1])):  # cdist's batching rule is wrong
+                    return batch
             except RuntimeError:
                 pass  # an operator without a batching rule, or one that looks at values
         return torch.stack([gradient(*row) for row in rows])
@@ -135,12 +136,15 @@ def _graph_group(
         try:
             with _quiet():
                 found = _grad(output, torch.stack(group), sources, batched=True)
-                return [None if g is None else g for g in found]
+            last = _grad(output, group[-1], sources, batched=False)
+            ends = [None if g is None else g[-1] for g in found]
+            if all(_alike(end, one) for end, one in zip(ends, last, strict=True)):
+                return list(found)
         except RuntimeError:
             pass  # not every backward can run under vmap; one by one, all can
     rows = [_grad(output, cotangent, sources, batched=False) for cotangent in group]
     return [
-        None if column[0] is None else torch.stack([_strided(g) for g in column])
+        None if column[0] is None else torch.stack([_dense(g) for g in column])
         for column in zip(*rows, strict=True)
     ]
 
@@ -158,8 +162,17 @@ def _grad(
     )
 
 
-def _strided(tensor: Tensor) -> Tensor:
-    return tensor.to_dense() if tensor.layout != torch.strided else tensor
+def _dense(tensor: Tensor) -> Tensor:
+    return tensor.to_dense() if tensor.is_sparse else tensor
+
+
+def _alike(batched: Tensor | None, alone: Tensor | None) -> bool:
+    """Whether a row of a batch is what it is alone; vmap's rules are not all right."""
+    if batched is None or alone is None:
+        return batched is alone
+    error, size = (batched - _dense(alone)).norm(), batched.norm()
+    tolerance = torch.finfo(batched.dtype).eps ** 0.5
+    return not bool(error > tolerance * size) or not bool(size.isfinite())
 
 
 @contextmanager
@@ -169,30 +182,3 @@ def _quiet() -> Iterator[None]:
         for message in _VMAP_LEFT:
             warnings.filterwarnings("ignore", message, UserWarning)
         yield
-
-
-def release(output: Tensor, sources: Sequence[Tensor]) -> None:
-    """Frees what the graph saved, as a backward does, without computing anything.
-
-    A backward whose cotangent is undefined passes through every node, and every operator answers
-    an undefined cotangent with undefined gradients at once; then its saved tensors are freed.
-    """
-    try:
-        with torch.enable_grad():
-            nothing = _Nothing.apply(output)  # type: ignore[no-untyped-call]
-        with leaf_hooks_off(sources):
-            torch.autograd.grad(nothing, sources, torch.ones_like(nothing), allow_unused=True)
-    except (RuntimeError, TypeError):
-        # A hook on an activation that cannot take None, or a function of the user's. The graph is
-        # freed with the output then.
-        return
-
-
-class _Nothing(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: object, output: Tensor) -> Tensor:
-        return output.detach()
-
-    @staticmethod
-    def backward(ctx: object, *cotangents: Tensor) -> None:
-        return None

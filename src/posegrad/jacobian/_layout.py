@@ -27,16 +27,24 @@ class Layout:
         count: m, the number of poses.
         dims: Dimensions that count rows, in order. `()` if one pose owns the whole tensor.
         owners: The pose of every row, `[R]`; `NOBODY` where it makes no difference.
+        known_stride: `stride`, if it is known.
     """
 
     count: int
     dims: tuple[int, ...]
     owners: Tensor
+    known_stride: int | None = None
 
     @classmethod
     def along(cls, count: int, dim: int, owners: Tensor) -> Self:
         """The layout of a tensor whose rows lie along one dimension."""
         return cls(count, (dim,), owners)
+
+    @classmethod
+    def regular(cls, count: int, dim: int, size: int, stride: int, device: torch.device) -> Self:
+        """The layout of `size` rows along a dimension, `stride` neighbours to a pose in turn."""
+        poses = torch.arange(count, device=device).repeat_interleave(stride)
+        return cls(count, (dim,), poses.repeat(size // len(poses)), stride)
 
     def front(self, tensor: Tensor) -> Tensor:
         """`tensor` with its rows as dimension 0: `[R, ...]`."""
@@ -53,6 +61,8 @@ class Layout:
         Rows nobody owns fit any pattern: their cotangents are zero.
         """
         rows = len(self.owners)
+        if self.known_stride is not None:
+            return self.known_stride
         if rows == 0 or rows % self.count:
             return None
         places = torch.arange(rows, device=self.owners.device)

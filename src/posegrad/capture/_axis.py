@@ -1,0 +1,219 @@
+"""How each kind of operator moves the dimension of poses, from its output to its arguments."""
+
+from collections.abc import Callable
+from math import prod
+from typing import NamedTuple
+
+import torch
+from torch.autograd.graph import Node
+
+from posegrad.capture._compat import saved
+
+__all__ = ["RULES", "Axis", "Rule", "axis_in"]
+
+
+class Axis(NamedTuple):
+    """Where the poses of a tensor lie: in one dimension of size `outer * poses * inner`.
+
+    Args:
+        dim: The dimension.
+        poses: m, their number.
+        inner: How many neighbours along it belong to one pose.
+    """
+
+    dim: int
+    poses: int
+    inner: int
+
+
+Rule = Callable[[Node, int, Axis, torch.Size, torch.Size], Axis | None]
+"""From an operator, the number of an argument, the axis of the output, and the shapes of output and
+argument to the axis of the argument. None if poses may mix there, or meet it all."""
+
+
+def axis_in(shape: torch.Size, stride: int, count: int) -> Axis | None:
+    """The dimension of a shape that holds poses of that stride; None if no single one does."""
+    step = 1
+    for dim in reversed(range(len(shape))):
+        if shape[dim] > 1 and stride < step * shape[dim]:
+            inner, rest = divmod(stride, step)
+            whole = rest == 0 and shape[dim] % (inner * count) == 0
+            return Axis(dim, count, inner) if whole else None
+        step *= shape[dim]
+    return None
+
+
+def _aligned(node: Node, arg: int, axis: Axis, out: torch.Size, inside: torch.Size) -> Axis | None:
+    """Element by element; what is broadcast along the poses meets them all."""
+    dim = axis.dim - (len(out) - len(inside))
+    return axis._replace(dim=dim) if dim >= 0 and inside[dim] == out[axis.dim] else None
+
+
+def _viewed(node: Node, arg: int, axis: Axis, out: torch.Size, inside: torch.Size) -> Axis | None:
+    """The same numbers in the same order."""
+    if out.numel() != inside.numel():
+        return None
+    return axis_in(inside, axis.inner * prod(out[axis.dim + 1 :]), axis.poses)
+
+
+def _transposed(
+    node: Node, arg: int, axis: Axis, out: torch.Size, inside: torch.Size
+) -> Axis | None:
+    first, second = (_dim(saved(node, name), len(out)) for name in ("dim0", "dim1"))
+    return axis._replace(dim={first: second, second: first}.get(axis.dim, axis.dim))
+
+
+def _flipped(node: Node, arg: int, axis: Axis, out: torch.Size, inside: torch.Size) -> Axis | None:
+    return axis._replace(dim=len(out) - 1 - axis.dim)  # t(), of at most two dimensions
+
+
+def _permuted(node: Node, arg: int, axis: Axis, out: torch.Size, inside: torch.Size) -> Axis | None:
+    return axis._replace(dim=_dim(saved(node, "dims")[axis.dim], len(out)))
+
+
+def _reduced(node: Node, arg: int, axis: Axis, out: torch.Size, inside: torch.Size) -> Axis | None:
+    """A sum, mean or norm over other dimensions."""
+    dims = saved(node, "dim")
+    dims = dims if isinstance(dims, tuple | list) else [dims]
+    gone = {_dim(dim, len(inside)) for dim in dims if dim is not None}
+    if not gone:
+        return None
+    if len(inside) == len(out):  # keepdim
+        return None if axis.dim in gone else axis
+    return axis._replace(dim=[dim for dim in range(len(inside)) if dim not in gone][axis.dim])
+
+
+def _along(name: str = "dim") -> Rule:
+    """An operator that mixes the entries of one dimension, which must not be that of poses."""
+
+    def rule(node: Node, arg: int, axis: Axis, out: torch.Size, inside: torch.Size) -> Axis | None:
+        if len(out) != len(inside) or _dim(saved(node, name), len(out)) == axis.dim:
+            return None
+        return axis
+
+    return rule
+
+
+def _selected(node: Node, arg: int, axis: Axis, out: torch.Size, inside: torch.Size) -> Axis | None:
+    """One entry of a dimension that is gone; also each output of unbind."""
+    return axis._replace(dim=axis.dim + (axis.dim >= _dim(saved(node, "dim"), len(inside))))
+
+
+def _stacked(node: Node, arg: int, axis: Axis, out: torch.Size, inside: torch.Size) -> Axis | None:
+    new = _dim(saved(node, "dim"), len(out))
+    return None if axis.dim == new else axis._replace(dim=axis.dim - (axis.dim > new))
+
+
+def _product(left: int, right: int) -> Rule:
+    """A matrix product: poses lie in rows of the left operand or in columns of the right."""
+
+    def rule(node: Node, arg: int, axis: Axis, out: torch.Size, inside: torch.Size) -> Axis | None:
+        if arg not in (left, right):
+            return _aligned(node, arg, axis, out, inside)  # the summand of addmm
+        batched = axis.dim < len(out) - 2
+        own = len(out) - (2 if arg == left else 1)
+        return axis if batched or axis.dim == own else None
+
+    return rule
+
+
+def _images(node: Node, arg: int, axis: Axis, out: torch.Size, inside: torch.Size) -> Axis | None:
+    """Operators on `[N, ...]` that treat every entry of N alone."""
+    alone = arg == 0 and axis.dim == 0 and len(inside) == len(out) and inside[0] == out[0]
+    return axis if alone else None
+
+
+def _padded(node: Node, arg: int, axis: Axis, out: torch.Size, inside: torch.Size) -> Axis | None:
+    return axis if inside[axis.dim] == out[axis.dim] and axis.dim == 0 else None
+
+
+def _layer_norm(
+    node: Node, arg: int, axis: Axis, out: torch.Size, inside: torch.Size
+) -> Axis | None:
+    apart = axis.dim < len(out) - len(saved(node, "normalized_shape"))
+    return axis if arg == 0 and apart else None
+
+
+def _batch_norm(
+    node: Node, arg: int, axis: Axis, out: torch.Size, inside: torch.Size
+) -> Axis | None:
+    return axis if arg == 0 and saved(node, "training") is False else None
+
+
+def _attention(
+    node: Node, arg: int, axis: Axis, out: torch.Size, inside: torch.Size
+) -> Axis | None:
+    """Scaled dot products of `[N, heads, T, d]`."""
+    alone = arg < 3 and axis.dim < 2 and len(inside) == 4 and inside[axis.dim] == out[axis.dim]
+    return axis if alone else None
+
+
+def _dim(value: int, ndim: int) -> int:
+    """A dimension from 0; negative ones are saved as unsigned numbers."""
+    value = value - 2**64 if value >= 2**63 else value
+    return value + ndim if value < 0 else value
+
+
+_ELEMENTWISE = (
+    "Abs Add Celu Clamp ClampMax ClampMin Clone Cos Div Elu Erf Exp Expand Gelu Hardsigmoid "
+    "Hardswish Hardtanh LeakyRelu Log Log1P LogSigmoid MaskedFill Maximum Minimum Mish Mul "
+    "NativeDropout Neg Pow PreluKernel Reciprocal Relu Rsqrt Rsub Sigmoid Sign Silu Sin Softplus "
+    "Sqrt Sub Tanh Threshold ToCopy Where"
+)
+
+RULES: dict[str, Rule] = {
+    **{f"{name}Backward{i}": _aligned for name in _ELEMENTWISE.split() for i in (0, 1)},
+    **dict.fromkeys(
+        (
+            "AliasBackward0",
+            "ReshapeAliasBackward0",
+            "SqueezeBackward0",
+            "SqueezeBackward1",
+            "SqueezeBackward2",
+            "UnsafeViewBackward0",
+            "UnsqueezeBackward0",
+            "ViewBackward0",
+        ),
+        _viewed,
+    ),
+    "TBackward0": _flipped,
+    "TransposeBackward0": _transposed,
+    "TransposeBackward1": _transposed,
+    "PermuteBackward0": _permuted,
+    "SumBackward1": _reduced,
+    "MeanBackward1": _reduced,
+    "LinalgVectorNormBackward0": _reduced,
+    "SoftmaxBackward0": _along(),
+    "LogSoftmaxBackward0": _along(),
+    "CumsumBackward0": _along(),
+    "CatBackward0": _along(),
+    "SliceBackward0": _along(),
+    "SplitBackward0": _along(),
+    "SplitWithSizesBackward0": _along(),
+    "UnsafeSplitBackward0": _along(),
+    "SelectBackward0": _selected,
+    "UnbindBackward0": _selected,
+    "StackBackward0": _stacked,
+    "AddmmBackward0": _product(1, 2),
+    "MmBackward0": _product(0, 1),
+    "BmmBackward0": _product(0, 1),
+    "BaddbmmBackward0": _product(1, 2),
+    **dict.fromkeys(
+        (
+            "AvgPool2DBackward0",
+            "AdaptiveAvgPool2DBackward0",
+            "ConvolutionBackward0",
+            "MaxPool2DWithIndicesBackward0",
+            "NativeGroupNormBackward0",
+        ),
+        _images,
+    ),
+    "ConstantPadNdBackward0": _padded,
+    "NativeLayerNormBackward0": _layer_norm,
+    "NativeBatchNormBackward0": _batch_norm,
+    "ScaledDotProductFlashAttentionForCpuBackward0": _attention,
+    "ScaledDotProductFlashAttentionBackward0": _attention,
+    "ScaledDotProductEfficientAttentionBackward0": _attention,
+    "ScaledDotProductCudnnAttentionBackward0": _attention,
+}
+"""By the kind of operator. What is not listed is probed."""

@@ -1,0 +1,5 @@
+"""Writes docs/support.md."""
+
+from tests.architectures.page import PAGE, page
+
+PAGE.write_text(page(), encoding="utf-8")
