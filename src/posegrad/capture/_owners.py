@@ -8,8 +8,8 @@ mixes poses.
 
 With more poses than exponents, several probes write the pose's number in digits. The exponents
 span fewer binary digits than the numbers have: otherwise :math:`2^a + 2^b` would round to a power
-of two. Two independent sets of probes exclude coincidences: :math:`2^a - 2^b / 3` can be a power of
-two for one pair of exponents, not for another.
+of two. Two independent sets of probes (three in half precision) exclude coincidences:
+:math:`2^a - 2^b / 3` can be a power of two for one pair of exponents, not for another.
 """
 
 from collections.abc import Iterator, Sequence
@@ -31,7 +31,7 @@ _RANGE = {
     torch.float16: (0, 8),  # upwards only: downwards, its small numbers would lose digits
 }
 
-_SETS = 2
+_SETS, _SETS_IF_NARROW = 2, 3
 
 # A row this much smaller than the largest, and this small, is nobody's: scaling it could lose bits.
 _SMALL, _TINY = 2.0**-60, 2.0**-80
@@ -81,7 +81,7 @@ def make_probes(count: int, dtype: torch.dtype, generator: torch.Generator) -> P
         length += 1
     numbers = torch.arange(count)
     exponents, tables, places, sets = [], [], [], []
-    for number in range(_SETS):
+    for number in range(_SETS if digits > 8 else _SETS_IF_NARROW):
         for digit in range(length):
             order = torch.randperm(digits, generator=generator)
             value = numbers.div(digits**digit, rounding_mode="floor") % digits
@@ -129,9 +129,9 @@ def _owners(
     """The owners of the rows along some dimensions, or None if they are no rows of single poses."""
     layout = Layout(count, dims, base.new_zeros(0, dtype=torch.long))
     rows = layout.front(base)
-    rows = rows.reshape(len(rows), -1)
     if rows.numel() == 0:
         return torch.full((len(rows),), NOBODY, device=base.device)
+    rows = rows.reshape(len(rows), -1)
     size = rows.abs().amax(1)  # [R]
     # Written so that nan is alive, and then belongs to no single pose.
     alive = ~(size <= min(_TINY, _SMALL * float(size.max()))) & (size != 0)

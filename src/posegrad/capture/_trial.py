@@ -133,11 +133,11 @@ def _known_layout(
         size = cotangent.shape[axis.dim]
         return Layout.regular(count, axis.dim, size, axis.inner, cotangent.device)
     if subject.pose_index and cotangent.ndim:
-        rows, places = len(cotangent), torch.arange(count, device=cotangent.device)
-        stated = [index for index in subject.pose_index if len(index) == rows]
-        if stated:
-            return Layout.along(count, 0, stated[0].to(cotangent.device))
-        return Layout.along(count, 0, places) if rows == count else None
+        # Atoms may be as many as edges or poses: where the candidates disagree, it is probed.
+        candidates = [torch.arange(count), *(index.cpu() for index in subject.pose_index)]
+        fitting = [index for index in candidates if len(index) == len(cotangent)]
+        if fitting and all(torch.equal(index, fitting[0]) for index in fitting):
+            return Layout.along(count, 0, fitting[0].to(cotangent.device))
     return None
 
 

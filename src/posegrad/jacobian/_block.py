@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import product
 from typing import Self
 
 import torch
@@ -76,17 +75,17 @@ class Block:
 
     def gramian(self, dtype: torch.dtype) -> Tensor:
         """The inner products of the rows, `[M, M]`, by the cheaper of two ways."""
-        uses = self._linear_uses()
-        if uses and self._pairs_cost(uses) <= self._rows_cost(uses):
-            return self._paired(uses, dtype)
+        pairs = self._pairs()
+        if pairs is not None:
+            return pairs.to(dtype)
         rows = self.matrix().to(dtype)
         return rows @ rows.mT
 
     def squared_norms(self, dtype: torch.dtype) -> Tensor:
         """The squared norm of every row, `[M]`."""
-        uses = self._linear_uses()
-        if uses and self._pairs_cost(uses) <= self._rows_cost(uses):
-            return self._paired(uses, dtype).diagonal()
+        pairs = self._pairs()
+        if pairs is not None:
+            return pairs.diagonal().to(dtype).clamp(min=0)  # rounding of a sum that cancels
         return self.matrix().to(dtype).square().sum(1)
 
     def bytes(self) -> int:
@@ -110,45 +109,24 @@ class Block:
             self, device=torch.device(device), parts=[part.to(device) for part in self.parts]
         )
 
-    def _linear_uses(self) -> list[tuple[Factors, Linear]]:
-        """All parts, if they are products with one and the same matrix."""
-        uses = [
-            (part, part.form)
-            for part in self.parts
-            if isinstance(part, Factors) and isinstance(part.form, Linear) and part.pull is None
-        ]
-        alike = len({form.flipped for _, form in uses}) == 1
-        return uses if alike and len(uses) == len(self.parts) else []
+    def _pairs(self) -> Tensor | None:
+        """The Gramian without the rows, if that is cheaper: for a single use in a product.
 
-    def _pairs_cost(self, uses: list[tuple[Factors, Linear]]) -> int:
-        """Multiplications of the pairwise form: R^2 (d + p)."""
-        rows = sum(form.inner_cost(b)[0] for part, form in uses for b in part.cotangents)
-        return rows * rows * sum(self.shape)
-
-    def _rows_cost(self, uses: list[tuple[Factors, Linear]]) -> int:
-        """Multiplications of forming all rows and their products: R d p + M^2 d p."""
-        rows = sum(form.inner_cost(b)[0] for part, form in uses for b in part.cotangents)
-        return (rows + self.count**2) * self.shape.numel()
-
-    def _paired(self, uses: list[tuple[Factors, Linear]], dtype: torch.dtype) -> Tensor:
-        total = torch.zeros(self.count, self.count, dtype=dtype, device=self.device)
-        for (one, first), (two, second) in product(uses, uses):
-            grid = torch.stack(
-                [
-                    torch.stack(
-                        [
-                            first.inner(wide(b), one.layout, second, wide(c), two.layout)
-                            for c in two.cotangents
-                        ],
-                        dim=-1,
-                    )
-                    for b in one.cotangents
-                ],
-                dim=1,
-            )  # [m, K, m', K']
-            joined = one.arrangement.join(grid)  # [M, m', K']
-            joined = two.arrangement.join(joined.permute(1, 2, 0)).mT  # [M, M']
-            rows = slice(one.start, one.start + one.count)
-            columns = slice(two.start, two.start + two.count)
-            total[rows, columns] += joined
-        return total
+        The uses of a parameter may cancel, and then products of sums are precise where sums of
+        products are not; so several uses take the rows.
+        """
+        part = self.parts[0] if len(self.parts) == 1 else None
+        if not isinstance(part, Factors) or part.count != self.count or part.pull is not None:
+            return None
+        form, layout = part.form, part.layout
+        if not isinstance(form, Linear):
+            return None
+        each, features = form.inner_cost(part.cotangents[0])
+        rows = each * len(part.cotangents)
+        if rows**2 * features > (rows + self.count**2) * self.shape.numel():
+            return None
+        cotangents = [wide(b) for b in part.cotangents]
+        grid = [[form.inner(b, layout, form, c, layout) for c in cotangents] for b in cotangents]
+        products = torch.stack([torch.stack(row, dim=-1) for row in grid], dim=1)  # [m, K, m, K]
+        joined = part.arrangement.join(products)  # [M, m, K]
+        return part.arrangement.join(joined.permute(1, 2, 0)).mT

@@ -1,6 +1,6 @@
 """Matrix products with a weight: linear layers, projections, weights on either side."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import final
 
 import torch
@@ -83,7 +83,11 @@ class Linear(ClosedForm):
 
     def _flat(self, cotangent: Tensor, layout: Layout) -> tuple[Tensor, Tensor, Layout]:
         """A, B as `[R, features]`, and the layout of their rows."""
-        a, b = layout.front(self.input.value.to(cotangent.dtype)), layout.front(cotangent)
+        a, b = self.input.value.to(cotangent.dtype), cotangent
+        if self.on_left:
+            a, b = a.mT, b.mT  # rows first
+            layout = replace(layout, dims=tuple(1 - dim for dim in layout.dims))
+        a, b = layout.front(a), layout.front(b)
         each = b[0].numel() // b.shape[-1] if len(b) else 1
         owners = layout.owners.repeat_interleave(each) if each != 1 else layout.owners
         flat = Layout.along(layout.count, 0, owners)
