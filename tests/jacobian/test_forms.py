@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from posegrad import Engine, StaleFactorError
 from posegrad.capture._owners import find_layout, make_probes
 from posegrad.jacobian import NOBODY, ClosedForm, Factor, Layout
+from posegrad.jacobian._form import Products
 from posegrad.jacobian.layers import Convolution, Elementwise, Embedding, Linear, NormScale
 
 F64 = torch.float64
@@ -153,26 +154,20 @@ def test_a_factor_changed_in_place_is_refused(name: str) -> None:
 
 @pytest.mark.parametrize("on_left", [False, True])
 @pytest.mark.parametrize("flipped", [False, True])
-@given(one=owners(), two=owners(), whole=st.booleans())
+@given(owned=owners())
 def test_inner_products_are_those_of_the_rows(
-    on_left: bool, flipped: bool, one: tuple[int, Tensor], two: tuple[int, Tensor], whole: bool
+    on_left: bool, flipped: bool, owned: tuple[int, Tensor]
 ) -> None:
-    cases, layouts, rows = [], [], []
-    for count, owner in (one, two):
-        case = _linear(len(owner), flipped=flipped, on_left=on_left, scale=1.5)
-        layout = Layout.along(count, case.dim, owner)
-        case.cotangent = _alive(case.cotangent, layout)
-        if whole:  # all of it belongs to the last pose
-            layout = Layout(count, (), torch.tensor([count - 1]))
-        products = [case.form.vjp(layout.only(case.cotangent, i)) for i in range(count)]
-        cases.append(case)
-        layouts.append(layout)
-        rows.append(torch.stack(products).flatten(1))
-    (first, second), (here, there) = cases, layouts
-    assert isinstance(first.form, Linear)
-    assert isinstance(second.form, Linear)
+    count, owner = owned
+    case = _linear(len(owner), flipped=flipped, on_left=on_left, scale=1.5)
+    layout = Layout.along(count, case.dim, owner)
+    first, second = (_alive(factor * case.cotangent, layout) for factor in (1, -3))
+    rows = [
+        torch.stack([case.form.vjp(layout.only(b, i)) for i in range(count)]).flatten(1)
+        for b in (first, second)
+    ]
 
-    found = first.form.inner(first.cotangent, here, second.form, second.cotangent, there)
+    found = case.form.inner(first, second, layout, Products())
 
     torch.testing.assert_close(found, rows[0] @ rows[1].mT, rtol=1e-12, atol=1e-12)
 

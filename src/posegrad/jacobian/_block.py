@@ -7,9 +7,8 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from posegrad.jacobian._form import Products
 from posegrad.jacobian._parts import Factors, Part, Rows
-from posegrad.jacobian._precision import wide
-from posegrad.jacobian.layers.linear import Linear
 
 __all__ = ["Block"]
 
@@ -73,17 +72,17 @@ class Block:
             total = gradient if n == 0 else total + gradient
         return total.to(self.dtype).contiguous()
 
-    def gramian(self, dtype: torch.dtype) -> Tensor:
+    def gramian(self, dtype: torch.dtype, products: Products) -> Tensor:
         """The inner products of the rows, `[M, M]`, by the cheaper of two ways."""
-        pairs = self._pairs()
+        pairs = self._pairs(products)
         if pairs is not None:
             return pairs.to(dtype)
         rows = self.matrix().to(dtype)
         return rows @ rows.mT
 
-    def squared_norms(self, dtype: torch.dtype) -> Tensor:
+    def squared_norms(self, dtype: torch.dtype, products: Products) -> Tensor:
         """The squared norm of every row, `[M]`."""
-        pairs = self._pairs()
+        pairs = self._pairs(products)
         if pairs is not None:
             return pairs.diagonal().to(dtype).clamp(min=0)  # rounding of a sum that cancels
         return self.matrix().to(dtype).square().sum(1)
@@ -109,24 +108,21 @@ class Block:
             self, device=torch.device(device), parts=[part.to(device) for part in self.parts]
         )
 
-    def _pairs(self) -> Tensor | None:
-        """The Gramian without the rows, if that is cheaper: for a single use in a product.
+    def _pairs(self, products: Products) -> Tensor | None:
+        """The Gramian without the rows, if that is cheaper: for a parameter used once.
 
-        The uses of a parameter may cancel, and then products of sums are precise where sums of
-        products are not; so several uses take the rows.
+        Several uses may cancel, and then products of sums are precise where sums of products are
+        not; so they take the rows.
         """
         part = self.parts[0] if len(self.parts) == 1 else None
         if not isinstance(part, Factors) or part.count != self.count or part.pull is not None:
             return None
-        form, layout = part.form, part.layout
-        if not isinstance(form, Linear):
+        cotangents, layout = part.cotangents, part.layout
+        if not layout.dims or not part.form.prefers_pairs(
+            cotangents[0].shape, layout, len(cotangents)
+        ):
             return None
-        each, features = form.inner_cost(part.cotangents[0])
-        rows = each * len(part.cotangents)
-        if rows**2 * features > (rows + self.count**2) * self.shape.numel():
-            return None
-        cotangents = [wide(b) for b in part.cotangents]
-        grid = [[form.inner(b, layout, form, c, layout) for c in cotangents] for b in cotangents]
-        products = torch.stack([torch.stack(row, dim=-1) for row in grid], dim=1)  # [m, K, m, K]
-        joined = part.arrangement.join(products)  # [M, m, K]
+        grid = [[part.form.inner(b, c, layout, products) for c in cotangents] for b in cotangents]
+        joined = torch.stack([torch.stack(row, dim=-1) for row in grid], dim=1)  # [m, K, m, K]
+        joined = part.arrangement.join(joined)  # [M, m, K]
         return part.arrangement.join(joined.permute(1, 2, 0)).mT

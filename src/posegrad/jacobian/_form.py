@@ -9,8 +9,9 @@ from torch import Tensor
 
 from posegrad.errors import StaleFactorError
 from posegrad.jacobian._layout import Layout
+from posegrad.jacobian._precision import wide
 
-__all__ = ["ClosedForm", "Factor"]
+__all__ = ["ClosedForm", "Factor", "Products", "as_rows"]
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,26 @@ class Factor:
         return Factor.of(self.value.to(device), self.what)
 
 
+class Products:
+    """Products of the rows of cotangents, each taken once: a weight and a bias share theirs."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[int, int], tuple[Tensor, Tensor, Tensor]] = {}
+
+    def of(self, first: Tensor, second: Tensor) -> Tensor:
+        """The products of all rows `[..., p]` of two cotangents, `[R, R']`."""
+        key = id(first), id(second)
+        if key not in self._known:  # holding the cotangents keeps their ids their own
+            product = wide(as_rows(first)) @ wide(as_rows(second)).mT
+            self._known[key] = first, second, product
+        return self._known[key][2]
+
+
+def as_rows(tensor: Tensor) -> Tensor:
+    """`[..., p]` as `[R, p]`."""
+    return tensor.reshape(-1, tensor.shape[-1])
+
+
 @dataclass(frozen=True)
 class ClosedForm(ABC):
     """How a parameter enters one operator, and what that makes of a cotangent.
@@ -83,6 +104,18 @@ class ClosedForm(ABC):
     def accepts(self, cotangent: torch.Size, layout: Layout) -> bool:
         """Whether `rows` can serve a layout; where not, the exact rung below does."""
         return True
+
+    def prefers_pairs(self, cotangent: torch.Size, layout: Layout, components: int) -> bool:
+        """Whether `inner` is there, and cheaper than products of `rows`."""
+        return False
+
+    def inner(self, first: Tensor, second: Tensor, layout: Layout, products: "Products") -> Tensor:
+        """The inner products of the poses' gradients under two cotangents, `[m, m]`.
+
+        *Law:* it is `rows(first, layout)` times `rows(second, layout)` transposed; but no gradient
+        is formed.
+        """
+        raise NotImplementedError
 
     def factors(self) -> list[Factor]:
         """The tensors of the forward that this form holds."""

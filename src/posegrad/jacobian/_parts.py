@@ -148,8 +148,9 @@ class Factors(Part):
         return self.arrangement.shape.numel()
 
     def rows(self) -> Tensor:
-        each = torch.stack([self._rows(wide(b)) for b in self.cotangents], dim=1)  # [m, K, *shape]
-        rows = self.arrangement.join(each)
+        each = [self._rows(wide(b)) for b in self.cotangents]  # K of [m, *shape]
+        split = torch.stack(each, dim=1) if len(each) > 1 else each[0].unsqueeze(1)
+        rows = self.arrangement.join(split)
         return rows if self.pull is None else wide(self.pull(rows))
 
     def combine(self, weights: Tensor) -> Tensor:

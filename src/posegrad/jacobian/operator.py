@@ -9,6 +9,7 @@ from torch import Tensor
 from posegrad.combination._base import as_combination
 from posegrad.errors import NotDifferentiableError, ShapeMismatchError
 from posegrad.jacobian._block import Block
+from posegrad.jacobian._form import Products
 from posegrad.jacobian._precision import no_autocast
 
 __all__ = ["PoseJacobian"]
@@ -170,8 +171,9 @@ class PoseJacobian:
             Goodfellow, "Efficient per-example gradient computations" (2015), for one row a pose;
             Rochette et al. (2019) for convolutions.
         """
+        products = Products()
         grams = {
-            name: block.gramian(dtype or self._wide_dtype(block))
+            name: block.gramian(dtype or self._wide_dtype(block), products)
             for name, block in self._blocks.items()
             if block.parts or per_parameter
         }
@@ -188,9 +190,11 @@ class PoseJacobian:
     def norms(self) -> Tensor:
         """The Euclidean norm of every row, in `output_shape`."""
         total = torch.zeros(self.predictions.numel(), device=self._device)
+        products = Products()
         for block in self._blocks.values():
             if block.parts:
-                total = total + block.squared_norms(self._wide_dtype(block)).to(self._device)
+                squares = block.squared_norms(self._wide_dtype(block), products)
+                total = total + squares.to(self._device)
         return total.sqrt().reshape(self.output_shape)
 
     def __getitem__(self, index: Any) -> dict[str, Tensor]:

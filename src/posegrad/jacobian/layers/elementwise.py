@@ -6,7 +6,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from posegrad.jacobian._form import ClosedForm, Factor
+from posegrad.jacobian._form import ClosedForm, Factor, Products
 from posegrad.jacobian._layout import Layout
 
 __all__ = ["Broadcast", "Elementwise"]
@@ -56,6 +56,14 @@ class Elementwise(Broadcast):
     """
 
     factor: Factor | float
+
+    def prefers_pairs(self, cotangent: torch.Size, layout: Layout, components: int) -> bool:
+        """For a bias with one row a pose: its rows are the cotangent."""
+        plain = self.factor == 1 and layout.dims == (0,) and len(self.shape) == 1
+        return plain and cotangent == (layout.count, *self.shape) and layout.stride == 1
+
+    def inner(self, first: Tensor, second: Tensor, layout: Layout, products: Products) -> Tensor:
+        return products.of(first, second)
 
     def contribution(self, cotangent: Tensor) -> Tensor:
         if isinstance(self.factor, Factor):

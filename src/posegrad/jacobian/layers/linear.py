@@ -1,13 +1,14 @@
 """Matrix products with a weight: linear layers, projections, weights on either side."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import final
 
 import torch
 from torch import Tensor
 
-from posegrad.jacobian._form import ClosedForm, Factor
+from posegrad.jacobian._form import ClosedForm, Factor, Products, as_rows
 from posegrad.jacobian._layout import Layout
+from posegrad.jacobian._precision import wide
 
 __all__ = ["Linear"]
 
@@ -54,23 +55,20 @@ class Linear(ClosedForm):
         pairs = zip(layout.segments(inputs), layout.segments(cotangents), strict=True)
         return self._turned(torch.stack([b.flatten(0, -2).mT @ a.flatten(0, -2) for a, b in pairs]))
 
-    def inner(
-        self, cotangent: Tensor, layout: Layout, other: "Linear", across: Tensor, beside: Layout
-    ) -> Tensor:
-        """The inner products of the gradients of two uses of the weight, `[m, m']`.
+    def prefers_pairs(self, cotangent: torch.Size, layout: Layout, components: int) -> bool:
+        """R^2 (d + p) multiplications against R d p for the rows and M^2 d p for their products."""
+        rows = components * cotangent.numel() // cotangent[self._features]
+        numbers = components * layout.count
+        return rows**2 * sum(self.shape) <= (rows + numbers**2) * self.shape.numel()
 
-        Time `R R' (d + p)` and memory `R R'`; no gradient is formed.
-        """
-        a, b, first = self._flat(cotangent, layout)
-        c, d, second = other._flat(across, beside)
-        products = (a @ c.mT) * (b @ d.mT)  # [R, R']
-        products = products * (self.scale * other.scale)
-        return second.sum(first.sum(products).mT).mT
-
-    def inner_cost(self, cotangent: Tensor) -> tuple[int, int]:
-        """R, the rows of one use, and d + p, the price of one pair of them."""
-        rows = cotangent.numel() // cotangent.shape[self._features]
-        return rows, self.shape[0] + self.shape[1]
+    def inner(self, first: Tensor, second: Tensor, layout: Layout, products: Products) -> Tensor:
+        a = self.input.value.to(wide(first).dtype)
+        if self.on_left:
+            a, first, second = a.mT, first.mT, second.mT  # rows first
+        among = as_rows(a) @ as_rows(a).mT  # [R, R]
+        pairs = among * products.of(first, second) * self.scale**2
+        flat = self._flat(first.shape[:-1], layout)
+        return flat.sum(flat.sum(pairs).mT).mT
 
     @property
     def _features(self) -> int:
@@ -81,17 +79,14 @@ class Linear(ClosedForm):
         """`[R, features]`."""
         return tensor.mT if self.on_left else tensor.reshape(-1, tensor.shape[-1])
 
-    def _flat(self, cotangent: Tensor, layout: Layout) -> tuple[Tensor, Tensor, Layout]:
-        """A, B as `[R, features]`, and the layout of their rows."""
-        a, b = self.input.value.to(cotangent.dtype), cotangent
-        if self.on_left:
-            a, b = a.mT, b.mT  # rows first
-            layout = replace(layout, dims=tuple(1 - dim for dim in layout.dims))
-        a, b = layout.front(a), layout.front(b)
-        each = b[0].numel() // b.shape[-1] if len(b) else 1
-        owners = layout.owners.repeat_interleave(each) if each != 1 else layout.owners
-        flat = Layout.along(layout.count, 0, owners)
-        return a.reshape(-1, a.shape[-1]), b.reshape(-1, b.shape[-1]), flat
+    def _flat(self, rows: torch.Size, layout: Layout) -> Layout:
+        """The layout of `[R, features]`, in the order that `reshape` gives."""
+        dims = tuple(1 - dim for dim in layout.dims) if self.on_left else layout.dims
+        if dims == (0,) and layout.known_stride:
+            stride = layout.known_stride * rows[1:].numel()
+            return Layout.regular(layout.count, 0, rows.numel(), stride, layout.owners.device)
+        shape = [size if dim in dims else 1 for dim, size in enumerate(rows)]
+        return Layout.along(layout.count, 0, layout.owners.reshape(shape).expand(rows).reshape(-1))
 
     def _turned(self, gradient: Tensor) -> Tensor:
         if self.scale != 1:
