@@ -195,11 +195,16 @@ STATES = {
         tolerance=4e-2,
     ),
     "Compiled": A("torch.compile", lambda: torch.compile(mlp(), backend="eager"), PLAIN),
+    # After a plain backward an AOT graph can be used only once; test_traps.py has that.
     "Compiled, AOT": A(
-        "torch.compile", lambda: torch.compile(mlp(), backend="aot_eager"), PLAIN, SLOW
+        "torch.compile",
+        lambda: torch.compile(mlp(), backend="aot_eager"),
+        PLAIN,
+        SLOW,
+        released=False,
     ),
     "Compiled in part": A("a submodule", lambda: states.InPart("eager"), PLAIN),
-    "Compiled in part, AOT": A("", lambda: states.InPart("aot_eager"), PLAIN, SLOW),
+    "Compiled in part, AOT": A("", lambda: states.InPart("aot_eager"), PLAIN, SLOW, released=False),
     "Hook that rescales": A("on an activation", lambda: states.Hooked(lambda g: 2 * g), PLAIN),
     "Hook that clips": A(
         "not linear: the rows are autograd's, wᵀJ is not a plain backward",

@@ -1,5 +1,8 @@
 """Models that a reader of graphs could get wrong, each against rows of plain autograd."""
 
+import copy
+import pickle
+import threading
 import warnings
 from collections.abc import Callable
 
@@ -7,7 +10,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from posegrad import Engine, UnsupportedModuleError
+from posegrad import (
+    Engine,
+    PoseJacobian,
+    ShapeMismatchError,
+    StaleFactorError,
+    UnsupportedModuleError,
+)
 from tests.reference import rows, trainable
 
 
@@ -176,3 +185,199 @@ def test_complex_parameters_are_refused_by_name() -> None:
     model.phase = nn.Parameter(torch.zeros(2, dtype=torch.complex64))
     with pytest.raises(UnsupportedModuleError, match=r"Complex parameters: phase"):
         Engine(model).jacobian(model(torch.ones(2, 3)))
+
+
+class TwoKindsOfRows(nn.Module):
+    """Atoms and something else, as many as there are poses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.atoms, self.others, self.head = nn.Linear(3, 4), nn.Linear(3, 4), nn.Linear(4, 1)
+
+    def forward(self, x: Tensor, owners: Tensor, z: Tensor, others: Tensor) -> Tensor:
+        pooled = x.new_zeros(3, 4).index_add(0, owners, self.atoms(x).tanh())
+        return self.head(pooled.index_add(0, others, self.others(z).tanh())).sin().squeeze(1)
+
+
+def _double(*shape: int) -> Tensor:
+    return torch.randn(shape, dtype=torch.float64)
+
+
+def test_an_index_speaks_for_its_own_rows_only() -> None:
+    model, owners = TwoKindsOfRows().double(), torch.tensor([0, 0, 1, 1, 2, 2, 2])
+    engine = Engine(model, check="never")
+    for others in (torch.tensor([0, 0, 1, 2]), torch.tensor([1, 0, 2])):
+        output = model(_double(7, 3), owners, _double(len(others), 3), others)
+        expected = rows(output, trainable(model))
+        found = engine.jacobian(output, pose_index=[owners]).matrix()
+        torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("pad", [(0, 0, 1, -1), (0, 0, -1, 1), (1, 2), (0, 0, 0, 0)])
+def test_padding_that_shifts_poses(pad: tuple[int, ...]) -> None:
+    model = nn.Linear(3, 2).double()
+    output = nn.functional.pad(model(_double(4, 3)).tanh(), pad).sum(1)
+    expected = rows(output, trainable(model))
+    torch.testing.assert_close(Engine(model, check="never").jacobian(output).matrix(), expected)
+
+
+def test_a_first_gather_of_nan_verifies_nothing() -> None:
+    """A hook that mixes poses is found when there are numbers to compare."""
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1)).double()
+    engine = Engine(model)
+
+    def output_of(x: Tensor) -> Tensor:
+        hidden = model[1](model[0](x))
+        hidden.register_hook(lambda g: g.flip(0))
+        return model[2](hidden).squeeze(1)
+
+    x = _double(4, 3)
+    x[0] = torch.nan
+    engine.jacobian(output_of(x))
+    output = output_of(_double(4, 3))
+    expected = rows(output, trainable(model))
+    with pytest.warns(UserWarning, match="do not add up"):
+        found = engine.jacobian(output).matrix()
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_norms_of_rows_that_cancel_within_a_pose(dtype: torch.dtype) -> None:
+    model = nn.Linear(64, 64, bias=False, dtype=dtype)
+    x = torch.randn(6, 1, 64, dtype=dtype).repeat(1, 3, 1)
+    weights = torch.randn(3, 1, dtype=dtype)
+    J = Engine(model).jacobian((model(x) * (weights - weights.mean(0))).sum((1, 2)))
+    torch.testing.assert_close(J.norms(), J.matrix().norm(dim=1))
+    torch.testing.assert_close(J.gramian().diagonal(), J.matrix().square().sum(1))
+
+
+def test_later_statistics_do_not_change_a_jacobian() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)).double().eval()
+    x = _double(4, 4)
+    J = Engine(model).jacobian(model(x).sin().sum(1))
+    before = J.matrix()
+    model.train()(3 * x)
+    torch.testing.assert_close(J.matrix(), before, rtol=0, atol=0)
+
+
+def test_what_is_handed_out_is_the_callers() -> None:
+    model = nn.Sequential(nn.Bilinear(3, 3, 3), nn.Linear(3, 3)).double()
+    x = _double(4, 3)
+    output = model[1](model[0](x, x)).sin().sum(1)
+    J = Engine(model).jacobian(output)
+    before, predictions = J.matrix(), J.predictions.clone()
+    for name, _ in model.named_parameters():
+        J.block(name).zero_()
+    output.detach().zero_()
+    torch.testing.assert_close(J.matrix(), before, rtol=0, atol=0)
+    torch.testing.assert_close(J.predictions, predictions, rtol=0, atol=0)
+
+
+def test_threads_leave_gradients_alone() -> None:
+    model = nn.Linear(3, 1)
+    engine, failures = Engine(model), []
+    model.weight.grad = torch.ones(1, 3)
+
+    def work() -> None:
+        try:
+            for _ in range(20):
+                engine.jacobian(model(torch.randn(4, 3)).squeeze(1))
+        except Exception as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+    assert torch.equal(model.weight.grad, torch.ones(1, 3))
+
+
+def test_t_of_one_dimension() -> None:
+    model = nn.Module()
+    model.scale = nn.Parameter(_double(4))
+    output = (_double(4, 4) * model.scale.t()).sin().sum(1)
+    expected = rows(output, trainable(model))
+    torch.testing.assert_close(Engine(model, check="never").jacobian(output).matrix(), expected)
+
+
+def test_a_weight_on_the_left_of_one_pose() -> None:
+    model = nn.Linear(4, 4, bias=False).double()
+    output = (model.weight @ _double(4)).sin().sum().reshape(1)
+    expected = rows(output, trainable(model))
+    J = Engine(model, check="never").jacobian(output)
+    torch.testing.assert_close(J.gramian(), expected @ expected.T)
+
+
+def test_inference_mode_around_the_call() -> None:
+    model = nn.Linear(3, 1)
+    output = model(torch.ones(2, 3)).squeeze(1)
+    with torch.inference_mode():
+        found = Engine(model).jacobian(output).gramian()
+    torch.testing.assert_close(found, torch.full((2, 2), 4.0))
+
+
+def test_parameters_changed_before_the_call_are_named() -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 1))
+    output = model(torch.ones(2, 3)).squeeze(1)
+    nn.init.zeros_(model[1].weight)
+    with pytest.raises(StaleFactorError, match="changed in place"):
+        Engine(model).jacobian(output)
+
+
+class Sliced(nn.Module):
+    """Rows of one parameter, used in different places."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows = nn.Parameter(_double(2, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ((x * self.rows[0]).sin() * self.rows[1]).sum(1)
+
+
+def test_freezing_afterwards() -> None:
+    model = Sliced()
+    J = Engine(model).jacobian(model(_double(3, 4)))
+    before = J.matrix()
+    model.rows.requires_grad_(False)
+    torch.testing.assert_close(J.matrix(), before)
+    assert not model.rows.requires_grad
+    J.backward(torch.ones(3, dtype=torch.float64))  # as autograd's, which skips frozen parameters
+    assert model.rows.grad is None
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda J: pickle.loads(pickle.dumps(J))])
+def test_copies_of_a_jacobian(copied: Callable[[PoseJacobian], PoseJacobian]) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4)).double()
+    model.add_module("sliced", Sliced())
+    J = Engine(model).jacobian(model(_double(3, 4)))
+    torch.testing.assert_close(copied(J).gramian(), J.gramian())
+
+
+@pytest.mark.parametrize("index", [torch.tensor(3), torch.zeros(2, 2), torch.zeros(4)])
+def test_an_index_is_one_number_for_each_row(index: Tensor) -> None:
+    model = nn.Linear(3, 1)
+    with pytest.raises(ShapeMismatchError, match="number of a pose for each row"):
+        Engine(model).jacobian(model(torch.ones(4, 3)).squeeze(1), pose_index=index)
+
+
+def test_graphs_that_can_be_used_once_are_named() -> None:
+    torch._dynamo.reset()
+    model = torch.compile(
+        nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 1)), backend="aot_eager"
+    )
+    model(torch.randn(3, 4)).sum().backward()  # compiles a backward that frees as it goes
+    with pytest.raises(UnsupportedModuleError, match="donated_buffer = False"):
+        Engine(model).jacobian(model(torch.randn(3, 4)).squeeze(1))
+
+
+def test_mixed_half_precisions_meet_in_float32() -> None:
+    model = nn.Module()
+    model.a = nn.Parameter(torch.ones(3, dtype=torch.float16))
+    model.b = nn.Parameter(torch.ones(3, dtype=torch.bfloat16))
+    x = torch.ones(2, 3)
+    J = Engine(model).jacobian((x * model.a).sum(1) + (1e6 * x * model.b).sum(1))
+    assert J.matrix().dtype == torch.float32
+    assert bool(J.matrix().isfinite().all())

@@ -124,7 +124,9 @@ def _images(node: Node, arg: int, axis: Axis, out: torch.Size, inside: torch.Siz
 
 
 def _padded(node: Node, arg: int, axis: Axis, out: torch.Size, inside: torch.Size) -> Axis | None:
-    return axis if inside[axis.dim] == out[axis.dim] and axis.dim == 0 else None
+    pads = saved(node, "pad")  # two for each dimension, the last one first
+    own = 2 * (len(out) - 1 - axis.dim)
+    return None if any(pads[own : own + 2]) else axis
 
 
 def _layer_norm(

@@ -1,15 +1,17 @@
 """From an output with its graph to its Jacobian."""
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import groupby
 
 import torch
 from torch import Tensor
 
+from posegrad.capture._compat import is_python
 from posegrad.capture._edges import EdgeRegistry
-from posegrad.capture._guard import grad_set_aside
+from posegrad.capture._guard import grad_set_aside, named_failures
 from posegrad.capture._recipe import Recipe, outlook, resolve, slow_parameters
 from posegrad.capture._release import release
 from posegrad.capture._rungs import Parts, Reading
@@ -92,9 +94,9 @@ class Gatherer:
             dim = self.batch_dim if isinstance(self.batch_dim, int) and output.ndim else None
             _check_dimension(output, dim)
             subject = Subject(output, registry, pose_index, dim, self._generator)
+            _check_index(pose_index)
             if used:
-                autocast_off = no_autocast(output.device.type)
-                with torch.no_grad(), autocast_off, grad_set_aside(parameters):
+                with _undisturbed(registry, output, parameters), named_failures():
                     parts = self._parts(Reading(subject, used, self.block_bytes), quiet)
                     if not keep_graph:
                         release(registry, used.values())
@@ -103,7 +105,7 @@ class Gatherer:
         blocks = {
             name: Block.of(p, output.numel(), parts.get(name, ())) for name, p in parameters.items()
         }
-        return PoseJacobian(output.detach(), parameters, blocks)
+        return PoseJacobian(output.detach().clone(), parameters, blocks)
 
     def _parts(self, reading: Reading, quiet: bool) -> Parts:
         subject, parameters = reading.subject, reading.parameters
@@ -117,8 +119,9 @@ class Gatherer:
             if slow and not quiet and self.batch_dim is not None:
                 _warn(_coupled_message(slow))
         parts = reading.parts(recipe, trial)
-        if self.check == "always" or (self.check == "first" and not recipe.verified):
-            recipe, parts = _verified(reading, recipe, trial, parts, quiet)
+        doubtful = _doubtful(self.check, recipe, parts)
+        if doubtful:
+            recipe, parts = _verified(reading, recipe, trial, parts, doubtful, quiet)
         self._recipes[key] = recipe
         while len(self._recipes) > _REMEMBERED:
             self._recipes.pop(next(iter(self._recipes)))
@@ -130,6 +133,20 @@ class Gatherer:
         if self.batch_dim is None:
             return Recipe(None, (), frozenset(parameters)), Trial({}, {})
         return resolve(subject, parameters)
+
+
+@contextmanager
+def _undisturbed(
+    registry: EdgeRegistry, output: Tensor, parameters: Mapping[str, Tensor]
+) -> Iterator[None]:
+    """No graph is made, nothing is cast, and no `.grad` is written."""
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(no_autocast(output.device.type))
+        if any(is_python(node) for node in registry.nodes):  # torch's own deposit nothing
+            stack.enter_context(grad_set_aside(parameters))
+        yield
 
 
 def _followed(subject: Subject, recipe: Recipe) -> Trial | None:
@@ -148,11 +165,28 @@ def _signature(subject: Subject, parameters: Mapping[str, Tensor]) -> int:
     return hash((subject.registry.signature(numbers), several, tuple(parameters), stated))
 
 
+def _doubtful(check: str, recipe: Recipe, parts: Parts) -> frozenset[str]:
+    """The parameters to compare. Rows that are zero say nothing yet: a gate may open later."""
+    if check == "never":
+        return frozenset()
+    done = recipe.verified if check == "first" else frozenset()
+    return frozenset(
+        name
+        for name, own in parts.items()
+        if name not in done and any(part.is_live() for part in own)
+    )
+
+
 def _verified(
-    reading: Reading, recipe: Recipe, trial: Trial, parts: Parts, quiet: bool
+    reading: Reading,
+    recipe: Recipe,
+    trial: Trial,
+    parts: Parts,
+    doubtful: frozenset[str],
+    quiet: bool,
 ) -> tuple[Recipe, Parts]:
     """Compares with autograd; what disagrees goes down the ladder, with one warning."""
-    wrong = disagreeing(reading.subject, reading.parameters, parts)
+    wrong, sure = disagreeing(reading.subject, reading.parameters, parts, doubtful)
     if wrong:
         if not quiet:
             _warn(_disagreement_message(wrong))
@@ -164,12 +198,12 @@ def _verified(
             ),
         )
         parts = reading.parts(recipe, trial)
-        still = disagreeing(reading.subject, reading.parameters, parts)
+        still, _ = disagreeing(reading.subject, reading.parameters, parts, wrong)
         if still:
             sites = tuple(site for site in recipe.sites if site.parameter not in still)
             recipe = replace(recipe, sites=sites, by_rows=recipe.by_rows | still)
             parts = reading.parts(recipe, trial)
-    return replace(recipe, verified=True), parts
+    return replace(recipe, verified=recipe.verified | sure), parts
 
 
 def _warn(message: str) -> None:
@@ -187,6 +221,15 @@ def _check_output(output: Tensor) -> None:
             f"The output has shape {list(output.shape)}: there is no prediction to differentiate.\n"
             f"Leave empty batches out of the loop."
         )
+
+
+def _check_index(pose_index: Sequence[Tensor]) -> None:
+    for index in pose_index:
+        if index.ndim != 1 or index.is_floating_point():
+            raise ShapeMismatchError(
+                f"A pose_index has {index.dtype} {list(index.shape)}, but it holds the number of a "
+                f"pose for each row of a kind, [R].\nPass batch.batch, or a list of such tensors."
+            )
 
 
 def _check_dimension(output: Tensor, dim: int | None) -> None:

@@ -1,13 +1,16 @@
-"""Backwards that must not touch the user's gradients."""
+"""Backwards that must not touch the user's gradients, and whose failures have names."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from threading import RLock
 
 from torch import Tensor
 
-from posegrad.errors import ReentrantCheckpointError
+from posegrad.errors import ReentrantCheckpointError, StaleFactorError, UnsupportedModuleError
 
-__all__ = ["grad_set_aside"]
+__all__ = ["grad_set_aside", "named_failures"]
+
+_ONE_AT_A_TIME = RLock()
 
 
 @contextmanager
@@ -17,18 +20,44 @@ def grad_set_aside(parameters: Mapping[str, Tensor]) -> Iterator[None]:
     Raises:
         ReentrantCheckpointError: if one did; every `.grad` is as it was.
     """
-    held = {name: p.grad for name, p in parameters.items()}
-    for p in parameters.values():
-        p.grad = None
-    try:
-        yield
-    finally:
-        written = [name for name, p in parameters.items() if p.grad is not None]
-        for name, p in parameters.items():
-            p.grad = held[name]
+    with _ONE_AT_A_TIME:  # of the threads of a process
+        held = {name: p.grad for name, p in parameters.items()}
+        for p in parameters.values():
+            p.grad = None
+        try:
+            yield
+        finally:
+            written = [name for name, p in parameters.items() if p.grad is not None]
+            for name, p in parameters.items():
+                p.grad = held[name]
     if written:
         raise ReentrantCheckpointError(
             f"A custom autograd function inside the model calls backward() and deposits "
             f"gradients by itself (into {written[0]}), before their weights are known.\n"
             f"Let the function return its gradients; combine() can also use schedule='retain'."
         )
+
+
+@contextmanager
+def named_failures() -> Iterator[None]:
+    """Gives torch's own failures of a backward a name, and says what to do.
+
+    Raises:
+        StaleFactorError: if a saved tensor was changed in place.
+        UnsupportedModuleError: if a compiled graph can be used only once.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if "modified by an inplace operation" in str(error):
+            raise StaleFactorError(
+                f"A tensor the forward saved was changed in place before its Jacobian was read; a "
+                f"plain backward would fail likewise.\n{error}\nChange a clone."
+            ) from error
+        if "donated buffer" in str(error):
+            raise UnsupportedModuleError(
+                "A part of the model was compiled so that its graph can be used only once, and the "
+                "Jacobian needs it more often.\nSet torch._functorch.config.donated_buffer = False "
+                "before the model is compiled."
+            ) from error
+        raise

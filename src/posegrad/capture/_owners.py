@@ -34,7 +34,8 @@ _RANGE = {
 _SETS, _SETS_IF_NARROW = 2, 3
 
 # A row this much smaller than the largest, and this small, is nobody's: scaling it could lose bits.
-_SMALL, _TINY = 2.0**-60, 2.0**-80
+_SMALL, _TINY = 2.0**-60, {torch.float64: 2.0**-900}
+_DEFAULT_TINY = 2.0**-100
 
 _ROUNDING = 2.0**-50  # what an element may be off beside the largest of its row
 
@@ -134,7 +135,8 @@ def _owners(
     rows = rows.reshape(len(rows), -1)
     size = rows.abs().amax(1)  # [R]
     # Written so that nan is alive, and then belongs to no single pose.
-    alive = ~(size <= min(_TINY, _SMALL * float(size.max()))) & (size != 0)
+    tiny = _TINY.get(base.dtype, _DEFAULT_TINY)
+    alive = ~(size <= min(tiny, _SMALL * float(size.max()))) & (size != 0)
     answers = [torch.zeros(len(rows), dtype=torch.long, device=base.device)] * (probes.sets[-1] + 1)
     for n, scaled in enumerate(probed):
         digit = _digit(rows, size, layout.front(scaled).reshape(rows.shape), alive, probes, n)

@@ -149,7 +149,7 @@ def _batch_scale(node: Node, shape: torch.Size, transposed: bool, what: str) -> 
     if train:
         mean, rho = saved(node, "result1"), saved(node, "result2")
     else:
-        mean = saved(node, "running_mean")
+        mean = saved(node, "running_mean").clone()  # updated without a new version
         rho = (saved(node, "running_var") + saved(node, "eps")).rsqrt()
     aligned = torch.Size([1, *shape, *[1] * (x.ndim - 2)])
     mean, rho = mean.reshape(aligned), rho.reshape(aligned)

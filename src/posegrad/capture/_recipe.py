@@ -27,13 +27,13 @@ class Recipe:
         dim: The output's dimension that counts poses, None if every number is a pose.
         sites: Where rows are read.
         by_rows: Parameters that take a backward through the whole graph for each row.
-        verified: Whether a gather of this structure was compared with autograd.
+        verified: Parameters whose rows were compared with autograd's gradient.
     """
 
     dim: int | None
     sites: tuple[Site, ...]
     by_rows: frozenset[str]
-    verified: bool = False
+    verified: frozenset[str] = frozenset()
 
 
 def resolve(subject: Subject, parameters: Mapping[str, Tensor]) -> tuple[Recipe, Trial]:

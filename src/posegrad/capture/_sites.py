@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from torch.autograd.graph import Node
 
-from posegrad.capture._compat import device_of, dtype_of
+from posegrad.capture._compat import device_of, dtype_of, shape_of
 from posegrad.capture._edges import Edge, EdgeRegistry
 from posegrad.capture._read import TRANSPARENT, is_readable
 
@@ -79,7 +79,8 @@ def sites_of(
         for use in registry.uses(edge):
             kind = use.node.name()
             if kind in TRANSPARENT and _is_transparent(edge, use.node):
-                stack.append(((use.node, 0), transposed ^ (kind == "TBackward0")))
+                turned = kind == "TBackward0" and len(shape_of(use.node)[0]) == 2
+                stack.append(((use.node, 0), transposed ^ turned))
             elif kind in _REARRANGING and not is_readable(use.node, use.argument):
                 for number in registry.outputs(use.node):
                     yield from sites_of(

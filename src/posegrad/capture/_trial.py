@@ -97,7 +97,7 @@ def attempt(subject: Subject, arrangement: Arrangement, sites: Sequence[Site]) -
         return flat.reshape(output.shape).to(output.device, output.dtype)
 
     base = _at(output, edges, cotangent(torch.ones(count, dtype=torch.float64)))
-    axes = {} if count == 1 or subject.pose_index else subject.axes(arrangement)
+    axes = {} if count == 1 else subject.axes(arrangement)
     layouts = {
         edge: _known_layout(subject, count, value, axes.get(edge)) for edge, value in base.items()
     }
@@ -133,10 +133,13 @@ def _known_layout(
         size = cotangent.shape[axis.dim]
         return Layout.regular(count, axis.dim, size, axis.inner, cotangent.device)
     if subject.pose_index and cotangent.ndim:
-        # Atoms may be as many as edges or poses: where the candidates disagree, it is probed.
-        candidates = [torch.arange(count), *(index.cpu() for index in subject.pose_index)]
-        fitting = [index for index in candidates if len(index) == len(cotangent)]
-        if fitting and all(torch.equal(index, fitting[0]) for index in fitting):
+        # Edges may be as many as atoms, or atoms as poses: where one number fits two kinds of rows,
+        # it is probed.
+        fitting = [index.cpu() for index in subject.pose_index if len(index) == len(cotangent)]
+        if len(cotangent) == count:
+            fitting.append(torch.arange(count))
+        stated = len(fitting) > (len(cotangent) == count)
+        if stated and all(torch.equal(index, fitting[0]) for index in fitting):
             return Layout.along(count, 0, fitting[0].to(cotangent.device))
     return None
 

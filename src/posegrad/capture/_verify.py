@@ -1,6 +1,6 @@
 """Never silently wrong: a Jacobian is compared with one plain backward."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -20,9 +20,16 @@ _TOLERANCE = {
 
 
 def disagreeing(
-    subject: Subject, parameters: Mapping[str, Tensor], parts: Mapping[str, Sequence[Part]]
-) -> frozenset[str]:
+    subject: Subject,
+    parameters: Mapping[str, Tensor],
+    parts: Mapping[str, Sequence[Part]],
+    doubtful: Collection[str],
+) -> tuple[frozenset[str], frozenset[str]]:
     r"""The parameters whose :math:`w^\top J` is not what autograd gives, for one random w.
+
+    Returns:
+        Of the doubtful ones those that disagree, and those that were compared at all: of nan and
+        infinite gradients nothing can be said.
 
     The weights have mixed signs and sizes: with ones, rows given to the wrong pose would still sum
     to the right total. The tolerance is relative to the larger of the two results and of the
@@ -39,20 +46,25 @@ def disagreeing(
             output, leaves, weights, retain_graph=True, allow_unused=True
         )
     floor = 64 * torch.finfo(output.dtype).eps * _size(expected)
-    wrong = set()
+    wrong, sure = set(), set()
     dtypes = {output.dtype, *(b.dtype for own in parts.values() for p in own for b in _tensors(p))}
     for (name, parameter), gradient in zip(parameters.items(), expected, strict=True):
+        if name not in doubtful:
+            continue
         tolerance = max(_TOLERANCE.get(d, 2e-3) for d in dtypes | {parameter.dtype})
         block = Block.of(parameter, output.numel(), parts[name])
         found = block.combine(weights.reshape(-1))
         reference = torch.zeros_like(found) if gradient is None else _dense(gradient)
+        if not bool(found.isfinite().all()) and not bool(reference.isfinite().all()):
+            continue
+        sure.add(name)
         error = (found - reference).double().norm()
         if error <= floor + tolerance * max(found.double().norm(), reference.double().norm()):
             continue
         scale = block.combine(weights.abs().reshape(-1)).double().norm()
-        if not error <= tolerance * scale and not _alike_nonfinite(found, reference):
+        if not error <= tolerance * scale:
             wrong.add(name)
-    return frozenset(wrong)
+    return frozenset(wrong), frozenset(sure)
 
 
 def _size(gradients: Sequence[Tensor | None]) -> float:
@@ -66,9 +78,4 @@ def _tensors(part: Part) -> Sequence[Tensor]:
 
 
 def _dense(gradient: Tensor) -> Tensor:
-    return gradient.to_dense() if gradient.layout != torch.strided else gradient
-
-
-def _alike_nonfinite(found: Tensor, reference: Tensor) -> bool:
-    """Whether both are nan or infinite; then there is nothing to compare."""
-    return not bool(found.isfinite().all()) and not bool(reference.isfinite().all())
+    return gradient.to_dense() if gradient.is_sparse else gradient

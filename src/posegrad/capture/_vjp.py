@@ -119,7 +119,7 @@ def rows_of_graph(
     """
     chunks: list[list[Tensor | None]] = []
     sources = list(sources)
-    with leaf_hooks_off(sources):
+    with leaf_hooks_off(sources), _thawed(sources), torch.inference_mode(False):
         for start in range(0, count, most):
             group = [cotangents(i) for i in range(start, min(start + most, count))]
             chunks.append(_graph_group(output, group, sources))
@@ -127,6 +127,19 @@ def rows_of_graph(
         None if column[0] is None else torch.cat(column) if len(column) > 1 else column[0]
         for column in zip(*chunks, strict=True)
     ]
+
+
+@contextmanager
+def _thawed(sources: Sequence[Tensor]) -> Iterator[None]:
+    """Lets leaves be differentiated by that were frozen since the forward."""
+    frozen = [source for source in sources if not source.requires_grad]
+    for source in frozen:
+        source.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for source in frozen:
+            source.requires_grad_(False)
 
 
 def _graph_group(

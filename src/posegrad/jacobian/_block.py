@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import Self
 
 import torch
@@ -122,7 +123,13 @@ class Block:
             cotangents[0].shape, layout, len(cotangents)
         ):
             return None
-        grid = [[part.form.inner(b, c, layout, products) for c in cotangents] for b in cotangents]
-        joined = torch.stack([torch.stack(row, dim=-1) for row in grid], dim=1)  # [m, K, m, K]
+        pairs = product(cotangents, cotangents)
+        grid = [part.form.inner(b, c, layout, products) for b, c in pairs]
+        found = [one for one in grid if one is not None]  # K^2 of [m, m]
+        if len(found) < len(grid):
+            return None
+        k = len(cotangents)
+        joined = torch.stack(found).reshape(k, k, *found[0].shape)
+        joined = joined.permute(2, 0, 3, 1)  # [m, K, m, K]
         joined = part.arrangement.join(joined)  # [M, m, K]
         return part.arrangement.join(joined.permute(1, 2, 0)).mT

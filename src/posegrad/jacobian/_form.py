@@ -51,6 +51,10 @@ class Factor:
             )
         return self.tensor
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy has a version of its own."""
+        return Factor.of, (self.value, self.what)
+
     def to(self, device: torch.device | str) -> "Factor":
         """The factor on another device."""
         return Factor.of(self.value.to(device), self.what)
@@ -109,11 +113,13 @@ class ClosedForm(ABC):
         """Whether `inner` is there, and cheaper than products of `rows`."""
         return False
 
-    def inner(self, first: Tensor, second: Tensor, layout: Layout, products: "Products") -> Tensor:
+    def inner(
+        self, first: Tensor, second: Tensor, layout: Layout, products: "Products"
+    ) -> Tensor | None:
         """The inner products of the poses' gradients under two cotangents, `[m, m]`.
 
         *Law:* it is `rows(first, layout)` times `rows(second, layout)` transposed; but no gradient
-        is formed.
+        is formed. None if the rows of a pose cancel, so that sums of products would lose digits.
         """
         raise NotImplementedError
 

@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import final
+from typing import Any, final
 
 import torch
 from torch import Tensor
@@ -82,8 +82,16 @@ class Part(ABC):
         """The sum of the rows times their weights `[count]`: `[*shape]`."""
 
     @abstractmethod
+    def is_live(self) -> bool:
+        """Whether any row can be other than zero."""
+
+    @abstractmethod
+    def held(self) -> list[Tensor]:
+        """The tensors that are held."""
+
     def bytes(self) -> int:
-        """The size of what is held."""
+        """Their size."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.held())
 
     @abstractmethod
     def to(self, device: torch.device | str) -> "Part":
@@ -117,8 +125,11 @@ class Rows(Part):
         total: Tensor = torch.tensordot(weights.to(rows.dtype), rows, dims=1)
         return total
 
-    def bytes(self) -> int:
-        return self.values.numel() * self.values.element_size()
+    def is_live(self) -> bool:
+        return bool(self.values.any())
+
+    def held(self) -> list[Tensor]:
+        return [self.values]
 
     def to(self, device: torch.device | str) -> Part:
         return replace(self, values=self.values.to(device))
@@ -172,9 +183,19 @@ class Factors(Part):
             rows[self.start : self.start + self.count] = self.arrangement.join(block)
         return None
 
-    def bytes(self) -> int:
-        held = [factor.tensor for factor in self.form.factors()] + list(self.cotangents)
-        return sum(tensor.numel() * tensor.element_size() for tensor in held)
+    def is_live(self) -> bool:
+        return any(bool(b.any()) for b in self.cotangents)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copies and pickles without the graph that `pull` goes through."""
+        if self.pull is not None:
+            return Rows, (self.path, self.start, self.rows())
+        return Factors, (
+            self.path, self.start, self.form, self.layout, self.arrangement, self.cotangents
+        )  # fmt: skip
+
+    def held(self) -> list[Tensor]:
+        return [*(factor.tensor for factor in self.form.factors()), *self.cotangents]
 
     def to(self, device: torch.device | str) -> Part:
         if self.pull is not None:

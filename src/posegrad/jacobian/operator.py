@@ -1,6 +1,7 @@
 """The Jacobian of a group of predictions, as a linear operator."""
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import reduce
 from typing import Any, final
 
 import torch
@@ -141,7 +142,11 @@ class PoseJacobian:
         if not isinstance(weights, Tensor):
             weights = self._weights_of(weights)
         gradients = self.combine(weights)
-        used = [name for name, block in self._blocks.items() if block.parts]
+        used = [
+            name
+            for name, block in self._blocks.items()
+            if block.parts and self._parameters[name].requires_grad  # frozen since: as autograd
+        ]
         if used:
             torch.autograd.backward(
                 [self._parameters[name] for name in used],
@@ -230,7 +235,10 @@ class PoseJacobian:
                 f"{', '.join(self._blocks) or 'none'}."
             )
         block = self._blocks[name]
-        return block.rows().to(block.dtype).reshape(*self.output_shape, *block.shape)
+        rows = block.rows().to(block.dtype)
+        if any(_share(rows, held) for part in block.parts for held in part.held()):
+            rows = rows.clone()  # the caller's to write to
+        return rows.reshape(*self.output_shape, *block.shape)
 
     @torch.no_grad()
     @no_autocast()
@@ -242,7 +250,7 @@ class PoseJacobian:
         count = self.predictions.numel()
         widths = [block.shape.numel() for block in self._blocks.values()]
         dtypes = [block.dtype for block in self._blocks.values()]
-        dtype = max(dtypes, key=lambda d: d.itemsize, default=torch.float32)
+        dtype = reduce(torch.promote_types, dtypes) if dtypes else torch.float32
         matrix = torch.zeros(count, sum(widths), dtype=dtype, device=self._device)
         columns = torch.split(matrix, widths, dim=1)
         for part, block in zip(columns, self._blocks.values(), strict=True):
@@ -320,3 +328,7 @@ class PoseJacobian:
             )
         (weights,) = torch.autograd.grad(combined.sum(), leaf)
         return weights
+
+
+def _share(first: Tensor, second: Tensor) -> bool:
+    return first.untyped_storage().data_ptr() == second.untyped_storage().data_ptr()

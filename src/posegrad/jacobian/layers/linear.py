@@ -61,14 +61,23 @@ class Linear(ClosedForm):
         numbers = components * layout.count
         return rows**2 * sum(self.shape) <= (rows + numbers**2) * self.shape.numel()
 
-    def inner(self, first: Tensor, second: Tensor, layout: Layout, products: Products) -> Tensor:
+    def inner(
+        self, first: Tensor, second: Tensor, layout: Layout, products: Products
+    ) -> Tensor | None:
         a = self.input.value.to(wide(first).dtype)
         if self.on_left:
-            a, first, second = a.mT, first.mT, second.mT  # rows first
+            alike = first is second
+            a, first = a.mT, first.mT  # rows first
+            second = first if alike else second.mT
         among = as_rows(a) @ as_rows(a).mT  # [R, R]
         pairs = among * products.of(first, second) * self.scale**2
         flat = self._flat(first.shape[:-1], layout)
-        return flat.sum(flat.sum(pairs).mT).mT
+        total = flat.sum(flat.sum(pairs).mT).mT  # [m, m]
+        if first is second and len(pairs) > len(total):
+            size = flat.sum(flat.sum(pairs.abs()).mT).diagonal()
+            if bool((size * torch.finfo(size.dtype).eps ** 0.25 > total.diagonal()).any()):
+                return None
+        return total
 
     @property
     def _features(self) -> int:
