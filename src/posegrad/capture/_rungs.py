@@ -129,12 +129,11 @@ class Reading:
         """The rows of one operator's own vjp, one masked cotangent for each."""
         node = self.registry.nodes[site.node]
         edges = edges_of(self.registry, site)
-        width = len(shape_of(node))
         sizes = shape_of(node)
 
         def masked(row: int) -> list[Tensor | None]:
             pose, k = divmod(row, arrangement.components)
-            values: list[Tensor | None] = [None] * width
+            values: list[Tensor | None] = [None] * len(sizes)
             for edge in edges:
                 value, layout = cotangents[k][edge], trial.layouts[edge]
                 if value is not None and layout is not None:
@@ -147,7 +146,7 @@ class Reading:
                     )
             return values
 
-        held = sum(shape_of(node)[i].numel() for _, i in edges) + 2 * self._shape(site).numel()
+        held = sum(sizes[i].numel() for _, i in edges) + 2 * self._shape(site).numel()
         count = arrangement.shape.numel()
         rows = node_rows(node, site.argument, masked, count, self._most(held))
         if rows is None:
@@ -167,7 +166,7 @@ class Reading:
         number, index = site.source
         node = self.registry.nodes[number]
         edge, dtype = GradientEdge(node, index), dtype_of(node)[index]
-        parameter, most = self.parameters[site.parameter], self.block_bytes
+        parameter = self.parameters[site.parameter]
         most = self._most(2 * parameter.numel())
 
         def pull(rows: Tensor) -> Tensor:
