@@ -10,6 +10,7 @@ from examples.docked_poses.arrays import by_ligand, load
 from examples.docked_poses.network import AllNeighbours
 from posegrad import Boltzmann, Combination, Engine, Mean, Min
 from posegrad.testing import assert_matches_autograd, peak_live_bytes
+from tests.reference import rows, trainable
 
 
 def _poses(count: int, *, forces: bool = False) -> list[Data]:
@@ -66,3 +67,23 @@ def test_peak_memory_is_that_of_one_pose(schedule: str) -> None:
 
     peak(2)
     assert peak(16) <= 1.15 * peak(2)
+
+
+def test_the_gramian_of_a_ragged_batch_needs_no_index() -> None:
+    model, poses = _schnet().double(), _poses(16)
+    for pose in poses:
+        pose.pos = pose.pos.double()
+    batch = Batch.from_data_list(poses)
+    output = _score(model, batch)
+    expected = rows(output, trainable(model))
+    J = Engine(model).jacobian(output)
+    torch.testing.assert_close(J.matrix(), expected, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(J.gramian(), expected @ expected.T, rtol=1e-10, atol=1e-12)
+    assert all(path.startswith("closed form") for paths in J.paths.values() for path in paths)
+
+
+def test_gathering_poses_one_by_one_is_the_same() -> None:
+    model, poses = _schnet(), _poses(6)
+    whole = Engine(model).jacobian(_score(model, Batch.from_data_list(poses)))
+    single = Engine(model, predict=_score).gather(poses)
+    torch.testing.assert_close(single.gramian(), whole.gramian(), rtol=1e-4, atol=1e-6)
