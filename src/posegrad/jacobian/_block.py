@@ -73,21 +73,6 @@ class Block:
             total = gradient if n == 0 else total + gradient
         return total.to(self.dtype).contiguous()
 
-    def gramian(self, dtype: torch.dtype, products: Products) -> Tensor:
-        """The inner products of the rows, `[M, M]`, by the cheaper of two ways."""
-        pairs = self._pairs(products)
-        if pairs is not None:
-            return pairs.to(dtype)
-        rows = self.matrix().to(dtype)
-        return rows @ rows.mT
-
-    def squared_norms(self, dtype: torch.dtype, products: Products) -> Tensor:
-        """The squared norm of every row, `[M]`."""
-        pairs = self._pairs(products)
-        if pairs is not None:
-            return pairs.diagonal().to(dtype).clamp(min=0)  # rounding of a sum that cancels
-        return self.matrix().to(dtype).square().sum(1)
-
     def bytes(self) -> int:
         """The size of what is held."""
         return sum(part.bytes() for part in self.parts)
@@ -98,10 +83,15 @@ class Block:
 
     def dense(self) -> "Block":
         """The block as plain rows, in the parameter's dtype."""
+        return self.as_rows(self.dtype)
+
+    def as_rows(self, dtype: torch.dtype | None = None) -> "Block":
+        """The block as plain rows, in float32 at least, or in another dtype."""
         if not self.parts:
             return self
         path = " + ".join(dict.fromkeys(part.path for part in self.parts))
-        return replace(self, parts=[Rows(path, 0, self.rows().to(self.dtype))])
+        rows = self.rows()
+        return replace(self, parts=[Rows(path, 0, rows if dtype is None else rows.to(dtype))])
 
     def to(self, device: torch.device | str) -> "Block":
         """The block on another device."""
@@ -109,8 +99,8 @@ class Block:
             self, device=torch.device(device), parts=[part.to(device) for part in self.parts]
         )
 
-    def _pairs(self, products: Products) -> Tensor | None:
-        """The Gramian without the rows, if that is cheaper: for a parameter used once.
+    def pairs(self, products: Products) -> Tensor | None:
+        """The Gramian `[M, M]` without the rows, if that is cheaper: for a parameter used once.
 
         Several uses may cancel, and then products of sums are precise where sums of products are
         not; so they take the rows.

@@ -178,8 +178,8 @@ class PoseJacobian:
         """
         products = Products()
         grams = {
-            name: block.gramian(dtype or self._wide_dtype(block), products)
-            for name, block in self._blocks.items()
+            name: self._gramian_of(name, products, dtype)
+            for name, block in list(self._blocks.items())
             if block.parts or per_parameter
         }
         if per_parameter:
@@ -196,9 +196,13 @@ class PoseJacobian:
         """The Euclidean norm of every row, in `output_shape`."""
         total = torch.zeros(self.predictions.numel(), device=self._device)
         products = Products()
-        for block in self._blocks.values():
+        for name, block in list(self._blocks.items()):
             if block.parts:
-                squares = block.squared_norms(self._wide_dtype(block), products)
+                pairs = block.pairs(products)
+                if pairs is None:
+                    squares = self._matrix_of(name).square().sum(1)
+                else:  # rounding may leave a sum that cancels below zero
+                    squares = pairs.diagonal().clamp(min=0)
                 total = total + squares.to(self._device)
         return total.sqrt().reshape(self.output_shape)
 
@@ -235,7 +239,8 @@ class PoseJacobian:
                 f"{', '.join(self._blocks) or 'none'}."
             )
         block = self._blocks[name]
-        rows = block.rows().to(block.dtype)
+        rows = self._matrix_of(name).to(block.dtype)
+        block = self._blocks[name]
         if any(_share(rows, held) for part in block.parts for held in part.held()):
             rows = rows.clone()  # the caller's to write to
         return rows.reshape(*self.output_shape, *block.shape)
@@ -253,9 +258,9 @@ class PoseJacobian:
         dtype = reduce(torch.promote_types, dtypes) if dtypes else torch.float32
         matrix = torch.zeros(count, sum(widths), dtype=dtype, device=self._device)
         columns = torch.split(matrix, widths, dim=1)
-        for part, block in zip(columns, self._blocks.values(), strict=True):
+        for part, (name, block) in zip(columns, list(self._blocks.items()), strict=True):
             if block.parts:
-                part.copy_(block.matrix())
+                part.copy_(self._matrix_of(name))
         return matrix
 
     def to(self, device: torch.device | str) -> "PoseJacobian":
@@ -294,8 +299,26 @@ class PoseJacobian:
     def _device(self) -> torch.device:
         return self.predictions.device
 
-    def _wide_dtype(self, block: Block) -> torch.dtype:
-        return block.dtype if block.dtype == torch.float64 else torch.float32
+    def _gramian_of(self, name: str, products: Products, dtype: torch.dtype | None) -> Tensor:
+        """The inner products of one parameter's rows, `[M, M]`, by the cheaper of two ways."""
+        gram = self._blocks[name].pairs(products)
+        if gram is None:
+            rows = self._matrix_of(name)
+            rows = rows if dtype is None else rows.to(dtype)
+            gram = rows @ rows.mT
+        return gram if dtype is None else gram.to(dtype)
+
+    def _matrix_of(self, name: str) -> Tensor:
+        """One parameter's rows `[M, n]`; kept instead of the factors, unless these are far smaller.
+
+        A product with rows costs one multiplication for each of their numbers, with factors one
+        for each of them and every row of the activations of a pose.
+        """
+        block = self._blocks[name]
+        dense = block.as_rows()
+        if dense.bytes() <= 2 * block.bytes():
+            self._blocks[name] = dense
+        return dense.matrix()
 
     def _generalized(self, gram: Tensor) -> Tensor:
         """From `[M, M]` to `output_shape + reversed(output_shape)`."""
