@@ -51,8 +51,11 @@ class Factor:
             )
         return self.tensor
 
+    def __copy__(self) -> Self:
+        return replace(self)
+
     def __reduce__(self) -> tuple[Any, ...]:
-        """A copy has a version of its own."""
+        """A deep copy's tensor has versions of its own."""
         return Factor.of, (self.value, self.what)
 
     def to(self, device: torch.device | str) -> "Factor":

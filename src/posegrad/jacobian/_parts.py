@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, final
+from typing import Any, Self, final
 
 import torch
 from torch import Tensor
@@ -186,8 +186,11 @@ class Factors(Part):
     def is_live(self) -> bool:
         return any(bool(b.any()) for b in self.cotangents)
 
+    def __copy__(self) -> Self:
+        return replace(self)
+
     def __reduce__(self) -> tuple[Any, ...]:
-        """Copies and pickles without the graph that `pull` goes through."""
+        """Deep copies and pickles without the graph that `pull` goes through."""
         if self.pull is not None:
             return Rows, (self.path, self.start, self.rows())
         return Factors, (
