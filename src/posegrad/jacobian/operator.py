@@ -7,11 +7,12 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from posegrad.combination._base import as_combination
-from posegrad.errors import NotDifferentiableError, ShapeMismatchError
+from posegrad.errors import ShapeMismatchError
 from posegrad.jacobian._block import Block
 from posegrad.jacobian._form import Products
 from posegrad.jacobian._precision import no_autocast
+from posegrad.jacobian._report import report
+from posegrad.jacobian._weights import weights_of
 
 __all__ = ["PoseJacobian"]
 
@@ -140,7 +141,7 @@ class PoseJacobian:
             tensor([[0.5000, 0.5000]])
         """
         if not isinstance(weights, Tensor):
-            weights = self._weights_of(weights)
+            weights = weights_of(weights, self.predictions)
         gradients = self.combine(weights)
         used = [
             name
@@ -278,15 +279,7 @@ class PoseJacobian:
             weight     closed form (Linear)          1  0.00
             bias       closed form (Elementwise)     1  0.00
         """
-        rows = [("parameter", "path", "uses", "MiB")]
-        for name, block in self._blocks.items():
-            path = " + ".join(dict.fromkeys(part.path for part in block.parts)) or "unused"
-            rows.append((name, path, str(len(block.parts)), f"{block.bytes() / 2**20:.2f}"))
-        first, second = (max(len(row[i]) for row in rows) for i in (0, 1))
-        return "\n".join(
-            f"{name:<{first}}  {path:<{second}}  {uses:>4}  {size}"
-            for name, path, uses, size in rows
-        )
+        return report(self._blocks)
 
     @property
     def paths(self) -> dict[str, tuple[str, ...]]:
@@ -334,23 +327,6 @@ class PoseJacobian:
                 f"Reshape the weights, or the output before jacobian()."
             )
         return weights.detach().to(self._device).reshape(-1)
-
-    def _weights_of(self, rule: Callable[[Tensor], Tensor]) -> Tensor:
-        leaf = self.predictions.detach().clone().requires_grad_()
-        with torch.enable_grad():
-            combined = as_combination(rule)(leaf)
-        if combined.numel() != 1:
-            raise ShapeMismatchError(
-                f"The rule combines predictions {list(leaf.shape)} to {list(combined.shape)}, but "
-                f"a backward needs one number.\nReduce it in the rule, or pass the weights."
-            )
-        if not combined.requires_grad:
-            raise NotDifferentiableError(
-                "The rule's result does not depend on the predictions, so it has no weights.\n"
-                "Remove the detach() or no_grad() inside the rule."
-            )
-        (weights,) = torch.autograd.grad(combined.sum(), leaf)
-        return weights
 
 
 def _share(first: Tensor, second: Tensor) -> bool:
