@@ -2,7 +2,7 @@
 
 from posegrad.jacobian._block import Block
 from posegrad.jacobian._form import ClosedForm, Factor
-from posegrad.jacobian._layout import NOBODY, Layout, rows_of, single
+from posegrad.jacobian._layout import NOBODY, Layout, single
 from posegrad.jacobian._parts import Arrangement, Factors, Part, Pull, Rows
 from posegrad.jacobian._precision import no_autocast
 from posegrad.jacobian.operator import PoseJacobian
@@ -20,6 +20,5 @@ __all__ = [
     "Pull",
     "Rows",
     "no_autocast",
-    "rows_of",
     "single",
 ]

@@ -2,13 +2,12 @@
 
 from dataclasses import dataclass, replace
 from functools import cached_property
-from math import prod
 from typing import Self
 
 import torch
 from torch import Tensor
 
-__all__ = ["NOBODY", "Layout"]
+__all__ = ["NOBODY", "Layout", "single"]
 
 NOBODY = -1
 """The owner of a row that no prediction depends on: its cotangent is zero."""
@@ -142,8 +141,3 @@ def _divisors(number: int) -> list[int]:
 def single(tensor: Tensor) -> Layout:
     """The layout of a tensor that belongs to the only pose there is."""
     return Layout(1, (), torch.zeros(1, dtype=torch.long, device=tensor.device))
-
-
-def rows_of(shape: torch.Size, dims: tuple[int, ...]) -> int:
-    """R, the number of rows along `dims`."""
-    return prod(shape[dim] for dim in dims)

@@ -52,7 +52,7 @@ def scorer_for(
 
 
 def chunks_of(poses: Iterable[Pose] | Tensor, size: int) -> tuple[int, Iterator[list[Pose]]]:
-    """The poses in chunks, and whether these are none, one or more (0, 1, 2).
+    """The poses in chunks, and whether these are one or more (1 or 2).
 
     Raises:
         NoPosesError: if there are none.
