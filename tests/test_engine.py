@@ -273,3 +273,45 @@ def test_a_pose_that_requires_grad_only_later_gets_none() -> None:
     prediction.backward()
     assert batch[0].grad is None
     assert model[0].weight.grad is not None
+
+
+def test_a_plan_for_an_output_says_how_its_rows_would_be_read() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.PReLU(), nn.Linear(4, 1), nn.Linear(2, 2))
+    batch = torch.randn(5, 3, requires_grad=True)
+    engine = Engine(model[:3], model[3], predict=lambda first, _, pose: first(pose))
+    output = model[:3](batch).squeeze(1)
+
+    plan = str(engine.plan(output, Mean()))
+
+    assert plan.splitlines()[0] == "5 rows, from one backward to the activations"
+    assert "0.0.weight  closed form (AddmmBackward0)" in plan
+    assert "0.1.weight  operator vjp (PreluKernelBackward0)" in plan
+    assert "1.weight    unused" in plan
+    assert "64 chunks" not in plan
+    assert "poses      5 in 5 chunks" in str(engine.plan(batch, Mean()))  # poses, though with grad
+    output.sum().backward()  # nothing was run or freed
+
+
+@pytest.mark.parametrize("rule", [Mean(), Min(1.7), torch.tensor([0.5, -1.0, 2.0])])
+def test_backward_deposits_what_a_loss_would(rule: Any) -> None:
+    model, batch = MODELS["mlp"]().double(), torch.randn(3, FEATURES, dtype=torch.float64)
+    loss = rule(model(batch)[:, 0]) if callable(rule) else (rule * model(batch)[:, 0]).sum()
+    expected = torch.autograd.grad(loss, list(model.parameters()))
+
+    weights = Engine(model).backward(model(batch)[:, 0], rule)
+
+    assert weights.shape == (3,)
+    torch.testing.assert_close([p.grad for p in model.parameters()], list(expected))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"check": "sometimes"}, "check='sometimes' is unknown"),
+        ({"batch_dim": "rows"}, "batch_dim='rows' is unknown"),
+        ({"batch_dim": -1}, "batch_dim=-1 is unknown"),
+    ],
+)
+def test_unknown_options_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Engine(nn.Linear(2, 1), **options)
