@@ -4,9 +4,14 @@ import os
 
 import pytest
 import torch
+import torch._functorch.config
 from hypothesis import HealthCheck, settings
 
 torch.set_num_threads(1)
+
+# Reference rows take several backwards through one graph. Whether an ahead-of-time compiled one can
+# be used again depends on which test compiled it first; test_traps.py has the default.
+torch._functorch.config.donated_buffer = False
 
 settings.register_profile(
     "ci",

@@ -5,6 +5,7 @@ import pickle
 import threading
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -363,14 +364,14 @@ def test_an_index_is_one_number_for_each_row(index: Tensor) -> None:
         Engine(model).jacobian(model(torch.ones(4, 3)).squeeze(1), pose_index=index)
 
 
+@torch._functorch.config.patch(donated_buffer=True, enable_autograd_cache=False)
 def test_graphs_that_can_be_used_once_are_named() -> None:
     torch._dynamo.reset()
-    model = torch.compile(
-        nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 1)), backend="aot_eager"
-    )
-    model(torch.randn(3, 4)).sum().backward()  # compiles a backward that frees as it goes
+    layers = nn.Sequential(nn.Linear(7, 6), nn.Tanh(), nn.Linear(6, 1))
+    model = torch.compile(layers, backend="aot_eager")
+    model(torch.randn(3, 7)).sum().backward()  # compiles a backward that frees as it goes
     with pytest.raises(UnsupportedModuleError, match="donated_buffer = False"):
-        Engine(model).jacobian(model(torch.randn(3, 4)).squeeze(1))
+        Engine(model).jacobian(model(torch.randn(3, 7)).squeeze(1))
 
 
 def test_mixed_half_precisions_meet_in_float32() -> None:
@@ -381,3 +382,56 @@ def test_mixed_half_precisions_meet_in_float32() -> None:
     J = Engine(model).jacobian((x * model.a).sum(1) + (1e6 * x * model.b).sum(1))
     assert J.matrix().dtype == torch.float32
     assert bool(J.matrix().isfinite().all())
+
+
+class Residuals(nn.Module):
+    """Blocks that a signal passes through or around, in front of a place where poses mix."""
+
+    def __init__(self, depth: int) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Linear(4, 4) for _ in range(depth))
+        self.head = nn.Linear(4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = x + torch.tanh(block(x))
+        scores = self.head(x).squeeze(1)
+        return (scores - scores.mean()).square()
+
+
+def test_deep_networks_have_many_paths_but_few_sites() -> None:
+    """2^24 paths lead around these blocks; walking them one by one would never end."""
+    model = Residuals(24).double()
+    output = model(_double(3, 4))
+    expected = rows(output, trainable(model))
+    with pytest.warns(UserWarning, match="depend on each other"):
+        found = Engine(model).jacobian(output).matrix()
+    torch.testing.assert_close(found, expected)
+
+
+class Scaled(torch.autograd.Function):
+    """Arguments that are no tensors before, between and after those that are; a second output."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, factor: float, x: Tensor, name: str, first: Tensor, second: Tensor, flag: bool
+    ) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(x, first, second)
+        ctx.factor = factor
+        return factor * x * first + x * second, x * first
+
+    @staticmethod
+    def backward(ctx: Any, one: Tensor, two: Tensor) -> tuple[Tensor | None, ...]:
+        x, first, second = ctx.saved_tensors
+        along = (ctx.factor * first + second) * one + first * two
+        return None, along, None, (x * (ctx.factor * one + two)).sum(0), (x * one).sum(0), None
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_functions_of_python_with_other_arguments(grad: bool) -> None:
+    model = nn.Module()
+    model.first, model.second = nn.Parameter(_double(4)), nn.Parameter(_double(4))
+    x = _double(3, 4).requires_grad_(grad)
+    output = Scaled.apply(3.0, x, "name", model.first, model.second, True)[0].sin().sum(1)
+    expected = rows(output, trainable(model))
+    torch.testing.assert_close(Engine(model, check="never").jacobian(output).matrix(), expected)

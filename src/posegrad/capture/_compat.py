@@ -12,8 +12,6 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from posegrad.errors import StaleFactorError
-
 __all__ = [
     "StorageWeakRef",
     "TorchDispatchMode",
@@ -73,18 +71,9 @@ def saved(node: Node, name: str) -> Any:
     """What a node saved under a name in the forward; None if it saved nothing.
 
     Raises:
-        StaleFactorError: if it is a tensor that was changed in place since.
+        RuntimeError: if it is a tensor that was changed in place since, or was freed.
     """
-    try:
-        return getattr(node, f"_saved_{name}", None)
-    except RuntimeError as error:
-        if "inplace" not in str(error):
-            raise
-        raise StaleFactorError(
-            f"A tensor that {node.name()} saved in the forward was changed in place since; a plain "
-            f"backward would fail likewise.\n{error}\n"
-            f"Change a clone, or take the Jacobian before the change."
-        ) from None
+    return getattr(node, f"_saved_{name}", None)
 
 
 def saved_slots(node: Node) -> list[Any]:
@@ -107,9 +96,24 @@ def apply_node(node: Node, cotangents: list[Tensor | None]) -> tuple[Tensor | No
 
     No hook runs, and nothing beyond the operator.
     """
-    call = node if callable(node) else node.apply  # type: ignore[attr-defined]
-    result = call(*cotangents)
-    return result if isinstance(result, tuple) else (result,)
+    if not is_python(node):
+        result = node(*cotangents)  # type: ignore[operator]
+        return result if isinstance(result, tuple) else (result,)
+    # A function of Python answers for all its arguments, tensors or not, and its node has edges for
+    # the tensors alone; those that need a gradient stand in the same order in both.
+    places = zip(shape_of(node), dtype_of(node), strict=True)
+    filled = [
+        torch.zeros(shape, dtype=dtype, device=device_of(node)) if b is None else b
+        for b, (shape, dtype) in zip(cotangents, places, strict=True)
+    ]
+    result = node.apply(*filled)  # type: ignore[attr-defined]
+    answers = result if isinstance(result, tuple) else (result,)
+    needed = [i for i, needs in enumerate(node.needs_input_grad) if needs]  # type: ignore[attr-defined]
+    live = [i for i, (source, _) in enumerate(node.next_functions) if source is not None]
+    by_edge = dict(zip(live, needed, strict=True))
+    return tuple(
+        answers[by_edge[i]] if i in by_edge else None for i in range(len(node.next_functions))
+    )
 
 
 def in_backward(function: Callable[[], None]) -> None:

@@ -51,8 +51,8 @@ def named_failures() -> Iterator[None]:
     except RuntimeError as error:
         if "modified by an inplace operation" in str(error):
             raise StaleFactorError(
-                f"A tensor the forward saved was changed in place before its Jacobian was read; a "
-                f"plain backward would fail likewise.\n{error}\nChange a clone."
+                f"A tensor saved in the forward was changed in place before its Jacobian was read; "
+                f"a plain backward would fail likewise.\n{error}\nChange a clone."
             ) from error
         if "donated buffer" in str(error):
             raise UnsupportedModuleError(

@@ -105,9 +105,13 @@ def _settled(
 ) -> list[Site]:
     """The nearest sites to the parameters whose rows have owners; the rest is added to `lost`."""
     settled: dict[Site, None] = {}
+    seen: set[Site] = set()  # a site is reached by many paths, of a deep network by 2^depth
     pending = list(sites)
     while pending:
         site = pending.pop()
+        if site in seen:
+            continue
+        seen.add(site)
         if trial.serves(registry, site):
             settled[site] = None
             continue

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from posegrad.capture._compat import leaf_hooks_off
 from posegrad.capture._trial import Subject
+from posegrad.capture._vjp import dense
 from posegrad.jacobian import Block, Part
 
 __all__ = ["disagreeing"]
@@ -54,7 +55,7 @@ def disagreeing(
         tolerance = max(_TOLERANCE.get(d, 2e-3) for d in dtypes | {parameter.dtype})
         block = Block.of(parameter, output.numel(), parts[name])
         found = block.combine(weights.reshape(-1))
-        reference = torch.zeros_like(found) if gradient is None else _dense(gradient)
+        reference = torch.zeros_like(found) if gradient is None else dense(gradient)
         if not bool(found.isfinite().all()) and not bool(reference.isfinite().all()):
             continue
         sure.add(name)
@@ -69,13 +70,9 @@ def disagreeing(
 
 def _size(gradients: Sequence[Tensor | None]) -> float:
     """The norm of a whole gradient."""
-    norms = [_dense(g).double().norm() for g in gradients if g is not None]
+    norms = [dense(g).double().norm() for g in gradients if g is not None]
     return float(torch.stack(norms).norm()) if norms else 0.0
 
 
 def _tensors(part: Part) -> Sequence[Tensor]:
     return getattr(part, "cotangents", ())
-
-
-def _dense(gradient: Tensor) -> Tensor:
-    return gradient.to_dense() if gradient.is_sparse else gradient

@@ -15,7 +15,7 @@ from posegrad.capture._compat import (
     shape_of,
 )
 
-__all__ = ["cotangents_at", "node_rows", "rows_of_graph"]
+__all__ = ["cotangents_at", "dense", "node_rows", "rows_of_graph"]
 
 _VMAP_LEFT = (
     ".*performance drop.*batching rule.*",
@@ -33,7 +33,7 @@ def cotangents_at(
     found = torch.autograd.grad(
         output, list(edges), cotangent, retain_graph=True, allow_unused=True
     )
-    return [None if g is None else _dense(g) for g in found]
+    return [None if g is None else dense(g) for g in found]
 
 
 def node_rows(
@@ -77,7 +77,7 @@ def _node_group(node: Node, argument: int, group: list[list[Tensor | None]]) -> 
         found = apply_node(node, [places.get(i) for i in range(len(group[0]))])[argument]
         if found is None:
             raise _NothingFlowsError
-        return _dense(found).sum_to_size(shape).to(dtype)  # as the engine does between operators
+        return dense(found).sum_to_size(shape).to(dtype)  # as the engine does between operators
 
     try:
         if len(group) > 1:
@@ -157,7 +157,7 @@ def _graph_group(
             pass  # not every backward can run under vmap; one by one, all can
     rows = [_grad(output, cotangent, sources, batched=False) for cotangent in group]
     return [
-        None if column[0] is None else torch.stack([_dense(g) for g in column])
+        None if column[0] is None else torch.stack([dense(g) for g in column])
         for column in zip(*rows, strict=True)
     ]
 
@@ -175,7 +175,8 @@ def _grad(
     )
 
 
-def _dense(tensor: Tensor) -> Tensor:
+def dense(tensor: Tensor) -> Tensor:
+    """A gradient that embeddings may have made sparse, as an ordinary tensor."""
     return tensor.to_dense() if tensor.is_sparse else tensor
 
 
@@ -183,7 +184,7 @@ def _alike(batched: Tensor | None, alone: Tensor | None) -> bool:
     """Whether a row of a batch is what it is alone; vmap's rules are not all right."""
     if batched is None or alone is None:
         return batched is alone
-    error, size = (batched - _dense(alone)).norm(), batched.norm()
+    error, size = (batched - dense(alone)).norm(), batched.norm()
     tolerance = torch.finfo(batched.dtype).eps ** 0.5
     return not bool(error > tolerance * size) or not bool(size.isfinite())
 
