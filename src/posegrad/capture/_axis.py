@@ -2,14 +2,11 @@
 
 from collections.abc import Callable
 from math import prod
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from torch.autograd.graph import Node
 
-from posegrad.capture._compat import saved
-
-__all__ = ["RULES", "Axis", "Rule", "axis_in"]
+__all__ = ["FACTS", "RULES", "Axis", "Facts", "Rule", "axis_in"]
 
 
 class Axis(NamedTuple):
@@ -26,9 +23,15 @@ class Axis(NamedTuple):
     inner: int
 
 
-Rule = Callable[[Node, int, Axis, torch.Size, torch.Size], Axis | None]
-"""From an operator, the number of an argument, the axis of the output, and the shapes of output and
-argument to the axis of the argument. None if poses may mix there, or meet it all."""
+Facts = tuple[Any, ...]
+"""What an operator was told beside tensors: dimensions, paddings; in the order of `FACTS`."""
+
+Rule = Callable[[Facts, int, Axis, torch.Size, torch.Size], Axis | None]
+"""From an operator's facts, the number of an argument, the axis of the output, and the shapes of
+output and argument to the axis of the argument. None if poses may mix there, or meet it all.
+
+A rule sees no tensor, so what it says holds for every graph of the same structure.
+"""
 
 
 def axis_in(shape: torch.Size, stride: int, count: int) -> Axis | None:
@@ -43,13 +46,15 @@ def axis_in(shape: torch.Size, stride: int, count: int) -> Axis | None:
     return None
 
 
-def _aligned(node: Node, arg: int, axis: Axis, out: torch.Size, inside: torch.Size) -> Axis | None:
+def _aligned(
+    facts: Facts, arg: int, axis: Axis, out: torch.Size, inside: torch.Size
+) -> Axis | None:
     """Element by element; what is broadcast along the poses meets them all."""
     dim = axis.dim - (len(out) - len(inside))
     return axis._replace(dim=dim) if dim >= 0 and inside[dim] == out[axis.dim] else None
 
 
-def _viewed(node: Node, arg: int, axis: Axis, out: torch.Size, inside: torch.Size) -> Axis | None:
+def _viewed(facts: Facts, arg: int, axis: Axis, out: torch.Size, inside: torch.Size) -> Axis | None:
     """The same numbers in the same order."""
     if out.numel() != inside.numel():
         return None
@@ -57,24 +62,29 @@ def _viewed(node: Node, arg: int, axis: Axis, out: torch.Size, inside: torch.Siz
 
 
 def _transposed(
-    node: Node, arg: int, axis: Axis, out: torch.Size, inside: torch.Size
+    facts: Facts, arg: int, axis: Axis, out: torch.Size, inside: torch.Size
 ) -> Axis | None:
-    first, second = (_dim(saved(node, name), len(out)) for name in ("dim0", "dim1"))
+    first, second = (_dim(dim, len(out)) for dim in facts)
     return axis._replace(dim={first: second, second: first}.get(axis.dim, axis.dim))
 
 
-def _flipped(node: Node, arg: int, axis: Axis, out: torch.Size, inside: torch.Size) -> Axis | None:
+def _flipped(
+    facts: Facts, arg: int, axis: Axis, out: torch.Size, inside: torch.Size
+) -> Axis | None:
     return axis._replace(dim=len(out) - 1 - axis.dim)  # t(), of at most two dimensions
 
 
-def _permuted(node: Node, arg: int, axis: Axis, out: torch.Size, inside: torch.Size) -> Axis | None:
-    return axis._replace(dim=_dim(saved(node, "dims")[axis.dim], len(out)))
+def _permuted(
+    facts: Facts, arg: int, axis: Axis, out: torch.Size, inside: torch.Size
+) -> Axis | None:
+    return axis._replace(dim=_dim(facts[0][axis.dim], len(out)))
 
 
-def _reduced(node: Node, arg: int, axis: Axis, out: torch.Size, inside: torch.Size) -> Axis | None:
+def _reduced(
+    facts: Facts, arg: int, axis: Axis, out: torch.Size, inside: torch.Size
+) -> Axis | None:
     """A sum, mean or norm over other dimensions."""
-    dims = saved(node, "dim")
-    dims = dims if isinstance(dims, tuple | list) else [dims]
+    dims = facts[0] if isinstance(facts[0], tuple | list) else facts
     gone = {_dim(dim, len(inside)) for dim in dims if dim is not None}
     if not gone:
         return None
@@ -83,33 +93,34 @@ def _reduced(node: Node, arg: int, axis: Axis, out: torch.Size, inside: torch.Si
     return axis._replace(dim=[dim for dim in range(len(inside)) if dim not in gone][axis.dim])
 
 
-def _along(name: str = "dim") -> Rule:
+def _along(facts: Facts, arg: int, axis: Axis, out: torch.Size, inside: torch.Size) -> Axis | None:
     """An operator that mixes the entries of one dimension, which must not be that of poses."""
-
-    def rule(node: Node, arg: int, axis: Axis, out: torch.Size, inside: torch.Size) -> Axis | None:
-        if len(out) != len(inside) or _dim(saved(node, name), len(out)) == axis.dim:
-            return None
-        return axis
-
-    return rule
+    apart = len(out) == len(inside) and _dim(facts[0], len(out)) != axis.dim
+    return axis if apart else None
 
 
-def _selected(node: Node, arg: int, axis: Axis, out: torch.Size, inside: torch.Size) -> Axis | None:
+def _selected(
+    facts: Facts, arg: int, axis: Axis, out: torch.Size, inside: torch.Size
+) -> Axis | None:
     """One entry of a dimension that is gone; also each output of unbind."""
-    return axis._replace(dim=axis.dim + (axis.dim >= _dim(saved(node, "dim"), len(inside))))
+    return axis._replace(dim=axis.dim + (axis.dim >= _dim(facts[0], len(inside))))
 
 
-def _stacked(node: Node, arg: int, axis: Axis, out: torch.Size, inside: torch.Size) -> Axis | None:
-    new = _dim(saved(node, "dim"), len(out))
+def _stacked(
+    facts: Facts, arg: int, axis: Axis, out: torch.Size, inside: torch.Size
+) -> Axis | None:
+    new = _dim(facts[0], len(out))
     return None if axis.dim == new else axis._replace(dim=axis.dim - (axis.dim > new))
 
 
 def _product(left: int, right: int) -> Rule:
     """A matrix product: poses lie in rows of the left operand or in columns of the right."""
 
-    def rule(node: Node, arg: int, axis: Axis, out: torch.Size, inside: torch.Size) -> Axis | None:
+    def rule(
+        facts: Facts, arg: int, axis: Axis, out: torch.Size, inside: torch.Size
+    ) -> Axis | None:
         if arg not in (left, right):
-            return _aligned(node, arg, axis, out, inside)  # the summand of addmm
+            return _aligned(facts, arg, axis, out, inside)  # the summand of addmm
         batched = axis.dim < len(out) - 2
         own = len(out) - (2 if arg == left else 1)
         return axis if batched or axis.dim == own else None
@@ -117,33 +128,33 @@ def _product(left: int, right: int) -> Rule:
     return rule
 
 
-def _images(node: Node, arg: int, axis: Axis, out: torch.Size, inside: torch.Size) -> Axis | None:
+def _images(facts: Facts, arg: int, axis: Axis, out: torch.Size, inside: torch.Size) -> Axis | None:
     """Operators on `[N, ...]` that treat every entry of N alone."""
     alone = arg == 0 and axis.dim == 0 and len(inside) == len(out) and inside[0] == out[0]
     return axis if alone else None
 
 
-def _padded(node: Node, arg: int, axis: Axis, out: torch.Size, inside: torch.Size) -> Axis | None:
-    pads = saved(node, "pad")  # two for each dimension, the last one first
+def _padded(facts: Facts, arg: int, axis: Axis, out: torch.Size, inside: torch.Size) -> Axis | None:
+    (pads,) = facts  # two for each dimension, the last one first
     own = 2 * (len(out) - 1 - axis.dim)
     return None if any(pads[own : own + 2]) else axis
 
 
 def _layer_norm(
-    node: Node, arg: int, axis: Axis, out: torch.Size, inside: torch.Size
+    facts: Facts, arg: int, axis: Axis, out: torch.Size, inside: torch.Size
 ) -> Axis | None:
-    apart = axis.dim < len(out) - len(saved(node, "normalized_shape"))
+    apart = axis.dim < len(out) - len(facts[0])
     return axis if arg == 0 and apart else None
 
 
 def _batch_norm(
-    node: Node, arg: int, axis: Axis, out: torch.Size, inside: torch.Size
+    facts: Facts, arg: int, axis: Axis, out: torch.Size, inside: torch.Size
 ) -> Axis | None:
-    return axis if arg == 0 and saved(node, "training") is False else None
+    return axis if arg == 0 and facts[0] is False else None
 
 
 def _attention(
-    node: Node, arg: int, axis: Axis, out: torch.Size, inside: torch.Size
+    facts: Facts, arg: int, axis: Axis, out: torch.Size, inside: torch.Size
 ) -> Axis | None:
     """Scaled dot products of `[N, heads, T, d]`."""
     alone = arg < 3 and axis.dim < 2 and len(inside) == 4 and inside[axis.dim] == out[axis.dim]
@@ -185,14 +196,14 @@ RULES: dict[str, Rule] = {
     "SumBackward1": _reduced,
     "MeanBackward1": _reduced,
     "LinalgVectorNormBackward0": _reduced,
-    "SoftmaxBackward0": _along(),
-    "LogSoftmaxBackward0": _along(),
-    "CumsumBackward0": _along(),
-    "CatBackward0": _along(),
-    "SliceBackward0": _along(),
-    "SplitBackward0": _along(),
-    "SplitWithSizesBackward0": _along(),
-    "UnsafeSplitBackward0": _along(),
+    "SoftmaxBackward0": _along,
+    "LogSoftmaxBackward0": _along,
+    "CumsumBackward0": _along,
+    "CatBackward0": _along,
+    "SliceBackward0": _along,
+    "SplitBackward0": _along,
+    "SplitWithSizesBackward0": _along,
+    "UnsafeSplitBackward0": _along,
     "SelectBackward0": _selected,
     "UnbindBackward0": _selected,
     "StackBackward0": _stacked,
@@ -219,3 +230,22 @@ RULES: dict[str, Rule] = {
     "ScaledDotProductCudnnAttentionBackward0": _attention,
 }
 """By the kind of operator. What is not listed is probed."""
+
+_TOLD: dict[Rule, tuple[str, ...]] = {
+    _along: ("dim",),
+    _batch_norm: ("training",),
+    _layer_norm: ("normalized_shape",),
+    _padded: ("pad",),
+    _permuted: ("dims",),
+    _reduced: ("dim",),
+    _selected: ("dim",),
+    _stacked: ("dim",),
+    _transposed: ("dim0", "dim1"),
+}
+
+FACTS: dict[str, tuple[str, ...]] = {
+    **{name: _TOLD[rule] for name, rule in RULES.items() if rule in _TOLD},
+    "CudnnBatchNormBackward0": ("training",),
+    "MiopenBatchNormBackward0": ("training",),
+}
+"""By the kind of operator, the names under which it saved what its rule looks at."""

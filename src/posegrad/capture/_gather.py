@@ -5,12 +5,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import groupby
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from posegrad.capture._compat import is_python
-from posegrad.capture._edges import EdgeRegistry
+from posegrad.capture._axis import Axis
+from posegrad.capture._edges import Edge, EdgeRegistry
 from posegrad.capture._guard import grad_set_aside, named_failures
 from posegrad.capture._recipe import Recipe, outlook, resolve, slow_parameters
 from posegrad.capture._release import release
@@ -28,6 +29,21 @@ _REMEMBERED = 256  # structures of graph
 
 
 @dataclass
+class _Structure:
+    """What is known of all graphs of one structure and one set of shapes.
+
+    Args:
+        recipe: The key of the recipe, which serves other shapes too.
+        above: The nodes above the parameters.
+        inferred: Where poses lie, as far as it follows, by the output's dimension of poses.
+    """
+
+    recipe: int
+    above: list[int]
+    inferred: dict[int | None, dict[Edge, Axis]] = field(default_factory=dict)
+
+
+@dataclass
 class Gatherer:
     """Reads Jacobians off graphs; remembers how for graphs of the same structure.
 
@@ -41,6 +57,7 @@ class Gatherer:
     batch_dim: int | str | None
     block_bytes: int
     _recipes: dict[int, Recipe] = field(default_factory=dict)
+    _structures: dict[int, _Structure] = field(default_factory=dict)
     _generator: torch.Generator = field(default_factory=lambda: torch.Generator().manual_seed(0))
 
     def __post_init__(self) -> None:
@@ -93,13 +110,17 @@ class Gatherer:
             used = {name: p for name, p in parameters.items() if id(p) in registry.leaves}
             dim = self.batch_dim if isinstance(self.batch_dim, int) and output.ndim else None
             _check_dimension(output, dim)
-            subject = Subject(output, registry, pose_index, dim, self._generator)
             _check_index(pose_index)
             if used:
+                known = self._structure(registry, used, output, stated=bool(pose_index))
+                subject = Subject(
+                    output, registry, pose_index, dim, self._generator, known.inferred
+                )
                 with _undisturbed(registry, output, parameters), named_failures():
-                    parts = self._parts(Reading(subject, used, self.block_bytes), quiet)
+                    reading = Reading(subject, used, self.block_bytes)
+                    parts = self._parts(reading, known.recipe, quiet)
                     if not keep_graph:
-                        release(registry, used.values())
+                        release(registry, known.above)
         if not parts and must_depend:
             raise NotDifferentiableError(_unrelated_message(output, len(parameters)))
         blocks = {
@@ -107,15 +128,30 @@ class Gatherer:
         }
         return PoseJacobian(output.detach().clone(), parameters, blocks)
 
-    def _parts(self, reading: Reading, quiet: bool) -> Parts:
+    def _structure(
+        self, registry: EdgeRegistry, used: Mapping[str, Tensor], output: Tensor, *, stated: bool
+    ) -> _Structure:
+        numbers = {id(p): i for i, p in enumerate(used.values())}
+        alike, same = registry.structure(numbers)
+        names = tuple(used)
+        key = hash((same, names, stated))
+        if key not in self._structures:
+            several = tuple(min(size, 2) for size in output.shape)
+            leaves = [registry.leaves[id(p)] for p in used.values()]
+            self._structures[key] = _Structure(
+                hash((alike, names, stated, several)), registry.above(leaves)
+            )
+            _forget(self._structures)
+        return self._structures[key]
+
+    def _parts(self, reading: Reading, key: int, quiet: bool) -> Parts:
         subject, parameters = reading.subject, reading.parameters
-        key = _signature(subject, parameters)
         recipe, trial = self._recipes.get(key), None
         if recipe is not None:
             trial = _followed(subject, recipe)
         if recipe is None or trial is None:
             recipe, trial = self._new_recipe(subject, parameters)
-            slow = slow_parameters(subject.registry, recipe)
+            slow = slow_parameters(recipe)
             if slow and not quiet and self.batch_dim is not None:
                 _warn(_coupled_message(slow))
         parts = reading.parts(recipe, trial)
@@ -123,8 +159,7 @@ class Gatherer:
         if doubtful:
             recipe, parts = _verified(reading, recipe, trial, parts, doubtful, quiet)
         self._recipes[key] = recipe
-        while len(self._recipes) > _REMEMBERED:
-            self._recipes.pop(next(iter(self._recipes)))
+        _forget(self._recipes)
         return parts
 
     def _new_recipe(
@@ -144,7 +179,7 @@ def _undisturbed(
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.no_grad())
         stack.enter_context(no_autocast(output.device.type))
-        if any(is_python(node) for node in registry.nodes):  # torch's own deposit nothing
+        if registry.has_python():  # torch's own functions deposit nothing
             stack.enter_context(grad_set_aside(parameters))
         yield
 
@@ -153,16 +188,13 @@ def _followed(subject: Subject, recipe: Recipe) -> Trial | None:
     """The cotangents a known recipe needs; None if poses mix this time."""
     arrangement = Arrangement(subject.output.shape, recipe.dim)
     trial = attempt(subject, arrangement, recipe.sites)
-    served = all(trial.serves(subject.registry, site) for site in recipe.sites)
-    return trial if served else None
+    return trial if all(trial.serves(site) for site in recipe.sites) else None
 
 
-def _signature(subject: Subject, parameters: Mapping[str, Tensor]) -> int:
-    """A hash of everything a recipe depends on."""
-    numbers = {id(p): i for i, p in enumerate(parameters.values())}
-    several = tuple(min(size, 2) for size in subject.output.shape)
-    stated = bool(subject.pose_index)
-    return hash((subject.registry.signature(numbers), several, tuple(parameters), stated))
+def _forget(known: dict[int, Any]) -> None:
+    """Drops the oldest."""
+    while len(known) > _REMEMBERED:
+        known.pop(next(iter(known)))
 
 
 def _doubtful(check: str, recipe: Recipe, parts: Parts) -> frozenset[str]:

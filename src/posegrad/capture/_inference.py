@@ -14,11 +14,10 @@ move it with their dimensions (`_axis.py`).
 from math import prod
 
 import torch
-from torch.autograd.graph import Node
 
-from posegrad.capture._axis import RULES, Axis, Rule, axis_in
-from posegrad.capture._compat import is_python, shape_of
-from posegrad.capture._edges import LEAF, Edge, EdgeRegistry
+from posegrad.capture._axis import RULES, Axis, Facts, Rule, axis_in
+from posegrad.capture._compat import is_python
+from posegrad.capture._edges import Edge, EdgeRegistry
 from posegrad.jacobian import Arrangement
 
 __all__ = ["infer"]
@@ -28,37 +27,37 @@ def infer(registry: EdgeRegistry, arrangement: Arrangement) -> dict[Edge, Axis]:
     """The axis of poses of every edge for which it follows from the graph alone.
 
     Args:
-        registry: The graph.
+        registry: The graph. Its structure and shapes decide; no number does.
         arrangement: The poses in the output.
     """
     dim, shape = arrangement.dim, arrangement.shape
     stride = 1 if dim is None else prod(shape[dim + 1 :])
     found: dict[Edge, Axis | None] = {registry.root: axis_in(shape, stride, arrangement.poses)}
     for node in registry.in_order():
-        if type(node) is LEAF:
+        if not registry.sources[node]:
             continue
-        rule = None if is_python(node) else RULES.get(node.name())
+        rule = None if is_python(registry.nodes[node]) else RULES.get(registry.names[node])
+        facts, shapes = registry.facts[node], registry.shapes[node]
         numbers = registry.outputs(node)
-        for argument, (source, number) in enumerate(node.next_functions):
-            if source is None:
+        for argument, edge in enumerate(registry.sources[node]):
+            if edge is None:
                 continue
-            inside = shape_of(source)[number]
+            inside = registry.shapes[edge[0]][edge[1]]
             axes = {
-                _moved(rule, node, argument, found.get((node, i)), shape_of(node)[i], inside)
+                _moved(rule, facts, argument, found.get((node, i)), shapes[i], inside)
                 for i in numbers
             }
             axis = axes.pop() if len(axes) == 1 else None
-            edge = (source, number)
             found[edge] = axis if found.get(edge, axis) == axis else None
     return {edge: axis for edge, axis in found.items() if axis is not None}
 
 
 def _moved(
     rule: Rule | None,
-    node: Node,
+    facts: Facts,
     argument: int,
     axis: Axis | None,
     out: torch.Size,
     inside: torch.Size,
 ) -> Axis | None:
-    return None if rule is None or axis is None else rule(node, argument, axis, out, inside)
+    return None if rule is None or axis is None else rule(facts, argument, axis, out, inside)

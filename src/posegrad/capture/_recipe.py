@@ -6,7 +6,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from posegrad.capture._compat import shape_of
 from posegrad.capture._edges import EdgeRegistry
 from posegrad.capture._sites import Site, beyond, carries_data, meets_itself, sites_of
 from posegrad.capture._trial import Subject, Trial, attempt
@@ -27,12 +26,14 @@ class Recipe:
         dim: The output's dimension that counts poses, None if every number is a pose.
         sites: Where rows are read.
         by_rows: Parameters that take a backward through the whole graph for each row.
+        activations: Numbers of nodes that rows are pulled back from and that data flows through.
         verified: Parameters whose rows were compared with autograd's gradient.
     """
 
     dim: int | None
     sites: tuple[Site, ...]
     by_rows: frozenset[str]
+    activations: frozenset[int] = frozenset()
     verified: frozenset[str] = frozenset()
 
 
@@ -57,7 +58,7 @@ def resolve(subject: Subject, parameters: Mapping[str, Tensor]) -> tuple[Recipe,
     for dim in _pose_dimensions(shape) if subject.dim is None else [subject.dim]:
         arrangement = Arrangement(shape, dim)
         trial = attempt(subject, arrangement, sites)
-        mixed = sum(not trial.serves(registry, site) for site in sites)
+        mixed = sum(not trial.serves(site) for site in sites)
         if best is None or mixed < best[0]:
             best = mixed, arrangement, trial
         if not mixed:
@@ -65,7 +66,7 @@ def resolve(subject: Subject, parameters: Mapping[str, Tensor]) -> tuple[Recipe,
     assert best is not None
     _, arrangement, trial = best
     lost = {name for name in parameters if not any(site.parameter == name for site in sites)}
-    mixed_sites = [site for site in sites if not trial.serves(registry, site)]
+    mixed_sites = [site for site in sites if not trial.serves(site)]
     if mixed_sites:
         further = _further(registry, mixed_sites, parameters)
         trial = trial.joined(attempt(subject, arrangement, further))
@@ -74,7 +75,9 @@ def resolve(subject: Subject, parameters: Mapping[str, Tensor]) -> tuple[Recipe,
         if meets_itself(registry, [site for site in settled if site.parameter == name]):
             lost.add(name)
     kept = tuple(site for site in settled if site.parameter not in lost)
-    return Recipe(arrangement.dim, kept, frozenset(lost)), trial
+    far = {site.source[0] for site in kept if not site.light}
+    activations = frozenset(node for node in far if carries_data(registry, node))
+    return Recipe(arrangement.dim, kept, frozenset(lost), activations), trial
 
 
 def outlook(registry: EdgeRegistry, name: str, parameter: Tensor) -> str:
@@ -85,19 +88,15 @@ def outlook(registry: EdgeRegistry, name: str, parameter: Tensor) -> str:
     kinds: dict[str, int] = {}
     for site in sites_of(registry, name, (leaf, 0), direct=True, light=True):
         rung = "closed form" if site.closed else "operator vjp"
-        kind = f"{rung} ({registry.nodes[site.node].name()})"
+        kind = f"{rung} ({registry.names[site.node]})"
         kinds[kind] = kinds.get(kind, 0) + 1
     return ", ".join(f"{count} x {kind}" if count > 1 else kind for kind, count in kinds.items())
 
 
-def slow_parameters(registry: EdgeRegistry, recipe: Recipe) -> list[str]:
+def slow_parameters(recipe: Recipe) -> list[str]:
     """The parameters that take a backward, or a part of one, for each row."""
-    pulled = {
-        site.parameter
-        for site in recipe.sites
-        if not site.light and carries_data(registry, registry.nodes[site.source[0]])
-    }
-    return sorted(recipe.by_rows | pulled)
+    far = {site.parameter for site in recipe.sites if site.source[0] in recipe.activations}
+    return sorted(recipe.by_rows | far)
 
 
 def _settled(
@@ -112,10 +111,10 @@ def _settled(
         if site in seen:
             continue
         seen.add(site)
-        if trial.serves(registry, site):
+        if trial.serves(site):
             settled[site] = None
             continue
-        further = beyond(registry, site) if trial.knows(registry, site) else None
+        further = beyond(registry, site) if trial.knows(site) else None
         if further is None:
             lost.add(site.parameter)
         else:
@@ -131,7 +130,7 @@ def _further(
     pending = list(mixed)
     while pending and len(found) < _MOST_CLIMBED:
         for site in beyond(registry, pending.pop()) or ():
-            size = sum(shape.numel() for shape in shape_of(registry.nodes[site.node]))
+            size = sum(shape.numel() for shape in registry.shapes[site.node])
             small = size <= _LARGEST_CLIMBED * max(parameters[site.parameter].numel(), 64)
             if site not in found and small:
                 found[site] = None

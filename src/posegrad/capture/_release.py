@@ -11,7 +11,7 @@ from posegrad.capture._edges import EdgeRegistry
 __all__ = ["release"]
 
 
-def release(registry: EdgeRegistry, sources: Iterable[Tensor]) -> None:
+def release(registry: EdgeRegistry, above: Iterable[int]) -> None:
     """Frees what the nodes above some leaves saved, as `torch.autograd.grad` of them would.
 
     Nothing runs, no hook of the user's either: every saved tensor is replaced by nothing, through
@@ -20,17 +20,14 @@ def release(registry: EdgeRegistry, sources: Iterable[Tensor]) -> None:
 
     Args:
         registry: The graph.
-        sources: The leaves.
+        above: The numbers of those nodes.
     """
-    above = {registry.leaves[id(source)] for source in sources}
-    for node in reversed(list(registry.in_order())):
-        if any(parent in above for parent, _ in node.next_functions):
-            above.add(node)
-            for slot in saved_slots(node):
-                try:
-                    slot.register_hooks(_nothing, _gone)
-                except RuntimeError:
-                    continue  # empty, or packed by a checkpoint, which holds little
+    for number in above:
+        for slot in saved_slots(registry.nodes[number]):
+            try:
+                slot.register_hooks(_nothing, _gone)
+            except RuntimeError:
+                continue  # empty, or packed by a checkpoint, which holds little
 
 
 def _nothing(_: Tensor) -> None:

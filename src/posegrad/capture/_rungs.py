@@ -5,14 +5,13 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge
 
-from posegrad.capture._compat import dtype_of, in_backward, shape_of
-from posegrad.capture._edges import Edge, EdgeRegistry, gradient_edges
+from posegrad.capture._compat import dtype_of, in_backward
+from posegrad.capture._edges import Edge, EdgeRegistry
 from posegrad.capture._read import read
 from posegrad.capture._recipe import Recipe
-from posegrad.capture._sites import Site, carries_data
-from posegrad.capture._trial import Subject, Trial, edges_of
+from posegrad.capture._sites import Site
+from posegrad.capture._trial import Subject, Trial
 from posegrad.capture._vjp import cotangents_at, node_rows, rows_of_graph
 from posegrad.jacobian import Arrangement, ClosedForm, Factors, Part, Pull, Rows
 
@@ -45,7 +44,7 @@ class Reading:
         found: Parts = {name: [] for name in self.parameters}
         cotangents = self._cotangents(arrangement, recipe.sites, trial)
         for site in recipe.sites:
-            part = self._part(site, forms[site], arrangement, trial, cotangents)
+            part = self._part(site, forms[site], recipe, trial, cotangents)
             found[site.parameter] += [] if part is None else [part]
         found.update(self._by_rows(sorted(recipe.by_rows)))
         return found
@@ -70,7 +69,7 @@ class Reading:
 
     def _shape(self, site: Site) -> torch.Size:
         node, number = site.source
-        return shape_of(self.registry.nodes[node])[number]
+        return self.registry.shapes[node][number]
 
     def _cotangents(
         self, arrangement: Arrangement, sites: Sequence[Site], trial: Trial
@@ -78,7 +77,7 @@ class Reading:
         """The cotangents of each component, by edge."""
         if arrangement.components == 1:
             return [dict(trial.cotangents)]
-        edges = list(dict.fromkeys(e for site in sites for e in edges_of(self.registry, site)))
+        edges = list(dict.fromkeys(edge for site in sites for edge in site.edges))
         found: Cotangents = []
         for k in range(arrangement.components if edges else 0):
             unit = torch.zeros(arrangement.poses, arrangement.components)
@@ -86,7 +85,7 @@ class Reading:
             output = self.subject.output
             cotangent = arrangement.join(unit).reshape(output.shape)
             values = cotangents_at(
-                output, gradient_edges(edges), cotangent.to(output.device, output.dtype)
+                output, self.registry.at(edges), cotangent.to(output.device, output.dtype)
             )
             found.append(dict(zip(edges, values, strict=True)))
         return found
@@ -95,11 +94,11 @@ class Reading:
         self,
         site: Site,
         form: ClosedForm | None,
-        arrangement: Arrangement,
+        recipe: Recipe,
         trial: Trial,
         cotangents: Cotangents,
     ) -> Part | None:
-        edge = (self.registry.nodes[site.node], 0)
+        arrangement, edge = Arrangement(self.subject.output.shape, recipe.dim), (site.node, 0)
         layout = trial.layouts.get(edge)
         values = [found.get(edge) for found in cotangents]
         present = [value for value in values if value is not None]
@@ -114,7 +113,7 @@ class Reading:
         each = tuple(torch.zeros_like(present[0]) if v is None else v for v in values)
         path = f"closed form ({type(form).__name__})"
         if not site.light:
-            computed = carries_data(self.registry, self.registry.nodes[site.source[0]])
+            computed = site.source[0] in recipe.activations
             path = "rows of activations" if computed else f"{path} of a computed weight"
         factors = Factors(path, 0, form, layout, arrangement, each, self._pull(site))
         return factors if site.light else Rows(path, 0, self._narrow(site, factors.rows()))
@@ -128,8 +127,7 @@ class Reading:
     ) -> Part | None:
         """The rows of one operator's own vjp, one masked cotangent for each."""
         node = self.registry.nodes[site.node]
-        edges = edges_of(self.registry, site)
-        sizes = shape_of(node)
+        edges, sizes = site.edges, self.registry.shapes[site.node]
 
         def masked(row: int) -> list[Tensor | None]:
             pose, k = divmod(row, arrangement.components)
@@ -163,9 +161,8 @@ class Reading:
         """From rows of the tensor that entered to rows of the parameter it was computed from."""
         if site.direct:
             return None
-        number, index = site.source
-        node = self.registry.nodes[number]
-        edge, dtype = GradientEdge(node, index), dtype_of(node)[index]
+        (edge,) = self.registry.at([site.source])
+        dtype = dtype_of(edge.node)[edge.output_nr]
         parameter = self.parameters[site.parameter]
         most = self._most(2 * parameter.numel())
 
@@ -185,7 +182,7 @@ class Reading:
         sources = [self.parameters[name] for name in names]
         held = sum(p.numel() for p in sources)
         if not self.registry.is_nested():
-            held += sum(s.numel() for node in self.registry.nodes for s in shape_of(node))
+            held += sum(s.numel() for shapes in self.registry.shapes for s in shapes)
 
         def unit(row: int) -> Tensor:
             cotangent = torch.zeros_like(output).reshape(-1)

@@ -3,9 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from torch.autograd.graph import Node
-
-from posegrad.capture._compat import device_of, dtype_of, shape_of
+from posegrad.capture._compat import device_of, dtype_of
 from posegrad.capture._edges import Edge, EdgeRegistry
 from posegrad.capture._read import TRANSPARENT, is_readable
 
@@ -56,42 +54,42 @@ class Site:
         node: The number of the operator that takes it, and `argument`, as which argument.
         transposed: Whether a transpose lies between.
         closed: Whether a closed form is to be read; else the operator's own vjp is used.
+        edges: The operator's outputs, whose cotangents are needed.
     """
 
     parameter: str
-    source: tuple[int, int]
+    source: Edge
     direct: bool
     light: bool
     node: int
     argument: int
     transposed: bool
     closed: bool
+    edges: tuple[Edge, ...]
 
 
 def sites_of(
     registry: EdgeRegistry, parameter: str, source: Edge, *, direct: bool, light: bool
 ) -> Iterator[Site]:
     """The sites of a tensor: its uses, seen through transposes, casts and rearrangements."""
-    origin = (registry.number[source[0]], source[1])
     stack = [(source, False)]
     while stack:
         edge, transposed = stack.pop()
         for use in registry.uses(edge):
-            kind = use.node.name()
-            if kind in TRANSPARENT and _is_transparent(edge, use.node):
-                turned = kind == "TBackward0" and len(shape_of(use.node)[0]) == 2
+            kind = registry.names[use.node]
+            outputs = tuple((use.node, number) for number in registry.outputs(use.node))
+            closed = is_readable(kind, use.argument)
+            if kind in TRANSPARENT and _is_transparent(registry, edge, use.node):
+                turned = kind == "TBackward0" and len(registry.shapes[use.node][0]) == 2
                 stack.append(((use.node, 0), transposed ^ turned))
-            elif kind in _REARRANGING and not is_readable(use.node, use.argument):
-                for number in registry.outputs(use.node):
-                    yield from sites_of(
-                        registry, parameter, (use.node, number), direct=False, light=light
-                    )
+            elif kind in _REARRANGING and not closed:
+                for output in outputs:
+                    yield from sites_of(registry, parameter, output, direct=False, light=light)
             else:
-                number = registry.number[use.node]
-                closed = is_readable(use.node, use.argument)
                 yield Site(
-                    parameter, origin, direct, light, number, use.argument, transposed, closed
-                )
+                    parameter, source, direct, light, use.node, use.argument, transposed, closed,
+                    outputs,
+                )  # fmt: skip
 
 
 def beyond(registry: EdgeRegistry, site: Site) -> list[Site] | None:
@@ -103,37 +101,34 @@ def beyond(registry: EdgeRegistry, site: Site) -> list[Site] | None:
     Returns:
         None if there is nothing further: the operator's result is the output.
     """
-    node = registry.nodes[site.node]
-    edges = [(node, number) for number in registry.outputs(node)]
-    if registry.root in edges:
+    if registry.root in site.edges:
         return None
     found: list[Site] = []
-    for edge in edges:
+    for edge in site.edges:
         found += sites_of(registry, site.parameter, edge, direct=False, light=False)
     return found
 
 
 def meets_itself(registry: EdgeRegistry, sites: list[Site]) -> bool:
     """Whether a path would be counted twice: read at one site, and pulled back through another."""
-    sources = {site.source[0] for site in sites if not site.direct}
-    for source in sources:
-        below = registry.below(registry.nodes[source])
-        if any(registry.nodes[site.node] in below for site in sites):
+    for source in {site.source[0] for site in sites if not site.direct}:
+        below = registry.below(source)
+        if any(site.node in below for site in sites):
             return True
     return False
 
 
-def carries_data(registry: EdgeRegistry, node: Node) -> bool:
+def carries_data(registry: EdgeRegistry, node: int) -> bool:
     """Whether a tensor was computed from data too, and so is an activation and no weight."""
     return any(
-        below.name() == "EmbeddingBackward0"
-        or (below.name() in _PRODUCTS and any(edge[0] is None for edge in below.next_functions))
+        registry.names[below] == "EmbeddingBackward0"
+        or (registry.names[below] in _PRODUCTS and None in registry.sources[below])
         for below in registry.below(node)
     )
 
 
-def _is_transparent(edge: Edge, node: Node) -> bool:
+def _is_transparent(registry: EdgeRegistry, edge: Edge, node: int) -> bool:
     """A cast on one device between floating types; a transpose always is."""
-    source = edge[0]
-    dtypes = (*dtype_of(source), *dtype_of(node))
-    return device_of(source) == device_of(node) and all(d.is_floating_point for d in dtypes)
+    before, after = registry.nodes[edge[0]], registry.nodes[node]
+    dtypes = (*dtype_of(before), *dtype_of(after))
+    return device_of(before) == device_of(after) and all(d.is_floating_point for d in dtypes)

@@ -25,25 +25,38 @@ class Layout:
     Args:
         count: m, the number of poses.
         dims: Dimensions that count rows, in order. `()` if one pose owns the whole tensor.
-        owners: The pose of every row, `[R]`; `NOBODY` where it makes no difference.
-        known_stride: `stride`, if it is known.
+        stated: The pose of every row, `[R]`; `NOBODY` where it makes no difference. None if they
+            follow a pattern.
+        pattern: R and `stride`, if that is known.
     """
 
     count: int
     dims: tuple[int, ...]
-    owners: Tensor
-    known_stride: int | None = None
+    stated: Tensor | None
+    pattern: tuple[int, int] | None = None
+    device: torch.device | None = None  # of the owners that follow a pattern
 
     @classmethod
     def along(cls, count: int, dim: int, owners: Tensor) -> Self:
         """The layout of a tensor whose rows lie along one dimension."""
-        return cls(count, (dim,), owners)
+        return cls(count, (dim,), owners, device=owners.device)
 
     @classmethod
     def regular(cls, count: int, dim: int, size: int, stride: int, device: torch.device) -> Self:
         """The layout of `size` rows along a dimension, `stride` neighbours to a pose in turn."""
-        poses = torch.arange(count, device=device).repeat_interleave(stride)
-        return cls(count, (dim,), poses.repeat(size // len(poses)), stride)
+        return cls(count, (dim,), None, (size, stride), device)
+
+    @cached_property
+    def owners(self) -> Tensor:
+        """The pose of every row, `[R]`."""
+        if self.stated is not None:
+            return self.stated
+        return self.spread(torch.arange(self.count, device=self.device))
+
+    @property
+    def size(self) -> int:
+        """R, the number of rows."""
+        return len(self.owners) if self.pattern is None else self.pattern[0]
 
     def front(self, tensor: Tensor) -> Tensor:
         """`tensor` with its rows as dimension 0: `[R, ...]`."""
@@ -59,9 +72,9 @@ class Layout:
 
         Rows nobody owns fit any pattern: their cotangents are zero.
         """
-        rows = len(self.owners)
-        if self.known_stride is not None:
-            return self.known_stride
+        if self.pattern is not None:
+            return self.pattern[1]
+        rows = self.size
         if rows == 0 or rows % self.count:
             return None
         places = torch.arange(rows, device=self.owners.device)
@@ -103,9 +116,17 @@ class Layout:
             rows = rows[self.owners != NOBODY]
         return total.index_add_(0, self._live_owners, rows)
 
+    def spread(self, values: Tensor) -> Tensor:
+        """A value for each pose, `[m]`, as one for each row: `[R]`."""
+        if self.pattern is None:
+            return values[self.owners.clamp(min=0)]
+        size, stride = self.pattern
+        outer = size // (self.count * stride)
+        return values.reshape(1, -1, 1).expand(outer, self.count, stride).reshape(-1)
+
     def weigh(self, tensor: Tensor, weights: Tensor) -> Tensor:
         """`tensor` with every row multiplied by the weight `[m]` of its owner."""
-        values = weights[self.owners.clamp(min=0)].to(tensor.dtype)  # [R]
+        values = self.spread(weights.to(tensor.dtype))
         values = values.reshape([tensor.shape[dim] for dim in self.dims])
         shape = [size if dim in self.dims else 1 for dim, size in enumerate(tensor.shape)]
         return tensor * values.reshape(shape)
@@ -121,7 +142,8 @@ class Layout:
 
     def to(self, device: torch.device | str) -> Self:
         """The layout on another device."""
-        return replace(self, owners=self.owners.to(device))
+        stated = None if self.stated is None else self.stated.to(device)
+        return replace(self, stated=stated, device=torch.device(device))
 
     @cached_property
     def _order(self) -> Tensor:

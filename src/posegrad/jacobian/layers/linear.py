@@ -91,9 +91,9 @@ class Linear(ClosedForm):
     def _flat(self, rows: torch.Size, layout: Layout) -> Layout:
         """The layout of `[R, features]`, in the order that `reshape` gives."""
         dims = tuple(1 - dim for dim in layout.dims) if self.on_left else layout.dims
-        if dims == (0,) and layout.known_stride:
-            stride = layout.known_stride * rows[1:].numel()
-            return Layout.regular(layout.count, 0, rows.numel(), stride, layout.owners.device)
+        if dims == (0,) and layout.pattern:
+            stride = layout.pattern[1] * rows[1:].numel()
+            return Layout.regular(layout.count, 0, rows.numel(), stride, layout.device)
         shape = [size if dim in dims else 1 for dim, size in enumerate(rows)]
         return Layout.along(layout.count, 0, layout.owners.reshape(shape).expand(rows).reshape(-1))
 
