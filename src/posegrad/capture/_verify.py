@@ -8,7 +8,7 @@ from torch import Tensor
 from posegrad.capture._compat import leaf_hooks_off
 from posegrad.capture._trial import Subject
 from posegrad.capture._vjp import dense
-from posegrad.jacobian import Block, Part
+from posegrad.jacobian import Block, Part, Weighted
 
 __all__ = ["disagreeing"]
 
@@ -41,6 +41,7 @@ def disagreeing(
     output = subject.output
     weights = torch.randn(output.shape, generator=subject.generator, dtype=torch.float64)
     weights = weights.to(output.device, output.dtype)
+    signed, absolute = Weighted(weights.reshape(-1)), Weighted(weights.abs().reshape(-1))
     leaves = list(parameters.values())
     with leaf_hooks_off(leaves):
         expected = torch.autograd.grad(
@@ -54,7 +55,7 @@ def disagreeing(
             continue
         tolerance = max(_TOLERANCE.get(d, 2e-3) for d in dtypes | {parameter.dtype})
         block = Block.of(parameter, output.numel(), parts[name])
-        found = block.combine(weights.reshape(-1))
+        found = block.combine(signed)
         reference = torch.zeros_like(found) if gradient is None else dense(gradient)
         if not bool(found.isfinite().all()) and not bool(reference.isfinite().all()):
             continue
@@ -62,7 +63,7 @@ def disagreeing(
         error = (found - reference).double().norm()
         if error <= floor + tolerance * max(found.double().norm(), reference.double().norm()):
             continue
-        scale = block.combine(weights.abs().reshape(-1)).double().norm()
+        scale = block.combine(absolute).double().norm()
         if not error <= tolerance * scale:
             wrong.add(name)
     return frozenset(wrong), frozenset(sure)

@@ -3,7 +3,7 @@
 from posegrad.jacobian._block import Block
 from posegrad.jacobian._form import ClosedForm, Factor
 from posegrad.jacobian._layout import NOBODY, Layout, single
-from posegrad.jacobian._parts import Arrangement, Factors, Part, Pull, Rows
+from posegrad.jacobian._parts import Arrangement, Factors, Part, Pull, Rows, Weighted
 from posegrad.jacobian._precision import no_autocast
 from posegrad.jacobian.operator import PoseJacobian
 
@@ -19,6 +19,7 @@ __all__ = [
     "PoseJacobian",
     "Pull",
     "Rows",
+    "Weighted",
     "no_autocast",
     "single",
 ]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from posegrad.jacobian._form import Products
-from posegrad.jacobian._parts import Factors, Part, Rows
+from posegrad.jacobian._parts import Factors, Part, Rows, Weighted
 
 __all__ = ["Block"]
 
@@ -64,14 +64,14 @@ class Block:
         """`rows` as a matrix `[M, n]`."""
         return self.rows().reshape(self.count, self.shape.numel())
 
-    def combine(self, weights: Tensor) -> Tensor:
-        r""":math:`\sum_i w_i \partial \hat y_i / \partial \theta` for w `[M]`: `[*shape]`."""
-        weights = weights.to(self.device)
-        total = torch.zeros((), dtype=self.dtype, device=self.device).expand(self.shape)
-        for n, part in enumerate(self.parts):
-            gradient = part.combine(weights[part.start : part.start + part.count])
-            total = gradient if n == 0 else total + gradient
-        return total.to(self.dtype).contiguous()
+    def combine(self, weights: Weighted) -> Tensor:
+        r""":math:`\sum_i w_i \partial \hat y_i / \partial \theta`, `[*shape]`."""
+        if not self.parts:
+            return torch.zeros(self.shape, dtype=self.dtype, device=self.device)
+        first, *others = [part.combine(weights) for part in self.parts]
+        for other in others:
+            first = first + other
+        return first.to(self.dtype).contiguous()
 
     def bytes(self) -> int:
         """The size of what is held."""
@@ -118,6 +118,8 @@ class Block:
         found = [one for one in grid if one is not None]  # K^2 of [m, m]
         if len(found) < len(grid):
             return None
+        if part.arrangement.dim is None:
+            return found[0]
         k = len(cotangents)
         joined = torch.stack(found).reshape(k, k, *found[0].shape)
         joined = joined.permute(2, 0, 3, 1)  # [m, K, m, K]

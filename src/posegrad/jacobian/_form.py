@@ -64,18 +64,25 @@ class Factor:
 
 
 class Products:
-    """Products of the rows of cotangents, each taken once: a weight and a bias share theirs."""
+    """Products of all rows of two tensors, each taken once.
+
+    A weight and a bias have their cotangents in common, projections of one tensor their input.
+    """
 
     def __init__(self) -> None:
-        self._known: dict[tuple[int, int], tuple[Tensor, Tensor, Tensor]] = {}
+        self._known: dict[tuple[Any, ...], tuple[Tensor, Tensor, Tensor]] = {}
 
     def of(self, first: Tensor, second: Tensor) -> Tensor:
-        """The products of all rows `[..., p]` of two cotangents, `[R, R']`."""
-        key = id(first), id(second)
-        if key not in self._known:  # holding the cotangents keeps their ids their own
+        """The products of the rows `[..., p]`, `[R, R']`, in float32 at least."""
+        key = *_place(first), *_place(second)
+        if key not in self._known:  # holding the tensors keeps their places their own
             product = wide(as_rows(first)) @ wide(as_rows(second)).mT
             self._known[key] = first, second, product
         return self._known[key][2]
+
+
+def _place(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
 
 
 def as_rows(tensor: Tensor) -> Tensor:

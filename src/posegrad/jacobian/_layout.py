@@ -42,7 +42,9 @@ class Layout:
         return cls(count, (dim,), owners, device=owners.device)
 
     @classmethod
-    def regular(cls, count: int, dim: int, size: int, stride: int, device: torch.device) -> Self:
+    def regular(
+        cls, count: int, dim: int, size: int, stride: int, device: torch.device | None
+    ) -> Self:
         """The layout of `size` rows along a dimension, `stride` neighbours to a pose in turn."""
         return cls(count, (dim,), None, (size, stride), device)
 

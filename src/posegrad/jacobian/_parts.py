@@ -12,7 +12,7 @@ from posegrad.jacobian._form import ClosedForm
 from posegrad.jacobian._layout import Layout
 from posegrad.jacobian._precision import wide
 
-__all__ = ["Arrangement", "Factors", "Part", "Pull", "Rows"]
+__all__ = ["Arrangement", "Factors", "Part", "Pull", "Rows", "Weighted"]
 
 Pull = Callable[[Tensor], Tensor]
 """From gradients `[N, ...]` of a tensor computed from the parameter to those of the parameter."""
@@ -56,6 +56,34 @@ class Arrangement:
         return shaped.movedim(0, self.dim).flatten(0, len(self.shape) - 1)
 
 
+class Weighted:
+    """Cotangents times the weights of their poses, each taken once: weight and bias share theirs.
+
+    Args:
+        weights: w, `[M]`.
+    """
+
+    def __init__(self, weights: Tensor) -> None:
+        self.weights = weights
+        self._known: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+
+    def of(self, part: "Part") -> Tensor:
+        """The weights of a part's rows, `[count]`."""
+        return self.weights[part.start : part.start + part.count]
+
+    def total(self, part: "Factors") -> Tensor:
+        """The cotangent of the sum of all rows times their weights."""
+        first, *others = part.cotangents
+        key = id(first), part.start
+        if key not in self._known:  # holding the cotangent keeps its id its own
+            columns = part.arrangement.split(self.of(part)).unbind(1)  # K of [m]
+            total = part.layout.weigh(wide(first), columns[0])
+            for cotangent, column in zip(others, columns[1:], strict=True):
+                total = total + part.layout.weigh(wide(cotangent), column)
+            self._known[key] = first, total
+        return self._known[key][1]
+
+
 @dataclass(frozen=True)
 class Part(ABC):
     """Some rows of a block, or a summand of them.
@@ -78,8 +106,8 @@ class Part(ABC):
         """The rows, `[count, *shape]`."""
 
     @abstractmethod
-    def combine(self, weights: Tensor) -> Tensor:
-        """The sum of the rows times their weights `[count]`: `[*shape]`."""
+    def combine(self, weights: Weighted) -> Tensor:
+        """The sum of the rows times their weights: `[*shape]`."""
 
     @abstractmethod
     def is_live(self) -> bool:
@@ -120,10 +148,10 @@ class Rows(Part):
     def rows(self) -> Tensor:
         return wide(self.values)
 
-    def combine(self, weights: Tensor) -> Tensor:
+    def combine(self, weights: Weighted) -> Tensor:
         rows = self.rows()
-        total: Tensor = torch.tensordot(weights.to(rows.dtype), rows, dims=1)
-        return total
+        total = weights.of(self).to(rows.dtype) @ rows.reshape(self.count, -1)
+        return total.reshape(rows.shape[1:])
 
     def is_live(self) -> bool:
         return bool(self.values.any())
@@ -164,12 +192,8 @@ class Factors(Part):
         rows = self.arrangement.join(split)
         return rows if self.pull is None else wide(self.pull(rows))
 
-    def combine(self, weights: Tensor) -> Tensor:
-        columns = self.arrangement.split(weights).unbind(1)  # K of [m]
-        weighted = [
-            self.layout.weigh(wide(b), w) for b, w in zip(self.cotangents, columns, strict=True)
-        ]
-        total = self.form.vjp(weighted[0] if len(weighted) == 1 else torch.stack(weighted).sum(0))
+    def combine(self, weights: Weighted) -> Tensor:
+        total = self.form.vjp(weights.total(self))
         return total if self.pull is None else wide(self.pull(total.unsqueeze(0))[0])
 
     def add_to(self, rows: Tensor) -> None:

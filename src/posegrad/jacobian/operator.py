@@ -10,6 +10,7 @@ from torch import Tensor
 from posegrad.errors import ShapeMismatchError
 from posegrad.jacobian._block import Block
 from posegrad.jacobian._form import Products
+from posegrad.jacobian._parts import Weighted
 from posegrad.jacobian._precision import no_autocast
 from posegrad.jacobian._report import report
 from posegrad.jacobian._weights import weights_of
@@ -112,8 +113,8 @@ class PoseJacobian:
             >>> J.combine(torch.tensor([1.0, 10.0]))
             {'weight': tensor([[ 1., 10.]]), 'bias': tensor([11.])}
         """
-        flat = self._flat(weights)
-        return {name: block.combine(flat) for name, block in self._blocks.items()}
+        weighted = Weighted(self._flat(weights))
+        return {name: block.combine(weighted) for name, block in self._blocks.items()}
 
     def backward(self, weights: Tensor | Callable[[Tensor], Tensor]) -> Tensor:
         r"""Adds :math:`w^\top J` to the `.grad` of the parameters, as a backward would.

@@ -36,7 +36,10 @@ class Broadcast(ClosedForm):
         return all(self.aligned[dim] == 1 for dim in layout.dims)
 
     def vjp(self, cotangent: Tensor) -> Tensor:
-        return self.contribution(cotangent).sum_to_size(self.aligned).reshape(self.shape)
+        parts = self.contribution(cotangent)
+        if parts is cotangent and cotangent.shape == self.aligned:
+            parts = parts.clone()  # nothing to sum: the gradient is not to share the cotangent
+        return parts.sum_to_size(self.aligned).reshape(self.shape)
 
     def rows(self, cotangent: Tensor, layout: Layout) -> Tensor:
         parts = self.contribution(cotangent)

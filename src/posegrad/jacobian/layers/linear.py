@@ -6,7 +6,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from posegrad.jacobian._form import ClosedForm, Factor, Products, as_rows
+from posegrad.jacobian._form import ClosedForm, Factor, Products
 from posegrad.jacobian._layout import Layout
 from posegrad.jacobian._precision import wide
 
@@ -44,16 +44,16 @@ class Linear(ClosedForm):
 
     def vjp(self, cotangent: Tensor) -> Tensor:
         a, b = self._rows_last(self.input.value), self._rows_last(cotangent)
-        return self._turned(b.mT @ a.to(b.dtype))  # [p, d]
+        return self._product(a.to(b.dtype), b)
 
     def rows(self, cotangent: Tensor, layout: Layout) -> Tensor:
         inputs, cotangents = self.input.value.to(cotangent.dtype), cotangent
         if layout.is_regular():
             a, b = layout.by_pose(inputs), layout.by_pose(cotangents)  # [m, T, ..., d]
             a, b = (t.reshape(len(t), -1, t.shape[-1]) for t in (a, b))  # [m, T, d]
-            return self._turned(b.mT @ a)
+            return self._product(a, b)
         pairs = zip(layout.segments(inputs), layout.segments(cotangents), strict=True)
-        return self._turned(torch.stack([b.flatten(0, -2).mT @ a.flatten(0, -2) for a, b in pairs]))
+        return torch.stack([self._product(a.flatten(0, -2), b.flatten(0, -2)) for a, b in pairs])
 
     def prefers_pairs(self, cotangent: torch.Size, layout: Layout, components: int) -> bool:
         """R^2 (d + p) multiplications against R d p for the rows and M^2 d p for their products."""
@@ -64,16 +64,18 @@ class Linear(ClosedForm):
     def inner(
         self, first: Tensor, second: Tensor, layout: Layout, products: Products
     ) -> Tensor | None:
+        alike = first is second
         a = self.input.value.to(wide(first).dtype)
         if self.on_left:
-            alike = first is second
-            a, first = a.mT, first.mT  # rows first
-            second = first if alike else second.mT
-        among = as_rows(a) @ as_rows(a).mT  # [R, R]
-        pairs = among * products.of(first, second) * self.scale**2
+            a, first, second = a.mT, first.mT, second.mT  # rows first
+        pairs = products.of(a, a) * products.of(first, second)  # [R, R]
+        if self.scale != 1:
+            pairs = pairs * self.scale**2
+        if len(pairs) == layout.count and layout.pattern:
+            return pairs  # one row a pose, in order
         flat = self._flat(first.shape[:-1], layout)
         total = flat.sum(flat.sum(pairs).mT).mT  # [m, m]
-        if first is second and len(pairs) > len(total):
+        if alike and len(pairs) > len(total):
             size = flat.sum(flat.sum(pairs.abs()).mT).diagonal()
             if bool((size * torch.finfo(size.dtype).eps ** 0.25 > total.diagonal()).any()):
                 return None
@@ -97,7 +99,7 @@ class Linear(ClosedForm):
         shape = [size if dim in dims else 1 for dim, size in enumerate(rows)]
         return Layout.along(layout.count, 0, layout.owners.reshape(shape).expand(rows).reshape(-1))
 
-    def _turned(self, gradient: Tensor) -> Tensor:
-        if self.scale != 1:
-            gradient = gradient * self.scale
-        return gradient.mT if self.flipped else gradient
+    def _product(self, a: Tensor, b: Tensor) -> Tensor:
+        """`[p, d]`, or `[d, p]` if flipped, from `[..., R, d]` and `[..., R, p]`."""
+        gradient = a.mT @ b if self.flipped else b.mT @ a
+        return gradient if self.scale == 1 else gradient * self.scale
