@@ -19,6 +19,7 @@ __all__ = [
     "device_of",
     "dtype_of",
     "in_backward",
+    "is_packed",
     "is_python",
     "leaf_hooks_off",
     "saved",
@@ -86,6 +87,11 @@ def saved_slots(node: Node) -> list[Any]:
         value = getattr(node, name)
         slots += value if isinstance(value, tuple | list) else [value]
     return slots
+
+
+def is_packed(node: Node) -> bool:
+    """Whether a saved tensor has to be unpacked first: by a checkpoint, which recomputes it."""
+    return any(slot.unpack_hook is not None for slot in saved_slots(node))
 
 
 _SLOTS: dict[type, list[str]] = {}

@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import Any
@@ -116,7 +116,7 @@ class Gatherer:
                 subject = Subject(
                     output, registry, pose_index, dim, self._generator, known.inferred
                 )
-                with _undisturbed(registry, output, parameters), named_failures():
+                with _undisturbed(registry, output, parameters):
                     reading = Reading(subject, used, self.block_bytes)
                     parts = self._parts(reading, known.recipe, quiet)
                     if not keep_graph:
@@ -175,12 +175,15 @@ def _undisturbed(
     registry: EdgeRegistry, output: Tensor, parameters: Mapping[str, Tensor]
 ) -> Iterator[None]:
     """No graph is made, nothing is cast, and no `.grad` is written."""
-    with ExitStack() as stack:
-        stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.no_grad())
-        stack.enter_context(no_autocast(output.device.type))
-        if registry.has_python():  # torch's own functions deposit nothing
-            stack.enter_context(grad_set_aside(parameters))
+    # torch's own functions deposit nothing
+    aside = grad_set_aside(parameters) if registry.has_python() else nullcontext()
+    with (
+        torch.inference_mode(False),
+        torch.no_grad(),
+        no_autocast(output.device.type),
+        aside,
+        named_failures(),
+    ):
         yield
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from posegrad.capture._compat import dtype_of, in_backward
+from posegrad.capture._compat import dtype_of, in_backward, is_packed
 from posegrad.capture._edges import Edge, EdgeRegistry
 from posegrad.capture._read import read
 from posegrad.capture._recipe import Recipe
@@ -64,7 +64,10 @@ class Reading:
                         what=site.parameter,
                     )
 
-        in_backward(read_all)
+        if any(is_packed(self.registry.nodes[site.node]) for site in sites):
+            in_backward(read_all)
+        else:
+            read_all()
         return forms
 
     def _shape(self, site: Site) -> torch.Size:

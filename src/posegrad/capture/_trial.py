@@ -81,15 +81,16 @@ def attempt(subject: Subject, arrangement: Arrangement, sites: Sequence[Site]) -
     output = subject.output
     edges = list(dict.fromkeys(edge for site in sites for edge in site.edges))
     count, parts = arrangement.poses, arrangement.components
-    mix = torch.ones(parts, dtype=torch.float64)
+    mix = torch.ones_like(output)  # of the components of a pose
     if parts > 1:
-        mix = torch.rand(parts, dtype=torch.float64, generator=subject.generator) + 0.5
+        drawn = torch.rand(parts, dtype=torch.float64, generator=subject.generator) + 0.5
+        mix = arrangement.join(drawn.expand(count, parts)).reshape(output.shape).to(mix)
 
     def cotangent(scales: Tensor) -> Tensor:  # [m] to the output's shape
-        flat = arrangement.join((scales.unsqueeze(1) * mix).cpu())
-        return flat.reshape(output.shape).to(output.device, output.dtype)
+        each = arrangement.join(scales.unsqueeze(1).expand(count, parts))
+        return mix * each.reshape(output.shape).to(mix)
 
-    base = _at(subject, edges, cotangent(torch.ones(count, dtype=torch.float64)))
+    base = _at(subject, edges, mix)
     layouts = {edge: _known_layout(subject, arrangement, edge, b) for edge, b in base.items()}
     unknown = [edge for edge, layout in layouts.items() if layout is None]
     if unknown:
