@@ -8,8 +8,8 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from posegrad.jacobian._form import Products
 from posegrad.jacobian._parts import Factors, Part, Rows, Weighted
+from posegrad.jacobian._products import Products
 
 __all__ = ["Block"]
 

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from posegrad.errors import StaleFactorError
 from posegrad.jacobian._layout import Layout
-from posegrad.jacobian._precision import wide
+from posegrad.jacobian._products import Products
 
-__all__ = ["ClosedForm", "Factor", "Products", "as_rows"]
+__all__ = ["ClosedForm", "Factor"]
 
 
 @dataclass(frozen=True)
@@ -63,33 +63,6 @@ class Factor:
         return Factor.of(self.value.to(device), self.what)
 
 
-class Products:
-    """Products of all rows of two tensors, each taken once.
-
-    A weight and a bias have their cotangents in common, projections of one tensor their input.
-    """
-
-    def __init__(self) -> None:
-        self._known: dict[tuple[Any, ...], tuple[Tensor, Tensor, Tensor]] = {}
-
-    def of(self, first: Tensor, second: Tensor) -> Tensor:
-        """The products of the rows `[..., p]`, `[R, R']`, in float32 at least."""
-        key = *_place(first), *_place(second)
-        if key not in self._known:  # holding the tensors keeps their places their own
-            product = wide(as_rows(first)) @ wide(as_rows(second)).mT
-            self._known[key] = first, second, product
-        return self._known[key][2]
-
-
-def _place(tensor: Tensor) -> tuple[Any, ...]:
-    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
-
-
-def as_rows(tensor: Tensor) -> Tensor:
-    """`[..., p]` as `[R, p]`."""
-    return tensor.reshape(-1, tensor.shape[-1])
-
-
 @dataclass(frozen=True)
 class ClosedForm(ABC):
     """How a parameter enters one operator, and what that makes of a cotangent.
@@ -124,7 +97,7 @@ class ClosedForm(ABC):
         return False
 
     def inner(
-        self, first: Tensor, second: Tensor, layout: Layout, products: "Products"
+        self, first: Tensor, second: Tensor, layout: Layout, products: Products
     ) -> Tensor | None:
         """The inner products of the poses' gradients under two cotangents, `[m, m]`.
 

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from posegrad.errors import ShapeMismatchError
 from posegrad.jacobian._block import Block
-from posegrad.jacobian._form import Products
 from posegrad.jacobian._parts import Weighted
 from posegrad.jacobian._precision import no_autocast
+from posegrad.jacobian._products import Products, inner_products
 from posegrad.jacobian._report import report
 from posegrad.jacobian._weights import weights_of
 
@@ -299,7 +299,7 @@ class PoseJacobian:
         if gram is None:
             rows = self._matrix_of(name)
             rows = rows if dtype is None else rows.to(dtype)
-            gram = rows @ rows.mT
+            gram = inner_products(rows)
         return gram if dtype is None else gram.to(dtype)
 
     def _matrix_of(self, name: str) -> Tensor:

@@ -6,8 +6,9 @@ from typing import final
 import torch
 from torch import Tensor
 
-from posegrad.jacobian._form import ClosedForm, Factor, Products
+from posegrad.jacobian._form import ClosedForm, Factor
 from posegrad.jacobian._layout import Layout
+from posegrad.jacobian._products import Products
 
 __all__ = ["Broadcast", "Elementwise"]
 
