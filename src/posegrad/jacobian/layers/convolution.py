@@ -17,8 +17,9 @@ __all__ = ["Convolution"]
 class Convolution(ClosedForm):
     """The kernel of a convolution of any kind over `[N, C, ...]`.
 
-    Every pose takes one call of torch's own weight gradient on its images alone; together they
-    cost little more than the one call of a plain backward.
+    With one image a pose, the kernels' gradients are those of one convolution in which every image
+    is a group of channels: `[1, N C, ...]`. It costs little more than the one call of a plain
+    backward, 1.1 to 1.4 times on a CPU.
 
     Args:
         input: The images.
@@ -33,24 +34,43 @@ class Convolution(ClosedForm):
         return layout.dims == (0,)
 
     def vjp(self, cotangent: Tensor) -> Tensor:
-        return self._of(self.input.value, cotangent)
+        return self._summed(self.input.value, cotangent)
 
     def rows(self, cotangent: Tensor, layout: Layout) -> Tensor:
-        pairs = zip(
-            layout.segments(self.input.value), layout.segments(cotangent), strict=True
-        )  # [T, C, ...] each
+        images = self.input.value
+        if layout.is_regular():
+            pairs = zip(
+                layout.by_pose(images).unbind(1), layout.by_pose(cotangent).unbind(1), strict=True
+            )  # T of [m, C, ...]
+            if layout.size <= layout.count**2:  # T <= m
+                first, *others = [self._apart(*pair) for pair in pairs]
+                for other in others:
+                    first += other
+                return first
         gradients = cotangent.new_empty(layout.count, *self.shape)
-        for row, (images, own) in zip(gradients, pairs, strict=True):
-            row.copy_(self._of(images, own))  # while it is in the cache
+        segments = layout.segments(images), layout.segments(cotangent)  # [T, C, ...] each
+        for row, own, b in zip(gradients, *segments, strict=True):
+            row.copy_(self._summed(own, b))  # while it is in the cache
         return gradients
 
-    def _of(self, images: Tensor, cotangent: Tensor) -> Tensor:
+    def _summed(self, images: Tensor, cotangent: Tensor) -> Tensor:
+        """The gradient of all images together, `[*shape]`."""
         if len(images) == 0:
             return cotangent.new_zeros(self.shape)
-        shape_only = cotangent.new_zeros(()).expand(self.shape)
-        only_weight = [False, True, False]
+        return self._of(images, cotangent, 1)
+
+    def _apart(self, images: Tensor, cotangent: Tensor) -> Tensor:
+        """The gradient of each image, `[N, *shape]`."""
+        one = images.flatten(0, 1).unsqueeze(0), cotangent.flatten(0, 1).unsqueeze(0)
+        return self._of(*one, len(images)).reshape(len(images), *self.shape)
+
+    def _of(self, images: Tensor, cotangent: Tensor, copies: int) -> Tensor:
+        shape = copies * self.shape[0], *self.shape[1:]
+        shape_only = cotangent.new_zeros(()).expand(shape)
+        *options, groups = self.options
         gradient: Tensor
         _, gradient, _ = torch.ops.aten.convolution_backward(
-            cotangent, images.to(cotangent.dtype), shape_only, None, *self.options, only_weight
-        )
+            cotangent, images.to(cotangent.dtype), shape_only, None, *options, copies * groups,
+            [False, True, False],
+        )  # fmt: skip
         return gradient
