@@ -52,7 +52,7 @@ class Block:
 
     def rows(self) -> Tensor:
         """`[M, *shape]`, in float32 at least."""
-        if len(self.parts) == 1 and self.parts[0].count == self.count:
+        if self._is_whole():
             return self.parts[0].rows()
         dtype = self.dtype if self.dtype == torch.float64 else torch.float32
         total = torch.zeros(self.count, *self.shape, dtype=dtype, device=self.device)
@@ -63,6 +63,13 @@ class Block:
     def matrix(self) -> Tensor:
         """`rows` as a matrix `[M, n]`."""
         return self.rows().reshape(self.count, self.shape.numel())
+
+    def write(self, into: Tensor) -> None:
+        """Writes the matrix to a tensor `[M, n]`."""
+        if self._is_whole():
+            self.parts[0].write(into.unflatten(1, self.shape) if self.shape else into.squeeze(1))
+        else:
+            into.copy_(self.matrix())
 
     def combine(self, weights: Weighted) -> Tensor:
         r""":math:`\sum_i w_i \partial \hat y_i / \partial \theta`, `[*shape]`."""
@@ -105,8 +112,8 @@ class Block:
         Several uses may cancel, and then products of sums are precise where sums of products are
         not; so they take the rows.
         """
-        part = self.parts[0] if len(self.parts) == 1 else None
-        if not isinstance(part, Factors) or part.count != self.count or part.pull is not None:
+        part = self.parts[0] if self._is_whole() else None
+        if not isinstance(part, Factors) or part.pull is not None:
             return None
         cotangents, layout = part.cotangents, part.layout
         if not layout.dims or not part.form.prefers_pairs(
@@ -125,3 +132,7 @@ class Block:
         joined = joined.permute(2, 0, 3, 1)  # [m, K, m, K]
         joined = part.arrangement.join(joined)  # [M, m, K]
         return part.arrangement.join(joined.permute(1, 2, 0)).mT
+
+    def _is_whole(self) -> bool:
+        """Whether one part is all there is."""
+        return len(self.parts) == 1 and self.parts[0].count == self.count

@@ -88,6 +88,10 @@ class ClosedForm(ABC):
     def rows(self, cotangent: Tensor, layout: Layout) -> Tensor:
         """The gradient of each pose, `[m, *shape]`; `layout.dims` is not empty."""
 
+    def write_rows(self, cotangent: Tensor, layout: Layout, into: Tensor) -> None:
+        """`rows` written to a tensor `[m, *shape]`, at best without another of its size."""
+        into.copy_(self.rows(cotangent, layout))
+
     def accepts(self, cotangent: torch.Size, layout: Layout) -> bool:
         """Whether `rows` can serve a layout; where not, the exact rung below does."""
         return True

@@ -105,6 +105,10 @@ class Part(ABC):
     def rows(self) -> Tensor:
         """The rows, `[count, *shape]`."""
 
+    def write(self, into: Tensor) -> None:
+        """Writes the rows to a tensor `[count, *shape]`."""
+        into.copy_(self.rows())
+
     @abstractmethod
     def combine(self, weights: Weighted) -> Tensor:
         """The sum of the rows times their weights: `[*shape]`."""
@@ -191,6 +195,13 @@ class Factors(Part):
         split = torch.stack(each, dim=1) if len(each) > 1 else each[0].unsqueeze(1)
         rows = self.arrangement.join(split)
         return rows if self.pull is None else wide(self.pull(rows))
+
+    def write(self, into: Tensor) -> None:
+        alone = self.arrangement.dim is None and self.pull is None
+        if alone and self.layout.dims:
+            self.form.write_rows(wide(self.cotangents[0]), self.layout, into)
+        else:
+            super().write(into)
 
     def combine(self, weights: Weighted) -> Tensor:
         total = self.form.vjp(weights.total(self))

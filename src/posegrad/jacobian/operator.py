@@ -258,7 +258,7 @@ class PoseJacobian:
         widths = [block.shape.numel() for block in self._blocks.values()]
         dtypes = [block.dtype for block in self._blocks.values()]
         dtype = reduce(torch.promote_types, dtypes) if dtypes else torch.float32
-        matrix = torch.zeros(count, sum(widths), dtype=dtype, device=self._device)
+        matrix = torch.empty(count, sum(widths), dtype=dtype, device=self._device)
         columns = torch.split(matrix, widths, dim=1)
         for part, (name, block) in zip(columns, list(self._blocks.items()), strict=True):
             if block.parts:

@@ -45,16 +45,24 @@ class Linear(ClosedForm):
 
     def vjp(self, cotangent: Tensor) -> Tensor:
         a, b = self._rows_last(self.input.value), self._rows_last(cotangent)
-        return self._product(a.to(b.dtype), b)
+        left, right = self._sides(a.to(b.dtype), b)
+        return self._scaled(left @ right)
 
     def rows(self, cotangent: Tensor, layout: Layout) -> Tensor:
-        inputs, cotangents = self.input.value.to(cotangent.dtype), cotangent
         if layout.is_regular():
-            a, b = layout.by_pose(inputs), layout.by_pose(cotangents)  # [m, T, ..., d]
-            a, b = (t.reshape(len(t), -1, t.shape[-1]) for t in (a, b))  # [m, T, d]
-            return self._product(a, b)
-        pairs = zip(layout.segments(inputs), layout.segments(cotangents), strict=True)
-        return torch.stack([self._product(a.flatten(0, -2), b.flatten(0, -2)) for a, b in pairs])
+            left, right = self._sides_by_pose(cotangent, layout)
+            return self._scaled(left @ right)
+        inputs = self.input.value.to(cotangent.dtype)
+        pairs = zip(layout.segments(inputs), layout.segments(cotangent), strict=True)
+        sides = [self._sides(a.flatten(0, -2), b.flatten(0, -2)) for a, b in pairs]
+        return self._scaled(torch.stack([left @ right for left, right in sides]))
+
+    def write_rows(self, cotangent: Tensor, layout: Layout, into: Tensor) -> None:
+        if layout.is_regular() and into.dtype == cotangent.dtype:
+            torch.bmm(*self._sides_by_pose(cotangent, layout), out=into)
+            self._scaled(into)
+        else:
+            super().write_rows(cotangent, layout, into)
 
     def prefers_pairs(self, cotangent: torch.Size, layout: Layout, components: int) -> bool:
         """R^2 (d + p) multiplications against R d p for the rows and M^2 d p for their products."""
@@ -100,7 +108,14 @@ class Linear(ClosedForm):
         shape = [size if dim in dims else 1 for dim, size in enumerate(rows)]
         return Layout.along(layout.count, 0, layout.owners.reshape(shape).expand(rows).reshape(-1))
 
-    def _product(self, a: Tensor, b: Tensor) -> Tensor:
-        """`[p, d]`, or `[d, p]` if flipped, from `[..., R, d]` and `[..., R, p]`."""
-        gradient = a.mT @ b if self.flipped else b.mT @ a
-        return gradient if self.scale == 1 else gradient * self.scale
+    def _sides(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        """The factors of the gradient, from `[..., R, d]` and `[..., R, p]`."""
+        return (a.mT, b) if self.flipped else (b.mT, a)
+
+    def _sides_by_pose(self, cotangent: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
+        inputs = self.input.value.to(cotangent.dtype)
+        a, b = layout.by_pose(inputs), layout.by_pose(cotangent)  # [m, T, ..., d]
+        return self._sides(*(t.reshape(len(t), -1, t.shape[-1]) for t in (a, b)))  # [m, T, d]
+
+    def _scaled(self, gradient: Tensor) -> Tensor:
+        return gradient if self.scale == 1 else gradient.mul_(self.scale)
