@@ -67,7 +67,7 @@ class Block:
     def write(self, into: Tensor) -> None:
         """Writes the matrix to a tensor `[M, n]`."""
         if self._is_whole():
-            self.parts[0].write(into.unflatten(1, self.shape) if self.shape else into.squeeze(1))
+            self.parts[0].write(into.view(self.count, *self.shape))
         else:
             into.copy_(self.matrix())
 

@@ -260,9 +260,8 @@ class PoseJacobian:
         dtype = reduce(torch.promote_types, dtypes) if dtypes else torch.float32
         matrix = torch.empty(count, sum(widths), dtype=dtype, device=self._device)
         columns = torch.split(matrix, widths, dim=1)
-        for part, (name, block) in zip(columns, list(self._blocks.items()), strict=True):
-            if block.parts:
-                part.copy_(self._matrix_of(name))
+        for part, block in zip(columns, self._blocks.values(), strict=True):
+            block.write(part)
         return matrix
 
     def to(self, device: torch.device | str) -> "PoseJacobian":
