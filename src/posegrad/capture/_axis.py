@@ -5,22 +5,56 @@ from math import prod
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
-__all__ = ["FACTS", "RULES", "Axis", "Facts", "Rule", "axis_in"]
+from posegrad.jacobian import NOBODY, Layout
+
+__all__ = ["FACTS", "RULES", "Axis", "Facts", "Rule", "agreed", "axis_in", "dim_of"]
 
 
 class Axis(NamedTuple):
-    """Where the poses of a tensor lie: in one dimension of size `outer * poses * inner`.
+    """Where the poses of a tensor lie: in one dimension.
 
     Args:
         dim: The dimension.
         poses: m, their number.
-        inner: How many neighbours along it belong to one pose.
+        inner: How many neighbours along it belong to one pose, if its size is
+            `outer * poses * inner`.
+        size: Its size.
+        owners: The pose of each entry along it, `[size]`, if they follow no such pattern.
     """
 
     dim: int
     poses: int
     inner: int
+    size: int
+    owners: Tensor | None = None
+
+    def spelled(self, device: torch.device) -> Tensor:
+        """The pose of each entry, `[size]`."""
+        return self.layout(device).owners
+
+    def owned(self, dim: int, owners: Tensor) -> "Axis":
+        """An axis of the same poses with owners of its own."""
+        return Axis(dim, self.poses, 0, len(owners), owners)
+
+    def layout(self, device: torch.device) -> Layout:
+        """The layout of a tensor with this axis."""
+        if self.owners is not None:
+            return Layout.along(self.poses, self.dim, self.owners.to(device))
+        return Layout.regular(self.poses, self.dim, self.size, self.inner, device)
+
+
+def agreed(first: Axis | None, second: Axis | None) -> Axis | None:
+    """The axis of a sum of two cotangents; None if they belong to different poses somewhere."""
+    if first is None or second is None or (first.dim, first.size) != (second.dim, second.size):
+        return None
+    named = second.owners if first.owners is None else first.owners
+    if named is None:
+        return first if first.inner == second.inner else None
+    one, other = first.spelled(named.device), second.spelled(named.device)
+    alike = (one == other) | (one == NOBODY) | (other == NOBODY)
+    return first.owned(first.dim, torch.maximum(one, other)) if bool(alike.all()) else None
 
 
 Facts = tuple[Any, ...]
@@ -41,7 +75,7 @@ def axis_in(shape: torch.Size, stride: int, count: int) -> Axis | None:
         if shape[dim] > 1 and stride < step * shape[dim]:
             inner, rest = divmod(stride, step)
             whole = rest == 0 and shape[dim] % (inner * count) == 0
-            return Axis(dim, count, inner) if whole else None
+            return Axis(dim, count, inner, shape[dim]) if whole else None
         step *= shape[dim]
     return None
 
@@ -58,13 +92,18 @@ def _viewed(facts: Facts, arg: int, axis: Axis, out: torch.Size, inside: torch.S
     """The same numbers in the same order."""
     if out.numel() != inside.numel():
         return None
-    return axis_in(inside, axis.inner * prod(out[axis.dim + 1 :]), axis.poses)
+    behind = prod(out[axis.dim + 1 :])
+    if axis.owners is None:
+        return axis_in(inside, axis.inner * behind, axis.poses)
+    places = [d for d in range(len(inside)) if prod(inside[d + 1 :]) == behind]
+    kept = [d for d in places if inside[d] == axis.size]
+    return axis._replace(dim=kept[0]) if kept else None
 
 
 def _transposed(
     facts: Facts, arg: int, axis: Axis, out: torch.Size, inside: torch.Size
 ) -> Axis | None:
-    first, second = (_dim(dim, len(out)) for dim in facts)
+    first, second = (dim_of(dim, len(out)) for dim in facts)
     return axis._replace(dim={first: second, second: first}.get(axis.dim, axis.dim))
 
 
@@ -77,7 +116,7 @@ def _flipped(
 def _permuted(
     facts: Facts, arg: int, axis: Axis, out: torch.Size, inside: torch.Size
 ) -> Axis | None:
-    return axis._replace(dim=_dim(facts[0][axis.dim], len(out)))
+    return axis._replace(dim=dim_of(facts[0][axis.dim], len(out)))
 
 
 def _reduced(
@@ -85,7 +124,7 @@ def _reduced(
 ) -> Axis | None:
     """A sum, mean or norm over other dimensions."""
     dims = facts[0] if isinstance(facts[0], tuple | list) else facts
-    gone = {_dim(dim, len(inside)) for dim in dims if dim is not None}
+    gone = {dim_of(dim, len(inside)) for dim in dims if dim is not None}
     if not gone:
         return None
     if len(inside) == len(out):  # keepdim
@@ -95,7 +134,7 @@ def _reduced(
 
 def _along(facts: Facts, arg: int, axis: Axis, out: torch.Size, inside: torch.Size) -> Axis | None:
     """An operator that mixes the entries of one dimension, which must not be that of poses."""
-    apart = len(out) == len(inside) and _dim(facts[0], len(out)) != axis.dim
+    apart = len(out) == len(inside) and dim_of(facts[0], len(out)) != axis.dim
     return axis if apart else None
 
 
@@ -103,13 +142,13 @@ def _selected(
     facts: Facts, arg: int, axis: Axis, out: torch.Size, inside: torch.Size
 ) -> Axis | None:
     """One entry of a dimension that is gone; also each output of unbind."""
-    return axis._replace(dim=axis.dim + (axis.dim >= _dim(facts[0], len(inside))))
+    return axis._replace(dim=axis.dim + (axis.dim >= dim_of(facts[0], len(inside))))
 
 
 def _stacked(
     facts: Facts, arg: int, axis: Axis, out: torch.Size, inside: torch.Size
 ) -> Axis | None:
-    new = _dim(facts[0], len(out))
+    new = dim_of(facts[0], len(out))
     return None if axis.dim == new else axis._replace(dim=axis.dim - (axis.dim > new))
 
 
@@ -161,7 +200,7 @@ def _attention(
     return axis if alone else None
 
 
-def _dim(value: int, ndim: int) -> int:
+def dim_of(value: int, ndim: int) -> int:
     """A dimension from 0; negative ones are saved as unsigned numbers."""
     value = value - 2**64 if value >= 2**63 else value
     return value + ndim if value < 0 else value

@@ -13,6 +13,7 @@ from torch import Tensor
 from posegrad.capture._axis import Axis
 from posegrad.capture._edges import Edge, EdgeRegistry
 from posegrad.capture._guard import grad_set_aside, named_failures
+from posegrad.capture._inference import follows_numbers
 from posegrad.capture._recipe import Recipe, outlook, resolve, slow_parameters
 from posegrad.capture._release import release
 from posegrad.capture._rungs import Parts, Reading
@@ -113,9 +114,8 @@ class Gatherer:
             _check_index(pose_index)
             if used:
                 known = self._structure(registry, used, output, stated=bool(pose_index))
-                subject = Subject(
-                    output, registry, pose_index, dim, self._generator, known.inferred
-                )
+                inferred = {} if follows_numbers(registry) else known.inferred
+                subject = Subject(output, registry, pose_index, dim, self._generator, inferred)
                 with _undisturbed(registry, output, parameters):
                     reading = Reading(subject, used, self.block_bytes)
                     parts = self._parts(reading, known.recipe, quiet)

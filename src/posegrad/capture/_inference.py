@@ -6,6 +6,9 @@ poses can be followed from operator to operator by what each operator *is*, what
 Where an operator is not known to keep poses apart, nothing is inferred for what lies behind it, and
 it is probed.
 
+Rows may also be picked by number, as messages between atoms are; then owners follow the numbers
+(`_indexed.py`), and are found anew for each graph.
+
 A tensor's numbers, in row-major order, are laid out as :math:`a \times m \times b`: number n
 belongs to pose :math:`\lfloor n / b \rfloor \bmod m`. Views keep b, the *stride*; other operators
 move it with their dimensions (`_axis.py`).
@@ -15,49 +18,58 @@ from math import prod
 
 import torch
 
-from posegrad.capture._axis import RULES, Axis, Facts, Rule, axis_in
+from posegrad.capture._axis import RULES, Axis, agreed, axis_in
 from posegrad.capture._compat import is_python
 from posegrad.capture._edges import Edge, EdgeRegistry
+from posegrad.capture._indexed import INDEXED
 from posegrad.jacobian import Arrangement
 
-__all__ = ["infer"]
+__all__ = ["follows_numbers", "infer"]
 
 
 def infer(registry: EdgeRegistry, arrangement: Arrangement) -> dict[Edge, Axis]:
     """The axis of poses of every edge for which it follows from the graph alone.
 
     Args:
-        registry: The graph. Its structure and shapes decide; no number does.
+        registry: The graph.
         arrangement: The poses in the output.
     """
     dim, shape = arrangement.dim, arrangement.shape
     stride = 1 if dim is None else prod(shape[dim + 1 :])
     found: dict[Edge, Axis | None] = {registry.root: axis_in(shape, stride, arrangement.poses)}
     for node in registry.in_order():
-        if not registry.sources[node]:
-            continue
-        rule = None if is_python(registry.nodes[node]) else RULES.get(registry.names[node])
-        facts, shapes = registry.facts[node], registry.shapes[node]
         numbers = registry.outputs(node)
         for argument, edge in enumerate(registry.sources[node]):
             if edge is None:
                 continue
-            inside = registry.shapes[edge[0]][edge[1]]
-            axes = {
-                _moved(rule, facts, argument, found.get((node, i)), shapes[i], inside)
-                for i in numbers
-            }
-            axis = axes.pop() if len(axes) == 1 else None
-            found[edge] = axis if found.get(edge, axis) == axis else None
+            moved = [_moved(registry, node, i, argument, edge, found) for i in numbers]
+            axis = moved[0]
+            for other in [*moved[1:], *([found[edge]] if edge in found else [])]:
+                axis = agreed(axis, other)
+            found[edge] = axis
     return {edge: axis for edge, axis in found.items() if axis is not None}
 
 
+def follows_numbers(registry: EdgeRegistry) -> bool:
+    """Whether `infer` may look at numbers, so that it holds for this one graph only."""
+    return any(name in INDEXED for name in registry.names)
+
+
 def _moved(
-    rule: Rule | None,
-    facts: Facts,
+    registry: EdgeRegistry,
+    node: int,
+    number: int,
     argument: int,
-    axis: Axis | None,
-    out: torch.Size,
-    inside: torch.Size,
+    edge: Edge,
+    found: dict[Edge, Axis | None],
 ) -> Axis | None:
-    return None if rule is None or axis is None else rule(facts, argument, axis, out, inside)
+    """The axis of an operator's argument, as its output of that number tells."""
+    axis, name, operator = found.get((node, number)), registry.names[node], registry.nodes[node]
+    if axis is None or is_python(operator):
+        return None
+    out: torch.Size = registry.shapes[node][number]
+    inside: torch.Size = registry.shapes[edge[0]][edge[1]]
+    if name in INDEXED:
+        return INDEXED[name](operator, argument, axis, out, inside)
+    rule = RULES.get(name)
+    return None if rule is None else rule(registry.facts[node], argument, axis, out, inside)

@@ -91,7 +91,10 @@ def attempt(subject: Subject, arrangement: Arrangement, sites: Sequence[Site]) -
         return mix * each.reshape(output.shape).to(mix)
 
     base = _at(subject, edges, mix)
-    layouts = {edge: _known_layout(subject, arrangement, edge, b) for edge, b in base.items()}
+    shared: dict[tuple[int, int], Layout] = {}
+    layouts = {
+        edge: _known_layout(subject, arrangement, edge, b, shared) for edge, b in base.items()
+    }
     unknown = [edge for edge, layout in layouts.items() if layout is None]
     if unknown:
         probes = make_probes(count, _narrowest(unknown, subject), subject.generator)
@@ -114,7 +117,11 @@ def _at(subject: Subject, edges: Sequence[Edge], cotangent: Tensor) -> dict[Edge
 
 
 def _known_layout(
-    subject: Subject, arrangement: Arrangement, edge: Edge, cotangent: Tensor | None
+    subject: Subject,
+    arrangement: Arrangement,
+    edge: Edge,
+    cotangent: Tensor | None,
+    shared: dict[tuple[int, int], Layout],
 ) -> Layout | None:
     """The layout that needs no probe: of one pose, of nothing, inferred, or stated."""
     count = arrangement.poses
@@ -125,8 +132,10 @@ def _known_layout(
         return single(cotangent)
     axis = subject.axes(arrangement).get(edge)
     if axis is not None:
-        size = cotangent.shape[axis.dim]
-        return Layout.regular(count, axis.dim, size, axis.inner, cotangent.device)
+        if axis.owners is None:
+            return axis.layout(cotangent.device)
+        key = id(axis.owners), axis.dim  # the graph's own, so they stay
+        return shared.setdefault(key, axis.layout(cotangent.device))
     if subject.pose_index and cotangent.ndim:
         return _stated(subject.pose_index, count, cotangent)
     return None

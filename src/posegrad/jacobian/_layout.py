@@ -104,7 +104,8 @@ class Layout:
         """The rows of each pose, one tensor `[R_i, ...]` a pose."""
         if self.stride is not None:
             return self.by_pose(tensor).unbind(0)
-        return torch.split(self.front(tensor)[self._order], self.sizes)
+        rows = self.front(tensor)
+        return torch.split(rows if self._is_in_order else rows[self._order], self.sizes)
 
     def sum(self, rows: Tensor) -> Tensor:
         """Adds up the rows of each pose: `[R, ...]`, as `front` gives them, to `[m, ...]`."""
@@ -146,6 +147,12 @@ class Layout:
         """The layout on another device."""
         stated = None if self.stated is None else self.stated.to(device)
         return replace(self, stated=stated, device=torch.device(device))
+
+    @cached_property
+    def _is_in_order(self) -> bool:
+        """Whether the poses follow each other, as they do in most batches."""
+        owners = self.owners
+        return bool((owners[1:] >= owners[:-1]).all()) and bool((owners[:1] != NOBODY).all())
 
     @cached_property
     def _order(self) -> Tensor:

@@ -1,0 +1,142 @@
+r"""Operators that pick or add up rows by number: the owners follow the numbers.
+
+In a graph network, messages take the rows of their atoms and atoms add up their messages. If
+message e is row :math:`s_e` of the atoms, the cotangent of atom a is the sum of those of its
+messages, so it belongs to their owner if they have only one; and that is seen from the numbers
+alone, whatever values flow.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import Node
+
+from posegrad.capture._axis import Axis, dim_of
+from posegrad.capture._compat import is_packed, saved
+from posegrad.jacobian import NOBODY
+
+__all__ = ["INDEXED", "IndexRule"]
+
+IndexRule = Callable[[Node, int, Axis, torch.Size, torch.Size], Axis | None]
+"""As `_axis.Rule`, but it looks at the numbers the operator saved."""
+
+
+def _picked(node: Node, arg: int, axis: Axis, out: torch.Size, inside: torch.Size) -> Axis | None:
+    """`out = x.index_select(dim, index)`, and `x[index]`."""
+    dim, index = _numbers(node, out)
+    if index is None:
+        return None
+    if dim != axis.dim:
+        return axis if len(out) == len(inside) else None
+    return _gathered(axis, index, inside[dim])
+
+
+def _picked_each(
+    node: Node, arg: int, axis: Axis, out: torch.Size, inside: torch.Size
+) -> Axis | None:
+    """`out = x.gather(dim, index)`."""
+    dim, index = dim_of(saved(node, "dim"), len(out)), saved(node, "index")
+    if dim != axis.dim:
+        return axis if inside[axis.dim] == out[axis.dim] else None
+    vector = _vector(index, dim)
+    return None if vector is None else _gathered(axis, vector, inside[dim])
+
+
+def _added(node: Node, arg: int, axis: Axis, out: torch.Size, inside: torch.Size) -> Axis | None:
+    """`out = x.index_add(dim, index, source)` and the like: row e goes to row `index[e]`."""
+    if arg == 0:
+        return axis
+    dim, index = _numbers(node, out)
+    if index is None:
+        return None
+    return _spread(axis, dim, index, out, inside)
+
+
+def _added_each(
+    node: Node, arg: int, axis: Axis, out: torch.Size, inside: torch.Size
+) -> Axis | None:
+    """`out = x.scatter_add(dim, index, source)`, `scatter_reduce`."""
+    if arg == 0:
+        return axis
+    dim = dim_of(saved(node, "dim"), len(out))
+    vector = _vector(saved(node, "index"), dim)
+    return None if vector is None else _spread(axis, dim, vector, out, inside)
+
+
+def _numbers(node: Node, out: torch.Size) -> tuple[int, Tensor | None]:
+    """The dimension and the row numbers `[E]` of an indexing operator, if it has one such index."""
+    index, dim = saved(node, "index"), saved(node, "dim")
+    if index is None:
+        indices = saved(node, "indices")
+        given = [place for place, one in enumerate(indices) if one is not None]
+        if len(given) != 1:
+            return 0, None
+        index, dim = indices[given[0]], given[0]
+    if index.ndim != 1 or index.dtype not in (torch.int64, torch.int32, torch.bool):
+        return 0, None
+    if index.dtype == torch.bool:
+        index = index.nonzero().squeeze(1)
+    return dim_of(dim, len(out)), index
+
+
+def _vector(index: Tensor, dim: int) -> Tensor | None:
+    """`[E]` of an index that is the same along all other dimensions."""
+    vector = index
+    for other in reversed(range(index.ndim)):
+        if other != dim:
+            first = vector.narrow(other, 0, 1)
+            if vector.stride(other) != 0 and not torch.equal(vector, first.expand_as(vector)):
+                return None
+            vector = first.squeeze(other)
+    return vector
+
+
+def _gathered(axis: Axis, index: Tensor, size: int) -> Axis | None:
+    """Rows that were picked: each belongs to the owner of all its copies."""
+    copies = axis.spelled(index.device)  # [E]
+    live = copies != NOBODY
+    if not bool(live.all()):
+        index, copies = index[live], copies[live]
+    index = torch.where(index < 0, index + size, index)
+    owners = torch.full((size,), NOBODY, device=index.device).scatter_(0, index, copies)
+    if not torch.equal(owners[index], copies):
+        return None  # copies with several owners
+    return axis.owned(axis.dim, owners)
+
+
+def _spread(
+    axis: Axis, dim: int, index: Tensor, out: torch.Size, inside: torch.Size
+) -> Axis | None:
+    """Rows that were added up: each belongs to the owner of the sum it went into."""
+    if dim != axis.dim:
+        return axis if inside[axis.dim] == out[axis.dim] else None
+    if len(index) != inside[dim]:
+        return None
+    return axis.owned(dim, axis.spelled(index.device)[index])
+
+
+def _readable(rule: IndexRule) -> IndexRule:
+    """Reads nothing that a checkpoint would have to recompute."""
+
+    def careful(
+        node: Node, arg: int, axis: Axis, out: torch.Size, inside: torch.Size
+    ) -> Axis | None:
+        return None if is_packed(node) else rule(node, arg, axis, out, inside)
+
+    return careful
+
+
+INDEXED: dict[str, IndexRule] = {
+    name: _readable(rule)
+    for name, rule in {
+        "GatherBackward0": _picked_each,
+        "IndexAddBackward0": _added,
+        "IndexBackward0": _picked,
+        "IndexPutBackward0": _added,
+        "IndexSelectBackward0": _picked,
+        "ScatterAddBackward0": _added_each,
+        "ScatterReduceBackward0": _added_each,
+    }.items()
+}
+"""By the kind of operator."""
