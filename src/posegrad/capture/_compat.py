@@ -1,6 +1,6 @@
 """The only place that uses names PyTorch does not promise to keep."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,8 +23,9 @@ __all__ = [
     "is_python",
     "leaf_hooks_off",
     "saved",
-    "saved_slots",
     "shape_of",
+    "slot_names",
+    "slots_of",
     "tree_leaves",
 ]
 
@@ -47,9 +48,9 @@ def leaf_hooks_off(leaves: Iterable[Tensor]) -> Iterator[None]:
             table.update(functions)
 
 
-def shape_of(node: Node) -> list[torch.Size]:
+def shape_of(node: Node) -> tuple[torch.Size, ...]:
     """The shapes of a node's outputs."""
-    return [torch.Size(data.shape) for data in node._input_metadata]
+    return tuple([torch.Size(data.shape) for data in node._input_metadata])
 
 
 def dtype_of(node: Node) -> list[torch.dtype]:
@@ -77,21 +78,25 @@ def saved(node: Node, name: str) -> Any:
     return getattr(node, f"_saved_{name}", None)
 
 
-def saved_slots(node: Node) -> list[Any]:
-    """Where a node holds saved tensors."""
+def slot_names(node: Node) -> list[str]:
+    """The names under which a kind of node may hold saved tensors."""
     kind = type(node)
     if kind not in _SLOTS:
         _SLOTS[kind] = [name for name in dir(kind) if name.startswith("_raw_saved_")]
-    slots: list[Any] = []
-    for name in _SLOTS[kind]:
-        value = getattr(node, name)
-        slots += value if isinstance(value, tuple | list) else [value]
-    return slots
+    return _SLOTS[kind]
+
+
+def slots_of(node: Node, name: str) -> Sequence[Any]:
+    """Where a node holds the tensors it saved under a name."""
+    value = getattr(node, name)
+    return value if isinstance(value, tuple | list) else (value,)
 
 
 def is_packed(node: Node) -> bool:
     """Whether a saved tensor has to be unpacked first: by a checkpoint, which recomputes it."""
-    return any(slot.unpack_hook is not None for slot in saved_slots(node))
+    return any(
+        slot.unpack_hook is not None for name in slot_names(node) for slot in slots_of(node, name)
+    )
 
 
 _SLOTS: dict[type, list[str]] = {}

@@ -54,26 +54,21 @@ class EdgeRegistry:
         self.nodes: list[Node] = []
         self.names: list[str] = []
         self.sources: list[tuple[Edge | None, ...]] = []
+        self.shapes: list[tuple[torch.Size, ...]] = []
+        self.leaves: dict[int, int] = {}
         for node, sources in _reachable(root.node):
+            if type(node) is LEAF:
+                self.leaves[id(node.variable)] = len(self.nodes)  # type: ignore[attr-defined]
             self.nodes.append(node)
             self.names.append(_name(node))
             self.sources.append(sources)
-        self.leaves: dict[int, int] = {
-            id(node.variable): number  # type: ignore[attr-defined]
-            for number, node in enumerate(self.nodes)
-            if type(node) is LEAF
-        }
-
-    @cached_property
-    def shapes(self) -> list[list[torch.Size]]:
-        """The shapes of each node's outputs."""
-        return [shape_of(node) for node in self.nodes]
+            self.shapes.append(shape_of(node))
 
     @cached_property
     def facts(self) -> list[Facts]:
         """What each operator was told beside tensors, as far as its rule in `_axis` looks at it."""
         return [
-            tuple(_frozen(saved(node, fact)) for fact in FACTS.get(name, ()))
+            tuple([_frozen(saved(node, fact)) for fact in FACTS[name]]) if name in FACTS else ()
             for node, name in zip(self.nodes, self.names, strict=True)
         ]
 
@@ -144,17 +139,15 @@ class EdgeRegistry:
                 rising.append(number)
         return rising[::-1]
 
-    def structure(self, numbers: Mapping[int, int]) -> tuple[int, int]:
-        """Two hashes: of kinds of nodes, edges, ranks, which parameter where; and of shapes too.
+    def structure(self, numbers: Mapping[int, int]) -> tuple[Any, ...]:
+        """Kinds of nodes, edges, shapes, and which parameter enters where; hashable.
 
         Args:
             numbers: A number for each parameter, by `id`.
         """
-        leaves = tuple((node, numbers.get(key, -1)) for key, node in self.leaves.items())
-        kinds = hash((tuple(self.names), tuple(self.sources), leaves, tuple(self.facts)))
-        ranks = tuple([len(shape) for shapes in self.shapes for shape in shapes])
-        sizes = tuple([shape for shapes in self.shapes for shape in shapes])
-        return hash((kinds, ranks)), hash((kinds, sizes))
+        leaves = tuple([(node, numbers.get(key, -1)) for key, node in self.leaves.items()])
+        kinds = tuple(self.names), tuple(self.sources), leaves, tuple(self.facts)
+        return kinds, tuple(self.shapes)
 
     def at(self, edges: Iterable[Edge]) -> list[GradientEdge]:
         """The edges as `torch.autograd.grad` takes them."""

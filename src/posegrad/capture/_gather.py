@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import Any
@@ -12,15 +12,15 @@ from torch import Tensor
 
 from posegrad.capture._axis import Axis
 from posegrad.capture._edges import Edge, EdgeRegistry
-from posegrad.capture._guard import grad_set_aside, named_failures
+from posegrad.capture._guard import grad_set_aside, name_failure
 from posegrad.capture._inference import follows_numbers
 from posegrad.capture._recipe import Recipe, outlook, resolve, slow_parameters
-from posegrad.capture._release import release
+from posegrad.capture._release import Slot, release, slots_above
 from posegrad.capture._rungs import Parts, Reading
 from posegrad.capture._trial import Subject, Trial, attempt
 from posegrad.capture._verify import disagreeing
 from posegrad.errors import NoPosesError, NotDifferentiableError, ShapeMismatchError
-from posegrad.jacobian import Arrangement, Block, PoseJacobian, no_autocast
+from posegrad.jacobian import Arrangement, Block, PoseJacobian, casting, no_autocast
 
 __all__ = ["Gatherer"]
 
@@ -35,12 +35,12 @@ class _Structure:
 
     Args:
         recipe: The key of the recipe, which serves other shapes too.
-        above: The nodes above the parameters.
+        slots: Where nodes above the parameters hold saved tensors.
         inferred: Where poses lie, as far as it follows, by the output's dimension of poses.
     """
 
     recipe: int
-    above: list[int]
+    slots: list[Slot]
     inferred: dict[int | None, dict[Edge, Axis]] = field(default_factory=dict)
 
 
@@ -120,7 +120,7 @@ class Gatherer:
                     reading = Reading(subject, used, self.block_bytes)
                     parts = self._parts(reading, known.recipe, quiet)
                     if not keep_graph:
-                        release(registry, known.above)
+                        release(registry, known.slots)
         if not parts and must_depend:
             raise NotDifferentiableError(_unrelated_message(output, len(parameters)))
         blocks = {
@@ -132,14 +132,15 @@ class Gatherer:
         self, registry: EdgeRegistry, used: Mapping[str, Tensor], output: Tensor, *, stated: bool
     ) -> _Structure:
         numbers = {id(p): i for i, p in enumerate(used.values())}
-        alike, same = registry.structure(numbers)
-        names = tuple(used)
-        key = hash((same, names, stated))
+        kinds, shapes = registry.structure(numbers)
+        rest = tuple(used), stated
+        key = hash((kinds, shapes, rest))
         if key not in self._structures:
+            ranks = tuple(len(shape) for node in shapes for shape in node)
             several = tuple(min(size, 2) for size in output.shape)
             leaves = [registry.leaves[id(p)] for p in used.values()]
             self._structures[key] = _Structure(
-                hash((alike, names, stated, several)), registry.above(leaves)
+                hash((kinds, ranks, rest, several)), slots_above(registry, leaves)
             )
             _forget(self._structures)
         return self._structures[key]
@@ -174,17 +175,20 @@ class Gatherer:
 def _undisturbed(
     registry: EdgeRegistry, output: Tensor, parameters: Mapping[str, Tensor]
 ) -> Iterator[None]:
-    """No graph is made, nothing is cast, and no `.grad` is written."""
-    # torch's own functions deposit nothing
-    aside = grad_set_aside(parameters) if registry.has_python() else nullcontext()
-    with (
-        torch.inference_mode(False),
-        torch.no_grad(),
-        no_autocast(output.device.type),
-        aside,
-        named_failures(),
-    ):
-        yield
+    """No graph is made, nothing is cast, no `.grad` is written, and failures have names."""
+    with ExitStack() as stack:
+        if torch.is_inference_mode_enabled():
+            stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.no_grad())
+        if casting(output.device.type):
+            stack.enter_context(no_autocast(output.device.type))
+        if registry.has_python():  # torch's own functions deposit nothing
+            stack.enter_context(grad_set_aside(parameters))
+        try:
+            yield
+        except RuntimeError as error:
+            name_failure(error)
+            raise
 
 
 def _followed(subject: Subject, recipe: Recipe) -> Trial | None:

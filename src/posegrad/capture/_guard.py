@@ -8,7 +8,7 @@ from torch import Tensor
 
 from posegrad.errors import ReentrantCheckpointError, StaleFactorError, UnsupportedModuleError
 
-__all__ = ["grad_set_aside", "named_failures"]
+__all__ = ["grad_set_aside", "name_failure"]
 
 _ONE_AT_A_TIME = RLock()
 
@@ -38,26 +38,21 @@ def grad_set_aside(parameters: Mapping[str, Tensor]) -> Iterator[None]:
         )
 
 
-@contextmanager
-def named_failures() -> Iterator[None]:
+def name_failure(error: RuntimeError) -> None:
     """Gives torch's own failures of a backward a name, and says what to do.
 
     Raises:
         StaleFactorError: if a saved tensor was changed in place.
         UnsupportedModuleError: if a compiled graph can be used only once.
     """
-    try:
-        yield
-    except RuntimeError as error:
-        if "modified by an inplace operation" in str(error):
-            raise StaleFactorError(
-                f"A tensor saved in the forward was changed in place before its Jacobian was read; "
-                f"a plain backward would fail likewise.\n{error}\nChange a clone."
-            ) from error
-        if "donated buffer" in str(error):
-            raise UnsupportedModuleError(
-                "A part of the model was compiled so that its graph can be used only once, and the "
-                "Jacobian needs it more often.\nSet torch._functorch.config.donated_buffer = False "
-                "before the model is compiled."
-            ) from error
-        raise
+    if "modified by an inplace operation" in str(error):
+        raise StaleFactorError(
+            f"A tensor saved in the forward was changed in place before its Jacobian was read; "
+            f"a plain backward would fail likewise.\n{error}\nChange a clone."
+        ) from error
+    if "donated buffer" in str(error):
+        raise UnsupportedModuleError(
+            "A part of the model was compiled so that its graph can be used only once, and the "
+            "Jacobian needs it more often.\nSet torch._functorch.config.donated_buffer = False "
+            "before the model is compiled."
+        ) from error

@@ -5,14 +5,17 @@ from typing import NoReturn
 
 from torch import Tensor
 
-from posegrad.capture._compat import saved_slots
+from posegrad.capture._compat import slot_names, slots_of
 from posegrad.capture._edges import EdgeRegistry
 
-__all__ = ["release"]
+__all__ = ["Slot", "release", "slots_above"]
+
+Slot = tuple[int, str]
+"""The number of a node, and the name of what it saved."""
 
 
-def release(registry: EdgeRegistry, above: Iterable[int]) -> None:
-    """Frees what the nodes above some leaves saved, as `torch.autograd.grad` of them would.
+def release(registry: EdgeRegistry, slots: Iterable[Slot]) -> None:
+    """Frees what nodes saved, as `torch.autograd.grad` of the leaves below would.
 
     Nothing runs, no hook of the user's either: every saved tensor is replaced by nothing, through
     the interface that lets saved tensors be packed. Using the graph again raises, as it would after
@@ -20,14 +23,24 @@ def release(registry: EdgeRegistry, above: Iterable[int]) -> None:
 
     Args:
         registry: The graph.
-        above: The numbers of those nodes.
+        slots: Where tensors may be saved.
     """
-    for number in above:
-        for slot in saved_slots(registry.nodes[number]):
+    for number, name in slots:
+        for slot in slots_of(registry.nodes[number], name):
             try:
                 slot.register_hooks(_nothing, _gone)
             except RuntimeError:
                 continue  # empty, or packed by a checkpoint, which holds little
+
+
+def slots_above(registry: EdgeRegistry, leaves: Iterable[int]) -> list[Slot]:
+    """Where everything that was computed from some leaves saved something."""
+    return [
+        (number, name)
+        for number in registry.above(leaves)
+        for name in slot_names(registry.nodes[number])
+        if any(slot.data is not None for slot in slots_of(registry.nodes[number], name))
+    ]
 
 
 def _nothing(_: Tensor) -> None:

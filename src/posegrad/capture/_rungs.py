@@ -64,7 +64,8 @@ class Reading:
                         what=site.parameter,
                     )
 
-        if any(is_packed(self.registry.nodes[site.node]) for site in sites):
+        nodes = {self.registry.nodes[site.node] for site in sites if site.closed}
+        if any(is_packed(node) for node in nodes):
             in_backward(read_all)
         else:
             read_all()

@@ -124,15 +124,15 @@ class Layout:
         if self.pattern is None:
             return values[self.owners.clamp(min=0)]
         size, stride = self.pattern
+        if size == self.count:
+            return values
         outer = size // (self.count * stride)
         return values.reshape(1, -1, 1).expand(outer, self.count, stride).reshape(-1)
 
     def weigh(self, tensor: Tensor, weights: Tensor) -> Tensor:
         """`tensor` with every row multiplied by the weight `[m]` of its owner."""
-        values = self.spread(weights.to(tensor.dtype))
-        values = values.reshape([tensor.shape[dim] for dim in self.dims])
         shape = [size if dim in self.dims else 1 for dim, size in enumerate(tensor.shape)]
-        return tensor * values.reshape(shape)
+        return tensor * self.spread(weights.to(tensor.dtype)).reshape(shape)
 
     def only(self, tensor: Tensor, pose: int) -> Tensor:
         """`tensor` with zeros in place of the rows of all other poses."""

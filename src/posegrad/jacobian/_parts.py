@@ -1,7 +1,7 @@
 """Parts of a block: how the rows of one parameter's Jacobian are held."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Self, final
 
@@ -47,6 +47,10 @@ class Arrangement:
         shaped = flat.reshape(*self.shape, *flat.shape[1:])
         return shaped.movedim(self.dim, 0).reshape(self.poses, self.components, *flat.shape[1:])
 
+    def columns(self, flat: Tensor) -> Sequence[Tensor]:
+        """The K components of `[m K]`, each `[m]`."""
+        return [flat] if self.dim is None else self.split(flat).unbind(1)
+
     def join(self, split: Tensor) -> Tensor:
         """The inverse of `split`."""
         if self.dim is None:
@@ -69,16 +73,17 @@ class Weighted:
 
     def of(self, part: "Part") -> Tensor:
         """The weights of a part's rows, `[count]`."""
-        return self.weights[part.start : part.start + part.count]
+        whole = part.count == len(self.weights)
+        return self.weights if whole else self.weights[part.start : part.start + part.count]
 
     def total(self, part: "Factors") -> Tensor:
         """The cotangent of the sum of all rows times their weights."""
         first, *others = part.cotangents
         key = id(first), part.start
         if key not in self._known:  # holding the cotangent keeps its id its own
-            columns = part.arrangement.split(self.of(part)).unbind(1)  # K of [m]
-            total = part.layout.weigh(wide(first), columns[0])
-            for cotangent, column in zip(others, columns[1:], strict=True):
+            column, *columns = part.arrangement.columns(self.of(part))  # K of [m]
+            total = part.layout.weigh(wide(first), column)
+            for cotangent, column in zip(others, columns, strict=True):
                 total = total + part.layout.weigh(wide(cotangent), column)
             self._known[key] = first, total
         return self._known[key][1]
