@@ -30,7 +30,6 @@ LAYERS = {
         "two inputs",
         lambda: nn.Bilinear(WIDTH, 2, 3),
         lambda model, seed: score(model(draw(seed, M, WIDTH), draw(seed + 9, M, 2))),
-        SLOW,
         dense=True,
     ),
     "Conv1d": A("", lambda: _seq(nn.Conv1d(2, 3, 3), nn.Tanh()), batch(2, 6), dense=True),
@@ -82,16 +81,26 @@ LAYERS = {
         batch(T, inputs=tokens),
         SLOW,
     ),
-    "EmbeddingBag": A("", lambda: nn.EmbeddingBag(7, 3), batch(T, inputs=tokens), SLOW, dense=True),
+    "EmbeddingBag": A("", lambda: nn.EmbeddingBag(7, 3), batch(T, inputs=tokens), dense=True),
     "EmbeddingBag, ragged": A(
         "offsets",
         lambda: nn.EmbeddingBag(7, 3, mode="sum"),
         lambda model, seed: score(
             model(tokens(seed, 2 * M), torch.arange(M) * 2 - torch.arange(M) // 3)
         ),
-        SLOW,
     ),
-    "PReLU": A("", lambda: mlp(nn.PReLU(5)), PLAIN, SLOW, dense=True),
+    "EmbeddingBag, weighted": A(
+        "per_sample_weights, padding_idx",
+        lambda: nn.EmbeddingBag(7, 3, mode="sum", padding_idx=2),
+        lambda model, seed: score(
+            model(tokens(seed, M, T), per_sample_weights=draw(seed + 9, M, T).abs())
+        ),
+        dense=True,
+    ),
+    "EmbeddingBag, max": A(
+        "", lambda: nn.EmbeddingBag(7, 3, mode="max"), batch(T, inputs=tokens), SLOW, dense=True
+    ),
+    "PReLU": A("", lambda: mlp(nn.PReLU(5)), PLAIN, dense=True),
     "In-place activations": A(
         "", lambda: mlp(nn.ReLU(True), nn.Linear(5, 5), nn.SiLU(True)), PLAIN, dense=True
     ),
@@ -113,7 +122,6 @@ NORMS = {
         "affine",
         lambda: _seq(nn.Conv2d(2, 3, 2), nn.InstanceNorm2d(3, affine=True)),
         batch(*IMAGE),
-        SLOW,
         dense=True,
     ),
     "BatchNorm, eval": A("", lambda: mlp(nn.BatchNorm1d(5)).eval(), PLAIN, dense=True),
@@ -155,7 +163,7 @@ SEQUENCES = {
         dense=True,
     ),
     "Attention, bias_k and bias_v": A(
-        "", lambda: models.Attention(add_bias_kv=True), batch(T, WIDTH), SLOW, dense=True
+        "", lambda: models.Attention(add_bias_kv=True), batch(T, WIDTH), dense=True
     ),
     "Attention, padded": A(
         "key_padding_mask",

@@ -235,6 +235,31 @@ class Prototypes(nn.Module):
         return torch.cdist(x, self.points)
 
 
+class Vector(nn.Module):
+    """A vector of weights behind a hidden layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden = nn.Linear(WIDTH, 4)
+        self.weights = nn.Parameter(torch.randn(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.hidden(x)) @ self.weights
+
+
+class Stacked(nn.Module):
+    """Three experts: their weights on the right of the poses, then on the left."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.right = nn.Parameter(torch.randn(3, WIDTH, 4))
+        self.left = nn.Parameter(torch.randn(3, 2, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = torch.bmm(x.expand(3, *x.shape), self.right).tanh()  # [3, m, 4]
+        return torch.bmm(self.left, hidden.mT).mT  # [3, m, 2]
+
+
 class Ensemble(nn.Module):
     """Three models at once."""
 

@@ -59,18 +59,23 @@ SHARED = {
     "Generated weights, each pose": A("by a network, for each", shared.Hyper, PLAIN, dense=True),
     "Weights replaced": A("torch.func.functional_call", mlp, states.functional),
     "Weight on the left": A("W X", shared.WeightOnTheLeft, PLAIN),
-    "einsum": A("", shared.Einsum, batch(T, WIDTH), SLOW, dense=True),
+    "einsum": A("", shared.Einsum, batch(T, WIDTH), dense=True),
     "Poses that are parameters": A("divided by a whole number", shared.Thirds, PLAIN),
     "Distances to a parameter": A("torch.cdist", shared.Prototypes, PLAIN, SLOW, dense=True),
+    "Vector": A("inputs @ a vector of weights", shared.Vector, batch(T, WIDTH), dense=True),
+    "Weights in a batch": A(
+        "torch.bmm, poses in the rows of one and the columns of another",
+        shared.Stacked,
+        lambda model, seed: score(model(draw(seed, M, WIDTH)), dim=1),
+    ),
     "Ensemble": A(
         "models in dimension 0, poses in 1: baddbmm",
         shared.Ensemble,
         lambda model, seed: score(model(draw(seed, M, WIDTH)), dim=1),
-        SLOW,
     ),
     "Weight standardisation": A("", shared.Standardised, batch(2, 3, 3)),
     "A sum of a parameter": A("repeated for each pose, added", shared.Offset, PLAIN, dense=True),
-    "Pose embedding": A("rows of a parameter, by index", shared.Lookup, batch(inputs=tokens), SLOW),
+    "Pose embedding": A("rows of a parameter, by index", shared.Lookup, batch(inputs=tokens)),
     "Temperature, exp": A(
         "a trainable scalar", lambda: shared.Temperature(softplus=False), PLAIN, dense=True
     ),

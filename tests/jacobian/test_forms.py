@@ -12,8 +12,19 @@ from torch import Tensor, nn
 from posegrad import Engine, StaleFactorError
 from posegrad.capture._owners import find_layout, make_probes
 from posegrad.jacobian import NOBODY, ClosedForm, Factor, Layout
-from posegrad.jacobian._form import Products
-from posegrad.jacobian.layers import Convolution, Elementwise, Embedding, Linear, NormScale
+from posegrad.jacobian._products import Products
+from posegrad.jacobian.layers import (
+    BatchedLinear,
+    Bilinear,
+    Convolution,
+    Elementwise,
+    Embedding,
+    EmbeddingBag,
+    Linear,
+    NormScale,
+    Repeat,
+    Vector,
+)
 
 F64 = torch.float64
 
@@ -60,8 +71,38 @@ def _layer_norm(rows: int) -> Case:
 
 def _embedding(rows: int, *, padding: int | None = None, dim: int = 0) -> Case:
     indices = torch.randint(4, (rows, 3) if dim == 0 else (3, rows))
-    form = Embedding(torch.Size([4, 2]), _factor(indices), padding)
+    form = Embedding(torch.Size([4, 2]), padding, _factor(indices))
     return Case(form, torch.randn(*indices.shape, 2, dtype=F64), dim)
+
+
+def _bags(rows: int) -> Case:
+    bags = torch.arange(rows).repeat(3)[torch.randperm(3 * rows)]  # also where several are one's
+    indices, scale = torch.randint(4, (3 * rows,)), torch.randn(3 * rows, dtype=F64)
+    form = EmbeddingBag(torch.Size([4, 2]), 1, _factor(indices), _factor(bags), _factor(scale))
+    return Case(form, torch.randn(rows, 2, dtype=F64), 0)
+
+
+def _batched(rows: int, *, on_left: bool) -> Case:
+    a, b = torch.randn(2, rows, 3, dtype=F64), torch.randn(2, rows, 4, dtype=F64)
+    a, b = (a.mT, b.mT) if on_left else (a, b)
+    shape = torch.Size((2, 4, 3) if on_left else (2, 3, 4))
+    return Case(BatchedLinear(shape, _factor(a), on_left, 0.5), b, 1 + int(on_left))
+
+
+def _vector(rows: int) -> Case:
+    form = Vector(torch.Size([3]), _factor(torch.randn(rows, 3, dtype=F64)))
+    return Case(form, torch.randn(rows, dtype=F64), 0)
+
+
+def _bilinear(rows: int) -> Case:
+    x, z = torch.randn(rows, 3, dtype=F64), torch.randn(rows, 2, dtype=F64)
+    form = Bilinear(torch.Size([4, 3, 2]), _factor(x), _factor(z))
+    return Case(form, torch.randn(rows, 4, dtype=F64), 0)
+
+
+def _repeat(rows: int) -> Case:
+    form = Repeat(torch.Size([1, 3]), (2, rows, 2))
+    return Case(form, torch.randn(2, rows, 6, dtype=F64), 1)
 
 
 def _convolution(rows: int, *, transposed: bool = False, groups: int = 1) -> Case:
@@ -85,6 +126,12 @@ CASES: dict[str, Callable[[int], Case]] = {
     "embedding": _embedding,
     "embedding, padding": lambda r: _embedding(r, padding=1),
     "embedding, pose second": lambda r: _embedding(r, padding=0, dim=1),
+    "embedding bag": _bags,
+    "batched": lambda r: _batched(r, on_left=False),
+    "batched, on the left": lambda r: _batched(r, on_left=True),
+    "vector": _vector,
+    "bilinear": _bilinear,
+    "repeat": _repeat,
     "convolution": _convolution,
     "convolution, groups": lambda r: _convolution(r, groups=2),
     "convolution, transposed": lambda r: _convolution(r, transposed=True),
@@ -139,7 +186,7 @@ def test_a_form_moves_with_its_factors(name: str) -> None:
     assert torch.equal(moved.vjp(case.cotangent), case.form.vjp(case.cotangent))
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if name != "bias"])
+@pytest.mark.parametrize("name", [n for n in CASES if n not in ("bias", "repeat")])
 def test_a_factor_changed_in_place_is_refused(name: str) -> None:
     case = CASES[name](6)
     case.form.factors()[0].tensor.add_(1)
@@ -170,6 +217,14 @@ def test_inner_products_are_those_of_the_rows(
     found = case.form.inner(first, second, layout, Products())
 
     torch.testing.assert_close(found, rows[0] @ rows[1].mT, rtol=1e-12, atol=1e-12)
+
+
+def test_inner_products_of_a_bilinear_form() -> None:
+    case, layout = _bilinear(5), Layout.regular(5, 0, 5, 1, None)
+    assert case.form.prefers_pairs(case.cotangent.shape, layout, 1)
+    rows = case.form.rows(case.cotangent, layout).flatten(1)
+    found = case.form.inner(case.cotangent, case.cotangent, layout, Products())
+    torch.testing.assert_close(found, rows @ rows.mT, rtol=1e-12, atol=1e-12)
 
 
 @given(owned=owners(), dim=st.integers(0, 2))

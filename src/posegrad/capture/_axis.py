@@ -189,7 +189,16 @@ def _layer_norm(
 def _batch_norm(
     facts: Facts, arg: int, axis: Axis, out: torch.Size, inside: torch.Size
 ) -> Axis | None:
-    return axis if arg == 0 and facts[0] is False else None
+    """Channels never mix; images do if the statistics are the batch's."""
+    if arg > 0:  # scale and shift, [C]
+        return axis._replace(dim=0) if axis.dim == 1 else None
+    return axis if axis.dim == 1 or (axis.dim == 0 and facts[0] is False) else None
+
+
+def _times_vector(
+    facts: Facts, arg: int, axis: Axis, out: torch.Size, inside: torch.Size
+) -> Axis | None:
+    return axis if arg == 0 else None
 
 
 def _attention(
@@ -250,6 +259,7 @@ RULES: dict[str, Rule] = {
     "MmBackward0": _product(0, 1),
     "BmmBackward0": _product(0, 1),
     "BaddbmmBackward0": _product(1, 2),
+    "MvBackward0": _times_vector,
     **dict.fromkeys(
         (
             "AvgPool2DBackward0",
@@ -261,6 +271,7 @@ RULES: dict[str, Rule] = {
         _images,
     ),
     "ConstantPadNdBackward0": _padded,
+    "FusedRmsNormBackward0": _layer_norm,
     "NativeLayerNormBackward0": _layer_norm,
     "NativeBatchNormBackward0": _batch_norm,
     "ScaledDotProductFlashAttentionForCpuBackward0": _attention,

@@ -1,9 +1,24 @@
 """Closed forms of the per-pose gradient, one operator a file."""
 
+from posegrad.jacobian.layers.batched import BatchedLinear
+from posegrad.jacobian.layers.bilinear import Bilinear
 from posegrad.jacobian.layers.convolution import Convolution
 from posegrad.jacobian.layers.elementwise import Elementwise
-from posegrad.jacobian.layers.embedding import Embedding
+from posegrad.jacobian.layers.embedding import Embedding, EmbeddingBag
 from posegrad.jacobian.layers.linear import Linear
 from posegrad.jacobian.layers.norm import NormScale
+from posegrad.jacobian.layers.repeat import Repeat
+from posegrad.jacobian.layers.vector import Vector
 
-__all__ = ["Convolution", "Elementwise", "Embedding", "Linear", "NormScale"]
+__all__ = [
+    "BatchedLinear",
+    "Bilinear",
+    "Convolution",
+    "Elementwise",
+    "Embedding",
+    "EmbeddingBag",
+    "Linear",
+    "NormScale",
+    "Repeat",
+    "Vector",
+]

@@ -9,38 +9,81 @@ from torch import Tensor
 from posegrad.jacobian._form import ClosedForm, Factor
 from posegrad.jacobian._layout import Layout
 
-__all__ = ["Embedding"]
+__all__ = ["Embedding", "EmbeddingBag"]
+
+
+@dataclass(frozen=True)
+class Table(ClosedForm):
+    """A table `[V, ...]`: cotangents are added up where their indices point.
+
+    Args:
+        padding: An index that gets no gradient, or None.
+    """
+
+    padding: int | None
+
+    def _added(self, indices: Tensor, entries: Tensor, owners: Tensor, count: int) -> Tensor:
+        """`[count, *shape]`, from indices and owners `[N]` and entries `[N, ...]`."""
+        height = self.shape[0]
+        entries = entries.reshape(len(indices), self.shape[1:].numel())
+        if self.padding is not None:
+            entries = entries.masked_fill((indices == self.padding).unsqueeze(1), 0)
+        table = entries.new_zeros(count * height, entries.shape[1])
+        places = owners.clamp(min=0) * height + indices % height
+        return table.index_add_(0, places, entries).reshape(count, *self.shape)
 
 
 @final
 @dataclass(frozen=True)
-class Embedding(ClosedForm):
-    """The table of an embedding, `[V, d]`: cotangents are added up where their indices point.
+class Embedding(Table):
+    """A table whose rows were looked up.
 
     Args:
-        indices: The rows that were looked up, of any shape.
-        padding: An index that gets no gradient, or None.
+        indices: The rows, of any shape.
     """
 
     indices: Factor
-    padding: int | None
 
     def accepts(self, cotangent: torch.Size, layout: Layout) -> bool:
-        return len(cotangent) - 1 not in layout.dims
+        return all(dim < self.indices.tensor.ndim for dim in layout.dims)
 
     def vjp(self, cotangent: Tensor) -> Tensor:
-        places = self.indices.value.reshape(-1)
-        return self._added(places, cotangent.reshape(-1, self.shape[1]), self.shape[0])
+        indices = self.indices.value.reshape(-1)
+        return self._added(indices, cotangent, torch.zeros_like(indices), 1)[0]
 
     def rows(self, cotangent: Tensor, layout: Layout) -> Tensor:
-        entries = layout.front(cotangent).reshape(-1, self.shape[1])  # [R T, d]
         indices = layout.front(self.indices.value)  # [R, ...]
         owners = layout.owners.reshape(-1, *[1] * (indices.ndim - 1)).expand_as(indices)
-        places = (owners.clamp(min=0) * self.shape[0] + indices).reshape(-1)
-        table = self._added(places, entries, layout.count * self.shape[0])
-        return table.reshape(layout.count, *self.shape)
+        entries = layout.front(cotangent)
+        return self._added(indices.reshape(-1), entries, owners.reshape(-1), layout.count)
 
-    def _added(self, places: Tensor, entries: Tensor, height: int) -> Tensor:
-        if self.padding is not None:
-            entries = entries.masked_fill((places % self.shape[0] == self.padding).unsqueeze(1), 0)
-        return entries.new_zeros(height, self.shape[1]).index_add_(0, places, entries)
+
+@final
+@dataclass(frozen=True)
+class EmbeddingBag(Table):
+    """A table whose rows were looked up and summed bag by bag.
+
+    Args:
+        indices: The rows, `[N]`.
+        bags: The bag each went into, `[N]`.
+        scale: What each was multiplied by, `[N]`.
+    """
+
+    indices: Factor
+    bags: Factor
+    scale: Factor
+
+    def accepts(self, cotangent: torch.Size, layout: Layout) -> bool:
+        return layout.dims == (0,)
+
+    def vjp(self, cotangent: Tensor) -> Tensor:
+        indices = self.indices.value
+        return self._added(indices, self._entries(cotangent), torch.zeros_like(indices), 1)[0]
+
+    def rows(self, cotangent: Tensor, layout: Layout) -> Tensor:
+        owners = layout.owners[self.bags.value]
+        return self._added(self.indices.value, self._entries(cotangent), owners, layout.count)
+
+    def _entries(self, cotangent: Tensor) -> Tensor:
+        """The cotangent of every row that was looked up, `[N, d]`."""
+        return cotangent[self.bags.value] * self.scale.value.to(cotangent.dtype).unsqueeze(1)

@@ -1,0 +1,52 @@
+"""Products of a batch of matrices with a batch of weights: ensembles, experts, einsum."""
+
+from dataclasses import dataclass
+from typing import final
+
+import torch
+from torch import Tensor
+
+from posegrad.jacobian._form import ClosedForm, Factor
+from posegrad.jacobian._layout import Layout
+
+__all__ = ["BatchedLinear"]
+
+
+@final
+@dataclass(frozen=True)
+class BatchedLinear(ClosedForm):
+    r"""The weights W of :math:`Y_e = A_e W_e` for e of an ensemble, poses in the rows of A and Y.
+
+    .. math::
+        \frac{\partial \hat y_i}{\partial W_e} = \sum_{r \in R_i} a_{er} b_{er}^\top
+
+    Args:
+        input: A, `[E, R, d]`.
+        on_left: Whether the operator was :math:`Y_e = W_e A_e`, poses in the columns, so that A is
+            `[E, d, R]` and Y `[E, p, R]`.
+        scale: A number the product was multiplied by.
+    """
+
+    input: Factor
+    on_left: bool
+    scale: float
+
+    def accepts(self, cotangent: torch.Size, layout: Layout) -> bool:
+        return layout.dims == ((2,) if self.on_left else (1,))
+
+    def vjp(self, cotangent: Tensor) -> Tensor:
+        a = self.input.value.to(cotangent.dtype)
+        return self._product(*((a.mT, cotangent.mT) if self.on_left else (a, cotangent)))
+
+    def rows(self, cotangent: Tensor, layout: Layout) -> Tensor:
+        inputs = self.input.value.to(cotangent.dtype)
+        if layout.is_regular():
+            a, b = layout.by_pose(inputs), layout.by_pose(cotangent)  # [m, T, E, features]
+            return self._product(a.transpose(1, 2), b.transpose(1, 2))
+        pairs = zip(layout.segments(inputs), layout.segments(cotangent), strict=True)
+        return torch.stack([self._product(a.transpose(0, 1), b.transpose(0, 1)) for a, b in pairs])
+
+    def _product(self, a: Tensor, b: Tensor) -> Tensor:
+        """The weights' shape, from `[..., E, R, d]` and `[..., E, R, p]`."""
+        gradient = b.mT @ a if self.on_left else a.mT @ b
+        return gradient if self.scale == 1 else gradient * self.scale
