@@ -18,7 +18,7 @@ from posegrad.capture._recipe import Recipe, outlook, resolve, slow_parameters
 from posegrad.capture._release import Slot, release, slots_above
 from posegrad.capture._rungs import Parts, Reading
 from posegrad.capture._trial import Subject, Trial, attempt
-from posegrad.capture._verify import disagreeing
+from posegrad.capture._verify import Reference
 from posegrad.errors import NoPosesError, NotDifferentiableError, ShapeMismatchError
 from posegrad.jacobian import Arrangement, Block, PoseJacobian, casting, no_autocast
 
@@ -148,20 +148,31 @@ class Gatherer:
     def _parts(self, reading: Reading, key: int, quiet: bool) -> Parts:
         subject, parameters = reading.subject, reading.parameters
         recipe, trial = self._recipes.get(key), None
+        reference = None
+        if self._is_due(recipe, parameters):
+            reference = Reference.of(subject, parameters)
         if recipe is not None:
-            trial = _followed(subject, recipe)
-        if recipe is None or trial is None:
-            recipe, trial = self._new_recipe(subject, parameters)
+            trial = _tried(subject, recipe)
+        if recipe is None or trial is None or not all(map(trial.serves, recipe.sites)):
+            recipe, trial = self._new_recipe(subject, parameters)  # or poses mix this time
             slow = slow_parameters(recipe)
             if slow and not quiet and self.batch_dim is not None:
                 _warn(_coupled_message(slow))
         parts = reading.parts(recipe, trial)
-        doubtful = _doubtful(self.check, recipe, parts)
-        if doubtful:
-            recipe, parts = _verified(reading, recipe, trial, parts, doubtful, quiet)
+        if reference is not None:
+            done = recipe.verified if self.check == "first" else frozenset()
+            doubtful = _live(parts) - done
+            del trial  # its cotangents are large, and rarely needed again
+            recipe, parts = _verified(reading, recipe, parts, reference, doubtful, quiet)
         self._recipes[key] = recipe
         _forget(self._recipes)
         return parts
+
+    def _is_due(self, recipe: Recipe | None, parameters: Mapping[str, Tensor]) -> bool:
+        """Whether rows are to be compared with a plain backward."""
+        if self.check == "first":
+            return recipe is None or not recipe.verified >= parameters.keys()
+        return self.check == "always"
 
     def _new_recipe(
         self, subject: Subject, parameters: Mapping[str, Tensor]
@@ -191,11 +202,9 @@ def _undisturbed(
             raise
 
 
-def _followed(subject: Subject, recipe: Recipe) -> Trial | None:
-    """The cotangents a known recipe needs; None if poses mix this time."""
-    arrangement = Arrangement(subject.output.shape, recipe.dim)
-    trial = attempt(subject, arrangement, recipe.sites)
-    return trial if all(trial.serves(site) for site in recipe.sites) else None
+def _tried(subject: Subject, recipe: Recipe) -> Trial:
+    """The cotangents a known recipe needs."""
+    return attempt(subject, Arrangement(subject.output.shape, recipe.dim), recipe.sites)
 
 
 def _forget(known: dict[int, Any]) -> None:
@@ -204,28 +213,21 @@ def _forget(known: dict[int, Any]) -> None:
         known.pop(next(iter(known)))
 
 
-def _doubtful(check: str, recipe: Recipe, parts: Parts) -> frozenset[str]:
+def _live(parts: Parts) -> frozenset[str]:
     """The parameters to compare. Rows that are zero say nothing yet: a gate may open later."""
-    if check == "never":
-        return frozenset()
-    done = recipe.verified if check == "first" else frozenset()
-    return frozenset(
-        name
-        for name, own in parts.items()
-        if name not in done and any(part.is_live() for part in own)
-    )
+    return frozenset(name for name, own in parts.items() if any(part.is_live() for part in own))
 
 
 def _verified(
     reading: Reading,
     recipe: Recipe,
-    trial: Trial,
     parts: Parts,
+    reference: Reference,
     doubtful: frozenset[str],
     quiet: bool,
 ) -> tuple[Recipe, Parts]:
     """Compares with autograd; what disagrees goes down the ladder, with one warning."""
-    wrong, sure = disagreeing(reading.subject, reading.parameters, parts, doubtful)
+    wrong, sure = reference.disagreeing(reading.parameters, parts, doubtful)
     if wrong:
         if not quiet:
             _warn(_disagreement_message(wrong))
@@ -236,8 +238,9 @@ def _verified(
                 for site in recipe.sites
             ),
         )
+        trial = _tried(reading.subject, recipe)
         parts = reading.parts(recipe, trial)
-        still, _ = disagreeing(reading.subject, reading.parameters, parts, wrong)
+        still, _ = reference.disagreeing(reading.parameters, parts, wrong)
         if still:
             sites = tuple(site for site in recipe.sites if site.parameter not in still)
             recipe = replace(recipe, sites=sites, by_rows=recipe.by_rows | still)

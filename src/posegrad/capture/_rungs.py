@@ -1,5 +1,6 @@
 """The ladder: closed forms, the vjp of one operator, rows of the whole graph."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -38,14 +39,20 @@ class Reading:
     block_bytes: int
 
     def parts(self, recipe: Recipe, trial: Trial) -> Parts:
-        """Reads all sites, then takes the rows that cannot be read."""
+        """Reads all sites, then takes the rows that cannot be read; uses the trial up."""
         arrangement = Arrangement(self.subject.output.shape, recipe.dim)
         forms = self._forms(recipe.sites)
         found: Parts = {name: [] for name in self.parameters}
         cotangents = self._cotangents(arrangement, recipe.sites, trial)
-        for site in recipe.sites:
-            part = self._part(site, forms[site], recipe, trial, cotangents)
+        waiting = Counter(edge for site in recipe.sites for edge in site.edges)
+        for site in sorted(recipe.sites, key=self._size):  # room for large ones comes last
+            part = self._part(site, forms.pop(site), recipe, trial, cotangents)
             found[site.parameter] += [] if part is None else [part]
+            waiting.subtract(site.edges)
+            for edge in site.edges:
+                if not waiting[edge]:
+                    for component in cotangents:
+                        component.pop(edge)
         found.update(self._by_rows(sorted(recipe.by_rows)))
         return found
 
@@ -71,6 +78,9 @@ class Reading:
             read_all()
         return forms
 
+    def _size(self, site: Site) -> int:
+        return max(self.registry.shapes[node][number].numel() for node, number in site.edges)
+
     def _shape(self, site: Site) -> torch.Size:
         node, number = site.source
         return self.registry.shapes[node][number]
@@ -80,7 +90,7 @@ class Reading:
     ) -> Cotangents:
         """The cotangents of each component, by edge."""
         if arrangement.components == 1:
-            return [dict(trial.cotangents)]
+            return [trial.cotangents]
         edges = list(dict.fromkeys(edge for site in sites for edge in site.edges))
         found: Cotangents = []
         for k in range(arrangement.components if edges else 0):
@@ -120,6 +130,9 @@ class Reading:
             computed = site.source[0] in recipe.activations
             path = "rows of activations" if computed else f"{path} of a computed weight"
         factors = Factors(path, 0, form, layout, arrangement, each, self._pull(site))
+        shrinks = arrangement.poses * form.shape.numel() < present[0].numel()
+        if site.direct and form.has_small_rows and layout.dims and shrinks:
+            return Rows(path, 0, factors.rows())  # so that its cotangent need not be held
         return factors if site.light else Rows(path, 0, self._narrow(site, factors.rows()))
 
     def _operator_rows(

@@ -3,7 +3,7 @@
 from posegrad.jacobian._block import Block
 from posegrad.jacobian._form import ClosedForm, Factor
 from posegrad.jacobian._layout import NOBODY, Layout, single
-from posegrad.jacobian._parts import Arrangement, Factors, Part, Pull, Rows, Weighted
+from posegrad.jacobian._parts import Arrangement, Factors, Part, Pull, Rows
 from posegrad.jacobian._precision import casting, no_autocast
 from posegrad.jacobian.operator import PoseJacobian
 
@@ -19,7 +19,6 @@ __all__ = [
     "PoseJacobian",
     "Pull",
     "Rows",
-    "Weighted",
     "casting",
     "no_autocast",
     "single",

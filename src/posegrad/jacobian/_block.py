@@ -8,7 +8,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from posegrad.jacobian._parts import Factors, Part, Rows, Weighted
+from posegrad.jacobian._parts import Factors, Part, Rows
 from posegrad.jacobian._products import Products
 
 __all__ = ["Block"]
@@ -71,11 +71,13 @@ class Block:
         else:
             into.copy_(self.matrix())
 
-    def combine(self, weights: Weighted) -> Tensor:
-        r""":math:`\sum_i w_i \partial \hat y_i / \partial \theta`, `[*shape]`."""
+    def combine(self, weights: Tensor) -> Tensor:
+        r""":math:`\sum_i w_i \partial \hat y_i / \partial \theta` for w `[M]`: `[*shape]`."""
         if not self.parts:
             return torch.zeros(self.shape, dtype=self.dtype, device=self.device)
-        first, *others = [part.combine(weights) for part in self.parts]
+        first, *others = [
+            part.combine(weights[part.start : part.start + part.count]) for part in self.parts
+        ]
         for other in others:
             first = first + other
         return first.to(self.dtype).contiguous()

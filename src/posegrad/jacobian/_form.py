@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields, replace
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -79,6 +79,9 @@ class ClosedForm(ABC):
     """
 
     shape: torch.Size
+
+    has_small_rows: ClassVar[bool] = False
+    """Whether the rows of all poses take no more than a cotangent, in time and in memory."""
 
     @abstractmethod
     def vjp(self, cotangent: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from posegrad.jacobian._form import ClosedForm
 from posegrad.jacobian._layout import Layout
 from posegrad.jacobian._precision import wide
 
-__all__ = ["Arrangement", "Factors", "Part", "Pull", "Rows", "Weighted"]
+__all__ = ["Arrangement", "Factors", "Part", "Pull", "Rows"]
 
 Pull = Callable[[Tensor], Tensor]
 """From gradients `[N, ...]` of a tensor computed from the parameter to those of the parameter."""
@@ -60,35 +60,6 @@ class Arrangement:
         return shaped.movedim(0, self.dim).flatten(0, len(self.shape) - 1)
 
 
-class Weighted:
-    """Cotangents times the weights of their poses, each taken once: weight and bias share theirs.
-
-    Args:
-        weights: w, `[M]`.
-    """
-
-    def __init__(self, weights: Tensor) -> None:
-        self.weights = weights
-        self._known: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
-
-    def of(self, part: "Part") -> Tensor:
-        """The weights of a part's rows, `[count]`."""
-        whole = part.count == len(self.weights)
-        return self.weights if whole else self.weights[part.start : part.start + part.count]
-
-    def total(self, part: "Factors") -> Tensor:
-        """The cotangent of the sum of all rows times their weights."""
-        first, *others = part.cotangents
-        key = id(first), part.start
-        if key not in self._known:  # holding the cotangent keeps its id its own
-            column, *columns = part.arrangement.columns(self.of(part))  # K of [m]
-            total = part.layout.weigh(wide(first), column)
-            for cotangent, column in zip(others, columns, strict=True):
-                total = total + part.layout.weigh(wide(cotangent), column)
-            self._known[key] = first, total
-        return self._known[key][1]
-
-
 @dataclass(frozen=True)
 class Part(ABC):
     """Some rows of a block, or a summand of them.
@@ -115,8 +86,8 @@ class Part(ABC):
         into.copy_(self.rows())
 
     @abstractmethod
-    def combine(self, weights: Weighted) -> Tensor:
-        """The sum of the rows times their weights: `[*shape]`."""
+    def combine(self, weights: Tensor) -> Tensor:
+        """The sum of the rows times their weights `[count]`: `[*shape]`."""
 
     @abstractmethod
     def is_live(self) -> bool:
@@ -157,10 +128,8 @@ class Rows(Part):
     def rows(self) -> Tensor:
         return wide(self.values)
 
-    def combine(self, weights: Weighted) -> Tensor:
-        rows = self.rows()
-        total = weights.of(self).to(rows.dtype) @ rows.reshape(self.count, -1)
-        return total.reshape(rows.shape[1:])
+    def combine(self, weights: Tensor) -> Tensor:
+        return _weighted_sum(self.rows(), weights)
 
     def is_live(self) -> bool:
         return bool(self.values.any())
@@ -208,8 +177,16 @@ class Factors(Part):
         else:
             super().write(into)
 
-    def combine(self, weights: Weighted) -> Tensor:
-        total = self.form.vjp(weights.total(self))
+    def combine(self, weights: Tensor) -> Tensor:
+        if self.form.has_small_rows and self.layout.dims:
+            return _weighted_sum(self.rows(), weights)
+        first, *others = [
+            self.layout.weigh(wide(b), column)
+            for b, column in zip(self.cotangents, self.arrangement.columns(weights), strict=True)
+        ]
+        for other in others:
+            first += other
+        total = self.form.vjp(first)
         return total if self.pull is None else wide(self.pull(total.unsqueeze(0))[0])
 
     def add_to(self, rows: Tensor) -> None:
@@ -259,3 +236,8 @@ class Factors(Part):
         owner = self.layout.owners
         rows = gradient.new_zeros(self.layout.count, *gradient.shape[1:])
         return rows if int(owner) < 0 else rows.index_copy_(0, owner, gradient)
+
+
+def _weighted_sum(rows: Tensor, weights: Tensor) -> Tensor:
+    total = weights.to(rows.dtype) @ rows.reshape(len(rows), -1)
+    return total.reshape(rows.shape[1:])

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from posegrad.errors import ShapeMismatchError
 from posegrad.jacobian._block import Block
-from posegrad.jacobian._parts import Weighted
 from posegrad.jacobian._precision import no_autocast
 from posegrad.jacobian._products import Products, inner_products
 from posegrad.jacobian._report import report
@@ -113,8 +112,8 @@ class PoseJacobian:
             >>> J.combine(torch.tensor([1.0, 10.0]))
             {'weight': tensor([[ 1., 10.]]), 'bias': tensor([11.])}
         """
-        weighted = Weighted(self._flat(weights))
-        return {name: block.combine(weighted) for name, block in self._blocks.items()}
+        flat = self._flat(weights)
+        return {name: block.combine(flat) for name, block in self._blocks.items()}
 
     def backward(self, weights: Tensor | Callable[[Tensor], Tensor]) -> Tensor:
         r"""Adds :math:`w^\top J` to the `.grad` of the parameters, as a backward would.
@@ -181,8 +180,8 @@ class PoseJacobian:
         products = Products()
         grams = {
             name: self._gramian_of(name, products, dtype)
-            for name, block in list(self._blocks.items())
-            if block.parts or per_parameter
+            for name in list(self._blocks)  # names alone: blocks are freed on the way
+            if self._blocks[name].parts or per_parameter
         }
         if per_parameter:
             return {name: self._generalized(gram) for name, gram in grams.items()}
@@ -198,9 +197,9 @@ class PoseJacobian:
         """The Euclidean norm of every row, in `output_shape`."""
         total = torch.zeros(self.predictions.numel(), device=self._device)
         products = Products()
-        for name, block in list(self._blocks.items()):
-            if block.parts:
-                pairs = block.pairs(products)
+        for name in list(self._blocks):
+            if self._blocks[name].parts:
+                pairs = self._blocks[name].pairs(products)
                 if pairs is None:
                     squares = self._matrix_of(name).square().sum(1)
                 else:  # rounding may leave a sum that cancels below zero

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from posegrad.capture import Gatherer
 from posegrad.combination import Combination
-from posegrad.jacobian import Block, Weighted, no_autocast
+from posegrad.jacobian import Block, no_autocast
 from posegrad.schedule._attach import Gradients, attach
 from posegrad.schedule._gradients import GradientSum
 from posegrad.schedule._poses import map_tensors, tensors_of
@@ -56,12 +56,11 @@ def store(session: Session, rule: Combination, gatherer: Gatherer) -> Combined:
 
 def _add(total: GradientSum, rows: Rows, weights: Tensor) -> None:
     """Adds the rows of one chunk, times their weights."""
-    weighted = Weighted(weights)
     for number, held in rows.items():
         if isinstance(held, Tensor):
             total.add({number: held}, float(weights))
         else:
-            total.add({number: held.combine(weighted)})
+            total.add({number: held.combine(weights)})
 
 
 def _rows(session: Session, chunk: Chunk, gatherer: Gatherer) -> Rows:

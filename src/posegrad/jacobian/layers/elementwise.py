@@ -29,6 +29,8 @@ class Broadcast(ClosedForm):
 
     aligned: torch.Size
 
+    has_small_rows = True
+
     def contribution(self, cotangent: Tensor) -> Tensor:
         """The cotangent times the derivative of each element of Y, in the shape of Y."""
         raise NotImplementedError
@@ -37,10 +39,7 @@ class Broadcast(ClosedForm):
         return all(self.aligned[dim] == 1 for dim in layout.dims)
 
     def vjp(self, cotangent: Tensor) -> Tensor:
-        parts = self.contribution(cotangent)
-        if parts is cotangent and cotangent.shape == self.aligned:
-            parts = parts.clone()  # nothing to sum: the gradient is not to share the cotangent
-        return parts.sum_to_size(self.aligned).reshape(self.shape)
+        return self.contribution(cotangent).sum_to_size(self.aligned).reshape(self.shape)
 
     def rows(self, cotangent: Tensor, layout: Layout) -> Tensor:
         parts = self.contribution(cotangent)
