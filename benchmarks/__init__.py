@@ -1,1 +1,1 @@
-"""Posegrad and its peers, side by side in one run: `python -m benchmarks --suite multipose`."""
+"""Posegrad and its peers, side by side in one run: `python -m benchmarks --suite …`."""

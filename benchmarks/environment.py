@@ -10,7 +10,7 @@ import torch
 
 __all__ = ["environment"]
 
-PACKAGES = ("posegrad", "torch", "torch_geometric", "numpy")
+PACKAGES = ("posegrad", "torch", "torch_geometric", "torchjd", "opacus", "numpy")
 ALLOCATOR = (
     "LD_PRELOAD",
     "MALLOC_CONF",

@@ -10,11 +10,9 @@ underflow, and backward through denormals takes up to ten times as long.
 """
 
 import copy
-import gc
-import random
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,15 +20,16 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from benchmarks.environment import environment
+from benchmarks.exact import largest_difference
 from benchmarks.memory import TARGET, measure
 from benchmarks.methods import METHODS, RULES, Bound, distinct_poses, model
 from benchmarks.peers import checkpoint, plain
+from benchmarks.rounds import CLOCKS, Clock, prepare, seconds, shuffled
 from examples.docked_poses.arrays import Pose
 from examples.docked_poses.network import score
 
-__all__ = ["CLOCKS", "run"]
+__all__ = ["run"]
 
-CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 LARGEST_PLAIN_FLOAT64 = 64  # poses; beyond, graphs in float64 want tens of GiB
 
 LIMIT = "limit"
@@ -54,15 +53,13 @@ def run(
         rules: Names out of `RULES`.
         rounds: How often each case is timed.
         threads: Threads of torch.
-        clock: `"wall"`, or `"cpu"`: the processor time of this process, which on a machine shared
-            with others says more. With several threads it adds them up.
+        clock: One of `CLOCKS`.
         memory: Whether to measure peak memory, which starts a process for each case.
 
     Returns:
         What goes into the JSON file: environment, and one row for each case with its raw seconds.
     """
-    torch.set_num_threads(threads)
-    torch.set_flush_denormal(True)
+    prepare(threads)
     suite = _Suite(model(), CLOCKS[clock])
     cases = len(sizes) * len(rules) * len(METHODS)
     with tqdm(total=cases * (rounds + memory) + cases // len(METHODS)) as bar:
@@ -87,7 +84,7 @@ class _Method:
 
 
 class _Suite:
-    def __init__(self, network: nn.Module, now: Callable[[], float]) -> None:
+    def __init__(self, network: nn.Module, now: Clock) -> None:
         self.network, self.now = network, now
         # A copy for each method: nothing one of them hangs on its model slows another.
         copies = {name: copy.deepcopy(network) for name in METHODS}
@@ -109,7 +106,7 @@ class _Suite:
         for turn in range(rounds):
             for rule, floor in zip(rules, floors, strict=True):
                 bar.set_description(f"round {turn + 1}, {m} poses, {rule}")
-                for name in _shuffled([*self.methods, LIMIT], turn):
+                for name in shuffled([*self.methods, LIMIT], turn):
                     if name == LIMIT:
                         floor.add(*_floor_times(self.network, poses, self.now))
                     else:
@@ -120,10 +117,7 @@ class _Suite:
     def _seconds(self, name: str, poses: list[Pose], rule: str) -> float:
         method, combine = self.methods[name], RULES[rule]()
         method.network.zero_grad()
-        gc.collect()
-        start = self.now()
-        method.step(poses, combine, TARGET)
-        return self.now() - start
+        return seconds(partial(method.step, poses, combine, TARGET), self.now)
 
     def _compare(self, poses: list[Pose], rule: str, rows: dict[str, Row]) -> None:
         """Largest relative difference of each method's gradient from float64; warms all up."""
@@ -131,7 +125,7 @@ class _Suite:
         for name, method in self.methods.items():
             method.network.zero_grad()
             method.step(poses, RULES[rule](), TARGET)
-            rows[name]["gradient_error"] = _largest_difference(_gradients(method.network), exact)
+            rows[name]["gradient_error"] = largest_difference(_gradients(method.network), exact)
 
 
 class _Floor:
@@ -162,13 +156,8 @@ def _row(m: int, rule: str, method: str) -> Row:
     return {"poses": m, "rule": rule, "method": method, "seconds": []}
 
 
-def _shuffled(names: list[str], turn: int) -> list[str]:
-    """Another order each round: a method's neighbours leave it memory and caches."""
-    return random.Random(turn).sample(names, len(names))
-
-
 def _floor_times(
-    network: nn.Module, poses: list[Pose], now: Callable[[], float]
+    network: nn.Module, poses: list[Pose], now: Clock
 ) -> tuple[float, list[float], Tensor]:
     """Seconds of the forwards without graph, of each backward, and the predictions `[m]`."""
     start = now()
@@ -197,10 +186,3 @@ def _reference(network: nn.Module, poses: list[Pose], rule: str) -> dict[str, Te
 
 def _gradients(network: nn.Module) -> dict[str, Tensor]:
     return {n: p.grad.double() for n, p in network.named_parameters() if p.grad is not None}
-
-
-def _largest_difference(found: dict[str, Tensor], exact: dict[str, Tensor]) -> float:
-    """`max_p ‖g_p − g64_p‖ / ‖g64_p‖` over parameters `p`; infinite if one has no gradient."""
-    if found.keys() != exact.keys():
-        return float("inf")
-    return max(float((found[n] - g).norm() / g.norm()) for n, g in exact.items() if g.any())

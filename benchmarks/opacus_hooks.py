@@ -1,0 +1,66 @@
+"""Per-example gradients by Opacus's hooks, with an attention that they can serve."""
+
+import warnings
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+
+from benchmarks.exact import Named
+
+__all__ = ["hooked", "packed"]
+
+PARTS = ("query", "key", "value")
+
+
+class SplitAttention(nn.Module):
+    """`nn.MultiheadAttention` made of `nn.Linear`, which Opacus has hooks for; batch first.
+
+    Opacus refuses `nn.MultiheadAttention`. The replacement it offers, `DPMultiheadAttention`,
+    computes another function under `batch_first=True` (1.6.0: heads are not moved back behind
+    positions), and without `scaled_dot_product_attention`.
+    """
+
+    batch_first = True
+
+    def __init__(self, attention: nn.MultiheadAttention) -> None:
+        super().__init__()
+        self.heads = attention.num_heads
+        weights, biases = attention.in_proj_weight.chunk(3), attention.in_proj_bias.chunk(3)
+        self.query, self.key, self.value = map(_linear, weights, biases)
+        self.out_proj = _linear(attention.out_proj.weight, attention.out_proj.bias)
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, **_: object) -> tuple[Tensor, None]:
+        """Self-attention over `[m, T, d]`, without masks."""
+        parts = (self.query(q), self.key(k), self.value(v))
+        q, k, v = (x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in parts)  # [m, h, T, ·]
+        out = scaled_dot_product_attention(q, k, v)
+        return self.out_proj(out.transpose(1, 2).flatten(2)), None
+
+
+def hooked(network: nn.Module) -> nn.Module:
+    """The network in Opacus's wrapper; its attentions are replaced in place, sharing memory."""
+    from opacus import GradSampleModule
+
+    warnings.filterwarnings("ignore", message="Full backward hook is firing")
+    for parent in list(network.modules()):
+        for name, child in parent.named_children():
+            if isinstance(child, nn.MultiheadAttention):
+                setattr(parent, name, SplitAttention(child))
+    wrapped: nn.Module = GradSampleModule(network, loss_reduction="sum")
+    return wrapped
+
+
+def packed(found: Named, dim: int) -> Named:
+    """The parts of each split attention joined along `dim`, under `MultiheadAttention`'s names."""
+    joined = dict(found)
+    for name in [name for name in found if f".{PARTS[0]}." in name]:
+        parts = [joined.pop(name.replace(f".{PARTS[0]}.", f".{part}.")) for part in PARTS]
+        joined[name.replace(f".{PARTS[0]}.", ".in_proj_")] = torch.cat(parts, dim)
+    return joined
+
+
+def _linear(weight: Tensor, bias: Tensor) -> nn.Linear:
+    layer = nn.Linear(weight.shape[1], weight.shape[0], device="meta")
+    layer.weight, layer.bias = nn.Parameter(weight.detach()), nn.Parameter(bias.detach())
+    return layer

@@ -1,0 +1,19 @@
+"""Markdown tables from a suite's JSON: `python -m benchmarks.table benchmarks/results/….json`."""
+
+from collections.abc import Callable
+from typing import Any
+
+from benchmarks.table import forms, gramian, multipose
+
+__all__ = ["markdown"]
+
+SUITES: dict[str, Callable[[dict[str, Any]], str]] = {
+    "multipose": multipose.markdown,
+    "gramian": gramian.markdown,
+    "forms": forms.markdown,
+}
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """All tables of a suite's result, with where they come from."""
+    return SUITES[result["suite"]](result)

@@ -1,0 +1,51 @@
+"""What the tables of all suites are made of."""
+
+import statistics
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+__all__ = ["Row", "line", "machine", "median_ms", "ratio", "rule", "values"]
+
+Row = dict[str, Any]
+
+
+def line(cells: Iterable[str]) -> str:
+    """A line of a Markdown table."""
+    return f"| {' | '.join(cells)} |"
+
+
+def rule(columns: int) -> str:
+    """The line under a table's head."""
+    return line(["---"] * columns)
+
+
+def ratio(seconds: Sequence[float], plain: Sequence[float]) -> str:
+    """Median of the ratios within each round, and their range."""
+    ratios = [s / p for s, p in zip(seconds, plain, strict=True)]
+    return f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+
+
+def median_ms(seconds: Sequence[float]) -> str:
+    """The unit of ratios in itself."""
+    return f"1 ({statistics.median(seconds) * 1000:.3g} ms)"
+
+
+def values(rows: Iterable[Row], key: str, form: str) -> list[str] | None:
+    """One figure of each row, empty where it has none; None where none has."""
+    found = [row.get(key) for row in rows]
+    if all(value is None for value in found):
+        return None
+    return ["" if value is None else form.format(value) for value in found]
+
+
+def machine(environment: dict[str, Any]) -> str:
+    """Where a suite ran, in one sentence."""
+    packages = environment["packages"].items()
+    versions = ", ".join(f"{name} {version}" for name, version in packages if version is not None)
+    allocator = environment["allocator"]
+    settings = ", ".join(f"{k}={v}" for k, v in allocator["settings"].items()) or "default"
+    return (
+        f"{environment['processor']}, {environment['threads']} thread(s), denormals "
+        f"{'flushed' if environment['flush_denormal'] else 'not flushed'}, {allocator['libc']} "
+        f"malloc ({settings}), Python {environment['python']}, {versions}, {environment['date']}."
+    )
