@@ -40,6 +40,18 @@ class Bias(nn.Module):
         return x + self.bias
 
 
+class Experts(nn.Module):
+    """Several linear maps of the same inputs."""
+
+    def __init__(self, count: int, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(count, width, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[m, width]` to `[m, count, width]`."""
+        return torch.matmul(x, self.weight).transpose(0, 1)
+
+
 def normal(*shapes: tuple[int, ...]) -> Inputs:
     """One input of normal random numbers for each shape."""
     return tuple(torch.randn(shape) for shape in shapes)
@@ -84,6 +96,13 @@ LAYERS: dict[str, Layer] = {
     "Conv2d, depthwise": Layer(lambda: nn.Conv2d(64, 64, 3, padding=1, groups=64), _IMAGES),
     "ConvTranspose2d": Layer(lambda: nn.ConvTranspose2d(64, 32, 2, stride=2), _IMAGES),
     "Embedding": Layer(lambda: nn.Embedding(1000, 128), partial(tokens, 1000, 32, 64)),
+    "Embedding, large": Layer(lambda: nn.Embedding(30_000, 128), partial(tokens, 30_000, 32, 64)),
+    "EmbeddingBag": Layer(lambda: nn.EmbeddingBag(1000, 128), partial(tokens, 1000, 32, 64)),
+    "Bilinear": Layer(lambda: nn.Bilinear(64, 64, 64), partial(normal, (64, 64), (64, 64))),
+    "Weights in a batch": Layer(lambda: Experts(8, 128), partial(normal, (64, 128))),
+    "RMSNorm": Layer(lambda: nn.RMSNorm(512), _TOKENS),
+    "InstanceNorm2d": Layer(lambda: nn.InstanceNorm2d(64, affine=True), _IMAGES),
+    "PReLU": Layer(lambda: nn.PReLU(64), _IMAGES),
     "LayerNorm": Layer(lambda: nn.LayerNorm(512), _TOKENS),
     "GroupNorm": Layer(lambda: nn.GroupNorm(8, 64), _IMAGES),
     "BatchNorm2d, eval": Layer(lambda: evaluated(nn.BatchNorm2d(64)), _IMAGES),

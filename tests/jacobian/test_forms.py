@@ -227,6 +227,26 @@ def test_inner_products_of_a_bilinear_form() -> None:
     torch.testing.assert_close(found, rows @ rows.mT, rtol=1e-12, atol=1e-12)
 
 
+PAIRED = [name for name in CASES if name.startswith(("embedding", "batched"))]
+
+
+@pytest.mark.parametrize("name", PAIRED)
+@given(owned=owners())
+def test_inner_products_of_other_forms(name: str, owned: tuple[int, Tensor]) -> None:
+    count, owner = owned
+    case = CASES[name](len(owner))
+    layout = Layout.along(count, case.dim, owner)
+    first, second = (_alive(factor * case.cotangent, layout) for factor in (1, -3))
+    rows = [case.form.rows(b, layout).flatten(1) for b in (first, second)]
+
+    found = case.form.inner(first, second, layout, Products())
+    assert found is not None
+    torch.testing.assert_close(found, rows[0] @ rows[1].mT, rtol=1e-12, atol=1e-12)
+    itself = case.form.inner(first, first, layout, Products())
+    if itself is not None:  # else the rows of a pose cancel
+        torch.testing.assert_close(itself, rows[0] @ rows[0].mT, rtol=1e-9, atol=1e-9)
+
+
 @given(owned=owners(), dim=st.integers(0, 2))
 def test_layouts_are_plain_loops(owned: tuple[int, Tensor], dim: int) -> None:
     count, owner = owned

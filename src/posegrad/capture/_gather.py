@@ -238,13 +238,12 @@ def _verified(
                 for site in recipe.sites
             ),
         )
-        trial = _tried(reading.subject, recipe)
-        parts = reading.parts(recipe, trial)
+        parts = reading.parts(recipe, _tried(reading.subject, recipe))
         still, _ = reference.disagreeing(reading.parameters, parts, wrong)
         if still:
             sites = tuple(site for site in recipe.sites if site.parameter not in still)
             recipe = replace(recipe, sites=sites, by_rows=recipe.by_rows | still)
-            parts = reading.parts(recipe, trial)
+            parts = reading.parts(recipe, _tried(reading.subject, recipe))
     return replace(recipe, verified=recipe.verified | sure), parts
 
 

@@ -33,6 +33,16 @@ _REARRANGING = {
     "ViewBackward0",
 }
 
+# Of these, and of expansion, those that keep the order of numbers: nothing, if the shape stays.
+_KEEPING = {
+    "AliasBackward0",
+    "CloneBackward0",
+    "ExpandBackward0",
+    "ReshapeAliasBackward0",
+    "UnsafeViewBackward0",
+    "ViewBackward0",
+}
+
 # Operators in which data meets a parameter; an argument without a graph is data.
 _PRODUCTS = {
     "AddmmBackward0",
@@ -79,7 +89,10 @@ def sites_of(
             kind = registry.names[use.node]
             outputs = tuple((use.node, number) for number in registry.outputs(use.node))
             closed = is_readable(kind, use.argument)
-            if kind in TRANSPARENT and _is_transparent(registry, edge, use.node):
+            same = registry.shapes[use.node] == (registry.shapes[edge[0]][edge[1]],)
+            if kind in _KEEPING and same:
+                stack.append(((use.node, 0), transposed))
+            elif kind in TRANSPARENT and _is_transparent(registry, edge, use.node):
                 turned = kind == "TBackward0" and len(registry.shapes[use.node][0]) == 2
                 stack.append(((use.node, 0), transposed ^ turned))
             elif kind in _REARRANGING and not closed:

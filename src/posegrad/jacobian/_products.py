@@ -5,9 +5,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from posegrad.jacobian._layout import Layout
 from posegrad.jacobian._precision import wide
 
-__all__ = ["Products", "as_rows", "inner_products"]
+__all__ = ["Products", "as_rows", "cancels", "inner_products", "summed_pairs"]
 
 _TILE, _COLUMNS = 8, 16384  # rows of a tile, and how much of them at once: half a MiB
 
@@ -53,6 +54,29 @@ def inner_products(rows: Tensor) -> Tensor:
                 gram[i : i + _TILE, j : j + _TILE].addmm_(first, second.mT)
     lower = gram.tril(-1)
     return lower + lower.mT + gram.diagonal().diag()
+
+
+def summed_pairs(pairs: Tensor, owners: Layout, *, alike: bool) -> Tensor | None:
+    """Adds up the products `[R, R]` of rows to those of their owners' sums, `[m, m]`.
+
+    Args:
+        pairs: The products.
+        owners: Whose each row is.
+        alike: Whether the rows were multiplied with themselves.
+
+    Returns:
+        None if the rows of an owner cancel, so that the sum has lost digits its sum of rows has
+        not.
+    """
+    total = owners.sum(owners.sum(pairs).mT).mT
+    summed = alike and len(pairs) > len(total)
+    return None if summed and cancels(owners.sum(owners.sum(pairs.abs()).mT), total) else total
+
+
+def cancels(sizes: Tensor, total: Tensor) -> bool:
+    """Whether squared norms are far smaller than the sums of sizes they were added up from."""
+    scale = torch.finfo(sizes.dtype).eps ** 0.25
+    return bool((sizes.diagonal() * scale > total.diagonal()).any())
 
 
 def _is_slow_at_once(rows: Tensor) -> bool:

@@ -1,6 +1,6 @@
 """Products of a batch of matrices with a batch of weights: ensembles, experts, einsum."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import final
 
 import torch
@@ -8,6 +8,8 @@ from torch import Tensor
 
 from posegrad.jacobian._form import ClosedForm, Factor
 from posegrad.jacobian._layout import Layout
+from posegrad.jacobian._precision import wide
+from posegrad.jacobian._products import Products, summed_pairs
 
 __all__ = ["BatchedLinear"]
 
@@ -18,7 +20,9 @@ class BatchedLinear(ClosedForm):
     r"""The weights W of :math:`Y_e = A_e W_e` for e of an ensemble, poses in the rows of A and Y.
 
     .. math::
-        \frac{\partial \hat y_i}{\partial W_e} = \sum_{r \in R_i} a_{er} b_{er}^\top
+        \frac{\partial \hat y_i}{\partial W_e} = \sum_{r \in R_i} a_{er} b_{er}^\top, \qquad
+        \langle g_i, g_j \rangle = \sum_e \sum_{r \in R_i} \sum_{s \in R_j}
+            (a_{er} \cdot a_{es})(b_{er} \cdot b_{es})
 
     Args:
         input: A, `[E, R, d]`.
@@ -45,6 +49,21 @@ class BatchedLinear(ClosedForm):
             return self._product(a.transpose(1, 2), b.transpose(1, 2))
         pairs = zip(layout.segments(inputs), layout.segments(cotangent), strict=True)
         return torch.stack([self._product(a.transpose(0, 1), b.transpose(0, 1)) for a, b in pairs])
+
+    def prefers_pairs(self, cotangent: torch.Size, layout: Layout, components: int) -> bool:
+        """As for `Linear`, for each e."""
+        rows, numbers = components * layout.size, components * layout.count
+        _, height, width = self.shape
+        return rows**2 * (height + width) <= (rows + numbers**2) * height * width
+
+    def inner(
+        self, first: Tensor, second: Tensor, layout: Layout, products: Products
+    ) -> Tensor | None:
+        a, b, c = self.input.value.to(wide(first).dtype), wide(first), wide(second)
+        if self.on_left:
+            a, b, c = a.mT, b.mT, c.mT  # [E, R, features]
+        pairs = ((a @ a.mT) * (b @ c.mT)).sum(0) * self.scale**2  # [R, R]
+        return summed_pairs(pairs, replace(layout, dims=(0,)), alike=first is second)
 
     def _product(self, a: Tensor, b: Tensor) -> Tensor:
         """The weights' shape, from `[..., E, R, d]` and `[..., E, R, p]`."""

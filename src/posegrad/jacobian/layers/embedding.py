@@ -1,5 +1,6 @@
 """Lookup tables."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import final
 
@@ -7,7 +8,9 @@ import torch
 from torch import Tensor
 
 from posegrad.jacobian._form import ClosedForm, Factor
-from posegrad.jacobian._layout import Layout
+from posegrad.jacobian._layout import NOBODY, Layout
+from posegrad.jacobian._precision import wide
+from posegrad.jacobian._products import Products, cancels
 
 __all__ = ["Embedding", "EmbeddingBag"]
 
@@ -32,6 +35,41 @@ class Table(ClosedForm):
         places = owners.clamp(min=0) * height + indices % height
         return table.index_add_(0, places, entries).reshape(count, *self.shape)
 
+    def _meet(self, indices: Tensor, count: int, components: int) -> bool:
+        """Whether fewer products of entries are to be taken than there are rows in the tables."""
+        times = torch.bincount(indices % self.shape[0])
+        return components * int(times.square().sum()) <= count * self.shape[0]
+
+    def _inner(
+        self, indices: Tensor, sides: Sequence[Tensor], owners: Tensor, count: int, *, alike: bool
+    ) -> Tensor | None:
+        r"""The inner products of tables from the entries that meet in a row of them.
+
+        .. math:: \langle g_i, g_j \rangle = \sum_{r \in R_i,\, s \in R_j} [v_r = v_s]\,
+            b_r \cdot b_s
+
+        Sorted by index, the entries of one index lie together, and each meets all of them.
+        """
+        live = owners != NOBODY
+        if self.padding is not None:
+            live &= indices != self.padding
+        indices, owners = indices[live] % self.shape[0], owners[live]
+        order = torch.argsort(indices)
+        first, second = (wide(side.reshape(len(live), -1)[live][order]) for side in sides)
+        owners, times = owners[order], torch.bincount(indices, minlength=1)
+        start, times = (t[indices[order]] for t in (times.cumsum(0) - times, times))  # [N]
+        left = torch.arange(len(order), device=order.device).repeat_interleave(times)  # [pairs]
+        turn = torch.arange(len(left), device=order.device) - (times.cumsum(0) - times)[left]
+        right = start[left] + turn
+        values = (first[left] * second[right]).sum(1)
+        places = owners[left] * count + owners[right]
+        total = values.new_zeros(count * count).index_add_(0, places, values).reshape(count, count)
+        if alike:
+            sizes = torch.zeros_like(total).reshape(-1).index_add_(0, places, values.abs())
+            if cancels(sizes.reshape(count, count), total):
+                return None
+        return total
+
 
 @final
 @dataclass(frozen=True)
@@ -52,10 +90,24 @@ class Embedding(Table):
         return self._added(indices, cotangent, torch.zeros_like(indices), 1)[0]
 
     def rows(self, cotangent: Tensor, layout: Layout) -> Tensor:
-        indices = layout.front(self.indices.value)  # [R, ...]
+        indices, owners = self._looked_up(layout)
+        return self._added(indices, layout.front(cotangent), owners, layout.count)
+
+    def prefers_pairs(self, cotangent: torch.Size, layout: Layout, components: int) -> bool:
+        return self._meet(self.indices.value.reshape(-1), layout.count, components)
+
+    def inner(
+        self, first: Tensor, second: Tensor, layout: Layout, products: Products
+    ) -> Tensor | None:
+        indices, owners = self._looked_up(layout)
+        sides = layout.front(first), layout.front(second)
+        return self._inner(indices, sides, owners, layout.count, alike=first is second)
+
+    def _looked_up(self, layout: Layout) -> tuple[Tensor, Tensor]:
+        """The indices and their owners, `[R]`."""
+        indices = layout.front(self.indices.value)  # [rows, ...]
         owners = layout.owners.reshape(-1, *[1] * (indices.ndim - 1)).expand_as(indices)
-        entries = layout.front(cotangent)
-        return self._added(indices.reshape(-1), entries, owners.reshape(-1), layout.count)
+        return indices.reshape(-1), owners.reshape(-1)
 
 
 @final
@@ -83,6 +135,17 @@ class EmbeddingBag(Table):
     def rows(self, cotangent: Tensor, layout: Layout) -> Tensor:
         owners = layout.owners[self.bags.value]
         return self._added(self.indices.value, self._entries(cotangent), owners, layout.count)
+
+    def prefers_pairs(self, cotangent: torch.Size, layout: Layout, components: int) -> bool:
+        return self._meet(self.indices.value, layout.count, components)
+
+    def inner(
+        self, first: Tensor, second: Tensor, layout: Layout, products: Products
+    ) -> Tensor | None:
+        owners = layout.owners[self.bags.value]
+        sides = self._entries(first), self._entries(second)
+        alike = first is second
+        return self._inner(self.indices.value, sides, owners, layout.count, alike=alike)
 
     def _entries(self, cotangent: Tensor) -> Tensor:
         """The cotangent of every row that was looked up, `[N, d]`."""

@@ -9,7 +9,7 @@ from torch import Tensor
 from posegrad.jacobian._form import ClosedForm, Factor
 from posegrad.jacobian._layout import Layout
 from posegrad.jacobian._precision import wide
-from posegrad.jacobian._products import Products
+from posegrad.jacobian._products import Products, summed_pairs
 
 __all__ = ["Linear"]
 
@@ -82,13 +82,7 @@ class Linear(ClosedForm):
             pairs = pairs * self.scale**2
         if len(pairs) == layout.count and layout.pattern:
             return pairs  # one row a pose, in order
-        flat = self._flat(first.shape[:-1], layout)
-        total = flat.sum(flat.sum(pairs).mT).mT  # [m, m]
-        if alike and len(pairs) > len(total):
-            size = flat.sum(flat.sum(pairs.abs()).mT).diagonal()
-            if bool((size * torch.finfo(size.dtype).eps ** 0.25 > total.diagonal()).any()):
-                return None
-        return total
+        return summed_pairs(pairs, self._flat(first.shape[:-1], layout), alike=alike)
 
     @property
     def _features(self) -> int:
