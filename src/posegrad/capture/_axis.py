@@ -71,6 +71,8 @@ A rule sees no tensor, so what it says holds for every graph of the same structu
 def axis_in(shape: torch.Size, stride: int, count: int) -> Axis | None:
     """The dimension of a shape that holds poses of that stride; None if no single one does."""
     step = 1
+    if 0 in shape:
+        return None
     for dim in reversed(range(len(shape))):
         if shape[dim] > 1 and stride < step * shape[dim]:
             inner, rest = divmod(stride, step)

@@ -25,18 +25,18 @@ IndexRule = Callable[[Node, int, Axis, torch.Size, torch.Size], Axis | None]
 def _picked(node: Node, arg: int, axis: Axis, out: torch.Size, inside: torch.Size) -> Axis | None:
     """`out = x.index_select(dim, index)`, and `x[index]`."""
     dim, index = _numbers(node, out)
-    if index is None:
+    if index is None or _replaced(inside, dim, len(index)) != out:
         return None
-    if dim != axis.dim:
-        return axis if len(out) == len(inside) else None
-    return _gathered(axis, index, inside[dim])
+    return axis if dim != axis.dim else _gathered(axis, index, inside[dim])
 
 
 def _picked_each(
     node: Node, arg: int, axis: Axis, out: torch.Size, inside: torch.Size
 ) -> Axis | None:
     """`out = x.gather(dim, index)`."""
-    dim, index = dim_of(saved(node, "dim"), len(out)), saved(node, "index")
+    dim, index = _numbers_each(node, out)
+    if index is None or len(inside) != len(out):
+        return None
     if dim != axis.dim:
         return axis if inside[axis.dim] == out[axis.dim] else None
     vector = _vector(index, dim)
@@ -48,9 +48,9 @@ def _added(node: Node, arg: int, axis: Axis, out: torch.Size, inside: torch.Size
     if arg == 0:
         return axis
     dim, index = _numbers(node, out)
-    if index is None:
-        return None
-    return _spread(axis, dim, index, out, inside)
+    if index is None or inside != _replaced(out, dim, len(index)):
+        return None  # a source that is broadcast may meet several poses
+    return axis if dim != axis.dim else _spread(axis, index)
 
 
 def _added_each(
@@ -59,9 +59,13 @@ def _added_each(
     """`out = x.scatter_add(dim, index, source)`, `scatter_reduce`."""
     if arg == 0:
         return axis
-    dim = dim_of(saved(node, "dim"), len(out))
-    vector = _vector(saved(node, "index"), dim)
-    return None if vector is None else _spread(axis, dim, vector, out, inside)
+    dim, index = _numbers_each(node, out)
+    if index is None or inside != index.shape:
+        return None
+    if dim != axis.dim:
+        return axis if inside[axis.dim] == out[axis.dim] else None
+    vector = _vector(index, dim)
+    return None if vector is None else _spread(axis, vector)
 
 
 def _numbers(node: Node, out: torch.Size) -> tuple[int, Tensor | None]:
@@ -73,11 +77,23 @@ def _numbers(node: Node, out: torch.Size) -> tuple[int, Tensor | None]:
         if len(given) != 1:
             return 0, None
         index, dim = indices[given[0]], given[0]
-    if index.ndim != 1 or index.dtype not in (torch.int64, torch.int32, torch.bool):
+    if index.ndim != 1 or index.dtype not in (torch.int64, torch.int32, torch.bool) or not out:
         return 0, None
     if index.dtype == torch.bool:
         index = index.nonzero().squeeze(1)
     return dim_of(dim, len(out)), index
+
+
+def _numbers_each(node: Node, out: torch.Size) -> tuple[int, Tensor | None]:
+    """The dimension and the row numbers of an operator that has one for each element."""
+    index = saved(node, "index")
+    if index.numel() == 0 or index.ndim != len(out):
+        return 0, None
+    return dim_of(saved(node, "dim"), len(out)), index
+
+
+def _replaced(shape: torch.Size, dim: int, size: int) -> torch.Size:
+    return torch.Size([*shape[:dim], size, *shape[dim + 1 :]])
 
 
 def _vector(index: Tensor, dim: int) -> Tensor | None:
@@ -105,15 +121,9 @@ def _gathered(axis: Axis, index: Tensor, size: int) -> Axis | None:
     return axis.owned(axis.dim, owners)
 
 
-def _spread(
-    axis: Axis, dim: int, index: Tensor, out: torch.Size, inside: torch.Size
-) -> Axis | None:
+def _spread(axis: Axis, index: Tensor) -> Axis:
     """Rows that were added up: each belongs to the owner of the sum it went into."""
-    if dim != axis.dim:
-        return axis if inside[axis.dim] == out[axis.dim] else None
-    if len(index) != inside[dim]:
-        return None
-    return axis.owned(dim, axis.spelled(index.device)[index])
+    return axis.owned(axis.dim, axis.spelled(index.device)[index])
 
 
 def _readable(rule: IndexRule) -> IndexRule:

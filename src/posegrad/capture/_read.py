@@ -199,8 +199,10 @@ def _picked(node: Node, shape: torch.Size, transposed: bool, what: str) -> Close
     if index is None:
         index, *others = saved(node, "indices")
         dim = 0 if all(other is None for other in others) else None
-    if transposed or dim != 0 or not isinstance(index, Tensor) or index.dtype == torch.bool:
+    if transposed or dim != 0 or not isinstance(index, Tensor):
         return None
+    if index.dtype not in (torch.int64, torch.int32):
+        return None  # a mask
     return Embedding(shape, None, Factor.of(index, what))
 
 

@@ -135,7 +135,8 @@ def _known_layout(
         if axis.owners is None:
             return axis.layout(cotangent.device)
         key = id(axis.owners), axis.dim  # the graph's own, so they stay
-        return shared.setdefault(key, axis.layout(cotangent.device))
+        layout = shared.setdefault(key, axis.layout(cotangent.device))
+        return None if layout.has_strays(cotangent) else layout
     if subject.pose_index and cotangent.ndim:
         return _stated(subject.pose_index, count, cotangent)
     return None
@@ -154,7 +155,7 @@ def _stated(pose_index: Sequence[Tensor], count: int, cotangent: Tensor) -> Layo
         fitting.append(torch.arange(count))
     if any(not torch.equal(index, fitting[0]) for index in fitting):
         return None
-    return Layout.along(count, 0, fitting[0].to(cotangent.device))
+    return Layout.along(count, 0, fitting[0].to(cotangent.device, copy=True))
 
 
 def _narrowest(edges: Sequence[Edge], subject: Subject) -> torch.dtype:

@@ -139,6 +139,12 @@ class Layout:
         shape = [size if dim in self.dims else 1 for dim, size in enumerate(tensor.shape)]
         return torch.where((self.owners == pose).reshape(shape), tensor, 0)
 
+    def has_strays(self, tensor: Tensor) -> bool:
+        """Whether rows that should be nobody's are not zero: zero times infinity is not."""
+        if not len(self._dead):
+            return False
+        return bool(self.front(tensor)[self._dead].any())
+
     def is_regular(self) -> bool:
         """Whether every pose owns the same number of rows, in a fixed pattern."""
         return self.stride is not None
@@ -158,6 +164,10 @@ class Layout:
     def _order(self) -> Tensor:
         order = torch.argsort(self.owners, stable=True)
         return order[len(order) - len(self._live_owners) :]  # NOBODY sorts first
+
+    @cached_property
+    def _dead(self) -> Tensor:
+        return (self.owners == NOBODY).nonzero().squeeze(1)
 
     @cached_property
     def _live_owners(self) -> Tensor:
