@@ -18,6 +18,7 @@ from posegrad import (
     StaleFactorError,
     UnsupportedModuleError,
 )
+from posegrad.capture._verify import Reference
 from tests.reference import rows, trainable
 
 
@@ -152,6 +153,22 @@ def test_a_gate_that_opens_later_is_found() -> None:
             warnings.simplefilter("ignore")  # that poses mix, once they do
             found = engine.jacobian(output).matrix()
         torch.testing.assert_close(found, expected)
+
+
+def test_rows_read_in_a_new_way_are_checked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was checked while the gate was shut says nothing of how rows are read once it opens."""
+    checks = []
+    taken = Reference.of
+    monkeypatch.setattr(Reference, "of", lambda *given: checks.append(1) or taken(*given))
+    model, gate = nn.Linear(4, 1).double(), torch.zeros((), dtype=torch.float64)
+    engine = Engine(model)
+    for value, expected in ((0, 1), (0, 1), (1, 2), (1, 2)):
+        gate.fill_(value)
+        scores = model(torch.randn(6, 4, dtype=torch.float64)).squeeze(1)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that poses mix
+            engine.jacobian(scores + gate * (scores - scores.mean()).square())
+        assert len(checks) == expected
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -147,14 +147,15 @@ class Gatherer:
 
     def _parts(self, reading: Reading, key: int, quiet: bool) -> Parts:
         subject, parameters = reading.subject, reading.parameters
-        recipe, trial = self._recipes.get(key), None
-        reference = None
+        recipe, reference, trial = self._recipes.get(key), None, None
         if self._is_due(recipe, parameters):
             reference = Reference.of(subject, parameters)
         if recipe is not None:
             trial = _tried(subject, recipe)
         if recipe is None or trial is None or not all(map(trial.serves, recipe.sites)):
             recipe, trial = self._new_recipe(subject, parameters)  # or poses mix this time
+            if reference is None and self._is_due(None, parameters):
+                reference = Reference.of(subject, parameters)
             slow = slow_parameters(recipe)
             if slow and not quiet and self.batch_dim is not None:
                 _warn(_coupled_message(slow))
