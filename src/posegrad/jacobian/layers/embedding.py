@@ -50,12 +50,12 @@ class Table(ClosedForm):
 
         Sorted by index, the entries of one index lie together, and each meets all of them.
         """
-        live = owners != NOBODY
+        live, width = owners != NOBODY, self.shape[1:].numel()
         if self.padding is not None:
             live &= indices != self.padding
         indices, owners = indices[live] % self.shape[0], owners[live]
         order = torch.argsort(indices)
-        first, second = (wide(side.reshape(len(live), -1)[live][order]) for side in sides)
+        first, second = (wide(side.reshape(len(live), width)[live][order]) for side in sides)
         owners, times = owners[order], torch.bincount(indices, minlength=1)
         start, times = (t[indices[order]] for t in (times.cumsum(0) - times, times))  # [N]
         left = torch.arange(len(order), device=order.device).repeat_interleave(times)  # [pairs]
