@@ -37,6 +37,8 @@ class Table(ClosedForm):
 
     def _meet(self, indices: Tensor, count: int, components: int) -> bool:
         """Whether fewer products of entries are to be taken than there are rows in the tables."""
+        if self.padding is not None:
+            indices = indices[indices != self.padding]
         times = torch.bincount(indices % self.shape[0])
         return components * int(times.square().sum()) <= count * self.shape[0]
 
