@@ -3,6 +3,7 @@
 import doctest
 import importlib
 import inspect
+import json
 import pkgutil
 import re
 import sys
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 import posegrad
 import posegrad.testing
+from benchmarks.table import markdown
 from posegrad import Combination, Engine
 
 ROOT = Path(__file__).parents[1]
@@ -130,6 +132,15 @@ def test_public_names_are_documented(path: str) -> None:
 @pytest.mark.parametrize("path", ["posegrad.Engine", *METHODS, *filter(_is_rule, PUBLIC)])
 def test_rules_and_the_engine_show_an_example(path: str) -> None:
     assert ">>>" in pkgutil.resolve_name(path).__doc__, f"the docstring of {path} has no Example"
+
+
+@pytest.mark.parametrize("suite", ["gramian", "forms"])
+def test_the_tables_of_the_performance_page_are_those_of_the_results(suite: str) -> None:
+    result = json.loads((ROOT / f"benchmarks/results/{suite}-cpu.json").read_text())
+    page = (ROOT / "docs/performance.md").read_text(encoding="utf-8")
+    assert markdown(result).strip() in page, (
+        f"Paste `python -m benchmarks.table benchmarks/results/{suite}-cpu.json` into the page."
+    )
 
 
 def test_the_map_of_the_house_names_every_room() -> None:
