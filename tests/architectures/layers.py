@@ -81,6 +81,12 @@ LAYERS = {
         batch(T, inputs=tokens),
         SLOW,
     ),
+    "Embedding, max_norm": A(
+        "the forward shortens rows",
+        lambda: nn.Embedding(7, 3, max_norm=0.5),
+        batch(T, inputs=tokens),
+        dense=True,
+    ),
     "EmbeddingBag": A("", lambda: nn.EmbeddingBag(7, 3), batch(T, inputs=tokens), dense=True),
     "EmbeddingBag, ragged": A(
         "offsets",
