@@ -18,6 +18,7 @@ from posegrad import (
     StaleFactorError,
     UnsupportedModuleError,
 )
+from posegrad.capture._rungs import Reading
 from posegrad.capture._verify import Reference
 from tests.reference import rows, trainable
 
@@ -153,6 +154,41 @@ def test_a_gate_that_opens_later_is_found() -> None:
             warnings.simplefilter("ignore")  # that poses mix, once they do
             found = engine.jacobian(output).matrix()
         torch.testing.assert_close(found, expected)
+
+
+class Twice(torch.autograd.Function):
+    """A product and its triple, by one operator with two outputs."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(x)
+        return x @ weights, 3 * (x @ weights)
+
+    @staticmethod
+    def backward(ctx: Any, once: Tensor, thrice: Tensor) -> tuple[None, Tensor]:
+        (x,) = ctx.saved_tensors
+        return None, x.mT @ (once + 3 * thrice)
+
+
+@pytest.mark.parametrize("check", ["first", "always", "never"])
+def test_another_output_of_the_last_operator_is_another_structure(check: str) -> None:
+    model, x = nn.Linear(3, 1).double(), torch.randn(4, 3, dtype=torch.float64)
+    engine = Engine(model, check=check)
+    for number in (0, 1, 0, 1):
+        output = Twice.apply(x, model.weight[0])[number]
+        expected = rows(output, {"weight": model.weight})
+        found = engine.jacobian(output, params=["weight"]).matrix()
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_rows_that_vanish_are_compared_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """If nothing is read where autograd finds a gradient, that is a disagreement."""
+    model, x = nn.Linear(3, 1).double(), torch.randn(4, 3, dtype=torch.float64)
+    monkeypatch.setattr(Reading, "_part", lambda *given: None)
+    expected = rows(model(x)[:, 0], trainable(model))
+    with pytest.warns(UserWarning, match="do not add up"):
+        found = Engine(model).jacobian(model(x)[:, 0]).matrix()
+    torch.testing.assert_close(found, expected)
 
 
 def test_rows_read_in_a_new_way_are_checked_again(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -140,13 +140,13 @@ class EdgeRegistry:
         return rising[::-1]
 
     def structure(self, numbers: Mapping[int, int]) -> tuple[Any, ...]:
-        """Kinds of nodes, edges, shapes, and which parameter enters where; hashable.
+        """Kinds of nodes, edges, shapes, which parameter enters where, which output; hashable.
 
         Args:
             numbers: A number for each parameter, by `id`.
         """
         leaves = tuple([(node, numbers.get(key, -1)) for key, node in self.leaves.items()])
-        kinds = tuple(self.names), tuple(self.sources), leaves, tuple(self.facts)
+        kinds = self.root, tuple(self.names), tuple(self.sources), leaves, tuple(self.facts)
         return kinds, tuple(self.shapes)
 
     def at(self, edges: Iterable[Edge]) -> list[GradientEdge]:

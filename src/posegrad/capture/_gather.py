@@ -20,7 +20,7 @@ from posegrad.capture._rungs import Parts, Reading
 from posegrad.capture._trial import Subject, Trial, attempt
 from posegrad.capture._verify import Reference
 from posegrad.errors import NoPosesError, NotDifferentiableError, ShapeMismatchError
-from posegrad.jacobian import Arrangement, Block, PoseJacobian, casting, no_autocast
+from posegrad.jacobian import Arrangement, Block, PoseJacobian, no_autocast
 
 __all__ = ["Gatherer"]
 
@@ -162,7 +162,7 @@ class Gatherer:
         parts = reading.parts(recipe, trial)
         if reference is not None:
             done = recipe.verified if self.check == "first" else frozenset()
-            doubtful = _live(parts) - done
+            doubtful = frozenset(parts) - done
             del trial  # its cotangents are large, and rarely needed again
             recipe, parts = _verified(reading, recipe, parts, reference, doubtful, quiet)
         self._recipes[key] = recipe
@@ -192,8 +192,7 @@ def _undisturbed(
         if torch.is_inference_mode_enabled():
             stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.no_grad())
-        if casting(output.device.type):
-            stack.enter_context(no_autocast(output.device.type))
+        stack.enter_context(no_autocast(output.device.type))
         if registry.has_python():  # torch's own functions deposit nothing
             stack.enter_context(grad_set_aside(parameters))
         try:
@@ -215,7 +214,7 @@ def _forget(known: dict[int, Any]) -> None:
 
 
 def _live(parts: Parts) -> frozenset[str]:
-    """The parameters to compare. Rows that are zero say nothing yet: a gate may open later."""
+    """The parameters whose rows say something. Zeros do not yet: a gate may open later."""
     return frozenset(name for name, own in parts.items() if any(part.is_live() for part in own))
 
 
@@ -245,7 +244,7 @@ def _verified(
             sites = tuple(site for site in recipe.sites if site.parameter not in still)
             recipe = replace(recipe, sites=sites, by_rows=recipe.by_rows | still)
             parts = reading.parts(recipe, _tried(reading.subject, recipe))
-    return replace(recipe, verified=recipe.verified | sure), parts
+    return replace(recipe, verified=recipe.verified | (sure & _live(parts))), parts
 
 
 def _warn(message: str) -> None:

@@ -4,7 +4,7 @@ from posegrad.jacobian._block import Block
 from posegrad.jacobian._form import ClosedForm, Factor
 from posegrad.jacobian._layout import NOBODY, Layout, single
 from posegrad.jacobian._parts import Arrangement, Factors, Part, Pull, Rows
-from posegrad.jacobian._precision import casting, no_autocast
+from posegrad.jacobian._precision import no_autocast
 from posegrad.jacobian.operator import PoseJacobian
 
 __all__ = [
@@ -19,7 +19,6 @@ __all__ = [
     "PoseJacobian",
     "Pull",
     "Rows",
-    "casting",
     "no_autocast",
     "single",
 ]

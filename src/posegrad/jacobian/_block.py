@@ -65,8 +65,8 @@ class Block:
         return self.rows().reshape(self.count, self.shape.numel())
 
     def write(self, into: Tensor) -> None:
-        """Writes the matrix to a tensor `[M, n]`."""
-        if self._is_whole():
+        """Writes the matrix to a tensor `[M, n]`, which may be on another device."""
+        if self._is_whole() and into.device == self.device:
             self.parts[0].write(into.view(self.count, *self.shape))
         else:
             into.copy_(self.matrix())
@@ -75,6 +75,7 @@ class Block:
         r""":math:`\sum_i w_i \partial \hat y_i / \partial \theta` for w `[M]`: `[*shape]`."""
         if not self.parts:
             return torch.zeros(self.shape, dtype=self.dtype, device=self.device)
+        weights = weights.to(self.device)
         first, *others = [
             part.combine(weights[part.start : part.start + part.count]) for part in self.parts
         ]

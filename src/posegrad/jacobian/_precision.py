@@ -6,7 +6,7 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import Tensor
 
-__all__ = ["casting", "no_autocast", "wide"]
+__all__ = ["no_autocast", "wide"]
 
 
 @contextmanager
@@ -16,15 +16,11 @@ def no_autocast(device_type: str = "cuda") -> Iterator[None]:
     Args:
         device_type: A kind of device besides the CPU.
     """
+    kinds = [kind for kind in {"cpu", device_type} if torch.is_autocast_enabled(kind)]
     with ExitStack() as stack:
-        for kind in casting(device_type):
+        for kind in kinds:
             stack.enter_context(torch.autocast(kind, enabled=False))
         yield
-
-
-def casting(device_type: str) -> list[str]:
-    """The kinds of device that are under autocast, of the CPU and another."""
-    return [kind for kind in {"cpu", device_type} if torch.is_autocast_enabled(kind)]
 
 
 def wide(tensor: Tensor) -> Tensor:

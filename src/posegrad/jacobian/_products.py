@@ -8,7 +8,7 @@ from torch import Tensor
 from posegrad.jacobian._layout import Layout
 from posegrad.jacobian._precision import wide
 
-__all__ = ["Products", "as_rows", "cancels", "inner_products", "summed_pairs"]
+__all__ = ["Products", "as_rows", "cancels", "inner_products", "pairs_are_cheaper", "summed_pairs"]
 
 _TILE, _COLUMNS = 8, 16384  # rows of a tile, and how much of them at once: half a MiB
 
@@ -54,6 +54,14 @@ def inner_products(rows: Tensor) -> Tensor:
                 gram[i : i + _TILE, j : j + _TILE].addmm_(first, second.mT)
     lower = gram.tril(-1)
     return lower + lower.mT + gram.diagonal().diag()
+
+
+def pairs_are_cheaper(rows: int, numbers: int, height: int, width: int) -> bool:
+    """Whether products of R rows cost less than gradients `[height, width]` of M numbers.
+
+    R^2 (d + p) multiplications, against R d p for the gradients and M^2 d p for their products.
+    """
+    return rows**2 * (height + width) <= (rows + numbers**2) * height * width
 
 
 def summed_pairs(pairs: Tensor, owners: Layout, *, alike: bool) -> Tensor | None:

@@ -9,7 +9,7 @@ from torch import Tensor
 from posegrad.jacobian._form import ClosedForm, Factor
 from posegrad.jacobian._layout import Layout
 from posegrad.jacobian._precision import wide
-from posegrad.jacobian._products import Products, summed_pairs
+from posegrad.jacobian._products import Products, pairs_are_cheaper, summed_pairs
 
 __all__ = ["BatchedLinear"]
 
@@ -53,8 +53,7 @@ class BatchedLinear(ClosedForm):
     def prefers_pairs(self, cotangent: torch.Size, layout: Layout, components: int) -> bool:
         """As for `Linear`, for each e."""
         rows, numbers = components * layout.size, components * layout.count
-        _, height, width = self.shape
-        return rows**2 * (height + width) <= (rows + numbers**2) * height * width
+        return pairs_are_cheaper(rows, numbers, *self.shape[1:])
 
     def inner(
         self, first: Tensor, second: Tensor, layout: Layout, products: Products

@@ -9,7 +9,7 @@ from torch import Tensor
 from posegrad.jacobian._form import ClosedForm, Factor
 from posegrad.jacobian._layout import Layout
 from posegrad.jacobian._precision import wide
-from posegrad.jacobian._products import Products, summed_pairs
+from posegrad.jacobian._products import Products, pairs_are_cheaper, summed_pairs
 
 __all__ = ["Linear"]
 
@@ -65,10 +65,8 @@ class Linear(ClosedForm):
             super().write_rows(cotangent, layout, into)
 
     def prefers_pairs(self, cotangent: torch.Size, layout: Layout, components: int) -> bool:
-        """R^2 (d + p) multiplications against R d p for the rows and M^2 d p for their products."""
         rows = components * cotangent.numel() // cotangent[self._features]
-        numbers = components * layout.count
-        return rows**2 * sum(self.shape) <= (rows + numbers**2) * self.shape.numel()
+        return pairs_are_cheaper(rows, components * layout.count, *self.shape)
 
     def inner(
         self, first: Tensor, second: Tensor, layout: Layout, products: Products
