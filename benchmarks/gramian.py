@@ -1,8 +1,8 @@
 """Gradients of single poses in one batch: their Gramian, or all of them.
 
 Task `gramian`: forward, the Gramian of the per-pose gradients, and their sum under given weights.
-Task `rows`: forward, and all per-pose gradients as tensors. Both as a ratio to plain forward and
-backward of the summed output, within a round.
+Task `rows`: forward, and all per-pose gradients as tensors; `matrix`: in one matrix. All as a ratio
+to plain forward and backward of the summed output, within a round.
 
 Time: all methods in one process (`rounds.py`). On a CPU it should be run as `make bench` does, with
 `GLIBC_TUNABLES=glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=4294967296:

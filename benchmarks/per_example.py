@@ -3,7 +3,8 @@
 A way is bound to a network once and then called as `step(inputs, weights)`, where
 `network(*inputs)` gives one number an example, `[m, 1]`. It runs the forward too. For the task
 `gramian` it returns the Gramian of the rows and their sum under `weights`; for `rows` the rows
-themselves, `[m, ...]` for each parameter. All are exact: they differ in time and memory only.
+themselves, `[m, ...]` for each parameter; for `matrix` these as views of one matrix `[m, n]`. All
+are exact: they differ in time and memory only.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -51,6 +52,17 @@ def posegrad(network: nn.Module) -> Step:
 
 
 def posegrad_rows(network: nn.Module) -> Step:
+    """The rows of each parameter."""
+    engine = Engine(network)
+
+    def step(inputs: Inputs, _: Tensor) -> Found:
+        J = engine.jacobian(network(*inputs).squeeze(1))
+        return None, {name: J.block(name) for name in J.blocks}
+
+    return step
+
+
+def posegrad_matrix(network: nn.Module) -> Step:
     """The Jacobian in one matrix, `[m, n]`."""
     engine = Engine(network)
     parameters = dict(network.named_parameters())
@@ -59,6 +71,19 @@ def posegrad_rows(network: nn.Module) -> Step:
     def step(inputs: Inputs, _: Tensor) -> Found:
         matrix = engine.jacobian(network(*inputs).squeeze(1)).matrix()
         return None, _named(parameters, matrix.split(sizes, dim=1))
+
+    return step
+
+
+def joined(rows: Bind, network: nn.Module) -> Step:
+    """One matrix `[m, n]` from rows: what a user of rows writes next."""
+    rows_of = rows(network)
+    sizes = [p.numel() for p in network.parameters()]
+
+    def step(inputs: Inputs, weights: Tensor) -> Found:
+        rows = rows_of(inputs, weights)[1]
+        matrix = torch.cat([r.flatten(1) for r in rows.values()], dim=1)
+        return None, _named(rows, matrix.split(sizes, dim=1))
 
     return step
 
@@ -173,6 +198,12 @@ TASKS: dict[str, dict[str, Method]] = {
         "vmap(grad)": Method(vmap_rows, None, _ONE_SIZE),
         "Opacus hooks": Method(opacus_rows, "opacus", _ONE_ROW),
         "rows by autograd.grad": Method(autograd_rows, None, _LOOP),
+    },
+    "matrix": {
+        "posegrad": Method(posegrad_matrix),
+        "vmap(grad)": Method(partial(joined, vmap_rows), None, _ONE_SIZE),
+        "Opacus hooks": Method(partial(joined, opacus_rows), "opacus", _ONE_ROW),
+        "rows by autograd.grad": Method(partial(joined, autograd_rows), None, _LOOP),
     },
 }
 """What is asked for, and the ways to it."""

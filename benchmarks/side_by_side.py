@@ -48,7 +48,7 @@ def side_by_side(
 
 def _errors(task: str, found: Found, exact: Exact) -> Row:
     gramian, named = found
-    if task == "rows":
+    if task in ("rows", "matrix"):
         flat = {name: rows.flatten(1) for name, rows in packed(named, 1).items()}
         return {"rows_error": largest_difference(flat, exact.rows)}
     if gramian is None:  # plain, whose sum has no weights

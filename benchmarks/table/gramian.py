@@ -9,7 +9,8 @@ __all__ = ["markdown"]
 PLAIN = "plain"
 TITLES = {
     "gramian": "Forward, Gramian of the per-pose gradients, weighted gradient",
-    "rows": "Forward, all per-pose gradients",
+    "rows": "Forward, all per-pose gradients, a tensor for each parameter",
+    "matrix": "Forward, all per-pose gradients in one matrix",
 }
 FIGURES = (
     ("first_live_mib", "peak live MiB, first call", "{:.1f}"),

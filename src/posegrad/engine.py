@@ -6,7 +6,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from posegrad.capture import Gatherer, check_modules, named_parameters, selected
+from posegrad.capture import Gatherer, Roster, check_modules
 from posegrad.combination._base import Rule, as_combination
 from posegrad.errors import ClosedEngineError
 from posegrad.jacobian import PoseJacobian
@@ -86,6 +86,7 @@ class Engine:
         self.predict = predict if predict is not None else _call
         self.collate = collate
         self.chunk_size = int(chunk_size)
+        self._roster = Roster(modules)
         self._gatherer = Gatherer(check, batch_dim, block_bytes)
         self._closed = False
         self._seasoned = False  # whether a group has been through without a complaint
@@ -157,8 +158,7 @@ class Engine:
         request = request_for(as_combination(rule), schedule, skip_below, count, self.modules)
         if choose(request)[0] == "retain" or not torch.is_grad_enabled():
             return retain(scorer, chunks, request.rule)
-        inputs = Inputs(named_parameters(self.modules))
-        session = Session(scorer, chunks, inputs, wary=not self._seasoned)
+        session = Session(scorer, chunks, Inputs(self._roster.named()), wary=not self._seasoned)
         combined = run(session, request, self._gatherer)
         self._seasoned = True
         return combined
@@ -209,7 +209,7 @@ class Engine:
             torch.Size([6, 6])
         """
         self._check_open()
-        parameters = selected(named_parameters(self.modules), params)
+        parameters = self._roster.trainable(params)
         index = [pose_index] if isinstance(pose_index, Tensor) else list(pose_index or ())
         return self._gatherer.gather(output, parameters, pose_index=index, keep_graph=retain_graph)
 
@@ -242,7 +242,7 @@ class Engine:
         """
         self._check_open()
         _, chunks = chunks_of(poses, self.chunk_size)
-        parameters = selected(named_parameters(self.modules), None)
+        parameters = self._roster.trainable()
         return gather(self._gatherer, self._scorer(poses), chunks, parameters, loss, form)
 
     def compute_gramian(self, output: Tensor) -> Tensor:
@@ -313,7 +313,7 @@ class Engine:
             holds      1 running sum: 0.00 MiB
         """
         self._check_open()
-        parameters = selected(named_parameters(self.modules), None)
+        parameters = self._roster.trainable()
         paths = self._gatherer.paths(poses_or_output, parameters)
         if paths:
             return ReadingPlan(poses_or_output.numel(), paths)  # type: ignore[union-attr]

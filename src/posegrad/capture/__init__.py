@@ -4,17 +4,16 @@ from posegrad.capture._compat import leaf_hooks_off
 from posegrad.capture._edges import EdgeRegistry
 from posegrad.capture._gather import Gatherer
 from posegrad.capture._guard import grad_set_aside
-from posegrad.capture._modules import check_modules, named_parameters, selected
+from posegrad.capture._modules import Roster, check_modules
 from posegrad.capture._tracked import check_tracked, graph_clock
 
 __all__ = [
     "EdgeRegistry",
     "Gatherer",
+    "Roster",
     "check_modules",
     "check_tracked",
     "grad_set_aside",
     "graph_clock",
     "leaf_hooks_off",
-    "named_parameters",
-    "selected",
 ]

@@ -18,10 +18,13 @@ __all__ = [
     "apply_node",
     "device_of",
     "dtype_of",
+    "facts_of",
     "in_backward",
     "is_packed",
+    "is_packed_at",
     "is_python",
     "leaf_hooks_off",
+    "outputs_of",
     "saved",
     "shape_of",
     "slot_names",
@@ -64,6 +67,20 @@ def device_of(node: Node) -> torch.device:
     return device
 
 
+def outputs_of(node: Node) -> tuple[tuple[torch.Size, ...], tuple[torch.dtype, ...]]:
+    """The shapes and the dtypes of a node's outputs."""
+    data = node._input_metadata
+    if len(data) == 1:
+        return (torch.Size(data[0].shape),), (data[0].dtype,)
+    return tuple([torch.Size(d.shape) for d in data]), tuple([d.dtype for d in data])
+
+
+def facts_of(node: Node, names: Iterable[str]) -> tuple[Any, ...]:
+    """What a node saved under some names, hashable."""
+    values = [saved(node, name) for name in names]
+    return tuple([tuple(value) if isinstance(value, list) else value for value in values])
+
+
 def is_python(node: Node) -> bool:
     """Whether a node is of a function written in Python, of any name."""
     return isinstance(node, BackwardCFunction)
@@ -94,9 +111,12 @@ def slots_of(node: Node, name: str) -> Sequence[Any]:
 
 def is_packed(node: Node) -> bool:
     """Whether a saved tensor has to be unpacked first: by a checkpoint, which recomputes it."""
-    return any(
-        slot.unpack_hook is not None for name in slot_names(node) for slot in slots_of(node, name)
-    )
+    return any(is_packed_at(node, name) for name in slot_names(node))
+
+
+def is_packed_at(node: Node, name: str) -> bool:
+    """Whether the tensor saved under one name has to be."""
+    return any(slot.unpack_hook is not None for slot in slots_of(node, name))
 
 
 _SLOTS: dict[type, list[str]] = {}

@@ -10,16 +10,21 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 from posegrad.capture._axis import FACTS, Facts
-from posegrad.capture._compat import is_python, saved, shape_of
+from posegrad.capture._compat import facts_of, is_python, outputs_of
 from posegrad.errors import ReentrantCheckpointError
 
 __all__ = ["LEAF", "Edge", "EdgeRegistry", "Use", "walk"]
 
 LEAF = type(get_gradient_edge(torch.zeros((), requires_grad=True)).node)
-"""The class of the nodes that stand for leaves, AccumulateGrad."""
+"""The class of the nodes that stand for leaves."""
+
+LEAF_NAME = "AccumulateGrad"
 
 Edge = tuple[int, int]
 """A tensor of the graph: the number of the node that computed it, and which of its outputs."""
+
+Shapes = tuple[torch.Size, ...]
+Dtypes = tuple[torch.dtype, ...]
 
 
 @dataclass(frozen=True)
@@ -42,35 +47,40 @@ class EdgeRegistry:
     graph holds for the next of the same structure.
 
     Args:
-        output: The tensor whose graph is walked, about 2 us a node.
+        output: The tensor whose graph is walked, about 2 us a node. It is most of what a Jacobian
+            costs beyond its arithmetic, so a node is asked for nothing twice.
 
     Raises:
         ReentrantCheckpointError: if a reentrant checkpoint is in it.
     """
 
     def __init__(self, output: Tensor) -> None:
-        root = get_gradient_edge(output)
-        self.root: Edge = (0, root.output_nr)
+        root = output.grad_fn
+        if root is None:
+            root = get_gradient_edge(output).node  # the output is a parameter itself
+        self.root: Edge = (0, output.output_nr)
         self.nodes: list[Node] = []
         self.names: list[str] = []
         self.sources: list[tuple[Edge | None, ...]] = []
-        self.shapes: list[tuple[torch.Size, ...]] = []
+        self.shapes: list[Shapes] = []
+        self.dtypes: list[Dtypes] = []
+        self.facts: list[Facts] = []
         self.leaves: dict[int, int] = {}
-        for node, sources in _reachable(root.node):
-            if type(node) is LEAF:
-                self.leaves[id(node.variable)] = len(self.nodes)  # type: ignore[attr-defined]
+        for node, sources in _reachable(root):
+            name = _name(node)
+            outputs: tuple[Shapes, Dtypes]
+            if name == LEAF_NAME:
+                leaf: Tensor = node.variable  # type: ignore[attr-defined]
+                self.leaves[id(leaf)] = len(self.nodes)
+                outputs = (leaf.shape,), (leaf.dtype,)
+            else:
+                outputs = outputs_of(node)
             self.nodes.append(node)
-            self.names.append(_name(node))
+            self.names.append(name)
             self.sources.append(sources)
-            self.shapes.append(shape_of(node))
-
-    @cached_property
-    def facts(self) -> list[Facts]:
-        """What each operator was told beside tensors, as far as its rule in `_axis` looks at it."""
-        return [
-            tuple([_frozen(saved(node, fact)) for fact in FACTS[name]]) if name in FACTS else ()
-            for node, name in zip(self.nodes, self.names, strict=True)
-        ]
+            self.shapes.append(outputs[0])
+            self.dtypes.append(outputs[1])
+            self.facts.append(facts_of(node, FACTS[name]) if name in FACTS else ())
 
     @cached_property
     def _consumers(self) -> dict[Edge, list[Use]]:
@@ -80,6 +90,10 @@ class EdgeRegistry:
                 if edge is not None:
                     found.setdefault(edge, []).append(Use(number, argument))
         return found
+
+    def shape(self, edge: Edge) -> torch.Size:
+        """The shape of a tensor of the graph."""
+        return self.shapes[edge[0]][edge[1]]
 
     def uses(self, source: Edge) -> list[Use]:
         """The places where a tensor enters; empty if it is the output itself."""
@@ -140,14 +154,14 @@ class EdgeRegistry:
         return rising[::-1]
 
     def structure(self, numbers: Mapping[int, int]) -> tuple[Any, ...]:
-        """Kinds of nodes, edges, shapes, which parameter enters where, which output; hashable.
+        """Kinds of nodes, edges, which parameter enters where, which output; hashable.
 
         Args:
             numbers: A number for each parameter, by `id`.
         """
         leaves = tuple([(node, numbers.get(key, -1)) for key, node in self.leaves.items()])
-        kinds = self.root, tuple(self.names), tuple(self.sources), leaves, tuple(self.facts)
-        return kinds, tuple(self.shapes)
+        kinds = tuple(self.names), tuple(self.sources), tuple(self.facts), tuple(self.dtypes)
+        return self.root, leaves, *kinds
 
     def at(self, edges: Iterable[Edge]) -> list[GradientEdge]:
         """The edges as `torch.autograd.grad` takes them."""
@@ -181,11 +195,13 @@ def _reachable(root: Node) -> Iterator[tuple[Node, tuple[Edge | None, ...]]]:
         yield node, tuple(sources)
 
 
-def _frozen(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
+_NAMES: dict[type, str] = {LEAF: LEAF_NAME}  # of kinds of node that have one name
 
 
 def _name(node: Node) -> str:
+    kind = type(node)
+    if kind in _NAMES:
+        return _NAMES[kind]
     name = node.name()
     if name == "CheckpointFunctionBackward":
         raise ReentrantCheckpointError(
@@ -193,4 +209,6 @@ def _name(node: Node) -> str:
             "plain backward() only.\n"
             "Use use_reentrant=False, or schedule='retain'."
         )
+    if name == kind.__name__ and not is_python(node):
+        _NAMES[kind] = name
     return name

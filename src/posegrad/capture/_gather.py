@@ -16,11 +16,12 @@ from posegrad.capture._guard import grad_set_aside, name_failure
 from posegrad.capture._inference import follows_numbers
 from posegrad.capture._recipe import Recipe, outlook, resolve, slow_parameters
 from posegrad.capture._release import Slot, release, slots_above
+from posegrad.capture._routine import Routine
 from posegrad.capture._rungs import Parts, Reading
 from posegrad.capture._trial import Subject, Trial, attempt
 from posegrad.capture._verify import Reference
 from posegrad.errors import NoPosesError, NotDifferentiableError, ShapeMismatchError
-from posegrad.jacobian import Arrangement, Block, PoseJacobian, no_autocast
+from posegrad.jacobian import Arrangement, Block, PoseJacobian, is_cast, no_autocast
 
 __all__ = ["Gatherer"]
 
@@ -36,12 +37,16 @@ class _Structure:
     Args:
         recipe: The key of the recipe, which serves other shapes too.
         slots: Where nodes above the parameters hold saved tensors.
+        is_fixed: Whether that decides where poses lie: no numbers pick rows.
         inferred: Where poses lie, as far as it follows, by the output's dimension of poses.
+        routine: How to read it, once it is known.
     """
 
     recipe: int
     slots: list[Slot]
+    is_fixed: bool
     inferred: dict[int | None, dict[Edge, Axis]] = field(default_factory=dict)
+    routine: Routine | None = None
 
 
 @dataclass
@@ -114,13 +119,13 @@ class Gatherer:
             _check_index(pose_index)
             if used:
                 known = self._structure(registry, used, output, stated=bool(pose_index))
-                inferred = {} if follows_numbers(registry) else known.inferred
+                inferred = known.inferred if known.is_fixed else {}
                 subject = Subject(output, registry, pose_index, dim, self._generator, inferred)
-                with _undisturbed(registry, output, parameters):
-                    reading = Reading(subject, used, self.block_bytes)
-                    parts = self._parts(reading, known.recipe, quiet)
-                    if not keep_graph:
-                        release(registry, known.slots)
+                try:
+                    parts = self._parts(subject, used, known, keep_graph, quiet)
+                except RuntimeError as error:
+                    name_failure(error)
+                    raise
         if not parts and must_depend:
             raise NotDifferentiableError(_unrelated_message(output, len(parameters)))
         blocks = {
@@ -132,20 +137,45 @@ class Gatherer:
         self, registry: EdgeRegistry, used: Mapping[str, Tensor], output: Tensor, *, stated: bool
     ) -> _Structure:
         numbers = {id(p): i for i, p in enumerate(used.values())}
-        kinds, shapes = registry.structure(numbers)
-        rest = tuple(used), stated
+        kinds, shapes = registry.structure(numbers), tuple(registry.shapes)
+        rest = tuple(used), stated, output.device
         key = hash((kinds, shapes, rest))
         if key not in self._structures:
             ranks = tuple(len(shape) for node in shapes for shape in node)
             several = tuple(min(size, 2) for size in output.shape)
             leaves = [registry.leaves[id(p)] for p in used.values()]
             self._structures[key] = _Structure(
-                hash((kinds, ranks, rest, several)), slots_above(registry, leaves)
+                hash((kinds, ranks, rest, several)),
+                slots_above(registry, leaves),
+                not follows_numbers(registry),
             )
             _forget(self._structures)
         return self._structures[key]
 
-    def _parts(self, reading: Reading, key: int, quiet: bool) -> Parts:
+    def _parts(
+        self,
+        subject: Subject,
+        parameters: Mapping[str, Tensor],
+        known: _Structure,
+        keep_graph: bool,
+        quiet: bool,
+    ) -> Parts:
+        registry, kind = subject.registry, subject.output.device.type
+        special = is_cast(kind) or torch.is_inference_mode_enabled()
+        if known.routine is not None and not special:
+            parts = known.routine.parts(registry, subject.output, parameters, keep_graph)
+            if parts is not None:
+                return parts
+        with _undisturbed(registry, kind, parameters):
+            reading = Reading(subject, parameters, self.block_bytes)
+            recipe, parts = self._read(reading, known.recipe, quiet)
+            if not keep_graph:
+                release(registry, known.slots)
+        if known.is_fixed and not special and not self._is_due(recipe, parameters):
+            known.routine = Routine.of(subject, recipe, parts, known.slots)
+        return parts
+
+    def _read(self, reading: Reading, key: int, quiet: bool) -> tuple[Recipe, Parts]:
         subject, parameters = reading.subject, reading.parameters
         recipe, reference, trial = self._recipes.get(key), None, None
         if self._is_due(recipe, parameters):
@@ -167,7 +197,7 @@ class Gatherer:
             recipe, parts = _verified(reading, recipe, parts, reference, doubtful, quiet)
         self._recipes[key] = recipe
         _forget(self._recipes)
-        return parts
+        return recipe, parts
 
     def _is_due(self, recipe: Recipe | None, parameters: Mapping[str, Tensor]) -> bool:
         """Whether rows are to be compared with a plain backward."""
@@ -185,21 +215,17 @@ class Gatherer:
 
 @contextmanager
 def _undisturbed(
-    registry: EdgeRegistry, output: Tensor, parameters: Mapping[str, Tensor]
+    registry: EdgeRegistry, device_type: str, parameters: Mapping[str, Tensor]
 ) -> Iterator[None]:
-    """No graph is made, nothing is cast, no `.grad` is written, and failures have names."""
+    """No graph is made, nothing is cast, and no `.grad` is written."""
     with ExitStack() as stack:
         if torch.is_inference_mode_enabled():
             stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.no_grad())
-        stack.enter_context(no_autocast(output.device.type))
+        stack.enter_context(no_autocast(device_type))
         if registry.has_python():  # torch's own functions deposit nothing
             stack.enter_context(grad_set_aside(parameters))
-        try:
-            yield
-        except RuntimeError as error:
-            name_failure(error)
-            raise
+        yield
 
 
 def _tried(subject: Subject, recipe: Recipe) -> Trial:
@@ -248,7 +274,7 @@ def _verified(
 
 
 def _warn(message: str) -> None:
-    warnings.warn(message, stacklevel=7)
+    warnings.warn(message, stacklevel=8)
 
 
 def _check_output(output: Tensor) -> None:

@@ -1,13 +1,14 @@
 """Which modules an engine can follow, and their parameters by name."""
 
 from collections.abc import Iterable, Sequence
+from operator import is_
 
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from posegrad.errors import UnsupportedModuleError
 
-__all__ = ["check_modules", "named_parameters", "selected"]
+__all__ = ["Roster", "check_modules"]
 
 _WRAPPERS = ("DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule")
 
@@ -51,12 +52,77 @@ def _check_not_wrapped(name: str, module: nn.Module) -> None:
         )
 
 
-def named_parameters(modules: Sequence[nn.Module]) -> dict[str, nn.Parameter]:
-    """All parameters by dotted name; those of several modules under `0.`, `1.`, ...
+class Roster:
+    """The parameters of some modules by name, looked up again only when one has been replaced.
 
-    Raises:
-        UnsupportedModuleError: if one is not initialised yet.
+    Args:
+        modules: As `check_modules` lets them pass.
     """
+
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
+        self._modules = modules
+        self._named: dict[str, nn.Parameter] = {}
+        self._within: list[nn.Module] = []  # all modules inside
+        self._held: list[object] = []  # what these held when they were looked through
+        self._kinds: list[object] | None = None  # their dtypes, False for frozen ones
+        self._trainable: dict[str, nn.Parameter] = {}
+
+    def named(self) -> dict[str, nn.Parameter]:
+        """All parameters by dotted name; those of several modules under `0.`, `1.`, ...
+
+        Raises:
+            UnsupportedModuleError: if one is not initialised yet.
+        """
+        held = _held_by(self._within)
+        same = len(held) == len(self._held) and all(map(is_, held, self._held))
+        if not same or not self._within:
+            self._named, self._kinds = _named_parameters(self._modules), None
+            own = all(type(module).named_parameters is _THEIRS for module in self._modules)
+            self._within = [part for m in self._modules for part in m.modules()] if own else []
+            self._held = _held_by(self._within)
+        return self._named
+
+    def trainable(self, wanted: Iterable[str | Tensor] | None = None) -> dict[str, nn.Parameter]:
+        """The trainable parameters, each once; only those wanted, if any are named.
+
+        Args:
+            wanted: Names or parameters, or None for all.
+
+        Raises:
+            ValueError: if one that is wanted is not there or not trainable.
+            UnsupportedModuleError: if one is complex, or not initialised yet.
+        """
+        named = self.named()
+        kinds: list[object] = [p.requires_grad and p.dtype for p in named.values()]
+        if kinds != self._kinds:
+            self._trainable, self._kinds = _trainable(named), kinds
+        trainable = self._trainable
+        if wanted is None:
+            return trainable
+        names = {id(parameter): name for name, parameter in trainable.items()}
+        keys = {key if isinstance(key, str) else names.get(id(key), "?") for key in wanted}
+        missing = sorted(keys - trainable.keys())
+        if missing:
+            raise ValueError(
+                f"params names {', '.join(missing)}, which the engine's modules do not have or do "
+                f"not train. There are: {', '.join(trainable)}."
+            )
+        return {name: parameter for name, parameter in trainable.items() if name in keys}
+
+
+_THEIRS = nn.Module.named_parameters
+
+
+def _held_by(modules: Iterable[nn.Module]) -> list[object]:
+    held: list[object] = []
+    for module in modules:
+        for table in (module._parameters, module._modules):
+            held += table  # the names, of which a new one is another object
+            held += table.values()
+    return held
+
+
+def _named_parameters(modules: Sequence[nn.Module]) -> dict[str, nn.Parameter]:
     prefixes = [f"{i}." for i in range(len(modules))] if len(modules) > 1 else [""]
     named = {
         prefix + name: parameter
@@ -72,37 +138,15 @@ def named_parameters(modules: Sequence[nn.Module]) -> dict[str, nn.Parameter]:
     return named
 
 
-def selected(
-    named: dict[str, nn.Parameter], wanted: Iterable[str | Tensor] | None
-) -> dict[str, nn.Parameter]:
-    """The trainable parameters, each once; only those wanted, if any are named.
-
-    Args:
-        named: All parameters by name.
-        wanted: Names or parameters, or None for all.
-
-    Raises:
-        ValueError: if one that is wanted is not there or not trainable.
-        UnsupportedModuleError: if one is complex.
-    """
+def _trainable(named: dict[str, nn.Parameter]) -> dict[str, nn.Parameter]:
     names: dict[int, str] = {}
     for name, parameter in named.items():
         if parameter.requires_grad:
             names.setdefault(id(parameter), name)  # a weight tied across modules is one
-    trainable = {name: named[name] for name in names.values()}
-    unreal = [name for name, parameter in trainable.items() if parameter.is_complex()]
+    unreal = [name for name in names.values() if named[name].is_complex()]
     if unreal:
         raise UnsupportedModuleError(
             f"Complex parameters: {', '.join(unreal)}. A Jacobian of real rows has no entry for "
             f"them.\nHold them as torch.view_as_real(...) and view them as complex in the forward."
         )
-    if wanted is None:
-        return trainable
-    keys = {key if isinstance(key, str) else names.get(id(key), "?") for key in wanted}
-    missing = sorted(keys - trainable.keys())
-    if missing:
-        raise ValueError(
-            f"params names {', '.join(missing)}, which the engine's modules do not have or do not "
-            f"train. There are: {', '.join(trainable)}."
-        )
-    return {name: parameter for name, parameter in trainable.items() if name in keys}
+    return {name: named[name] for name in names.values()}

@@ -5,12 +5,13 @@ Reading nodes instead of hooking modules finds every use alike, whatever Python 
 """
 
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
-from posegrad.capture._compat import dtype_of, saved, shape_of
+from posegrad.capture._compat import saved
 from posegrad.jacobian import ClosedForm, Factor
 from posegrad.jacobian.layers import (
     BatchedLinear,
@@ -25,10 +26,42 @@ from posegrad.jacobian.layers import (
     Vector,
 )
 
-__all__ = ["TRANSPARENT", "is_readable", "read"]
+__all__ = ["TRANSPARENT", "Entry", "Operator", "Reader", "is_readable", "read", "reader_of"]
 
-Reader = Callable[[Node, torch.Size, bool, str], ClosedForm | None]
-"""From the node, the parameter's shape, whether a transpose lies between, and a description."""
+
+class Operator(NamedTuple):
+    """A node that computed something from a parameter.
+
+    Args:
+        node: The node.
+        shape: The shape of what it computed first, and `dtype`, its dtype.
+    """
+
+    node: Node
+    shape: torch.Size
+    dtype: torch.dtype
+
+    def saved(self, name: str) -> Any:
+        """What the node saved under a name in the forward; None if it saved nothing."""
+        return saved(self.node, name)
+
+
+class Entry(NamedTuple):
+    """How a parameter enters an operator.
+
+    Args:
+        shape: The parameter's shape.
+        transposed: Whether its transpose enters.
+        name: Its name, for messages.
+    """
+
+    shape: torch.Size
+    transposed: bool
+    name: str
+
+
+Reader = Callable[[Operator, Entry], ClosedForm | None]
+"""From an operator and how the parameter enters it to the form; None if this use is special."""
 
 TRANSPARENT = {"TBackward0", "ToCopyBackward0"}
 """Between a parameter and its use: a transpose, a cast. The gradient is the same numbers."""
@@ -39,217 +72,215 @@ def is_readable(kind: str, argument: int) -> bool:
     return (kind, argument) in _READERS
 
 
-def read(
-    node: Node, argument: int, shape: torch.Size, *, transposed: bool, what: str
-) -> ClosedForm | None:
+def read(operator: Operator, argument: int, entry: Entry) -> ClosedForm | None:
     """The closed form of one use, or None if this use is special.
 
     Args:
-        node: The operator.
+        operator: The operator.
         argument: Which of its arguments the parameter is.
-        shape: The parameter's shape.
-        transposed: Whether its transpose entered.
-        what: The parameter's name, for messages.
+        entry: How the parameter enters.
     """
-    if dtype_of(node)[0].is_complex:
+    if operator.dtype.is_complex:
         return None  # the formulas here are those of real numbers
-    return _READERS[node.name(), argument](node, shape, transposed, f"The input beside {what}")
+    return reader_of(operator.node.name(), argument)(operator, entry)
+
+
+def reader_of(kind: str, argument: int) -> Reader:
+    """How the closed form of this argument of this kind of node is read; see `read`."""
+    return _READERS[kind, argument]
 
 
 def _product(argument: str, *, on_left: bool, has_scale: bool) -> Reader:
-    def reader(node: Node, shape: torch.Size, transposed: bool, what: str) -> ClosedForm | None:
-        other = saved(node, argument)
-        scale = saved(node, "alpha") if has_scale else 1.0
+    def reader(op: Operator, entry: Entry) -> ClosedForm | None:
+        other = op.saved(argument)
+        scale = op.saved("alpha") if has_scale else 1.0
         if not isinstance(other, Tensor) or other.layout != torch.strided:
             return None
         # On the right the operator's own operand is [d, p], W transposed.
-        flipped = transposed if on_left else not transposed
-        return Linear(shape, Factor.of(other, what), flipped, on_left, float(scale))
+        flipped = entry.transposed if on_left else not entry.transposed
+        return Linear(entry.shape, Factor.of(other, entry.name), flipped, on_left, float(scale))
 
     return reader
 
 
 def _sum(*, name: str | None = None, sign: float = 1.0) -> Reader:
-    def reader(node: Node, shape: torch.Size, transposed: bool, what: str) -> ClosedForm | None:
-        factor = sign * (float(saved(node, name)) if name else 1.0)
-        return _elementwise(node, shape, transposed, factor)
+    def reader(op: Operator, entry: Entry) -> ClosedForm | None:
+        factor = sign * (float(op.saved(name)) if name else 1.0)
+        return _elementwise(op, entry, factor)
 
     return reader
 
 
 def _scaled_by(operand: str, *, inverse: bool = False) -> Reader:
-    def reader(node: Node, shape: torch.Size, transposed: bool, what: str) -> ClosedForm | None:
-        other = saved(node, operand)
+    def reader(op: Operator, entry: Entry) -> ClosedForm | None:
+        other = op.saved(operand)
         if not isinstance(other, Tensor):
             return None
         if inverse:
-            other = other.to(dtype_of(node)[0]).reciprocal()
-        factor = Factor.of(other, what)
-        return _elementwise(node, shape, transposed, factor)
+            other = other.to(op.dtype).reciprocal()
+        factor = Factor.of(other, entry.name)
+        return _elementwise(op, entry, factor)
 
     return reader
 
 
-def _denominator(node: Node, shape: torch.Size, transposed: bool, what: str) -> ClosedForm | None:
-    above, below = saved(node, "self"), saved(node, "other")
+def _denominator(op: Operator, entry: Entry) -> ClosedForm | None:
+    above, below = op.saved("self"), op.saved("other")
     if not isinstance(above, Tensor) or not isinstance(below, Tensor):
         return None
-    above, below = above.to(dtype_of(node)[0]), below.to(dtype_of(node)[0])
-    return _elementwise(node, shape, transposed, Factor.of(-above / below.square(), what))
+    above, below = above.to(op.dtype), below.to(op.dtype)
+    return _elementwise(op, entry, Factor.of(-above / below.square(), entry.name))
 
 
-def _elementwise(
-    node: Node, shape: torch.Size, transposed: bool, factor: Factor | float
-) -> ClosedForm | None:
-    out = shape_of(node)[0]
-    if transposed or len(shape) > len(out):
+def _elementwise(op: Operator, entry: Entry, factor: Factor | float) -> ClosedForm | None:
+    missing = len(op.shape) - len(entry.shape)
+    if entry.transposed or missing < 0:
         return None
-    aligned = torch.Size([1] * (len(out) - len(shape)) + list(shape))
-    return Elementwise(shape, aligned, factor)
+    return Elementwise(entry.shape, torch.Size((1,) * missing + entry.shape), factor)
 
 
-def _kernel(node: Node, shape: torch.Size, transposed: bool, what: str) -> ClosedForm | None:
-    images = saved(node, "input")
-    if transposed or not isinstance(images, Tensor):
+def _kernel(op: Operator, entry: Entry) -> ClosedForm | None:
+    images = op.saved("input")
+    if entry.transposed or not isinstance(images, Tensor):
         return None
     names = ("stride", "padding", "dilation", "transposed", "output_padding", "groups")
-    options = tuple(_plain(saved(node, name)) for name in names)
-    return Convolution(shape, Factor.of(images, what), options)
+    options = tuple(_plain(op.saved(name)) for name in names)
+    return Convolution(entry.shape, Factor.of(images, entry.name), options)
 
 
-def _channel_bias(node: Node, shape: torch.Size, transposed: bool, what: str) -> ClosedForm | None:
-    spatial = len(shape_of(node)[0]) - 2
-    return Elementwise(shape, torch.Size([1, *shape, *[1] * spatial]), 1.0)
+def _channel_bias(op: Operator, entry: Entry) -> ClosedForm | None:
+    spatial = len(op.shape) - 2
+    return Elementwise(entry.shape, torch.Size([1, *entry.shape, *[1] * spatial]), 1.0)
 
 
 def _batched_product(argument: str, *, on_left: bool, has_scale: bool) -> Reader:
-    def reader(node: Node, shape: torch.Size, transposed: bool, what: str) -> ClosedForm | None:
-        other = saved(node, argument)
-        scale = float(saved(node, "alpha")) if has_scale else 1.0
-        if transposed or not isinstance(other, Tensor) or other.layout != torch.strided:
+    def reader(op: Operator, entry: Entry) -> ClosedForm | None:
+        other = op.saved(argument)
+        scale = float(op.saved("alpha")) if has_scale else 1.0
+        if entry.transposed or not isinstance(other, Tensor) or other.layout != torch.strided:
             return None
-        return BatchedLinear(shape, Factor.of(other, what), on_left, scale)
+        return BatchedLinear(entry.shape, Factor.of(other, entry.name), on_left, scale)
 
     return reader
 
 
-def _vector(node: Node, shape: torch.Size, transposed: bool, what: str) -> ClosedForm | None:
-    matrix = saved(node, "self")
-    return Vector(shape, Factor.of(matrix, what)) if isinstance(matrix, Tensor) else None
+def _vector(op: Operator, entry: Entry) -> ClosedForm | None:
+    matrix = op.saved("self")
+    return (
+        Vector(entry.shape, Factor.of(matrix, entry.name)) if isinstance(matrix, Tensor) else None
+    )
 
 
-def _between_two(node: Node, shape: torch.Size, transposed: bool, what: str) -> ClosedForm | None:
+def _between_two(op: Operator, entry: Entry) -> ClosedForm | None:
     """Of `F.bilinear`, which is a sum over two dimensions of a product of three tensors."""
-    told = tuple(saved(node, name) for name in ("expand1", "expand2", "expand3", "sumdim"))
-    first, second = saved(node, "i1"), saved(node, "i3")
+    told = tuple(op.saved(name) for name in ("expand1", "expand2", "expand3", "sumdim"))
+    first, second = op.saved("i1"), op.saved("i3")
     tensors = isinstance(first, Tensor) and isinstance(second, Tensor)
-    if transposed or not tensors or told != ((1, 3), (0,), (1, 2), (2, 3)):
+    if entry.transposed or not tensors or told != ((1, 3), (0,), (1, 2), (2, 3)):
         return None
-    return Bilinear(shape, Factor.of(first, what), Factor.of(second, what))
+    return Bilinear(entry.shape, Factor.of(first, entry.name), Factor.of(second, entry.name))
 
 
-def _slope(node: Node, shape: torch.Size, transposed: bool, what: str) -> ClosedForm | None:
+def _slope(op: Operator, entry: Entry) -> ClosedForm | None:
     """Of PReLU, for numbers below zero."""
-    x = saved(node, "self")
+    x = op.saved("self")
     if not isinstance(x, Tensor):
         return None
-    return _elementwise(node, shape, transposed, Factor.of(x.clamp(max=0), what))
+    return _elementwise(op, entry, Factor.of(x.clamp(max=0), entry.name))
 
 
-def _copies(node: Node, shape: torch.Size, transposed: bool, what: str) -> ClosedForm | None:
-    repeats = tuple(saved(node, "repeats"))
-    return None if transposed or 0 in repeats else Repeat(shape, repeats)
+def _copies(op: Operator, entry: Entry) -> ClosedForm | None:
+    repeats = tuple(op.saved("repeats"))
+    return None if entry.transposed or 0 in repeats else Repeat(entry.shape, repeats)
 
 
-def _table(node: Node, shape: torch.Size, transposed: bool, what: str) -> ClosedForm | None:
-    if saved(node, "scale_grad_by_freq") or transposed:
+def _table(op: Operator, entry: Entry) -> ClosedForm | None:
+    if op.saved("scale_grad_by_freq") or entry.transposed:
         return None  # frequencies are counted over all poses of the batch
-    indices = Factor.of(saved(node, "indices"), what)
-    return Embedding(shape, _padding(node), indices)
+    indices = Factor.of(op.saved("indices"), entry.name)
+    return Embedding(entry.shape, _padding(op), indices)
 
 
-def _bags(node: Node, shape: torch.Size, transposed: bool, what: str) -> ClosedForm | None:
-    mode, scale = saved(node, "mode"), saved(node, "per_sample_weights")
-    if saved(node, "scale_grad_by_freq") or transposed or mode not in (_SUM, _MEAN):
+def _bags(op: Operator, entry: Entry) -> ClosedForm | None:
+    mode, scale = op.saved("mode"), op.saved("per_sample_weights")
+    if op.saved("scale_grad_by_freq") or entry.transposed or mode not in (_SUM, _MEAN):
         return None
-    indices, offsets, sizes = (saved(node, name) for name in ("indices", "offsets", "result2"))
-    count = shape_of(node)[0][0]
+    indices, offsets, sizes = (op.saved(name) for name in ("indices", "offsets", "result2"))
+    count = op.shape[0]
     places = torch.arange(len(indices), device=indices.device)
     starts = offsets[:count].to(places.dtype)
     bags = torch.searchsorted(starts, places, right=True) - 1
     if mode == _MEAN:
-        scale = sizes[bags].clamp(min=1).to(dtype_of(node)[0]).reciprocal()
+        scale = sizes[bags].clamp(min=1).to(op.dtype).reciprocal()
     elif scale is None:
-        scale = torch.ones(len(indices), dtype=dtype_of(node)[0], device=indices.device)
-    found = (Factor.of(tensor, what) for tensor in (indices.long(), bags, scale))
-    return EmbeddingBag(shape, _padding(node), *found)
+        scale = torch.ones(len(indices), dtype=op.dtype, device=indices.device)
+    found = (Factor.of(tensor, entry.name) for tensor in (indices.long(), bags, scale))
+    return EmbeddingBag(entry.shape, _padding(op), *found)
 
 
 _SUM, _MEAN = 0, 1  # modes of an embedding bag
 
 
-def _padding(node: Node) -> int | None:
-    padding = int(saved(node, "padding_idx"))
+def _padding(op: Operator) -> int | None:
+    padding = int(op.saved("padding_idx"))
     return padding if padding < 2**63 else None  # -1 is saved as an unsigned number
 
 
-def _picked(node: Node, shape: torch.Size, transposed: bool, what: str) -> ClosedForm | None:
+def _picked(op: Operator, entry: Entry) -> ClosedForm | None:
     """Rows of a parameter by number, as from a table."""
-    index, dim = saved(node, "index"), saved(node, "dim")
+    index, dim = op.saved("index"), op.saved("dim")
     if index is None:
-        index, *others = saved(node, "indices")
+        index, *others = op.saved("indices")
         dim = 0 if all(other is None for other in others) else None
-    if transposed or dim != 0 or not isinstance(index, Tensor):
+    if entry.transposed or dim != 0 or not isinstance(index, Tensor):
         return None
     if index.dtype not in (torch.int64, torch.int32):
         return None  # a mask
-    return Embedding(shape, None, Factor.of(index, what))
+    return Embedding(entry.shape, None, Factor.of(index, entry.name))
 
 
-def _layer_scale(node: Node, shape: torch.Size, transposed: bool, what: str) -> ClosedForm | None:
-    x, mean, rho = (saved(node, name) for name in ("input", "result1", "result2"))
+def _layer_scale(op: Operator, entry: Entry) -> ClosedForm | None:
+    x, mean, rho = (op.saved(name) for name in ("input", "result1", "result2"))
     if not isinstance(x, Tensor):
         return None
-    aligned = torch.Size([1] * (x.ndim - len(shape)) + list(shape))
-    return NormScale(shape, aligned, *(Factor.of(t, what) for t in (x, mean, rho)))
+    aligned = torch.Size([1] * (x.ndim - len(entry.shape)) + list(entry.shape))
+    return NormScale(entry.shape, aligned, *(Factor.of(t, entry.name) for t in (x, mean, rho)))
 
 
-def _root_mean_square_scale(
-    node: Node, shape: torch.Size, transposed: bool, what: str
-) -> ClosedForm | None:
-    x, rho = saved(node, "input"), saved(node, "result1")
+def _root_mean_square_scale(op: Operator, entry: Entry) -> ClosedForm | None:
+    x, rho = op.saved("input"), op.saved("result1")
     if not isinstance(x, Tensor) or not isinstance(rho, Tensor):
         return None
-    aligned = torch.Size([1] * (x.ndim - len(shape)) + list(shape))
+    aligned = torch.Size([1] * (x.ndim - len(entry.shape)) + list(entry.shape))
     mean = rho.new_zeros(())
-    return NormScale(shape, aligned, *(Factor.of(t, what) for t in (x, mean, rho)))
+    return NormScale(entry.shape, aligned, *(Factor.of(t, entry.name) for t in (x, mean, rho)))
 
 
-def _group_scale(node: Node, shape: torch.Size, transposed: bool, what: str) -> ClosedForm | None:
-    x, *statistics = (saved(node, name) for name in ("input", "result1", "result2"))
+def _group_scale(op: Operator, entry: Entry) -> ClosedForm | None:
+    x, *statistics = (op.saved(name) for name in ("input", "result1", "result2"))
     if not isinstance(x, Tensor):
         return None
-    each = saved(node, "C") // saved(node, "group")
+    each = op.saved("C") // op.saved("group")
     spatial = [1] * (x.ndim - 2)
     mean, rho = (
         t.repeat_interleave(each, dim=1).reshape(*x.shape[:2], *spatial) for t in statistics
     )
-    aligned = torch.Size([1, *shape, *spatial])
-    return NormScale(shape, aligned, *(Factor.of(t, what) for t in (x, mean, rho)))
+    aligned = torch.Size([1, *entry.shape, *spatial])
+    return NormScale(entry.shape, aligned, *(Factor.of(t, entry.name) for t in (x, mean, rho)))
 
 
-def _batch_scale(node: Node, shape: torch.Size, transposed: bool, what: str) -> ClosedForm | None:
-    x, train = saved(node, "input"), saved(node, "training")
+def _batch_scale(op: Operator, entry: Entry) -> ClosedForm | None:
+    x, train = op.saved("input"), op.saved("training")
     if not isinstance(x, Tensor) or not isinstance(train, bool):
         return None
     if train:
-        mean, rho = saved(node, "result1"), saved(node, "result2")
+        mean, rho = op.saved("result1"), op.saved("result2")
     else:
-        mean = saved(node, "running_mean").clone()  # updated without a new version
-        rho = (saved(node, "running_var") + saved(node, "eps")).rsqrt()
-    aligned = torch.Size([1, *shape, *[1] * (x.ndim - 2)])
+        mean = op.saved("running_mean").clone()  # updated without a new version
+        rho = (op.saved("running_var") + op.saved("eps")).rsqrt()
+    aligned = torch.Size([1, *entry.shape, *[1] * (x.ndim - 2)])
     mean, rho = mean.reshape(aligned), rho.reshape(aligned)
-    return NormScale(shape, aligned, *(Factor.of(t, what) for t in (x, mean, rho)))
+    return NormScale(entry.shape, aligned, *(Factor.of(t, entry.name) for t in (x, mean, rho)))
 
 
 def _plain(value: object) -> object:

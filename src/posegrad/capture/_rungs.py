@@ -1,7 +1,7 @@
 """The ladder: closed forms, the vjp of one operator, rows of the whole graph."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -9,14 +9,14 @@ from torch import Tensor
 
 from posegrad.capture._compat import dtype_of, in_backward, is_packed
 from posegrad.capture._edges import Edge, EdgeRegistry
-from posegrad.capture._read import read
+from posegrad.capture._read import Entry, Operator, read
 from posegrad.capture._recipe import Recipe
 from posegrad.capture._sites import Site
 from posegrad.capture._trial import Subject, Trial
 from posegrad.capture._vjp import cotangents_at, node_rows, rows_of_graph
 from posegrad.jacobian import Arrangement, ClosedForm, Factors, Part, Pull, Rows
 
-__all__ = ["Parts", "Reading"]
+__all__ = ["Parts", "Reading", "by_size", "entry_of", "operator_at"]
 
 Parts = dict[str, list[Part]]
 
@@ -45,7 +45,7 @@ class Reading:
         found: Parts = {name: [] for name in self.parameters}
         cotangents = self._cotangents(arrangement, recipe.sites, trial)
         waiting = Counter(edge for site in recipe.sites for edge in site.edges)
-        for site in sorted(recipe.sites, key=self._size):  # room for large ones comes last
+        for site in by_size(self.registry, recipe.sites):
             part = self._part(site, forms.pop(site), recipe, trial, cotangents)
             found[site.parameter] += [] if part is None else [part]
             waiting.subtract(site.edges)
@@ -63,13 +63,8 @@ class Reading:
         def read_all() -> None:
             for site in sites:
                 if site.closed:
-                    forms[site] = read(
-                        self.registry.nodes[site.node],
-                        site.argument,
-                        self._shape(site),
-                        transposed=site.transposed,
-                        what=site.parameter,
-                    )
+                    operator = operator_at(self.registry, site.node)
+                    forms[site] = read(operator, site.argument, entry_of(self.registry, site))
 
         nodes = {self.registry.nodes[site.node] for site in sites if site.closed}
         if any(is_packed(node) for node in nodes):
@@ -77,13 +72,6 @@ class Reading:
         else:
             read_all()
         return forms
-
-    def _size(self, site: Site) -> int:
-        return max(self.registry.shapes[node][number].numel() for node, number in site.edges)
-
-    def _shape(self, site: Site) -> torch.Size:
-        node, number = site.source
-        return self.registry.shapes[node][number]
 
     def _cotangents(
         self, arrangement: Arrangement, sites: Sequence[Site], trial: Trial
@@ -125,14 +113,13 @@ class Reading:
         if not present:
             return None
         each = tuple(torch.zeros_like(present[0]) if v is None else v for v in values)
+        if site.direct:
+            return Factors.direct(form, layout, arrangement, each)
         path = f"closed form ({type(form).__name__})"
         if not site.light:
             computed = site.source[0] in recipe.activations
             path = "rows of activations" if computed else f"{path} of a computed weight"
         factors = Factors(path, 0, form, layout, arrangement, each, self._pull(site))
-        shrinks = arrangement.poses * form.shape.numel() < present[0].numel()
-        if site.direct and form.has_small_rows and layout.dims and shrinks:
-            return Rows(path, 0, factors.rows())  # so that its cotangent need not be held
         return factors if site.light else Rows(path, 0, self._narrow(site, factors.rows()))
 
     def _operator_rows(
@@ -161,7 +148,9 @@ class Reading:
                     )
             return values
 
-        held = sum(sizes[i].numel() for _, i in edges) + 2 * self._shape(site).numel()
+        held = (
+            sum(sizes[i].numel() for _, i in edges) + 2 * self.registry.shape(site.source).numel()
+        )
         count = arrangement.shape.numel()
         rows = node_rows(node, site.argument, masked, count, self._most(held))
         if rows is None:
@@ -224,3 +213,18 @@ class Reading:
     def registry(self) -> EdgeRegistry:
         """The graph."""
         return self.subject.registry
+
+
+def operator_at(registry: EdgeRegistry, node: int) -> Operator:
+    """The operator of a node, as its forms are read from it."""
+    return Operator(registry.nodes[node], registry.shapes[node][0], registry.dtypes[node][0])
+
+
+def entry_of(registry: EdgeRegistry, site: Site) -> Entry:
+    """How the parameter enters at a site."""
+    return Entry(registry.shape(site.source), site.transposed, site.parameter)
+
+
+def by_size(registry: EdgeRegistry, sites: Iterable[Site]) -> list[Site]:
+    """Those with small cotangents first: once these are read, there is room for large ones."""
+    return sorted(sites, key=lambda site: max(registry.shape(e).numel() for e in site.edges))

@@ -10,7 +10,7 @@ from torch import Tensor
 from posegrad.capture._compat import leaf_hooks_off
 from posegrad.capture._trial import Subject
 from posegrad.capture._vjp import dense
-from posegrad.jacobian import Block, Part
+from posegrad.jacobian import Block, Part, Weights
 
 __all__ = ["Reference"]
 
@@ -78,7 +78,7 @@ class Reference:
             parameter, gradient = parameters[name], self.gradients[name]
             tolerance = max(_TOLERANCE.get(d, 2e-3) for d in dtypes | {parameter.dtype})
             block = Block.of(parameter, len(flat), parts[name])
-            found = block.combine(flat)
+            found = block.combine(Weights(flat))
             reference = torch.zeros_like(found) if gradient is None else dense(gradient)
             if not bool(found.isfinite().all()) and not bool(reference.isfinite().all()):
                 continue
@@ -86,7 +86,7 @@ class Reference:
             error = (found - reference).double().norm()
             if error <= floor + tolerance * max(found.double().norm(), reference.double().norm()):
                 continue
-            if not error <= tolerance * block.combine(flat.abs()).double().norm():
+            if not error <= tolerance * block.combine(Weights(flat.abs())).double().norm():
                 wrong.add(name)
         return frozenset(wrong), frozenset(sure)
 

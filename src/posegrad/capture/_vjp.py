@@ -24,14 +24,14 @@ _VMAP_LEFT = (
 
 
 def cotangents_at(
-    output: Tensor, edges: Sequence[GradientEdge], cotangent: Tensor
+    output: Tensor, edges: Sequence[GradientEdge], cotangent: Tensor, *, keep_graph: bool = True
 ) -> list[Tensor | None]:
-    """One backward from the output to the edges and no further; the graph is kept.
+    """One backward from the output to the edges and no further.
 
     No parameter's gradient is computed on the way.
     """
     found = torch.autograd.grad(
-        output, list(edges), cotangent, retain_graph=True, allow_unused=True
+        output, edges, cotangent, retain_graph=keep_graph, allow_unused=True
     )
     return [None if g is None else dense(g) for g in found]
 

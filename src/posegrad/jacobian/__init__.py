@@ -3,8 +3,8 @@
 from posegrad.jacobian._block import Block
 from posegrad.jacobian._form import ClosedForm, Factor
 from posegrad.jacobian._layout import NOBODY, Layout, single
-from posegrad.jacobian._parts import Arrangement, Factors, Part, Pull, Rows
-from posegrad.jacobian._precision import no_autocast
+from posegrad.jacobian._parts import Arrangement, Factors, Part, Pull, Rows, Weights
+from posegrad.jacobian._precision import is_cast, no_autocast
 from posegrad.jacobian.operator import PoseJacobian
 
 __all__ = [
@@ -19,6 +19,8 @@ __all__ = [
     "PoseJacobian",
     "Pull",
     "Rows",
+    "Weights",
+    "is_cast",
     "no_autocast",
     "single",
 ]

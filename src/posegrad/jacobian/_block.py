@@ -8,7 +8,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from posegrad.jacobian._parts import Factors, Part, Rows
+from posegrad.jacobian._parts import Factors, Part, Rows, Weights
 from posegrad.jacobian._products import Products
 
 __all__ = ["Block"]
@@ -71,17 +71,14 @@ class Block:
         else:
             into.copy_(self.matrix())
 
-    def combine(self, weights: Tensor) -> Tensor:
+    def combine(self, weights: Weights) -> Tensor:
         r""":math:`\sum_i w_i \partial \hat y_i / \partial \theta` for w `[M]`: `[*shape]`."""
         if not self.parts:
             return torch.zeros(self.shape, dtype=self.dtype, device=self.device)
-        weights = weights.to(self.device)
-        first, *others = [
-            part.combine(weights[part.start : part.start + part.count]) for part in self.parts
-        ]
+        total, *others = [part.combine(weights) for part in self.parts]
         for other in others:
-            first = first + other
-        return first.to(self.dtype).contiguous()
+            total = total + other
+        return total.to(self.dtype).contiguous()
 
     def bytes(self) -> int:
         """The size of what is held."""

@@ -23,17 +23,17 @@ class Factor:
 
     Args:
         tensor: The tensor.
-        what: Its description for messages.
+        beside: The name of the parameter it meets, for messages.
     """
 
     tensor: Tensor
-    what: str
+    beside: str
     version: int
 
     @classmethod
-    def of(cls, tensor: Tensor, what: str) -> Self:
+    def of(cls, tensor: Tensor, beside: str) -> Self:
         """A factor as it is now."""
-        return cls(tensor.detach(), what, tensor._version)
+        return cls(tensor.detach(), beside, tensor._version)
 
     @property
     def value(self) -> Tensor:
@@ -44,23 +44,29 @@ class Factor:
         """
         if self.tensor._version != self.version:
             raise StaleFactorError(
-                f"{self.what}, of shape {list(self.tensor.shape)}, was changed in place after the "
-                f"forward (version {self.tensor._version}, expected {self.version}).\n"
+                f"The input beside {self.beside}, of shape {list(self.tensor.shape)}, was changed "
+                f"in place after the forward (version {self.tensor._version}, expected "
+                f"{self.version}).\n"
                 f"The per-pose gradients are products with the old values, which are gone.\n"
                 f"Use the Jacobian before that change, or change a clone."
             )
         return self.tensor
+
+    def like(self, other: Tensor) -> Tensor:
+        """`value` in the dtype of another tensor."""
+        value = self.value
+        return value if value.dtype == other.dtype else value.to(other.dtype)
 
     def __copy__(self) -> Self:
         return replace(self)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A deep copy's tensor has versions of its own."""
-        return Factor.of, (self.value, self.what)
+        return Factor.of, (self.value, self.beside)
 
     def to(self, device: torch.device | str) -> "Factor":
         """The factor on another device."""
-        return Factor.of(self.value.to(device), self.what)
+        return Factor.of(self.value.to(device), self.beside)
 
 
 @dataclass(frozen=True)

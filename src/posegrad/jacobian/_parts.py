@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from operator import is_
 from typing import Any, Self, final
 
 import torch
@@ -12,7 +13,7 @@ from posegrad.jacobian._form import ClosedForm
 from posegrad.jacobian._layout import Layout
 from posegrad.jacobian._precision import wide
 
-__all__ = ["Arrangement", "Factors", "Part", "Pull", "Rows"]
+__all__ = ["Arrangement", "Factors", "Part", "Pull", "Rows", "Weights"]
 
 Pull = Callable[[Tensor], Tensor]
 """From gradients `[N, ...]` of a tensor computed from the parameter to those of the parameter."""
@@ -86,8 +87,8 @@ class Part(ABC):
         into.copy_(self.rows())
 
     @abstractmethod
-    def combine(self, weights: Tensor) -> Tensor:
-        """The sum of the rows times their weights `[count]`: `[*shape]`."""
+    def combine(self, weights: "Weights") -> Tensor:
+        """The sum of the rows times their weights: `[*shape]`."""
 
     @abstractmethod
     def is_live(self) -> bool:
@@ -128,8 +129,8 @@ class Rows(Part):
     def rows(self) -> Tensor:
         return wide(self.values)
 
-    def combine(self, weights: Tensor) -> Tensor:
-        return _weighted_sum(self.rows(), weights)
+    def combine(self, weights: "Weights") -> Tensor:
+        return _weighted_sum(self.rows(), weights.of(self))
 
     def is_live(self) -> bool:
         return bool(self.values.any())
@@ -160,14 +161,33 @@ class Factors(Part):
     cotangents: tuple[Tensor, ...]
     pull: Pull | None = None
 
+    @classmethod
+    def direct(
+        cls,
+        form: ClosedForm,
+        layout: Layout,
+        arrangement: Arrangement,
+        cotangents: tuple[Tensor, ...],
+    ) -> Part:
+        """The part of a parameter that enters as it is; rows, if they are less than cotangents."""
+        factors = cls(
+            f"closed form ({type(form).__name__})", 0, form, layout, arrangement, cotangents
+        )
+        if form.has_small_rows and layout.dims:
+            shrinks = arrangement.poses * form.shape.numel() < cotangents[0].numel()
+            return Rows(factors.path, 0, factors.rows()) if shrinks else factors
+        return factors
+
     @property
     def count(self) -> int:
         return self.arrangement.shape.numel()
 
     def rows(self) -> Tensor:
         each = [self._rows(wide(b)) for b in self.cotangents]  # K of [m, *shape]
-        split = torch.stack(each, dim=1) if len(each) > 1 else each[0].unsqueeze(1)
-        rows = self.arrangement.join(split)
+        if self.arrangement.dim is None:
+            rows = each[0]
+        else:
+            rows = self.arrangement.join(torch.stack(each, dim=1))
         return rows if self.pull is None else wide(self.pull(rows))
 
     def write(self, into: Tensor) -> None:
@@ -177,17 +197,24 @@ class Factors(Part):
         else:
             super().write(into)
 
-    def combine(self, weights: Tensor) -> Tensor:
-        if self.form.has_small_rows and self.layout.dims:
-            return _weighted_sum(self.rows(), weights)
+    def combine(self, weights: "Weights") -> Tensor:
+        total = self.form.vjp(weights.times_cotangents(self))
+        return total if self.pull is None else wide(self.pull(total.unsqueeze(0))[0])
+
+    def weighed(self, weights: Tensor) -> Tensor:
+        """The cotangents times the weights `[count]` of their owners, over all components."""
         first, *others = [
-            self.layout.weigh(wide(b), column)
+            self.layout.weigh(wide(b), column.to(b.device))
             for b, column in zip(self.cotangents, self.arrangement.columns(weights), strict=True)
         ]
         for other in others:
             first += other
-        total = self.form.vjp(first)
-        return total if self.pull is None else wide(self.pull(total.unsqueeze(0))[0])
+        return first
+
+    def has_cotangents_of(self, other: "Factors") -> bool:
+        """Whether the parts differ in nothing but the form."""
+        alike = self.layout is other.layout and self.start == other.start
+        return alike and all(map(is_, self.cotangents, other.cotangents))
 
     def add_to(self, rows: Tensor) -> None:
         if self.layout.dims or self.pull is not None:
@@ -238,6 +265,36 @@ class Factors(Part):
         return rows if int(owner) < 0 else rows.index_copy_(0, owner, gradient)
 
 
+class Weights:
+    """Weights of the rows of a Jacobian.
+
+    What the last cotangents became under them is kept, as a weight and its bias have theirs in
+    common.
+
+    Args:
+        values: `[M]`.
+    """
+
+    def __init__(self, values: Tensor) -> None:
+        self.values = values
+        self._last: tuple[Factors, Tensor] | None = None
+
+    def of(self, part: Part) -> Tensor:
+        """Those of a part's rows, `[count]`."""
+        if part.count == len(self.values):
+            return self.values
+        return self.values[part.start : part.start + part.count]
+
+    def times_cotangents(self, part: Factors) -> Tensor:
+        """The cotangents of a part with each row times the weight of its owner."""
+        if self._last is not None and part.has_cotangents_of(self._last[0]):
+            return self._last[1]
+        self._last = None  # before there is another one
+        weighed = part.weighed(self.of(part))
+        self._last = part, weighed
+        return weighed
+
+
 def _weighted_sum(rows: Tensor, weights: Tensor) -> Tensor:
-    total = weights.to(rows.dtype) @ rows.reshape(len(rows), -1)
+    total = weights.to(rows.device, rows.dtype) @ rows.reshape(len(rows), -1)
     return total.reshape(rows.shape[1:])

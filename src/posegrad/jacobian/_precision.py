@@ -1,17 +1,27 @@
 """The precision that gradients are computed in."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import wraps
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
-__all__ = ["no_autocast", "wide"]
+__all__ = ["exact", "is_cast", "no_autocast", "wide"]
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def is_cast(device_type: str = "cuda") -> bool:
+    """Whether autocast is on, on the CPU or on a device of another kind."""
+    return torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled(device_type)
 
 
 @contextmanager
 def no_autocast(device_type: str = "cuda") -> Iterator[None]:
-    """Turns autocast off: the operators of a backward follow the dtypes of the forward.
+    """Turns autocast off: products of gradients stay in the precision they have.
 
     Args:
         device_type: A kind of device besides the CPU.
@@ -21,6 +31,20 @@ def no_autocast(device_type: str = "cuda") -> Iterator[None]:
         for kind in kinds:
             stack.enter_context(torch.autocast(kind, enabled=False))
         yield
+
+
+def exact(method: Callable[P, T]) -> Callable[P, T]:
+    """A method that multiplies gradients: nothing is cast meanwhile, and no graph is made."""
+
+    @wraps(method)
+    def inner(*args: P.args, **kwargs: P.kwargs) -> T:
+        with torch.no_grad():
+            if not is_cast():
+                return method(*args, **kwargs)
+            with no_autocast():
+                return method(*args, **kwargs)
+
+    return inner
 
 
 def wide(tensor: Tensor) -> Tensor:

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from posegrad.errors import ShapeMismatchError
 from posegrad.jacobian._block import Block
-from posegrad.jacobian._precision import no_autocast
+from posegrad.jacobian._parts import Weights
+from posegrad.jacobian._precision import exact
 from posegrad.jacobian._products import Products, inner_products
 from posegrad.jacobian._report import report
 from posegrad.jacobian._weights import weights_of
@@ -87,8 +88,7 @@ class PoseJacobian:
         count = sum(parameter.numel() for parameter in self._parameters.values())
         return f"PoseJacobian(output_shape={list(self.output_shape)}, parameters={count})"
 
-    @torch.no_grad()
-    @no_autocast()
+    @exact
     def combine(self, weights: Tensor) -> dict[str, Tensor]:
         r"""The product :math:`w^\top J`: one gradient, shaped and named like the parameters.
 
@@ -112,7 +112,7 @@ class PoseJacobian:
             >>> J.combine(torch.tensor([1.0, 10.0]))
             {'weight': tensor([[ 1., 10.]]), 'bias': tensor([11.])}
         """
-        flat = self._flat(weights)
+        flat = Weights(self._flat(weights))
         return {name: block.combine(flat) for name, block in self._blocks.items()}
 
     def backward(self, weights: Tensor | Callable[[Tensor], Tensor]) -> Tensor:
@@ -155,8 +155,7 @@ class PoseJacobian:
             )
         return weights
 
-    @torch.no_grad()
-    @no_autocast()
+    @exact
     def gramian(self, dtype: torch.dtype | None = None, *, per_parameter: bool = False) -> Any:
         r"""The inner products of the rows, :math:`G = J J^\top`.
 
@@ -188,11 +187,12 @@ class PoseJacobian:
         count = self.predictions.numel()
         total = torch.zeros(count, count, dtype=dtype or torch.float32, device=self._device)
         for gram in grams.values():
-            total = total + gram.to(self._device)
+            total = total.to(torch.promote_types(total.dtype, gram.dtype)).add_(
+                gram.to(self._device)
+            )
         return self._generalized(total)
 
-    @torch.no_grad()
-    @no_autocast()
+    @exact
     def norms(self) -> Tensor:
         """The Euclidean norm of every row, in `output_shape`."""
         total = torch.zeros(self.predictions.numel(), device=self._device)
@@ -226,8 +226,7 @@ class PoseJacobian:
         places[index] = 1
         return self.combine(places)
 
-    @torch.no_grad()
-    @no_autocast()
+    @exact
     def block(self, name: str) -> Tensor:
         """The rows of one parameter, `[*output_shape, *parameter.shape]`.
 
@@ -246,8 +245,7 @@ class PoseJacobian:
             rows = rows.clone()  # the caller's to write to
         return rows.reshape(*self.output_shape, *block.shape)
 
-    @torch.no_grad()
-    @no_autocast()
+    @exact
     def matrix(self) -> Tensor:
         """J as a matrix `[M, n]`, columns in the order of `named_parameters()`.
 
@@ -315,6 +313,8 @@ class PoseJacobian:
     def _generalized(self, gram: Tensor) -> Tensor:
         """From `[M, M]` to `output_shape + reversed(output_shape)`."""
         shape = self.output_shape
+        if len(shape) == 1:
+            return gram
         order = [*range(len(shape)), *reversed(range(len(shape), 2 * len(shape)))]
         return gram.reshape((*shape, *shape)).permute(order)
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from posegrad.capture import Gatherer
 from posegrad.combination import Combination
-from posegrad.jacobian import Block, no_autocast
+from posegrad.jacobian import Block, Weights, no_autocast
 from posegrad.schedule._attach import Gradients, attach
 from posegrad.schedule._gradients import GradientSum
 from posegrad.schedule._poses import map_tensors, tensors_of
@@ -47,18 +47,18 @@ def store(session: Session, rule: Combination, gatherer: Gatherer) -> Combined:
             with no_autocast(cotangent.device.type):
                 for weights, blocks in zip(pieces, filled, strict=True):
                     if bool(weights.any()):
-                        _add(total, blocks, weights)
+                        _add(total, blocks, Weights(weights))
         return total.delivered(session.inputs.tensors)
 
     (per_pose,) = attach([group_predictions(values)], session.inputs, pullback, saved)
     return Combined(rule(per_pose), per_pose)
 
 
-def _add(total: GradientSum, rows: Rows, weights: Tensor) -> None:
+def _add(total: GradientSum, rows: Rows, weights: Weights) -> None:
     """Adds the rows of one chunk, times their weights."""
     for number, held in rows.items():
         if isinstance(held, Tensor):
-            total.add({number: held}, float(weights))
+            total.add({number: held}, float(weights.values))
         else:
             total.add({number: held.combine(weights)})
 

@@ -43,8 +43,7 @@ class Broadcast(ClosedForm):
 
     def rows(self, cotangent: Tensor, layout: Layout) -> Tensor:
         parts = self.contribution(cotangent)
-        kept = {*layout.dims, *(d for d, size in enumerate(self.aligned) if size != 1)}
-        summed = [d for d in range(parts.ndim) if d not in kept]
+        summed = [d for d, n in enumerate(self.aligned) if n == 1 and d not in layout.dims]
         parts = parts.sum(summed, keepdim=True) if summed else parts
         return layout.sum(layout.front(parts)).reshape(layout.count, *self.shape)
 

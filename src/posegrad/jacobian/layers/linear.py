@@ -9,7 +9,7 @@ from torch import Tensor
 from posegrad.jacobian._form import ClosedForm, Factor
 from posegrad.jacobian._layout import Layout
 from posegrad.jacobian._precision import wide
-from posegrad.jacobian._products import Products, pairs_are_cheaper, summed_pairs
+from posegrad.jacobian._products import Products, as_rows, pairs_are_cheaper, summed_pairs
 
 __all__ = ["Linear"]
 
@@ -44,15 +44,15 @@ class Linear(ClosedForm):
         return self._features not in layout.dims
 
     def vjp(self, cotangent: Tensor) -> Tensor:
-        a, b = self._rows_last(self.input.value), self._rows_last(cotangent)
-        left, right = self._sides(a.to(b.dtype), b)
+        a, b = self._rows_last(self.input.like(cotangent)), self._rows_last(cotangent)
+        left, right = self._sides(a, b)
         return self._scaled(left @ right)
 
     def rows(self, cotangent: Tensor, layout: Layout) -> Tensor:
         if layout.is_regular():
             left, right = self._sides_by_pose(cotangent, layout)
             return self._scaled(left @ right)
-        inputs = self.input.value.to(cotangent.dtype)
+        inputs = self.input.like(cotangent)
         pairs = zip(layout.segments(inputs), layout.segments(cotangent), strict=True)
         sides = [self._sides(a.flatten(0, -2), b.flatten(0, -2)) for a, b in pairs]
         return self._scaled(torch.stack([left @ right for left, right in sides]))
@@ -72,7 +72,7 @@ class Linear(ClosedForm):
         self, first: Tensor, second: Tensor, layout: Layout, products: Products
     ) -> Tensor | None:
         alike = first is second
-        a = self.input.value.to(wide(first).dtype)
+        a = self.input.like(wide(first))
         if self.on_left:
             a, first, second = a.mT, first.mT, second.mT  # rows first
         pairs = products.of(a, a) * products.of(first, second)  # [R, R]
@@ -89,7 +89,7 @@ class Linear(ClosedForm):
 
     def _rows_last(self, tensor: Tensor) -> Tensor:
         """`[R, features]`."""
-        return tensor.mT if self.on_left else tensor.reshape(-1, tensor.shape[-1])
+        return tensor.mT if self.on_left else as_rows(tensor)
 
     def _flat(self, rows: torch.Size, layout: Layout) -> Layout:
         """The layout of `[R, features]`, in the order that `reshape` gives."""
@@ -105,7 +105,7 @@ class Linear(ClosedForm):
         return (a.mT, b) if self.flipped else (b.mT, a)
 
     def _sides_by_pose(self, cotangent: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
-        inputs = self.input.value.to(cotangent.dtype)
+        inputs = self.input.like(cotangent)
         a, b = layout.by_pose(inputs), layout.by_pose(cotangent)  # [m, T, ..., d]
         return self._sides(*(t.reshape(len(t), -1, t.shape[-1]) for t in (a, b)))  # [m, T, d]
 
