@@ -17,6 +17,7 @@ from posegrad.errors import (
     ClosedEngineError,
     HigherOrderError,
     MissingExtraError,
+    NonFiniteGradientError,
     NonFinitePredictionError,
     NoPosesError,
     NotDifferentiableError,
@@ -31,15 +32,27 @@ from posegrad.errors import (
     UntrackedTensorError,
 )
 from posegrad.jacobian import PoseJacobian
+from posegrad.multipose import MultiPose
 from posegrad.schedule._plan import Plan
 from posegrad.schedule._session import Combined
+from posegrad.weighting import (
+    Aggregation,
+    Clip,
+    Median,
+    Projected,
+    SignAgreement,
+    TrimmedMean,
+    Weighting,
+)
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Aggregation",
     "AttentionPooling",
     "Best",
     "Boltzmann",
+    "Clip",
     "ClosedEngineError",
     "Combination",
     "Combined",
@@ -47,9 +60,12 @@ __all__ = [
     "HigherOrderError",
     "Max",
     "Mean",
+    "Median",
     "Min",
     "MissingExtraError",
+    "MultiPose",
     "NoPosesError",
+    "NonFiniteGradientError",
     "NonFinitePredictionError",
     "NotDifferentiableError",
     "OnlineForm",
@@ -57,14 +73,18 @@ __all__ = [
     "Plan",
     "PoseJacobian",
     "PosegradError",
+    "Projected",
     "ReentrantCheckpointError",
     "ReplayError",
     "ShapeMismatchError",
+    "SignAgreement",
     "StaleFactorError",
     "StaleParametersError",
     "Sum",
     "TopK",
+    "TrimmedMean",
     "UnsupportedModuleError",
     "UntrackedTensorError",
+    "Weighting",
     "__version__",
 ]

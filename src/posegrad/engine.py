@@ -7,16 +7,17 @@ import torch
 from torch import Tensor, nn
 
 from posegrad.capture import Gatherer, Roster, check_modules
-from posegrad.combination._base import Rule, as_combination
+from posegrad.combination._base import Rule
 from posegrad.errors import ClosedEngineError
 from posegrad.jacobian import PoseJacobian
-from posegrad.schedule._combine import chunks_of, request_for, run, scorer_for
+from posegrad.schedule._combine import chunks_of, request_for, rule_for, run, scorer_for
 from posegrad.schedule._gather import Loss, gather
 from posegrad.schedule._inputs import Inputs
 from posegrad.schedule._plan import Plan, ReadingPlan, choose, count_of, describe
 from posegrad.schedule._poses import Pose
 from posegrad.schedule._session import Combined, Scorer, Session
 from posegrad.schedule.retain import retain
+from posegrad.weighting._rules import AnyRule
 
 __all__ = ["Engine"]
 
@@ -83,7 +84,7 @@ class Engine:
         if isinstance(chunk_size, bool) or int(chunk_size) != chunk_size or chunk_size < 1:
             raise ValueError(f"chunk_size is {chunk_size}, but it must be a whole number from 1.")
         self.modules = modules
-        self.predict = predict if predict is not None else _call
+        self.predict = predict or nn.Module.__call__
         self.collate = collate
         self.chunk_size = int(chunk_size)
         self._roster = Roster(modules)
@@ -96,10 +97,11 @@ class Engine:
         poses: Iterable[Pose] | Tensor,
         rule: Rule,
         *,
+        groups: Tensor | Sequence[int] | None = None,
         schedule: str = "auto",
         skip_below: float = 0.0,
     ) -> Combined:
-        r"""Scores the poses of one group and combines their predictions.
+        r"""Scores the poses of one group, or of several, and combines their predictions.
 
         Both results carry gradients for any loss: call `backward()` on it as usual. Gradients
         flow to the model's parameters, to the rule's, and to tensors inside the poses that require
@@ -110,11 +112,13 @@ class Engine:
                 rows are poses. A pose is whatever the model takes: a tensor, a tuple, a dict, a
                 dataclass, a PyG Data.
             rule: A combination rule, or any function from predictions `[m, ...]` to `[...]`.
+            groups: For n groups at once, the number of each pose's group, a tensor `[m]`; or a list
+                of the groups' sizes. The prediction then is `[n, ...]`; a loss may couple groups.
             schedule: `"retain"`, `"store"`, `"stream"`, `"recompute"`; `"auto"` takes the cheapest
                 that serves the rule. All give the same numbers; see `plan`.
             skip_below: Leave poses out of the gradient whose weight is below this share of the
-                largest. The error is at most `skip_below * max|w|` times the sum of the norms of
-                the gradients left out; 0 is exact.
+                largest of their group. The error is at most `skip_below * max|w|` times the sum of
+                the norms of the gradients left out; 0 is exact.
 
         Returns:
             `(prediction, per_pose)`. Under `torch.no_grad()`, without gradients and at the cost of
@@ -155,7 +159,8 @@ class Engine:
         self._check_open()
         scorer = self._scorer(poses)
         count, chunks = chunks_of(poses, self.chunk_size)
-        request = request_for(as_combination(rule), schedule, skip_below, count, self.modules)
+        rule = rule_for(rule, groups, poses)
+        request = request_for(rule, schedule, skip_below, count, self.modules)
         if choose(request)[0] == "retain" or not torch.is_grad_enabled():
             return retain(scorer, chunks, request.rule)
         session = Session(scorer, chunks, Inputs(self._roster.named()), wary=not self._seasoned)
@@ -173,14 +178,14 @@ class Engine:
     ) -> PoseJacobian:
         r"""Reads the Jacobian of an output off its graph; the graph is freed.
 
-        Any output will do: predictions, losses, some of them, several numbers a pose. Which rows of
-        the activations belong to which pose is found out, in whatever layout they are.
+        Any output will do: predictions, losses, several numbers a pose. Which rows of the
+        activations belong to which pose is found out.
 
         Args:
             output: Of any shape, computed with a graph from the engine's modules.
             params: Names or parameters to differentiate by; default: all trainable ones.
-            pose_index: The poses of atoms, edges or other rows of a ragged batch: one tensor of
-                indices for each kind of rows. Saves the search; it is trusted.
+            pose_index: The poses of atoms, edges or other rows of a ragged batch, one tensor for
+                each kind. Saves the search; it is trusted.
             retain_graph: Leave the graph for another backward.
 
         Returns:
@@ -197,10 +202,9 @@ class Engine:
             UserWarning: once for every structure of graph in which poses depend on each other.
 
         Note:
-            Time: one backward to the activations, which computes no parameter's gradient, and a
-            second one to find the owners; for a parameter behind activations in which poses mix,
-            one backward for each row. Memory: the inputs and cotangents of the layers, about as
-            much as the graph; for parameters without a closed form, their rows.
+            Time: one backward to the activations, which computes no parameter's gradient; a second
+            where owners do not follow from the graph; one for each row where poses mix. Memory:
+            the layers' inputs and cotangents, about as much as the graph; rows without a form.
 
         Example:
             >>> model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1))
@@ -246,10 +250,10 @@ class Engine:
         return gather(self._gatherer, self._scorer(poses), chunks, parameters, loss, form)
 
     def compute_gramian(self, output: Tensor) -> Tensor:
-        """The Gramian of an output's gradients, as TorchJD's engine gives it; the graph is kept.
+        """The Gramian of an output's gradients, as by TorchJD's engine; the graph is kept.
 
         Returns:
-            Of shape `output.shape + reversed(output.shape)`: `[m, m]` for `[m]`.
+            Of shape `output.shape + reversed(output.shape)`: `[m, m]` for `[m]`. TorchJD flattens.
 
         Example:
             >>> model = nn.Linear(3, 1)
@@ -259,19 +263,17 @@ class Engine:
                     [4., 4.]])
             >>> losses.backward(torch.ones(2))
         """
-        gramian: Tensor = self.jacobian(output, retain_graph=True).gramian()
-        return gramian
+        return self.jacobian(output, retain_graph=True).gramian()  # type: ignore[no-any-return]
 
-    def backward(self, output: Tensor, rule: Rule | Tensor) -> Tensor:
-        r"""Adds :math:`w^\top J` to the parameters' `.grad`, with the weights a rule gives.
+    def backward(self, output: Tensor, rule: Tensor | AnyRule) -> Tensor | None:
+        r"""Adds the gradient a rule makes of an output's Jacobian to the parameters' `.grad`.
 
         Args:
             output: As for `jacobian`.
-            rule: A combination rule h, for which :math:`w = \partial h / \partial \hat y`; or the
-                weights themselves.
+            rule: As for `PoseJacobian.backward`.
 
         Returns:
-            The weights, in the output's shape.
+            The weights, in the output's shape; None if the rule has none.
 
         Example:
             >>> model = nn.Linear(3, 1)
@@ -285,6 +287,7 @@ class Engine:
         poses_or_output: Sized | Tensor,
         rule: Rule,
         *,
+        groups: Tensor | Sequence[int] | None = None,
         schedule: str = "auto",
         skip_below: float = 0.0,
     ) -> Plan | ReadingPlan:
@@ -294,6 +297,7 @@ class Engine:
             poses_or_output: Poses as for `combine`, but with a length; or an output as for
                 `backward`, with its graph.
             rule: As for those.
+            groups: As for `combine`.
             schedule: As for `combine`.
             skip_below: As for `combine`.
 
@@ -319,13 +323,12 @@ class Engine:
             return ReadingPlan(poses_or_output.numel(), paths)  # type: ignore[union-attr]
         count = count_of(poses_or_output)
         chunks = -(-count // self.chunk_size)
-        request = request_for(as_combination(rule), schedule, skip_below, chunks, self.modules)
+        rule = rule_for(rule, groups, poses_or_output)
+        request = request_for(rule, schedule, skip_below, chunks, self.modules)
         return describe(request, count, chunks, parameters.values())
 
     def close(self) -> None:
-        """Ends the engine's life; using it afterwards raises `ClosedEngineError`.
-
-        There is nothing to undo on the model. `with Engine(model) as engine:` closes at the end.
+        """Ends the engine's life, as `with Engine(model) as engine:` does; nothing is to be undone.
 
         >>> Engine(nn.Linear(3, 1)).close()
         """
@@ -344,7 +347,3 @@ class Engine:
     def _check_open(self) -> None:
         if self._closed:
             raise ClosedEngineError("This engine was closed. Make a new one: Engine(model).")
-
-
-def _call(model: nn.Module, pose: Pose) -> Any:
-    return model(pose)

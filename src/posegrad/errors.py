@@ -10,6 +10,7 @@ __all__ = [
     "HigherOrderError",
     "MissingExtraError",
     "NoPosesError",
+    "NonFiniteGradientError",
     "NonFinitePredictionError",
     "NotDifferentiableError",
     "PerPoseLossError",
@@ -34,6 +35,10 @@ class NoPosesError(PosegradError, ValueError):
 
 class NonFinitePredictionError(PosegradError, FloatingPointError):
     """Some predictions are nan or infinite; so would be the combination and its gradient."""
+
+
+class NonFiniteGradientError(PosegradError, FloatingPointError):
+    """Gradients of some poses are nan or infinite, and a rule is asked to weigh them."""
 
 
 class ShapeMismatchError(PosegradError, ValueError):

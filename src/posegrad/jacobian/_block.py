@@ -133,6 +133,14 @@ class Block:
         joined = part.arrangement.join(joined)  # [M, m, K]
         return part.arrangement.join(joined.permute(1, 2, 0)).mT
 
+    def squares(self, products: Products) -> Tensor | None:
+        """The squared norms of the rows `[M]` without the rows, if that is cheaper."""
+        part = self.parts[0] if self._is_whole() else None
+        if not isinstance(part, Factors) or part.pull is not None or not part.layout.dims:
+            return None
+        alone = part.arrangement.dim is None
+        return part.form.squares(part.cotangents[0], part.layout, products) if alone else None
+
     def _is_whole(self) -> bool:
         """Whether one part is all there is."""
         return len(self.parts) == 1 and self.parts[0].count == self.count

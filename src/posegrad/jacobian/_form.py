@@ -119,6 +119,13 @@ class ClosedForm(ABC):
         """
         raise NotImplementedError
 
+    def squares(self, cotangent: Tensor, layout: Layout, products: Products) -> Tensor | None:
+        """The squared norms of the poses' gradients `[m]` without these; None if not cheaper.
+
+        *Law:* it is `rows(cotangent, layout).flatten(1).square().sum(1)`.
+        """
+        return None
+
     def factors(self) -> list[Factor]:
         """The tensors of the forward that this form holds."""
         values = [getattr(self, field.name) for field in fields(self)]

@@ -12,13 +12,14 @@ _TILE, _COLUMNS = 8, 16384  # rows of a tile, and how much of them at once: half
 
 
 class Products:
-    """Products of all rows of two tensors, each taken once.
+    """Products of all rows of two tensors, and of each row with itself, each taken once.
 
     A weight and a bias have their cotangents in common, projections of one tensor their input.
     """
 
     def __init__(self) -> None:
         self._known: dict[tuple[int, int], tuple[Tensor, Tensor, Tensor]] = {}
+        self._squares: dict[int, tuple[Tensor, Tensor]] = {}
 
     def of(self, first: Tensor, second: Tensor) -> Tensor:
         """The products of the rows `[..., p]`, `[R, R']`, in float32 at least."""
@@ -28,6 +29,14 @@ class Products:
             product = wide(as_rows(first)) @ wide(as_rows(second)).mT
             known = self._known[key] = first, second, product
         return known[2]
+
+    def squares(self, tensor: Tensor) -> Tensor:
+        """The squared norms of the rows `[..., p]`, `[R]`, in float32 at least."""
+        known = self._squares.get(tensor.data_ptr())
+        if known is None or not _is_same(tensor, known[0]):
+            rows = wide(as_rows(tensor))
+            known = self._squares[tensor.data_ptr()] = tensor, torch.linalg.vecdot(rows, rows)
+        return known[1]
 
 
 def as_rows(tensor: Tensor) -> Tensor:
@@ -77,13 +86,17 @@ def summed_pairs(pairs: Tensor, owners: Layout, *, alike: bool) -> Tensor | None
     """
     total = owners.sum(owners.sum(pairs).mT).mT
     summed = alike and len(pairs) > len(total)
-    return None if summed and cancels(owners.sum(owners.sum(pairs.abs()).mT), total) else total
+    if summed:
+        sizes = owners.sum(owners.sum(pairs.abs()).mT)
+        if cancels(sizes.diagonal(), total.diagonal()):
+            return None
+    return total
 
 
-def cancels(sizes: Tensor, total: Tensor) -> bool:
+def cancels(sizes: Tensor, squares: Tensor) -> bool:
     """Whether squared norms are far smaller than the sums of sizes they were added up from."""
     scale = torch.finfo(sizes.dtype).eps ** 0.25
-    return bool((sizes.diagonal() * scale > total.diagonal()).any())
+    return bool((sizes * scale > squares).any())
 
 
 def _is_slow_at_once(rows: Tensor) -> bool:

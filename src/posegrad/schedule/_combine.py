@@ -1,6 +1,6 @@
 """One call of combine: from poses and a rule to the schedule that runs."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from dataclasses import replace
 from itertools import chain, islice
 from typing import Any
@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from posegrad.capture import Gatherer
 from posegrad.combination import Combination
+from posegrad.combination._base import Rule
+from posegrad.combination._groups import Grouped, Groups
 from posegrad.errors import NoPosesError, ShapeMismatchError
 from posegrad.schedule._plan import Request, choose
 from posegrad.schedule._poses import Pose, each_pose, in_chunks
@@ -18,8 +20,9 @@ from posegrad.schedule._session import Combined, Scorer, Session
 from posegrad.schedule.recompute import recompute
 from posegrad.schedule.store import store
 from posegrad.schedule.stream import stream
+from posegrad.weighting._rules import rule_of_predictions
 
-__all__ = ["chunks_of", "request_for", "run", "scorer_for"]
+__all__ = ["chunks_of", "request_for", "rule_for", "run", "scorer_for"]
 
 
 def scorer_for(
@@ -67,6 +70,23 @@ def chunks_of(poses: Iterable[Pose] | Tensor, size: int) -> tuple[int, Iterator[
     return len(opening), chain(opening, chunks)
 
 
+def rule_for(rule: Rule, groups: Tensor | Sequence[int] | None, poses: object) -> Combination:
+    """The rule of one call: for several groups, applied to each.
+
+    Raises:
+        TypeError: if it is no rule of predictions.
+        NoPosesError: if a group is empty.
+        ShapeMismatchError: if there are more or fewer poses than the groups have.
+    """
+    rule = rule_of_predictions(rule)
+    if groups is None:
+        return rule
+    owners = Groups.of(groups)
+    if isinstance(poses, Sized):
+        owners.check(len(poses))
+    return Grouped(rule, owners)
+
+
 def request_for(
     rule: Combination, schedule: str, skip_below: float, chunks: int, modules: Sequence[nn.Module]
 ) -> Request:
@@ -95,6 +115,7 @@ def run(session: Session, request: Request, gatherer: Gatherer) -> Combined:
 
 def _informed(request: Request, predictions: Tensor) -> Request:
     """The request with what only a first prediction tells: its size, and what the rule trains."""
+    rule = request.rule.rule if isinstance(request.rule, Grouped) else request.rule
     with torch.enable_grad():
-        trained = request.rule(predictions.detach()).requires_grad
+        trained = rule(predictions.detach()).requires_grad
     return replace(request, components=predictions[0].numel(), rule_is_trained=trained)

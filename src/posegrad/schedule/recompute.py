@@ -5,6 +5,7 @@ from torch import Tensor
 
 from posegrad.combination import Combination
 from posegrad.combination._base import flush_denormals
+from posegrad.combination._groups import Grouped, Groups
 from posegrad.errors import ReplayError
 from posegrad.schedule._attach import Gradients, attach
 from posegrad.schedule._gradients import GradientSum
@@ -20,13 +21,14 @@ def recompute(session: Session, rule: Combination, *, skip_below: float = 0.0) -
 
     Memory: the predictions, and in backward one graph and one sum of parameter size. Time: m
     forwards, then k forwards and k backwards, where k poses have a cotangent that is not exactly
-    zero. Serves any rule and any loss of both outputs.
+    zero. Serves any rule, any loss of both outputs and any number of groups.
 
-    With `skip_below` = s > 0, poses whose weight is below s times the largest are left out too. If
+    With `skip_below` = s > 0, poses whose weight is below s times the largest of their group are
+    left out too. If
     :math:`|w_i| < s \max_j |w_j|` for the poses i left out, the gradient is off by at most
     :math:`s \max_j |w_j| \sum_i \lVert g_i \rVert`.
     """
-    tape = _Tape(session, skip_below)
+    tape = _Tape(session, skip_below, rule.groups if isinstance(rule, Grouped) else None)
     for chunk in session.chunks(with_graph=False):
         tape.record(chunk.poses, chunk.predictions.detach(), chunk.moment)
         del chunk
@@ -45,8 +47,9 @@ def recompute(session: Session, rule: Combination, *, skip_below: float = 0.0) -
 class _Tape:
     """What the first pass leaves behind: poses, predictions and moments, no graph."""
 
-    def __init__(self, session: Session, skip_below: float) -> None:
+    def __init__(self, session: Session, skip_below: float, groups: Groups | None) -> None:
         self._session = session
+        self._groups = groups
         self._skip_below = skip_below
         self._poses: list[Pose] = []
         self._versions: list[list[int]] = []
@@ -83,8 +86,15 @@ class _Tape:
         size = cotangent.abs().flatten(1).amax(dim=1) if cotangent.ndim > 1 else cotangent.abs()
         skipped = size == 0
         if self._skip_below > 0:
-            skipped |= size < self._skip_below * size.max()
+            skipped |= size < self._skip_below * self._largest(size)
         return set((~skipped).nonzero().flatten().tolist())
+
+    def _largest(self, size: Tensor) -> Tensor:
+        """For each pose the largest size in its group."""
+        if self._groups is None:
+            return size.max()
+        owners = self._groups.owners.to(size.device)
+        return size.new_zeros(self._groups.count).scatter_reduce_(0, owners, size, "amax")[owners]
 
     def _replay(
         self, poses: range, moment: Moment, cotangent: Tensor, kept: set[int]

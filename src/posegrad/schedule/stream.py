@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from posegrad.combination import Combination, OnlineForm
+from posegrad.combination._groups import Grouped, Groups
 from posegrad.errors import PerPoseLossError
 from posegrad.schedule._attach import Gradients, attach
 from posegrad.schedule._gradients import GradientSum
@@ -15,16 +16,18 @@ __all__ = ["stream"]
 def stream(session: Session, rule: Combination) -> Combined:
     """Combines gradients while the poses pass, as online softmax combines values.
 
-    Memory: K sums of parameter size (times d for predictions of d numbers), and one graph. Time: m
+    Memory: K sums of parameter size (times d for predictions of d numbers, times n for n groups),
+    and one graph. Time: m
     forwards and at most m backwards; a pose whose weight is exactly zero beside those already seen
     is never differentiated. Serves losses of the combined prediction only.
     """
     form = rule.online()
     assert form is not None  # or another schedule would have been chosen
-    sums = _OnlineSums(session, form)
+    groups = rule.groups if isinstance(rule, Grouped) else None
+    sums = [_OnlineSums(session, form) for _ in range(1 if groups is None else groups.count)]
     values: list[Tensor] = []
     for chunk in session.chunks(with_graph=True):
-        sums.push(chunk)
+        _push(chunk, sums, groups)
         values.append(chunk.predictions.detach())
         del chunk  # its graph must be gone before the next one grows
     session.check_differentiable()
@@ -43,8 +46,24 @@ def stream(session: Session, rule: Combination) -> Combined:
             )
         return _weighted(saved, on_prediction, len(session.inputs.tensors))
 
-    gradients = sums.finish(per_pose)
+    members = [torch.arange(len(per_pose))] if groups is None else groups.members()
+    gradients = [
+        gradient
+        for own, index in zip(sums, members, strict=True)
+        for gradient in own.finish(per_pose[index.to(per_pose.device)])
+    ]
     return Combined(*attach([prediction, per_pose], session.inputs, pullback, gradients))
+
+
+def _push(chunk: Chunk, sums: "list[_OnlineSums]", groups: Groups | None) -> None:
+    """Adds the poses of a chunk to the sums of their groups."""
+    count = len(chunk.poses)
+    if groups is None:
+        return sums[0].push(chunk, torch.arange(count), last=True)
+    own = list(groups.within(chunk.start, count))
+    for group, places in own:
+        sums[group].push(chunk, places, last=group == own[-1][0])
+    return None
 
 
 def _weighted(gradients: Gradients, cotangent: Tensor | None, count: int) -> Gradients:
@@ -70,17 +89,23 @@ class _OnlineSums:
         self._sums: list[list[GradientSum]] = []
         self._level: Tensor | None = None
 
-    def push(self, chunk: Chunk) -> None:
-        """Adds a chunk, re-basing what is there if the chunk raises the level."""
-        predictions = _on_host(chunk.predictions)  # [c, components]
+    def push(self, chunk: Chunk, places: Tensor, *, last: bool) -> None:
+        """Adds poses of a chunk, re-basing what is there if they raise the level.
+
+        Args:
+            chunk: The chunk.
+            places: Which of its poses belong to this group, `[c]`.
+            last: Whether nobody needs its graph after this.
+        """
+        predictions = _on_host(chunk.predictions)[places]  # [c, components]
         self._raise_level(self._form.level(predictions))
         assert self._level is not None
         features = self._form.features(predictions, self._level)  # [K, c, components]
         features = _exact_zeros(features, chunk.predictions.dtype)
-        if len(predictions) == 1:
+        if len(chunk.poses) == 1:
             self._push_one(chunk, features[:, 0])
         else:
-            self._push_many(chunk, features)
+            self._push_many(chunk, places, features, last=last)
 
     def finish(self, predictions: Tensor) -> list[Tensor | None]:
         """The gradient of the combined prediction: component by component, input by input."""
@@ -129,17 +154,17 @@ class _OnlineSums:
                 if factors[k][component] != 0:
                     sums[component].add(gradients, factors[k][component])
 
-    def _push_many(self, chunk: Chunk, features: Tensor) -> None:
+    def _push_many(self, chunk: Chunk, places: Tensor, features: Tensor, *, last: bool) -> None:
         """Several poses: one backward per sum, with the features as cotangent."""
         predictions = chunk.predictions.reshape(len(chunk.poses), -1)  # [c, components]
         jobs = (features != 0).any(dim=1).nonzero().tolist()
         for k, component in jobs:
             cotangent = torch.zeros_like(predictions)
-            cotangent[:, component] = features[k, :, component].to(predictions)
+            weights = features[k, :, component].to(predictions)
+            cotangent[places.to(weights.device), component] = weights
+            keep = not last or [k, component] != jobs[-1]
             self._sums[k][component].add(
-                self._inputs.gradients(
-                    predictions, cotangent, chunk.leaves, keep_graph=[k, component] != jobs[-1]
-                )
+                self._inputs.gradients(predictions, cotangent, chunk.leaves, keep_graph=keep)
             )
 
 

@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ def assert_matches_autograd(
     poses: Iterable[Pose] | Tensor,
     rule: Rule,
     *,
+    groups: Tensor | Sequence[int] | None = None,
     schedules: Sequence[str] | None = None,
     loss: Loss | None = None,
     predict: Callable[..., Tensor] | None = None,
@@ -41,6 +42,7 @@ def assert_matches_autograd(
         model: The model, or a sequence of modules for `predict`.
         poses: As for `Engine.combine`; at least one.
         rule: A combination rule or a function of the predictions.
+        groups: As for `Engine.combine`.
         schedules: Which to check; default every one that serves the rule.
         loss: From `(prediction, per_pose)` to a number. Default: one that uses both, or only the
             prediction under `stream`.
@@ -63,6 +65,7 @@ def assert_matches_autograd(
         poses=list(each_pose(poses.detach() if isinstance(poses, Tensor) else poses)),
         rule=as_combination(rule),
         options={"predict": predict, "collate": collate, "chunk_size": chunk_size},
+        groups=groups,
     )
     if isinstance(poses, Tensor) and collate is None and chunk_size > 1:
         case.options["collate"] = torch.stack
@@ -89,6 +92,7 @@ class _Case:
     poses: list[Pose]
     rule: nn.Module
     options: dict[str, Any]
+    groups: Tensor | Sequence[int] | None
     leaves: Sequence[Tensor] = ()
 
     def copy(self) -> "_Case":
@@ -107,7 +111,18 @@ class _Case:
         for module in (*modules, rule):
             module.double().zero_grad()
         leaves = [t for t in twins.values() if t.requires_grad]
-        return _Case(modules, poses, rule, self.options, leaves)
+        return _Case(modules, poses, rule, self.options, self.groups, leaves)
+
+    def combined(self, per_pose: Tensor) -> Tensor:
+        """The rule's result, group by group."""
+        if self.groups is None:
+            return cast("Tensor", self.rule(per_pose))
+        if isinstance(self.groups, Tensor):
+            ids = self.groups.tolist()
+        else:
+            ids = [group for group, size in enumerate(self.groups) for _ in range(size)]
+        members = [[i for i, own in enumerate(ids) if own == g] for g in range(max(ids) + 1)]
+        return torch.stack([self.rule(per_pose[own]) for own in members])
 
     def buffers(self) -> list[tuple[nn.Module, str, Tensor]]:
         """Every buffer and where it lives; a model may change it by being run, or replace it."""
@@ -153,7 +168,7 @@ def _plain(case: _Case, loss: Loss) -> dict[str, Tensor]:
             rows.append(output.unsqueeze(0) if collate is None else output)
         per_pose = torch.cat(rows)  # [m, ...]
         per_pose = per_pose.flatten() if per_pose.numel() == len(case.poses) else per_pose
-        prediction = case.rule(per_pose)
+        prediction = case.combined(per_pose)
         torch.autograd.backward(loss(prediction, per_pose))
         return case.results(prediction.detach(), per_pose.detach())
 
@@ -169,14 +184,16 @@ def _engine(case: _Case, loss: Loss, schedule: str) -> Iterator[dict[str, Tensor
             tensor.grad = None
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            prediction, per_pose = engine.combine(case.poses, case.rule, schedule=schedule)
+            prediction, per_pose = engine.combine(
+                case.poses, case.rule, groups=case.groups, schedule=schedule
+            )
             torch.autograd.backward(loss(prediction, per_pose))
             yield case.results(prediction.detach(), per_pose.detach())
 
 
 def _loss_of(*, per_pose: bool) -> Loss:
     def loss(prediction: Tensor, predictions: Tensor) -> Tensor:
-        total = (prediction - 1.5).square().sum()
+        total = (prediction - 1.5).square().sum() + prediction.sum().sin()  # groups are coupled
         if per_pose:
             steps = torch.arange(predictions.numel(), dtype=predictions.dtype)
             signs = torch.cos(3 * steps + 1).to(predictions)  # mixed signs, none zero

@@ -64,6 +64,10 @@ class Elementwise(Broadcast):
         plain = self.factor == 1 and layout.dims == (0,) and len(self.shape) == 1
         return plain and cotangent == (layout.count, *self.shape) and layout.stride == 1
 
+    def squares(self, cotangent: Tensor, layout: Layout, products: Products) -> Tensor | None:
+        plain = self.prefers_pairs(cotangent.shape, layout, 1)
+        return products.squares(cotangent) if plain else None
+
     def inner(self, first: Tensor, second: Tensor, layout: Layout, products: Products) -> Tensor:
         return products.of(first, second)
 

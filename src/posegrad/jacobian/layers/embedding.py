@@ -68,7 +68,7 @@ class Table(ClosedForm):
         total = values.new_zeros(count * count).index_add_(0, places, values).reshape(count, count)
         if alike:
             sizes = torch.zeros_like(total).reshape(-1).index_add_(0, places, values.abs())
-            if cancels(sizes.reshape(count, count), total):
+            if cancels(sizes.reshape(count, count).diagonal(), total.diagonal()):
                 return None
         return total
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from posegrad.jacobian._form import ClosedForm, Factor
 from posegrad.jacobian._layout import Layout
 from posegrad.jacobian._precision import wide
-from posegrad.jacobian._products import Products, as_rows, pairs_are_cheaper, summed_pairs
+from posegrad.jacobian._products import Products, as_rows, cancels, pairs_are_cheaper, summed_pairs
 
 __all__ = ["Linear"]
 
@@ -50,7 +50,7 @@ class Linear(ClosedForm):
 
     def rows(self, cotangent: Tensor, layout: Layout) -> Tensor:
         if layout.is_regular():
-            left, right = self._sides_by_pose(cotangent, layout)
+            left, right = self._sides(*self._by_pose(cotangent, layout))
             return self._scaled(left @ right)
         inputs = self.input.like(cotangent)
         pairs = zip(layout.segments(inputs), layout.segments(cotangent), strict=True)
@@ -59,7 +59,7 @@ class Linear(ClosedForm):
 
     def write_rows(self, cotangent: Tensor, layout: Layout, into: Tensor) -> None:
         if layout.is_regular() and into.dtype == cotangent.dtype:
-            torch.bmm(*self._sides_by_pose(cotangent, layout), out=into)
+            torch.bmm(*self._sides(*self._by_pose(cotangent, layout)), out=into)
             self._scaled(into)
         else:
             super().write_rows(cotangent, layout, into)
@@ -81,6 +81,25 @@ class Linear(ClosedForm):
         if len(pairs) == layout.count and layout.pattern:
             return pairs  # one row a pose, in order
         return summed_pairs(pairs, self._flat(first.shape[:-1], layout), alike=alike)
+
+    def squares(self, cotangent: Tensor, layout: Layout, products: Products) -> Tensor | None:
+        r"""Sums of :math:`(A_i A_i^\top) \circ (B_i B_i^\top)`, with the rows of pose i in both.
+
+        They take :math:`T^2 (d + p)` multiplications a pose. The gradient takes :math:`T d p`, but
+        then `combine` has it already, and otherwise does it once more.
+        """
+        if not layout.is_regular():
+            return None
+        if layout.pattern == (layout.count, 1) and layout.dims == (0,) and cotangent.ndim == 2:
+            a = self.input.like(wide(cotangent))  # one row a pose, in order
+            return products.squares(a) * products.squares(cotangent) * self.scale**2
+        a, b = self._by_pose(cotangent, layout)  # [m, T, d], [m, T, p]
+        length, (height, width) = a.shape[1], self.shape
+        if length**2 * (height + width) > 2 * height * width:
+            return None
+        pairs = ((a @ a.mT) * (b @ b.mT)).flatten(1) * self.scale**2  # [m, T T]
+        squares = pairs.sum(1)
+        return None if cancels(pairs.abs().sum(1), squares) else squares
 
     @property
     def _features(self) -> int:
@@ -104,10 +123,10 @@ class Linear(ClosedForm):
         """The factors of the gradient, from `[..., R, d]` and `[..., R, p]`."""
         return (a.mT, b) if self.flipped else (b.mT, a)
 
-    def _sides_by_pose(self, cotangent: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
-        inputs = self.input.like(cotangent)
-        a, b = layout.by_pose(inputs), layout.by_pose(cotangent)  # [m, T, ..., d]
-        return self._sides(*(t.reshape(len(t), -1, t.shape[-1]) for t in (a, b)))  # [m, T, d]
+    def _by_pose(self, cotangent: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
+        """A and B with the rows of each pose together, `[m, T, d]` and `[m, T, p]`."""
+        a, b = layout.by_pose(self.input.like(cotangent)), layout.by_pose(cotangent)
+        return a.reshape(len(a), -1, a.shape[-1]), b.reshape(len(b), -1, b.shape[-1])
 
     def _scaled(self, gradient: Tensor) -> Tensor:
         return gradient if self.scale == 1 else gradient.mul_(self.scale)

@@ -1,0 +1,126 @@
+"""Several groups of poses in one call: a rule applied to each."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Self, final
+
+import torch
+from torch import Tensor
+
+from posegrad.combination._base import Combination
+from posegrad.combination._online import OnlineForm
+from posegrad.errors import NoPosesError, ShapeMismatchError
+
+__all__ = ["Grouped", "Groups"]
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Which group each pose belongs to.
+
+    Args:
+        owners: The number of each pose's group, `[m]`, on the CPU.
+        count: n, the number of groups.
+    """
+
+    owners: Tensor
+    count: int
+
+    @classmethod
+    def of(cls, groups: Tensor | Sequence[int]) -> Self:
+        """Groups as users state them.
+
+        Args:
+            groups: A tensor of ids `[m]` from 0 to n - 1, in any order; or a list of sizes, for
+                poses that come group after group.
+
+        Raises:
+            NoPosesError: if a group is empty, or there is none.
+            ShapeMismatchError: if it is neither.
+        """
+        if not isinstance(groups, Tensor):
+            owners = torch.arange(len(groups)).repeat_interleave(_sizes(groups))
+            return cls(owners, len(groups))
+        if groups.ndim != 1 or groups.is_floating_point() or groups.dtype == torch.bool:
+            raise ShapeMismatchError(
+                f"groups is {groups.dtype} {list(groups.shape)}, but it holds the number of each "
+                f"pose's group, [m].\nPass such a tensor, or the groups' sizes as a list."
+            )
+        owners = groups.detach().cpu().long()
+        if not len(owners) or int(owners.min()) < 0:
+            raise NoPosesError(
+                "groups names no pose, or a group below 0.\nNumber the groups from 0, as "
+                "torch.unique(ids, return_inverse=True)[1] does."
+            )
+        count = int(owners.max()) + 1
+        _check_filled(torch.bincount(owners, minlength=count).tolist())
+        return cls(owners, count)
+
+    def check(self, poses: int) -> None:
+        """Refuses another number of poses.
+
+        Raises:
+            ShapeMismatchError: if so.
+        """
+        if poses != len(self.owners):
+            raise ShapeMismatchError(
+                f"groups assigns {len(self.owners)} poses to {self.count} groups, and there are "
+                f"{poses} poses.\nGive each pose a group: ids [{poses}], or sizes that add up."
+            )
+
+    def members(self) -> tuple[Tensor, ...]:
+        """The numbers of each group's poses, in their order."""
+        order = torch.argsort(self.owners, stable=True)
+        return torch.split(order, torch.bincount(self.owners, minlength=self.count).tolist())
+
+    def within(self, start: int, count: int) -> Iterator[tuple[int, Tensor]]:
+        """The groups among `count` poses from `start` on, with the places of their poses there."""
+        owners = self.owners[start : start + count]
+        for group in torch.unique(owners).tolist():
+            yield group, (owners == group).nonzero().flatten()
+
+
+@final
+class Grouped(Combination):
+    """A rule applied to each group by itself: predictions `[m, ...]` to `[n, ...]`.
+
+    Args:
+        rule: Any rule; it sees one group at a time, whatever it does with it.
+        groups: Whose each pose is.
+    """
+
+    def __init__(self, rule: Combination, groups: Groups) -> None:
+        super().__init__()
+        self.rule = rule
+        self.groups = groups
+
+    def forward(self, predictions: Tensor) -> Tensor:
+        self.groups.check(len(predictions))
+        members = [index.to(predictions.device) for index in self.groups.members()]
+        return torch.stack([self.rule(predictions[index]) for index in members])
+
+    def online(self) -> OnlineForm | None:
+        """The rule's own, for one group."""
+        return self.rule.online()
+
+
+def _sizes(groups: Sequence[int]) -> Tensor:
+    sizes = [int(size) for size in groups]
+    if any(size < 0 for size in sizes) or sizes != list(groups):
+        raise ShapeMismatchError(
+            f"groups is {list(groups)[:8]}, but a list holds the sizes of groups, whole numbers.\n"
+            f"Pass ids [m] as a tensor: torch.tensor(ids)."
+        )
+    _check_filled(sizes)
+    return torch.tensor(sizes)
+
+
+def _check_filled(sizes: Sequence[int]) -> None:
+    empty = [group for group, size in enumerate(sizes) if size == 0]
+    if empty or not sizes:
+        shown = ", ".join(map(str, empty[:5])) + " and more" * (len(empty) > 5)
+        raise NoPosesError(
+            f"Group(s) without poses: {shown or 'all, there are no groups'}. A combination of no "
+            f"predictions is undefined.\n"
+            f"Leave compounds without poses out, and number the others from 0 on."
+        )

@@ -1,0 +1,139 @@
+"""Whatever a user hands over as a rule, as one that turns a Jacobian into a gradient."""
+
+import importlib
+from collections.abc import Callable
+from typing import final
+
+import torch
+from torch import Tensor, nn
+
+from posegrad.combination._base import Combination, Rule, as_combination
+from posegrad.errors import (
+    NonFinitePredictionError,
+    NotDifferentiableError,
+    ShapeMismatchError,
+)
+from posegrad.weighting._base import GradientRule, Jacobian, Step, weighted
+
+__all__ = ["AnyRule", "OfPredictions", "as_gradient_rule", "rule_of_predictions"]
+
+AnyRule = GradientRule | Combination | nn.Module | Callable[[Tensor], Tensor]
+
+
+@final
+class OfPredictions(GradientRule):
+    r"""A combination rule h as weights :math:`w = \partial h(\hat y) / \partial \hat y`."""
+
+    def __init__(self, rule: Rule) -> None:
+        super().__init__()
+        self.rule = as_combination(rule)
+
+    def weights(self, predictions: Tensor) -> Tensor:
+        """The weights, in the predictions' shape.
+
+        Raises:
+            NonFinitePredictionError: if predictions are nan or infinite.
+            ShapeMismatchError: if the rule gives more than one number.
+            NotDifferentiableError: if its result does not depend on the predictions.
+        """
+        return self._differentiated(predictions)[0]
+
+    def step(self, jacobian: Jacobian) -> Step:
+        weights, total = self._differentiated(jacobian.predictions)
+        step = weighted(jacobian, weights)
+        trained = [p for p in self.rule.parameters() if p.requires_grad]
+        if trained:  # the rule's own gradient, once nothing can fail any more
+            torch.autograd.backward(total, inputs=trained)
+        return step
+
+    def _differentiated(self, predictions: Tensor) -> tuple[Tensor, Tensor]:
+        """The weights, and the combined prediction with its graph."""
+        _check_finite(predictions)
+        leaf = predictions.detach().clone().requires_grad_()
+        with torch.enable_grad():
+            combined = self.rule(leaf)
+            total = combined.sum()
+        if combined.numel() != 1:
+            raise ShapeMismatchError(
+                f"The rule combines predictions {list(leaf.shape)} to {list(combined.shape)}, but "
+                f"a backward needs one number.\nReduce it in the rule, or pass the weights."
+            )
+        weights = None
+        if total.requires_grad:
+            (weights,) = torch.autograd.grad(total, leaf, retain_graph=True, allow_unused=True)
+        if weights is None:
+            raise NotDifferentiableError(
+                "The rule's result does not depend on the predictions, so it has no weights.\n"
+                "Remove the detach() or no_grad() inside the rule."
+            )
+        return weights, total
+
+
+@final
+class Given(GradientRule):
+    """Weights that are known."""
+
+    def __init__(self, weights: Tensor) -> None:
+        super().__init__()
+        self.weights = weights
+
+    def step(self, jacobian: Jacobian) -> Step:
+        return weighted(jacobian, self.weights)
+
+
+def as_gradient_rule(rule: Tensor | AnyRule) -> GradientRule:
+    """Any rule as one that turns a Jacobian into a gradient.
+
+    Args:
+        rule: Weights; one of ours; TorchJD's `Weighting` or `Aggregator`; or a combination rule.
+
+    Raises:
+        TypeError: if it is none of these.
+    """
+    if isinstance(rule, GradientRule):
+        return rule
+    if isinstance(rule, Tensor):
+        return Given(rule)
+    if _is_of_torchjd(rule):
+        adapted: GradientRule | None = importlib.import_module(_ADAPTER).adapted(rule)
+        if adapted is not None:
+            return adapted
+    return OfPredictions(rule)
+
+
+def rule_of_predictions(rule: Rule) -> Combination:
+    """A rule that `combine` can take, which has no Jacobian to show it.
+
+    Raises:
+        TypeError: if the rule looks at gradients, or is no rule.
+    """
+    looks = isinstance(rule, GradientRule)
+    if not looks and _is_of_torchjd(rule):
+        looks = importlib.import_module(_ADAPTER).looks_at_gradients(rule)
+    if looks:
+        raise TypeError(
+            f"{type(rule).__name__} looks at gradients, and combine() gives a rule nothing but "
+            f"predictions.\n"
+            f"Use engine.gather(poses).backward(rule), or engine.backward(output, rule)."
+        )
+    return as_combination(rule)
+
+
+_ADAPTER = "posegrad.interop.torchjd"
+
+
+def _check_finite(predictions: Tensor) -> None:
+    if bool(predictions.isfinite().all()):
+        return
+    rows = (~predictions.isfinite()).reshape(-1).nonzero().flatten().tolist()
+    shown = ", ".join(map(str, rows[:5])) + " and more" * (len(rows) > 5)
+    raise NonFinitePredictionError(
+        f"{len(rows)} of {predictions.numel()} predictions are not finite: numbers {shown}.\n"
+        f"A combination of them would be nan and so would every gradient; no .grad was touched.\n"
+        f"Leave those poses out of the output, or pass the weights."
+    )
+
+
+def _is_of_torchjd(rule: object) -> bool:
+    """Whether torchjd, which then is installed, made the class or one of its bases."""
+    return any(kind.__module__.partition(".")[0] == "torchjd" for kind in type(rule).__mro__)
