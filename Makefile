@@ -41,6 +41,7 @@ bench: $(VENV)/.bench-ready
 	$(RUN) -m benchmarks --suite multipose
 	$(HEAP) $(RUN) -m benchmarks --suite gramian
 	$(HEAP) $(RUN) -m benchmarks --suite forms
+	$(HEAP) $(RUN) -m benchmarks --suite rules
 
 clean:
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis dist examples/docked_poses/out

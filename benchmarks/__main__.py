@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import forms, gramian, multipose
+from benchmarks import forms, gramian, multipose, rules
 from benchmarks.cases import CASES
 from benchmarks.methods import RULES
 from benchmarks.rounds import CLOCKS
@@ -24,6 +24,10 @@ def _gramian(arguments: argparse.Namespace, settings: dict[str, Any]) -> dict[st
     return gramian.run(arguments.cases, memory=not arguments.no_memory, **settings)
 
 
+def _rules(arguments: argparse.Namespace, settings: dict[str, Any]) -> dict[str, Any]:
+    return rules.run(arguments.networks, **settings)
+
+
 def _forms(arguments: argparse.Namespace, settings: dict[str, Any]) -> dict[str, Any]:
     return forms.run(arguments.layers, **settings)
 
@@ -32,6 +36,7 @@ SUITES: dict[str, Callable[[argparse.Namespace, dict[str, Any]], dict[str, Any]]
     "multipose": _multipose,
     "gramian": _gramian,
     "forms": _forms,
+    "rules": _rules,
 }
 
 
@@ -49,6 +54,7 @@ def _arguments() -> argparse.Namespace:
         ("--rules", "multipose", RULES),
         ("--cases", "gramian", CASES),
         ("--layers", "forms", forms.LAYERS),
+        ("--networks", "rules", rules.NETWORKS),
     ):
         every, text = list(names), f"{suite}: {'; '.join(names)}"
         only.add_argument(

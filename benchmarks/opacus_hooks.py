@@ -1,6 +1,7 @@
 """Per-example gradients by Opacus's hooks, with an attention that they can serve."""
 
 import warnings
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -8,7 +9,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks.exact import Named
 
-__all__ = ["hooked", "packed"]
+__all__ = ["clipped_flat", "clipped_ghost", "hooked", "packed"]
 
 PARTS = ("query", "key", "value")
 
@@ -42,13 +43,59 @@ def hooked(network: nn.Module) -> nn.Module:
     """The network in Opacus's wrapper; its attentions are replaced in place, sharing memory."""
     from opacus import GradSampleModule
 
+    wrapped: nn.Module = GradSampleModule(_split(network), loss_reduction="sum")
+    return wrapped
+
+
+def clipped_flat(network: nn.Module, norm: float) -> Callable[..., Named]:
+    """Opacus's per-example clipping: all rows, their norms, the clipped sum. No noise."""
+    from opacus.optimizers import DPOptimizer
+
+    wrapped = hooked(network)
+    descent = torch.optim.SGD(wrapped.parameters(), lr=0.0)
+    optimizer = DPOptimizer(
+        descent, noise_multiplier=0.0, max_grad_norm=norm, expected_batch_size=1
+    )
+
+    def step(*inputs: Tensor) -> Named:
+        optimizer.zero_grad()
+        wrapped(*inputs).sum().backward()
+        optimizer.clip_and_accumulate()
+        return {name: parameter.summed_grad for name, parameter in network.named_parameters()}
+
+    return step
+
+
+def clipped_ghost(network: nn.Module, norm: float) -> Callable[..., Named]:
+    """Opacus's ghost clipping: norms in a first backward, the clipped sum in a second. No noise."""
+    from opacus.grad_sample import GradSampleModuleFastGradientClipping
+    from opacus.optimizers import DPOptimizerFastGradientClipping
+    from opacus.utils.fast_gradient_clipping_utils import DPTensorFastGradientClipping
+
+    wrapped = GradSampleModuleFastGradientClipping(
+        _split(network), loss_reduction="sum", max_grad_norm=norm, use_ghost_clipping=True
+    )
+    descent = torch.optim.SGD(wrapped.parameters(), lr=0.0)
+    optimizer = DPOptimizerFastGradientClipping(
+        descent, noise_multiplier=0.0, max_grad_norm=norm, expected_batch_size=1
+    )
+
+    def step(*inputs: Tensor) -> Named:
+        optimizer.zero_grad()
+        y = wrapped(*inputs).squeeze(1)
+        DPTensorFastGradientClipping(wrapped, optimizer, y, "sum").backward()
+        return {name: parameter.grad for name, parameter in network.named_parameters()}
+
+    return step
+
+
+def _split(network: nn.Module) -> nn.Module:
     warnings.filterwarnings("ignore", message="Full backward hook is firing")
     for parent in list(network.modules()):
         for name, child in parent.named_children():
             if isinstance(child, nn.MultiheadAttention):
                 setattr(parent, name, SplitAttention(child))
-    wrapped: nn.Module = GradSampleModule(network, loss_reduction="sum")
-    return wrapped
+    return network
 
 
 def packed(found: Named, dim: int) -> Named:

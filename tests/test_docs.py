@@ -20,6 +20,8 @@ import posegrad
 import posegrad.testing
 from benchmarks.table import markdown
 from posegrad import Combination, Engine
+from posegrad.testing import table
+from posegrad.weighting import GradientRule
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
@@ -119,7 +121,8 @@ METHODS = [
 
 def _is_rule(path: str) -> bool:
     found = pkgutil.resolve_name(path)
-    return inspect.isclass(found) and issubclass(found, Combination) and found is not Combination
+    kinds = (Combination, GradientRule)
+    return inspect.isclass(found) and issubclass(found, kinds) and not inspect.isabstract(found)
 
 
 @pytest.mark.parametrize("path", [*PUBLIC, *METHODS])
@@ -141,6 +144,17 @@ def test_the_tables_of_the_performance_page_are_those_of_the_results(suite: str)
     assert markdown(result).strip() in page, (
         f"Paste `python -m benchmarks.table benchmarks/results/{suite}-cpu.json` into the page."
     )
+
+
+def test_the_table_of_the_rules_is_that_of_the_kit() -> None:
+    page = (ROOT / "docs" / "rules.md").read_text(encoding="utf-8")
+    assert table.markdown() in page, "Paste `python -m posegrad.testing.table` into docs/rules.md."
+
+
+def test_the_table_of_the_kit_has_every_rule() -> None:
+    kinds = {type(row.make()).__name__ for row in table.RULES.values()}
+    public = {path.removeprefix("posegrad.") for path in PUBLIC if _is_rule(path)}
+    assert public - kinds == {"Projected"}, "Projected needs a rule of another library"
 
 
 def test_the_map_of_the_house_names_every_room() -> None:

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from benchmarks.table import forms, gramian, multipose
+from benchmarks.table import forms, gramian, multipose, rules
 
 __all__ = ["markdown"]
 
@@ -11,6 +11,7 @@ SUITES: dict[str, Callable[[dict[str, Any]], str]] = {
     "multipose": multipose.markdown,
     "gramian": gramian.markdown,
     "forms": forms.markdown,
+    "rules": rules.markdown,
 }
 
 

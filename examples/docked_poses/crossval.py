@@ -30,6 +30,7 @@ class Job:
         rule: How poses are combined.
         poses: How many poses a compound has, the best by Vina's score; None for all.
         epochs: Passes over the training compounds.
+        batch: How many of them share an optimizer step.
         lr: Learning rate of Adam.
         held_out: Indices of the compounds to predict; all others are trained on.
     """
@@ -39,6 +40,7 @@ class Job:
     poses: int | None = None
     epochs: int = 1
     lr: float = 6e-4
+    batch: int = 1
     held_out: tuple[int, ...] = ()
 
 
@@ -105,5 +107,5 @@ def _run(job: Job) -> tuple[str, HeldOut]:
     compounds = [compound.top(job.poses) for compound in _compounds]
     training = [compound for i, compound in enumerate(compounds) if i not in job.held_out]
     model = pretrained()
-    effort = finetune(model, training, job.rule, epochs=job.epochs, lr=job.lr)
+    effort = finetune(model, training, job.rule, epochs=job.epochs, lr=job.lr, batch=job.batch)
     return job.name, HeldOut({i: score(model, compounds[i]) for i in job.held_out}, effort)

@@ -53,6 +53,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--folds", type=int, default=4, help="parts held out in turn")
     parser.add_argument("--epochs", type=int, default=1, help="passes over the training compounds")
     parser.add_argument("--lr", type=float, default=6e-4, help="learning rate of Adam")
+    parser.add_argument("--batch", type=int, default=1, help="compounds in one optimizer step")
     parser.add_argument(
         "--workers", type=int, default=min(4, os.cpu_count() or 1), help="processes that train"
     )
@@ -73,8 +74,9 @@ def _compare_costs(compound: Compound) -> None:
 
 
 def _compare_rules(compounds: Sequence[Compound], args: argparse.Namespace) -> None:
-    jobs = [Job(name, rule, epochs=args.epochs, lr=args.lr) for name, rule in RULES.items()]
-    jobs.append(Job("Vina's top pose alone", Mean(), poses=1, epochs=args.epochs, lr=args.lr))
+    settings = {"epochs": args.epochs, "lr": args.lr, "batch": args.batch}
+    jobs = [Job(name, rule, **settings) for name, rule in RULES.items()]
+    jobs.append(Job("Vina's top pose alone", Mean(), poses=1, **settings))
     model = pretrained()
     bar = tqdm(compounds, desc="Scoring", unit="compound", leave=False)
     before = {i: score(model, compound) for i, compound in enumerate(bar)}
@@ -94,7 +96,7 @@ def _compare_rules(compounds: Sequence[Compound], args: argparse.Namespace) -> N
     )
     print(
         f"Before and after fine-tuning, held out: {args.folds} folds over compounds, "
-        f"epochs {args.epochs}, Adam {args.lr:g}, one step per compound"
+        f"epochs {args.epochs}, Adam {args.lr:g}, {args.batch} compounds a step"
     )
     print(report.rule_table(rows))
     draw(compounds, before, after[SOFT_MINIMUM].per_pose, RULES[SOFT_MINIMUM], args.output)

@@ -33,16 +33,18 @@ def finetune(
     *,
     epochs: int,
     lr: float,
+    batch: int = 1,
     seed: int = 0,
 ) -> Effort:
-    """Trains `model` in place so that the combined prediction meets the measured affinity.
+    """Trains `model` in place so that the combined predictions meet the measured affinities.
 
     Args:
         model: A pose scorer, as from `pretrained()`.
-        compounds: What to train on, one optimizer step each per epoch.
+        compounds: What to train on; they may have different numbers of poses.
         rule: How the predictions of a compound's poses become one.
         epochs: Passes over `compounds`.
         lr: Learning rate of Adam.
+        batch: How many compounds share an optimizer step, and a call of `combine`.
         seed: Of the order of the compounds.
     """
     # Four poses share a forward: a quarter less time than one by one, four small graphs alive.
@@ -51,14 +53,20 @@ def finetune(
     order, effort = random.Random(seed), Effort()
 
     for _ in range(epochs):
-        for compound in order.sample(list(compounds), len(compounds)):
-            prediction, per_pose = engine.combine(compound.poses, rule)
-            (prediction - compound.dg).square().backward()
+        shuffled = order.sample(list(compounds), len(compounds))
+        for start in range(0, len(shuffled), batch):
+            some = shuffled[start : start + batch]
+            poses = [pose for compound in some for pose in compound.poses]
+            sizes = [len(compound.poses) for compound in some]
+            targets = torch.tensor([compound.dg for compound in some])
+
+            predictions, per_pose = engine.combine(poses, rule, groups=sizes)  # [batch], [poses]
+            (predictions - targets).square().mean().backward()
             optimizer.step()
             optimizer.zero_grad()
 
-            nonzero = int(rule.weights(per_pose).count_nonzero())
-            effort += Effort(len(compound.poses), nonzero)
+            weights = [rule.weights(group) for group in torch.split(per_pose, sizes)]
+            effort += Effort(len(poses), sum(int(w.count_nonzero()) for w in weights))
     return effort
 
 

@@ -8,37 +8,40 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from posegrad import AttentionPooling, Best, Boltzmann, Combination, Max, Mean, Min, Sum, TopK
+from posegrad import Best, Boltzmann, Combination, Max, Mean, Min, Sum, TopK
 from posegrad.testing import assert_combination, predictions, rules
+from posegrad.testing.table import RULES as TABLE
 
-# A rule that is added here gets the tests of this file and of tests/schedule.
+# A rule of the library gets the tests of this file and of tests/schedule by its line in the table.
+COMBINATIONS = {name: row for name, row in TABLE.items() if row.kind == "predictions"}
 RULES: dict[str, Combination] = {
-    "Mean": Mean(),
-    "Sum": Sum(),
-    "Min(1000)": Min(),
-    "Min(1/kT)": Min(1 / 0.593),
-    "Max(5)": Max(torch.tensor(5.0)),
-    "Boltzmann(0.593)": Boltzmann(0.593),
-    "Boltzmann(30)": Boltzmann(30.0),
-    "Best": Best(),
-    "Best(largest)": Best(largest=True),
-    "TopK(3)": TopK(3),
+    name: row.make() for name, row in TABLE.items() if row.takes_any_predictions
 }
+ANY_SHAPE = [(), (3,), (2, 2)]
+CASES = [
+    (n, c)
+    for n, row in COMBINATIONS.items()
+    for c in ([row.components] if row.components else ANY_SHAPE)
+]
 
 
-@pytest.mark.parametrize("name", RULES)
-@pytest.mark.parametrize("components", [(), (3,), (2, 2)])
+@pytest.mark.parametrize(("name", "components"), CASES)
 def test_every_rule_keeps_the_laws(name: str, components: tuple[int, ...]) -> None:
-    assert_combination(RULES[name], components=components, shift_equivariant=name != "Sum")
+    row = COMBINATIONS[name]
+    assert_combination(row.make(), components=components, shift_equivariant=row.shifts)
+
+
+@pytest.mark.parametrize(
+    ("rule", "shifts"),
+    [(Max(torch.tensor(5.0)), True), (Boltzmann(30.0), True), (Best(largest=True), True)],
+)
+def test_other_arguments_keep_the_laws(rule: Combination, shifts: bool) -> None:
+    assert_combination(rule, shift_equivariant=shifts)
 
 
 @given(rules(), predictions(components=(2,)))
 def test_every_rule_keeps_the_laws_on_drawn_values(rule: Combination, values: Tensor) -> None:
     assert_combination(rule, values, shift_equivariant=not isinstance(rule, Sum))
-
-
-def test_attention_keeps_the_laws() -> None:
-    assert_combination(AttentionPooling(4), components=(4,), shift_equivariant=False)
 
 
 @given(predictions(), st.sampled_from([0.1, 1.0, 1.7, 50.0, 1000.0]))

@@ -1,1 +1,1 @@
-"""Other libraries, as they are: imported by nobody inside, each needs its own package."""
+"""Other libraries, as they are: imported by nobody inside."""

@@ -16,6 +16,7 @@ _COUNTS = (1, 2, 3, 5, 8)
 _COLUMNS = 12
 
 
+@torch.no_grad()
 def assert_weighting(
     rule: AnyRule,
     rows: Tensor | None = None,
@@ -63,6 +64,7 @@ def assert_weighting(
         _gives_finite_weights_in_less_precision(narrow, draw, scores)
 
 
+@torch.no_grad()
 def assert_aggregation(
     rule: Aggregation, block: Tensor | None = None, *, least: int = 1, tolerance: float = 1e-9
 ) -> None:

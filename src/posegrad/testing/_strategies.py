@@ -8,6 +8,7 @@ from torch import Tensor
 
 from posegrad.combination import Best, Boltzmann, Combination, Max, Mean, Min, Sum, TopK
 from posegrad.errors import MissingExtraError
+from posegrad.testing.table import RULES
 
 if TYPE_CHECKING:
     from hypothesis.strategies import SearchStrategy
@@ -78,7 +79,7 @@ def poses(
 
 
 def rules() -> "SearchStrategy[Combination]":
-    """Every rule of the library that takes predictions of any shape, with drawn arguments.
+    """Every combination rule of the library that takes predictions of any shape.
 
     Raises:
         MissingExtraError: if hypothesis is not installed.
@@ -93,6 +94,7 @@ def rules() -> "SearchStrategy[Combination]":
         st.builds(Boltzmann, kT=st.sampled_from([0.1, 0.593, 1.0, 30.0])),
         st.builds(Best, largest=st.booleans()),
         st.builds(TopK, st.integers(1, 5), largest=st.booleans()),
+        st.sampled_from([row.make() for row in RULES.values() if row.takes_any_predictions]),
     )
     return strategy
 

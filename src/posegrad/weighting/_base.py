@@ -134,7 +134,8 @@ class Aggregation(GradientRule):
 
     @torch.no_grad()
     def _aggregated(self, jacobian: Jacobian, name: str) -> Tensor:
-        block = jacobian.block(name).flatten(0, jacobian.predictions.ndim - 1)  # [M, *shape]
+        shape = jacobian.predictions.numel(), *jacobian.shapes[name]
+        block = jacobian.block(name).reshape(shape)  # [M, *shape]
         gradient: Tensor = self(block)
         if gradient.shape != block.shape[1:]:
             raise ShapeMismatchError(

@@ -1,0 +1,96 @@
+"""Which rule a combination object of mtenn's stands for."""
+
+import copy
+from collections.abc import Callable
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+
+from posegrad.combination import Combination
+from posegrad.interop.mtenn._combination import (
+    BoltzmannCombination,
+    MaxCombination,
+    MeanCombination,
+    WithMtennSignature,
+)
+from posegrad.weighting._rules import rule_of_predictions
+
+__all__ = ["picks_the_worst", "rule_of"]
+
+
+def rule_of(combination: Any) -> Combination:
+    """The rule in a combination object: of ours, of mtenn's, or derived from mtenn's.
+
+    Raises:
+        TypeError: if it is none of these and no rule either.
+    """
+    if isinstance(combination, WithMtennSignature):
+        return combination.rule
+    if isinstance(combination, type | Combination) or not hasattr(combination, "split_grad_dict"):
+        return rule_of_predictions(combination)
+    theirs = _ByHand(combination)
+    ours = _of_that_name(combination)
+    values = torch.tensor([-2.0, 1.5, -2.001, 1.499], dtype=torch.float64)  # sharp and soft differ
+    if ours is not None and torch.allclose(ours.rule(values), theirs(values)):
+        return ours.rule
+    return theirs
+
+
+def _of_that_name(theirs: Any) -> WithMtennSignature | None:
+    """Ours, whose weights are more exact; a guess, for readers of the guide reuse these names."""
+    match type(theirs).__name__:
+        case "MeanCombination":
+            return MeanCombination()
+        case "BoltzmannCombination":
+            return BoltzmannCombination()
+        case "MaxCombination" if hasattr(theirs, "pred_scale"):
+            return MaxCombination(getattr(theirs, "negate_preds", False), theirs.pred_scale)
+        case "MaxCombination" if hasattr(theirs, "scale"):  # its name in older releases
+            return MaxCombination(getattr(theirs, "neg", False), theirs.scale)
+    return None
+
+
+@final
+class _ByHand(Combination):
+    r"""A combination whose gradient was written by hand, in mtenn's way, as a rule.
+
+    Its backward makes :math:`\sum_i w_i g_i` of the gradients :math:`g_i` it is given. By the
+    predictions themselves, the gradients of the predictions are the unit vectors
+    :math:`e_i`, and :math:`\sum_i w_i e_i = w`.
+    """
+
+    def __init__(self, combination: Callable[..., Any]) -> None:
+        super().__init__()
+        self.combination = combination
+
+    def forward(self, predictions: Tensor) -> Tensor:
+        """Combines predictions `[N]`."""
+        unit = torch.eye(len(predictions), dtype=predictions.dtype, device=predictions.device)
+        gradients = {"predictions": list(unit)}
+        outputs = self.combination(
+            list(predictions.detach()), gradients, ["predictions"], predictions
+        )
+        combined: Tensor = outputs[0] if isinstance(outputs, tuple) else outputs
+        return combined
+
+
+def picks_the_worst(readout: Callable[[Tensor], Tensor], rule: Combination) -> bool:
+    """Whether a readout turns the order of energies around, and the rule then prefers low numbers.
+
+    Both are tried on numbers. Where they do not take these, nothing is known: False.
+    """
+    energies = torch.arange(-32.0, 33.0)  # symmetric: Mean and Sum give 0
+    try:
+        with torch.no_grad():
+            steps = _trial(readout)(energies[:, None]).flatten().diff()
+            combined = _trial(rule)(energies)
+        return bool(combined < 0) and bool((steps <= 0).all()) and bool((steps < 0).any())
+    except Exception:
+        return False
+
+
+def _trial(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """A copy to be tried out: its buffers may change, and it draws nothing."""
+    twin = copy.deepcopy(function)
+    return twin.cpu().float().eval() if isinstance(twin, nn.Module) else twin
