@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torchjd import aggregation as theirs
 from torchjd import autojac
 from torchjd.linalg import QuadprogProjector
 
+from posegrad import Engine, PoseJacobian
 from tests import reference
 from tests.architectures.row import draw
 
@@ -25,6 +27,7 @@ __all__ = [
     "model_in",
     "of_autojac",
     "size_of",
+    "step_of",
 ]
 
 M = 6
@@ -141,20 +144,22 @@ def losses_of(model: nn.Module, seed: int) -> Tensor:
     return (model(draw(seed, M, 7).to(dtype)) - draw(seed + 100, M, 2).to(dtype)).square().sum(1)
 
 
-def of_autojac(
-    row: Rule, rule: Any, model: nn.Module, seed: int
-) -> tuple[Tensor, Tensor | None, float]:
+@cache
+def step_of(dtype: torch.dtype, seed: int) -> tuple[nn.Module, PoseJacobian]:
+    """A model with TorchJD's `.jac` of some losses, and our Jacobian of the same."""
+    model = model_in(dtype)
+    J = Engine(model).jacobian(losses_of(model, seed))
+    autojac.backward(losses_of(model, seed), parallel_chunk_size=1)
+    return model, J
+
+
+def of_autojac(row: Rule, rule: Any, model: nn.Module) -> tuple[Tensor, Tensor | None, float]:
     """The gradient, the weights, and how large gradients are, by TorchJD's own means."""
-    parameters = list(model.parameters())
-    losses = losses_of(model, seed)
-    jacobians = autojac.jac(losses, parameters, retain_graph=True, parallel_chunk_size=1)
-    matrix = torch.cat([j.reshape(M, -1) for j in jacobians], dim=1)
-    torch.manual_seed(seed)
+    parameters: list[Any] = list(model.parameters())
+    matrix = torch.cat([p.jac.reshape(M, -1) for p in parameters], dim=1)
     if isinstance(rule, theirs.Aggregator):
-        autojac.backward(losses, parallel_chunk_size=1)
-        weights = autojac.jac_to_grad(parameters, rule)
+        weights = autojac.jac_to_grad(parameters, rule, retain_jac=True)
         gradient = gradient_of(model)
-        model.zero_grad()
     else:
         weights, gradient = by_hand(row, rule, matrix)
     return gradient, weights, size_of(matrix, weights)
@@ -182,4 +187,4 @@ def gradient_of(model: nn.Module) -> Tensor:
 
 
 def close(found: Tensor, expected: Tensor | None, size: float) -> None:
-    torch.testing.assertclose(found, expected, rtol=0, atol=size)
+    torch.testing.assert_close(found, expected, rtol=0, atol=size)

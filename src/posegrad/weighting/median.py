@@ -5,7 +5,7 @@ from typing import final
 from torch import Tensor
 
 from posegrad.weighting._base import Aggregation
-from posegrad.weighting._columns import by_columns
+from posegrad.weighting._columns import by_columns, in_order
 
 __all__ = ["Median"]
 
@@ -30,4 +30,4 @@ class Median(Aggregation):
 
     def forward(self, block: Tensor) -> Tensor:
         low, high = (len(block) - 1) // 2, len(block) // 2
-        return by_columns(block, lambda x: x.sort(0).values[low : high + 1].mean(0))
+        return by_columns(block, lambda x: in_order(x)[low : high + 1].mean(0))

@@ -7,7 +7,7 @@ from torch import Tensor
 from posegrad.combination._checks import whole
 from posegrad.errors import ShapeMismatchError
 from posegrad.weighting._base import Aggregation
-from posegrad.weighting._columns import by_columns
+from posegrad.weighting._columns import by_columns, in_order
 
 __all__ = ["TrimmedMean"]
 
@@ -51,7 +51,7 @@ class TrimmedMean(Aggregation):
                 f"TrimmedMean({trim}) leaves out {2 * trim} rows, and there are {count}.\n"
                 f"Trim at most {(count - 1) // 2}."
             )
-        return by_columns(block, lambda x: x.sort(0).values[trim : count - trim].mean(0))
+        return by_columns(block, lambda x: in_order(x)[trim : count - trim].mean(0))
 
     def extra_repr(self) -> str:
         return f"trim={self.trim}"
