@@ -137,7 +137,7 @@ def test_rules_and_the_engine_show_an_example(path: str) -> None:
     assert ">>>" in pkgutil.resolve_name(path).__doc__, f"the docstring of {path} has no Example"
 
 
-@pytest.mark.parametrize("suite", ["gramian", "forms"])
+@pytest.mark.parametrize("suite", ["gramian", "forms", "rules"])
 def test_the_tables_of_the_performance_page_are_those_of_the_results(suite: str) -> None:
     result = json.loads((ROOT / f"benchmarks/results/{suite}-cpu.json").read_text())
     page = (ROOT / "docs/performance.md").read_text(encoding="utf-8")
