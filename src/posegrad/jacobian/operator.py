@@ -133,7 +133,7 @@ class PoseJacobian:
             rule: The weights w of `output_shape`, for :math:`w^\top J`; a `Weighting`, which finds
                 them from the Gramian; an `Aggregation`, which takes the rows of one parameter after
                 another; TorchJD's `Weighting` or `Aggregator`; or a combination rule h, for which
-                :math:`w = \partial h(\hat y) / \partial \hat y`.
+                :math:`w = \partial h(\hat y) / \partial \hat y`; its own parameters get theirs.
 
         Returns:
             w, or None if the rule has no weights.
