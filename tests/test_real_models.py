@@ -5,9 +5,10 @@ import torch
 from torch import Tensor, nn
 from torch_geometric.data import Batch, Data
 from torch_geometric.nn import SchNet
+from torchjd.aggregation import UPGradWeighting
 
-from examples.docked_poses.arrays import by_ligand, load
-from examples.docked_poses.network import AllNeighbours
+from examples.docked_poses.arrays import by_ligand, load, load_all
+from examples.docked_poses.network import AllNeighbours, schnet
 from posegrad import Boltzmann, Combination, Engine, Mean, Min
 from posegrad.testing import assert_matches_autograd, peak_live_bytes
 from tests.reference import rows, trainable
@@ -87,3 +88,22 @@ def test_gathering_poses_one_by_one_is_the_same() -> None:
     whole = Engine(model).jacobian(_score(model, Batch.from_data_list(poses)))
     single = Engine(model, predict=_score).gather(poses)
     torch.testing.assert_close(single.gramian(), whole.gramian(), rtol=1e-4, atol=1e-6)
+
+
+def test_upgrad_on_64_docked_poses_takes_little_more_memory_than_on_8() -> None:
+    """The full network, four poses a chunk: a chunk's graph is most of it, 64 rows the rest."""
+    poses = [pose for ligand in by_ligand(load_all()) for pose in ligand][:64]
+    data = [Data(z=pose.z, pos=pose.xyz) for pose in poses]
+    model = schnet()
+    engine = Engine(model, predict=_score, collate=Batch.from_data_list, chunk_size=4)
+
+    def peak(count: int) -> int:
+        model.zero_grad()
+        with peak_live_bytes() as report:
+            weights = engine.gather(data[:count]).backward(UPGradWeighting())
+        assert weights is not None
+        assert weights.shape == (count,)
+        return report.bytes
+
+    engine.gather(data[:4]).backward(UPGradWeighting())  # the first chunk is checked, which is more
+    assert peak(64) <= 1.5 * peak(8)
