@@ -96,7 +96,7 @@ def _compare_rules(compounds: Sequence[Compound], args: argparse.Namespace) -> N
     )
     print(
         f"Before and after fine-tuning, held out: {args.folds} folds over compounds, "
-        f"epochs {args.epochs}, Adam {args.lr:g}, {args.batch} compounds a step"
+        f"epochs {args.epochs}, Adam {args.lr:g}, compounds a step {args.batch}"
     )
     print(report.rule_table(rows))
     draw(compounds, before, after[SOFT_MINIMUM].per_pose, RULES[SOFT_MINIMUM], args.output)
