@@ -35,7 +35,7 @@ class Products:
         known = self._squares.get(tensor.data_ptr())
         if known is None or not _is_same(tensor, known[0]):
             rows = wide(as_rows(tensor))
-            known = self._squares[tensor.data_ptr()] = tensor, torch.linalg.vecdot(rows, rows)
+            known = self._squares[tensor.data_ptr()] = tensor, torch.linalg.vector_norm(rows, dim=1).square()
         return known[1]
 
 
