@@ -34,8 +34,8 @@ class Products:
         """The squared norms of the rows `[..., p]`, `[R]`, in float32 at least."""
         known = self._squares.get(tensor.data_ptr())
         if known is None or not _is_same(tensor, known[0]):
-            rows = wide(as_rows(tensor))
-            known = self._squares[tensor.data_ptr()] = tensor, torch.linalg.vector_norm(rows, dim=1).square()
+            norms = torch.linalg.vector_norm(wide(as_rows(tensor)), dim=1)
+            known = self._squares[tensor.data_ptr()] = tensor, norms.square()
         return known[1]
 
 
