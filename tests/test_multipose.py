@@ -75,6 +75,16 @@ def test_it_moves_and_casts_like_any_module() -> None:
         assert module.engine.combine(poses, Mean()).prediction.dtype == torch.float64
 
 
+def test_a_model_put_in_its_place_is_the_one_that_is_scored() -> None:
+    module, poses = MultiPose(nn.Linear(3, 1), Mean(), chunk_size=2), torch.randn(5, 3)
+    module(poses)
+    module.model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 1))
+    prediction, _ = module(poses)
+    prediction.backward()
+    torch.testing.assert_close(prediction, module.model(poses).mean())
+    assert all(p.grad is not None for p in module.model.parameters())
+
+
 def test_a_rule_that_looks_at_gradients_is_refused() -> None:
     with pytest.raises(TypeError, match="Clip looks at gradients"):
         MultiPose(nn.Linear(3, 1), Clip(1.0))

@@ -299,3 +299,30 @@ def test_everything_else_works_without_torchjd() -> None:
 def test_rules_of_ours_are_none_of_theirs() -> None:
     for rule in (Clip(1.0), Median(), Min(), scalarization.Mean()):
         assert adapted(rule) is None
+
+
+class WithMomentum(theirs.Aggregator):
+    """Returns its own state."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.state: Tensor | float = 0.0
+
+    def forward(self, matrix: Tensor, /) -> Tensor:
+        self.state = 0.5 * self.state + matrix.mean(0)
+        return self.state
+
+
+def test_what_is_done_to_grad_does_not_reach_the_state_of_a_rule() -> None:
+    model, x, rule = (
+        nn.Linear(3, 1).double(),
+        torch.randn(4, 3, dtype=torch.float64),
+        WithMomentum(),
+    )
+    mean = torch.cat([x.mean(0), torch.ones(1, dtype=torch.float64)])  # of a linear model's rows
+    for total in (1.0, 1.5, 1.75):
+        Engine(model).backward(model(x).squeeze(1), rule)
+        found = torch.cat([p.grad.flatten() for p in model.parameters()])
+        torch.testing.assert_close(found, total * mean)
+        model.zero_grad(set_to_none=False)  # writes zeros
+        model.zero_grad()

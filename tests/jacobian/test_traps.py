@@ -488,3 +488,57 @@ def test_functions_of_python_with_other_arguments(grad: bool) -> None:
     output = Scaled.apply(3.0, x, "name", model.first, model.second, True)[0].sin().sum(1)
     expected = rows(output, trainable(model))
     torch.testing.assert_close(Engine(model, check="never").jacobian(output).matrix(), expected)
+
+
+class Offset(nn.Module):
+    """Two parameters that are added up before they meet a pose, and so have one cotangent."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.other = nn.Parameter(torch.randn(3)), nn.Parameter(torch.randn(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ((self.one + self.other) * x).sum(-1)
+
+
+@pytest.mark.parametrize("count", [1, 4])
+def test_gradients_of_two_parameters_never_share_memory(count: int) -> None:
+    """Else what is done to one in place, as gradient clipping does, is done to both."""
+    model, x = Offset(), torch.randn(count, 3)
+    engine = Engine(model)
+    for _ in range(3):
+        model.zero_grad()
+        engine.backward(model(x), torch.ones(count))
+        expected = x.sum(0)
+        model.one.grad.mul_(2)
+        torch.testing.assert_close(model.other.grad, expected)
+        torch.testing.assert_close(model.one.grad, 2 * expected)
+
+
+def test_a_model_that_names_its_parameters_itself_is_asked_each_time() -> None:
+    """What it names may depend on anything, not on what its modules hold alone."""
+    model, x = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 1)), torch.randn(4, 3)
+    engine = Engine(model)
+    assert "0.weight" in engine.jacobian(model(x).squeeze(1)).blocks
+    last = dict(model[1].named_parameters(prefix="last"))
+    model.named_parameters = lambda: iter(last.items())
+    assert list(engine.jacobian(model(x).squeeze(1)).blocks) == ["last.weight", "last.bias"]
+
+
+def _write_double(gradient: Tensor) -> None:
+    gradient.mul_(2)
+
+
+def test_a_hook_that_writes_to_the_outputs_gradient_does_so_once_a_call() -> None:
+    model, x = (
+        nn.Sequential(nn.Linear(3, 2), nn.Tanh(), nn.Linear(2, 1)).double(),
+        torch.randn(4, 3),
+    )
+    engine, x = Engine(model), x.double()
+    for step in range(5):
+        output = model(x).squeeze(1)
+        expected = rows(output, trainable(model)) * (2 if step > 2 else 1)
+        if step > 2:  # what is known of the structure by then says nothing of hooks
+            output.register_hook(_write_double)
+        found = engine.jacobian(output).matrix()
+        torch.testing.assert_close(found, expected)

@@ -75,10 +75,9 @@ class Roster:
         """
         held = _held_by(self._within)
         same = len(held) == len(self._held) and all(map(is_, held, self._held))
-        if not same or not self._within:
+        if not same or not self._within or not all(map(_lists_all, self._modules)):
             self._named, self._kinds = _named_parameters(self._modules), None
-            own = all(type(module).named_parameters is _THEIRS for module in self._modules)
-            self._within = [part for m in self._modules for part in m.modules()] if own else []
+            self._within = [part for module in self._modules for part in module.modules()]
             self._held = _held_by(self._within)
         return self._named
 
@@ -110,7 +109,13 @@ class Roster:
         return {name: parameter for name, parameter in trainable.items() if name in keys}
 
 
-_THEIRS = nn.Module.named_parameters
+def _lists_all(module: nn.Module) -> bool:
+    """Whether it names its parameters as every module does, and so by what it holds."""
+    names = ("named_parameters", "named_modules")
+    return all(
+        getattr(getattr(module, name), "__func__", None) is getattr(nn.Module, name)
+        for name in names
+    )
 
 
 def _held_by(modules: Iterable[nn.Module]) -> list[object]:

@@ -58,7 +58,6 @@ class Routine:
         uses: In the order in which they are read.
         edges: Where cotangents are needed.
         arrangement: The poses in the output.
-        ones: The output's cotangent.
         first_slots: One slot of each operator that is read, to see whether it is packed.
         other_slots: The slots that a backward to the edges does not free.
     """
@@ -66,7 +65,6 @@ class Routine:
     uses: list[_Use]
     edges: list[Edge]
     arrangement: Arrangement
-    ones: Tensor
     first_slots: list[Slot]
     other_slots: list[Slot]
 
@@ -105,8 +103,7 @@ class Routine:
         freed = {*registry.above(read_at)}
         first = {node: name for node, name in reversed(slots) if node in read_at}
         left = [slot for slot in slots if slot[0] not in freed]
-        ones = torch.ones_like(subject.output)
-        return cls(uses, edges, arrangement, ones, [*first.items()], left)
+        return cls(uses, edges, arrangement, [*first.items()], left)
 
     def parts(
         self, registry: EdgeRegistry, output: Tensor, names: Iterable[str], keep_graph: bool
@@ -122,8 +119,8 @@ class Routine:
         forms = [use.reader(operator_at(registry, use.node), use.entry) for use in self.uses]
         if None in forms:
             return None
-        edges = registry.at(self.edges)
-        values = cotangents_at(output, edges, self.ones, keep_graph=keep_graph)
+        ones = torch.ones_like(output)  # not kept: a hook may write to it
+        values = cotangents_at(output, registry.at(self.edges), ones, keep_graph=keep_graph)
         if not keep_graph:
             release(registry, self.other_slots)
         found: Parts = {name: [] for name in names}

@@ -213,7 +213,7 @@ class _OfMatrix(_OfTheirs):
         shapes = jacobian.shapes
         pieces = gradient.split([shape.numel() for shape in shapes.values()])
         found = {n: v.reshape(s) for (n, s), v in zip(shapes.items(), pieces, strict=True)}
-        return Step({name: found[name] for name in jacobian.used}, None)
+        return Step({name: found[name].clone() for name in jacobian.used}, None)  # else the rule's
 
 
 def _finite(jacobian: Jacobian) -> Tensor:

@@ -198,7 +198,10 @@ class Factors(Part):
             super().write(into)
 
     def combine(self, weights: "Weights") -> Tensor:
-        total = self.form.vjp(weights.times_cotangents(self))
+        weighed = weights.times_cotangents(self)
+        total = self.form.vjp(weighed)
+        if total.data_ptr() == weighed.data_ptr():  # nothing was summed
+            total = total.clone()  # for another parameter may have the same
         return total if self.pull is None else wide(self.pull(total.unsqueeze(0))[0])
 
     def weighed(self, weights: Tensor) -> Tensor:
