@@ -111,11 +111,12 @@ class Roster:
 
 def _lists_all(module: nn.Module) -> bool:
     """Whether it names its parameters as every module does, and so by what it holds."""
-    names = ("named_parameters", "named_modules")
-    return all(
-        getattr(getattr(module, name), "__func__", None) is getattr(nn.Module, name)
-        for name in names
-    )
+    kind, own = type(module), vars(module)
+    theirs = kind.named_parameters is _NAMED_PARAMETERS and kind.named_modules is _NAMED_MODULES
+    return theirs and "named_parameters" not in own and "named_modules" not in own
+
+
+_NAMED_PARAMETERS, _NAMED_MODULES = nn.Module.named_parameters, nn.Module.named_modules
 
 
 def _held_by(modules: Iterable[nn.Module]) -> list[object]:

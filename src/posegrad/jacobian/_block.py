@@ -120,13 +120,13 @@ class Block:
             cotangents[0].shape, layout, len(cotangents)
         ):
             return None
+        if part.arrangement.dim is None:
+            return part.form.inner(cotangents[0], cotangents[0], layout, products)
         pairs = product(cotangents, cotangents)
         grid = [part.form.inner(b, c, layout, products) for b, c in pairs]
         found = [one for one in grid if one is not None]  # K^2 of [m, m]
         if len(found) < len(grid):
             return None
-        if part.arrangement.dim is None:
-            return found[0]
         k = len(cotangents)
         joined = torch.stack(found).reshape(k, k, *found[0].shape)
         joined = joined.permute(2, 0, 3, 1)  # [m, K, m, K]

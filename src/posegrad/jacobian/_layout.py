@@ -131,8 +131,11 @@ class Layout:
 
     def weigh(self, tensor: Tensor, weights: Tensor) -> Tensor:
         """`tensor` with every row multiplied by the weight `[m]` of its owner."""
+        values = self.spread(weights.to(tensor.device, tensor.dtype))
+        if self.dims == (0,):
+            return tensor * values.view(-1, *[1] * (tensor.ndim - 1))
         shape = [size if dim in self.dims else 1 for dim, size in enumerate(tensor.shape)]
-        return tensor * self.spread(weights.to(tensor.dtype)).reshape(shape)
+        return tensor * values.reshape(shape)
 
     def only(self, tensor: Tensor, pose: int) -> Tensor:
         """`tensor` with zeros in place of the rows of all other poses."""

@@ -206,18 +206,17 @@ class Factors(Part):
 
     def weighed(self, weights: Tensor) -> Tensor:
         """The cotangents times the weights `[count]` of their owners, over all components."""
-        first, *others = [
-            self.layout.weigh(wide(b), column.to(b.device))
-            for b, column in zip(self.cotangents, self.arrangement.columns(weights), strict=True)
-        ]
-        for other in others:
-            first += other
-        return first
+        columns = self.arrangement.columns(weights)
+        total = self.layout.weigh(wide(self.cotangents[0]), columns[0])
+        for cotangent, column in zip(self.cotangents[1:], columns[1:], strict=True):
+            total += self.layout.weigh(wide(cotangent), column)
+        return total
 
     def has_cotangents_of(self, other: "Factors") -> bool:
         """Whether the parts differ in nothing but the form."""
-        alike = self.layout is other.layout and self.start == other.start
-        return alike and all(map(is_, self.cotangents, other.cotangents))
+        if self.layout is not other.layout or self.start != other.start:
+            return False
+        return all(map(is_, self.cotangents, other.cotangents))
 
     def add_to(self, rows: Tensor) -> None:
         if self.layout.dims or self.pull is not None:
@@ -284,9 +283,8 @@ class Weights:
 
     def of(self, part: Part) -> Tensor:
         """Those of a part's rows, `[count]`."""
-        if part.count == len(self.values):
-            return self.values
-        return self.values[part.start : part.start + part.count]
+        values, count = self.values, part.count
+        return values if count == len(values) else values[part.start : part.start + count]
 
     def times_cotangents(self, part: Factors) -> Tensor:
         """The cotangents of a part with each row times the weight of its owner."""

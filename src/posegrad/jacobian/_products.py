@@ -1,12 +1,15 @@
 """Inner products of rows."""
 
+from collections.abc import Iterable
+from functools import reduce
+
 import torch
 from torch import Tensor
 
 from posegrad.jacobian._layout import Layout
 from posegrad.jacobian._precision import wide
 
-__all__ = ["Products", "as_rows", "cancels", "inner_products", "pairs_are_cheaper", "summed_pairs"]
+__all__ = ["Products", "added", "as_rows", "cancels", "inner_products", "pairs_are_cheaper", "summed_pairs"]
 
 _TILE, _COLUMNS = 8, 16384  # rows of a tile, and how much of them at once: half a MiB
 
@@ -26,8 +29,9 @@ class Products:
         key = first.data_ptr(), second.data_ptr()  # their own, as long as they are held here
         known = self._known.get(key)
         if known is None or not _is_same(first, known[0]) or not _is_same(second, known[1]):
-            product = wide(as_rows(first)) @ wide(as_rows(second)).mT
-            known = self._known[key] = first, second, product
+            left = wide(as_rows(first))
+            right = left if second is first else wide(as_rows(second))
+            known = self._known[key] = first, second, left @ right.mT
         return known[2]
 
     def squares(self, tensor: Tensor) -> Tensor:
@@ -62,6 +66,12 @@ def inner_products(rows: Tensor) -> Tensor:
                 gram[i : i + _TILE, j : j + _TILE].addmm_(first, second.mT)
     lower = gram.tril(-1)
     return lower + lower.mT + gram.diagonal().diag()
+
+
+def added(terms: Iterable[Tensor], device: torch.device) -> Tensor | None:
+    """What parameters contribute, summed in the widest of their dtypes; None if none does."""
+    placed = [term.to(device) for term in terms]
+    return reduce(torch.add, placed) if placed else None
 
 
 def pairs_are_cheaper(rows: int, numbers: int, height: int, width: int) -> bool:

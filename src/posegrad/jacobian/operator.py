@@ -12,7 +12,7 @@ from posegrad.jacobian._block import Block
 from posegrad.jacobian._deliver import deliver
 from posegrad.jacobian._parts import Weights
 from posegrad.jacobian._precision import exact
-from posegrad.jacobian._products import Products, inner_products
+from posegrad.jacobian._products import Products, added, inner_products
 from posegrad.jacobian._report import report
 from posegrad.weighting._rules import AnyRule, as_gradient_rule
 
@@ -190,13 +190,12 @@ class PoseJacobian:
             if self._blocks[name].parts or per_parameter
         }
         if per_parameter:
-            return {name: self._generalized(gram) for name, gram in grams.items()}
-        count = self.predictions.numel()
-        total = torch.zeros(count, count, dtype=dtype or torch.float32, device=self._device)
-        for gram in grams.values():
-            total = total.to(torch.promote_types(total.dtype, gram.dtype)).add_(
-                gram.to(self._device)
-            )
+            own = {name: gram.clone() for name, gram in grams.items()}  # some have one in common
+            return {name: self._generalized(gram) for name, gram in own.items()}
+        total = added(grams.values(), self._device)
+        if total is None:
+            count = self.predictions.numel()
+            total = torch.zeros(count, count, dtype=dtype, device=self._device)
         return self._generalized(total)
 
     @exact
@@ -212,12 +211,10 @@ class PoseJacobian:
             "Large language models can be strong differentially private learners", ICLR 2022.
         """
         products = Products()
-        total = torch.zeros(self.predictions.numel(), device=self._device)
-        for name in self.used:
-            squares = self._blocks[name].squares(products)
-            if squares is None:
-                squares = torch.linalg.vector_norm(self._matrix_of(name), dim=1).square()
-            total = total + squares.to(self._device)
+        squares = (self._squares_of(name, products) for name in self.used)
+        total = added(squares, self._device)
+        if total is None:
+            return torch.zeros(self.output_shape, device=self._device)
         return total.sqrt().reshape(self.output_shape)
 
     def __getitem__(self, index: Any) -> dict[str, Tensor]:
@@ -310,6 +307,13 @@ class PoseJacobian:
             rows = rows if dtype is None else rows.to(dtype)
             gram = inner_products(rows)
         return gram if dtype is None else gram.to(dtype)
+
+    def _squares_of(self, name: str, products: Products) -> Tensor:
+        """The squared norms of one parameter's rows, `[M]`, by the cheaper of two ways."""
+        squares = self._blocks[name].squares(products)
+        if squares is None:
+            squares = torch.linalg.vector_norm(self._matrix_of(name), dim=1).square()
+        return squares
 
     def _matrix_of(self, name: str) -> Tensor:
         """One parameter's rows `[M, n]`; kept instead of the factors, unless these are far smaller.

@@ -5,6 +5,7 @@ their inner products (`Weighting`), or the gradients themselves, one parameter a
 (`Aggregation`). Neither kind sees the model, and none of them holds a whole Jacobian.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple, Protocol, final
@@ -166,7 +167,7 @@ def checked(rule: GradientRule, weights: Tensor, predictions: Tensor) -> Tensor:
             f"Return one weight for each row, [{count}]."
         )
     weights = weights.detach().to(predictions.device, copy=True)  # else perhaps the rule's state
-    if not bool(weights.isfinite().all()):
+    if not _all_finite(weights):
         raise NonFiniteGradientError(
             f"{name} gave weights that are not finite: {_shown(weights.tolist())}.\n"
             f"The rows are finite, so the rule itself failed on them; no .grad was touched.\n"
@@ -184,7 +185,7 @@ def check_finite(squares: Tensor) -> None:
     Raises:
         NonFiniteGradientError: naming them.
     """
-    if bool(squares.isfinite().all()):
+    if _all_finite(squares):
         return
     rows = (~squares.isfinite()).nonzero().flatten().tolist()
     raise NonFiniteGradientError(
@@ -193,6 +194,11 @@ def check_finite(squares: Tensor) -> None:
         f"Weights that look at them would be arbitrary; no .grad was touched.\n"
         f"Leave those poses out, or lower the scale of the loss."
     )
+
+
+def _all_finite(values: Tensor) -> bool:
+    """A finite sum has finite terms; one that is not may have overflowed."""
+    return math.isfinite(float(values.sum())) or bool(values.isfinite().all())
 
 
 def _shown(values: list[float]) -> str:

@@ -97,7 +97,7 @@ class Clip(Weighting):
         return Step({name: g + self._noise(g) for name, g in gradients.items()}, weights)
 
     def _shortening(self, norms: Tensor) -> Tensor:
-        return torch.where(norms > self.max_norm, self.max_norm / norms, 1.0)
+        return (self.max_norm / norms).clamp(max=1)  # 1 also for a norm of zero
 
     def _noise(self, gradient: Tensor) -> Tensor:
         assert self.generator is not None
