@@ -9,7 +9,15 @@ from torch import Tensor
 from posegrad.jacobian._layout import Layout
 from posegrad.jacobian._precision import wide
 
-__all__ = ["Products", "added", "as_rows", "cancels", "inner_products", "pairs_are_cheaper", "summed_pairs"]
+__all__ = [
+    "Products",
+    "added",
+    "as_rows",
+    "cancels",
+    "inner_products",
+    "pairs_are_cheaper",
+    "summed_pairs",
+]
 
 _TILE, _COLUMNS = 8, 16384  # rows of a tile, and how much of them at once: half a MiB
 
