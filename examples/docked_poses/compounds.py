@@ -1,6 +1,7 @@
 """The docked compounds: for each its measured affinity and a graph of every pose."""
 
 import lzma
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
@@ -14,7 +15,7 @@ from tqdm import tqdm
 from examples.docked_poses.pignet import graph
 from examples.docked_poses.pocket import Protein
 
-__all__ = ["NATIVE", "Compound", "load"]
+__all__ = ["NATIVE", "Compound", "graphs", "load"]
 
 DATA = Path(__file__).parent / "data"
 NATIVE = 2.0  # Å from the reference pose: the usual bound for "found"
@@ -48,14 +49,19 @@ def load(target: str = "tyk2", *, data: Path = DATA) -> list[Compound]:
         target: A name with `<target>.sdf.xz` and `<target>_protein.pdb.xz` in `data`.
         data: Folder of the two files.
     """
-    protein = Protein(data / f"{target}_protein.pdb.xz")
-    with lzma.open(data / f"{target}.sdf.xz") as file:
-        molecules = list(Chem.ForwardSDMolSupplier(file, removeHs=False))
     groups: dict[str, list[tuple[Chem.Mol, Data]]] = {}
-    for molecule in tqdm(molecules, desc="Building graphs", unit="pose", leave=False):
-        pose = graph(molecule, protein.around(molecule))
+    found = tqdm(graphs(target, data=data), desc="Building graphs", unit="pose", leave=False)
+    for molecule, pose in found:
         groups.setdefault(molecule.GetProp("_Name"), []).append((molecule, pose))
     return [_compound(name, group) for name, group in groups.items()]
+
+
+def graphs(target: str, *, data: Path = DATA) -> Iterator[tuple[Chem.Mol, Data]]:
+    """Each docked pose of a target as a molecule and as a graph, in file order; see `load`."""
+    protein = Protein(data / f"{target}_protein.pdb.xz")
+    with lzma.open(data / f"{target}.sdf.xz") as file:
+        for molecule in Chem.ForwardSDMolSupplier(file, removeHs=False):
+            yield molecule, graph(molecule, protein.around(molecule))
 
 
 def _compound(name: str, group: list[tuple[Chem.Mol, Data]]) -> Compound:

@@ -1,6 +1,6 @@
 """Reading autograd's graph: the only code that touches autograd's internals."""
 
-from posegrad.capture._compat import leaf_hooks_off
+from posegrad.capture._compat import add_each, leaf_hooks_off
 from posegrad.capture._edges import EdgeRegistry
 from posegrad.capture._gather import Gatherer
 from posegrad.capture._guard import grad_set_aside
@@ -11,6 +11,7 @@ __all__ = [
     "EdgeRegistry",
     "Gatherer",
     "Roster",
+    "add_each",
     "check_modules",
     "check_tracked",
     "grad_set_aside",

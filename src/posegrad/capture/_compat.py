@@ -8,13 +8,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import Node
-from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 __all__ = [
-    "StorageWeakRef",
     "TorchDispatchMode",
+    "add_each",
     "apply_node",
     "device_of",
     "dtype_of",
@@ -31,6 +30,11 @@ __all__ = [
     "slots_of",
     "tree_leaves",
 ]
+
+
+def add_each(totals: list[Tensor], terms: list[Tensor], factor: float) -> None:
+    """Adds `factor` times each term to its total in place, in one call."""
+    torch._foreach_add_(totals, terms, alpha=factor)
 
 
 @contextmanager

@@ -174,9 +174,15 @@ def walk(root: Node) -> Iterator[Node]:
     Raises:
         ReentrantCheckpointError: if a reentrant checkpoint is among them.
     """
-    for node, _ in _reachable(root):
-        _name(node)
+    nodes, found = [root], {root}
+    for node in nodes:  # grows on the way
+        if type(node) not in _NAMES:
+            _name(node)
         yield node
+        for parent, _ in node.next_functions:
+            if parent is not None and parent not in found:
+                found.add(parent)
+                nodes.append(parent)
 
 
 def _reachable(root: Node) -> Iterator[tuple[Node, tuple[Edge | None, ...]]]:

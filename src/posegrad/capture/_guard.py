@@ -21,15 +21,15 @@ def grad_set_aside(parameters: Mapping[str, Tensor]) -> Iterator[None]:
         ReentrantCheckpointError: if one did; every `.grad` is as it was.
     """
     with _ONE_AT_A_TIME:  # of the threads of a process
-        held = {name: p.grad for name, p in parameters.items()}
-        for p in parameters.values():
-            p.grad = None
+        held = {name: p.grad for name, p in parameters.items() if p.grad is not None}
+        for name in held:
+            parameters[name].grad = None
         try:
             yield
         finally:
             written = [name for name, p in parameters.items() if p.grad is not None]
-            for name, p in parameters.items():
-                p.grad = held[name]
+            for name in {*held, *written}:
+                parameters[name].grad = held.get(name)
     if written:
         raise ReentrantCheckpointError(
             f"A custom autograd function inside the model calls backward() and deposits "

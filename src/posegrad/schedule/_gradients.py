@@ -6,6 +6,8 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from posegrad.capture import add_each
+
 __all__ = ["GradientSum"]
 
 
@@ -24,8 +26,17 @@ class GradientSum:
     def add(self, gradients: Mapping[int, Tensor] | Self, factor: float = 1.0) -> None:
         """Adds `factor` times the gradients."""
         items = gradients._sums if isinstance(gradients, GradientSum) else gradients
-        for number, gradient in items.items():
-            self._add_one(number, _widened(gradient), factor)
+        totals: list[Tensor] = []
+        terms: list[Tensor] = []
+        for number, term in items.items():
+            gradient = _widened(term)
+            if number in self._owned and not (gradient.is_sparse or self._sums[number].is_sparse):
+                totals.append(self._sums[number])
+                terms.append(gradient)
+            else:
+                self._add_one(number, gradient, factor)
+        if totals:
+            add_each(totals, terms, factor)
 
     def scale(self, factor: float) -> None:
         """Multiplies the sums; a factor of zero drops them, whatever they hold."""

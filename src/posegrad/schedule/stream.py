@@ -125,6 +125,8 @@ class _OnlineSums:
             self._level = level
             self._sums = [[GradientSum() for _ in level] for _ in range(self._form.count)]
             return
+        if bool((level <= self._level).all()):
+            return
         new = torch.maximum(self._level, level)
         rise, self._level = new - self._level, new
         transfer = self._form.transfer(rise)  # [K, K, components]
@@ -142,8 +144,8 @@ class _OnlineSums:
     def _push_one(self, chunk: Chunk, features: Tensor) -> None:
         """A single pose: one backward per component serves all K sums."""
         flat = chunk.predictions.reshape(-1)
-        live = (features != 0).any(dim=0).nonzero().flatten().tolist()
-        factors = features.tolist()
+        factors = features.tolist()  # [K][components]
+        live = [i for i in range(len(flat)) if any(row[i] != 0 for row in factors)]
         for component in live:
             unit = torch.zeros_like(flat)
             unit[component] = 1
@@ -176,4 +178,4 @@ def _on_host(predictions: Tensor) -> Tensor:
 def _exact_zeros(features: Tensor, dtype: torch.dtype) -> Tensor:
     """Zeros where the weight would be zero or subnormal in the predictions' own precision."""
     tiny = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).tiny
-    return torch.where(features.abs() < tiny, torch.zeros_like(features), features)
+    return features.masked_fill(features.abs() < tiny, 0)

@@ -1,13 +1,14 @@
 """Exact peak of live tensor bytes."""
 
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, UntypedStorage
 
-from posegrad.capture._compat import StorageWeakRef, TorchDispatchMode, tree_leaves
+from posegrad.capture._compat import TorchDispatchMode, tree_leaves
 
 __all__ = ["PeakBytes", "peak_live_bytes"]
 
@@ -51,25 +52,21 @@ def peak_live_bytes() -> Iterator[PeakBytes]:
         with ledger:
             yield report
     finally:
-        report.bytes = ledger.peak
-        report.live = ledger.sweep()
+        report.bytes, report.live = ledger.peak, ledger.live
+        ledger.close()
 
 
 class _Ledger(TorchDispatchMode):
-    """Live storages, by address; dead ones are swept out only when a new peak may be near."""
+    """Live storages, by address; each is written off when it dies."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.peak = 0
-        self._live: dict[int, tuple[StorageWeakRef, int]] = {}
-        self._outside: dict[int, StorageWeakRef] = {}
-        self._bound = 0  # bytes of self._live, the dead ones included
+        self.peak = self.live = 0
+        self._known: dict[int, weakref.ref[UntypedStorage]] = {}
 
-    def sweep(self) -> int:
-        """Forgets dead storages; returns the bytes of the live ones."""
-        self._live = {k: (ref, n) for k, (ref, n) in self._live.items() if not _dead(ref)}
-        self._bound = sum(n for _, n in self._live.values())
-        return self._bound
+    def close(self) -> None:
+        """Forgets all storages, so that none is written off later."""
+        self._known.clear()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         for tensor in _tensors((args, kwargs)):
@@ -77,40 +74,22 @@ class _Ledger(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         for tensor in _tensors(out):
             self._note(tensor, made_here=True)
-        if self._bound > self.peak:
-            self.peak = max(self.peak, self.sweep())
+        self.peak = max(self.peak, self.live)
         return out
 
     def _note(self, tensor: Tensor, *, made_here: bool) -> None:
         storage = tensor.untyped_storage()
-        key = storage._cdata
-        if self._is_known(key):
+        key, size = storage._cdata, storage.nbytes() if made_here else 0
+        if key in self._known:
             return
-        ref = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
-        if not made_here:
-            self._outside[key] = ref
-            return
-        self._live[key] = (ref, storage.nbytes())
-        self._bound += storage.nbytes()
 
-    def _is_known(self, key: int) -> bool:
-        """Whether a live storage has this address; a dead one's address may be used again."""
-        if key in self._outside:
-            if not _dead(self._outside[key]):
-                return True
-            del self._outside[key]
-        if key in self._live:
-            ref, size = self._live[key]
-            if not _dead(ref):
-                return True
-            del self._live[key]
-            self._bound -= size
-        return False
+        def write_off(_: object) -> None:
+            if self._known.pop(key, None) is not None:
+                self.live -= size
+
+        self._known[key] = weakref.ref(storage, write_off)  # its address may be used again
+        self.live += size
 
 
 def _tensors(tree: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
-
-
-def _dead(ref: StorageWeakRef) -> bool:
-    return bool(ref.expired())  # type: ignore[no-untyped-call]
