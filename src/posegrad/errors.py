@@ -5,6 +5,8 @@ found (path, index, shape, value), why it cannot work, and what to do about it. 
 a changed `.grad`, a hook or a graph behind.
 """
 
+from collections.abc import Sequence
+
 __all__ = [
     "ClosedEngineError",
     "HigherOrderError",
@@ -22,7 +24,14 @@ __all__ = [
     "StaleParametersError",
     "UnsupportedModuleError",
     "UntrackedTensorError",
+    "listed",
 ]
+
+
+def listed(found: Sequence[object]) -> str:
+    """The first five of what was found, for a message, and how many more there are."""
+    more = f" and {len(found) - 5} more" if len(found) > 5 else ""
+    return ", ".join(map(str, found[:5])) + more
 
 
 class PosegradError(Exception):

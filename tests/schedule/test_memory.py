@@ -56,6 +56,22 @@ def test_stream_is_far_below_retain() -> None:
     assert _peak(64, Mean(), "stream") < 0.3 * _peak(64, Mean(), "retain")
 
 
+@pytest.mark.parametrize("rule", [Mean(), Min(1000.0)], ids=["stream", "recompute"])
+def test_ten_thousand_poses_in_one_call_take_the_memory_of_a_hundred(rule: Combination) -> None:
+    model = nn.Sequential(nn.Linear(64, 1024), nn.ReLU(), nn.Linear(1024, 256), nn.Linear(256, 1))
+    engine = Engine(model, chunk_size=50)
+    engine.combine(torch.randn(100, 64), rule)  # the first group is looked at closer
+
+    def peak(m: int) -> int:
+        poses = torch.randn(m, 64)
+        with peak_live_bytes() as measured:
+            engine.combine(poses, rule).prediction.square().backward()
+        model.zero_grad()
+        return measured.bytes
+
+    assert peak(10_000) <= 1.1 * peak(100)
+
+
 def test_nothing_is_kept_after_backward() -> None:
     model = nn.Linear(WIDTH, 1)
     batch = torch.randn(20, WIDTH)

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from posegrad.combination._base import Combination
 from posegrad.combination._online import OnlineForm
-from posegrad.errors import NoPosesError, ShapeMismatchError
+from posegrad.errors import NoPosesError, ShapeMismatchError, listed
 
-__all__ = ["Grouped", "Groups"]
+__all__ = ["Grouped", "Groups", "groups_of", "ungrouped"]
 
 
 @dataclass(frozen=True)
@@ -118,9 +118,18 @@ def _sizes(groups: Sequence[int]) -> Tensor:
 def _check_filled(sizes: Sequence[int]) -> None:
     empty = [group for group, size in enumerate(sizes) if size == 0]
     if empty or not sizes:
-        shown = ", ".join(map(str, empty[:5])) + " and more" * (len(empty) > 5)
         raise NoPosesError(
-            f"Group(s) without poses: {shown or 'all, there are no groups'}. A combination of no "
-            f"predictions is undefined.\n"
+            f"Group(s) without poses: {listed(empty) or 'all, there are no groups'}. A combination "
+            f"of no predictions is undefined.\n"
             f"Leave compounds without poses out, and number the others from 0 on."
         )
+
+
+def groups_of(rule: Combination) -> Groups | None:
+    """The groups a rule is applied to; None if all poses are one."""
+    return rule.groups if isinstance(rule, Grouped) else None
+
+
+def ungrouped(rule: Combination) -> Combination:
+    """What a rule does with one group."""
+    return rule.rule if isinstance(rule, Grouped) else rule

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from posegrad.capture import Gatherer
 from posegrad.combination import Combination
 from posegrad.combination._base import Rule
-from posegrad.combination._groups import Grouped, Groups
+from posegrad.combination._groups import Grouped, Groups, ungrouped
 from posegrad.errors import NoPosesError, ShapeMismatchError
 from posegrad.schedule._plan import Request, choose
 from posegrad.schedule._poses import Pose, each_pose, in_chunks
@@ -115,7 +115,7 @@ def run(session: Session, request: Request, gatherer: Gatherer) -> Combined:
 
 def _informed(request: Request, predictions: Tensor) -> Request:
     """The request with what only a first prediction tells: its size, and what the rule trains."""
-    rule = request.rule.rule if isinstance(request.rule, Grouped) else request.rule
+    rule = ungrouped(request.rule)
     with torch.enable_grad():
         trained = rule(predictions.detach()).requires_grad
     return replace(request, components=predictions[0].numel(), rule_is_trained=trained)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from posegrad.capture import grad_set_aside, leaf_hooks_off
-from posegrad.errors import StaleParametersError
+from posegrad.errors import StaleParametersError, listed
 from posegrad.jacobian import no_autocast
 from posegrad.schedule._poses import Pose, map_tensors
 
@@ -97,9 +97,8 @@ class Inputs:
         rows = zip(self.names, self.tensors[: self.parameter_count], self._marks, strict=True)
         changed = [name for name, parameter, mark in rows if _mark(parameter) != mark]
         if changed:
-            shown = ", ".join(changed[:5]) + (f" and {len(changed) - 5} more" * (len(changed) > 5))
             raise StaleParametersError(
-                f"Changed between combine() and backward(): {shown}.\n"
+                f"Changed between combine() and backward(): {listed(changed)}.\n"
                 f"The prediction was made with the old values, so no gradient at the new ones "
                 f"belongs to it.\n"
                 f"Call backward() before optimizer.step(), and load or freeze parameters before "

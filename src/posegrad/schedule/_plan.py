@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from posegrad.combination import Combination, OnlineForm
-from posegrad.combination._groups import Grouped
+from posegrad.combination._groups import groups_of, ungrouped
 from posegrad.errors import NoPosesError
 
 __all__ = ["SCHEDULES", "Plan", "ReadingPlan", "Request", "choose", "count_of", "describe"]
@@ -65,7 +65,7 @@ def _automatic(request: Request) -> tuple[str, str]:
         return "recompute", "the rule is sharp: most poses get weight zero"
     if request.components != 1:
         return "recompute", "the predictions are vectors"
-    if isinstance(request.rule, Grouped):
+    if groups_of(request.rule) is not None:
         return "recompute", "several groups would need running sums each"
     return "stream", "the rule's weights separate"
 
@@ -78,10 +78,9 @@ def _check_served(request: Request) -> None:
             f"differentiated, which schedule={name!r} does not have; use 'recompute' or 'auto'."
         )
     if name == "stream" and request.form() is None:
-        rule = request.rule.rule if isinstance(request.rule, Grouped) else request.rule
         raise ValueError(
-            f"{type(rule).__name__} cannot stream: its weights do not separate, or it has "
-            f"parameters to train. Use schedule='recompute' or 'auto'."
+            f"{type(ungrouped(request.rule)).__name__} cannot stream: its weights do not separate, "
+            f"or it has parameters to train. Use schedule='recompute' or 'auto'."
         )
     if name in ("stream", "store") and request.scales_float16:
         raise ValueError(
@@ -168,10 +167,8 @@ def describe(request: Request, poses: int, chunks: int, parameters: Iterable[Ten
     parameter_bytes = sum(p.numel() * p.element_size() for p in parameters)
     schedule, reason = choose(request)
     form = request.form()
-    rule = request.rule
-    sums = (form.count if form is not None else 1) * (
-        rule.groups.count if isinstance(rule, Grouped) else 1
-    )
+    groups = groups_of(request.rule)
+    sums = (form.count if form is not None else 1) * (1 if groups is None else groups.count)
     passes = chunks if poses == chunks else chunks * sums
     costs: dict[str, tuple[str, str, str, int | None]] = {
         "retain": (f"{chunks}", "1, through all graphs", f"{poses} graphs", None),

@@ -13,6 +13,7 @@ from posegrad.errors import (
     NonFinitePredictionError,
     NotDifferentiableError,
     ShapeMismatchError,
+    listed,
 )
 from posegrad.schedule._inputs import Inputs
 from posegrad.schedule._poses import Pose, copied, tensors_of
@@ -237,12 +238,11 @@ def _check_finite(predictions: Tensor) -> None:
     if bool(finite.all()):
         return
     offenders = (~finite.flatten(1).all(dim=1) if finite.ndim > 1 else ~finite).nonzero().flatten()
-    shown = offenders[:5].tolist()
-    values = ", ".join(str(predictions[i].tolist()) for i in shown)
-    names = ", ".join(map(str, shown)) + " and more" * (len(offenders) > 5)
+    numbers = offenders.tolist()
+    values = ", ".join(str(predictions[i].tolist()) for i in numbers[:5])
     raise NonFinitePredictionError(
         f"The predictions of {len(offenders)} of {len(predictions)} poses are not finite: "
-        f"poses {names}, predictions {values}.\n"
+        f"poses {listed(numbers)}, predictions {values}.\n"
         f"A combination of them would be nan and so would every gradient.\n"
         f"Check those inputs, or drop them before combine(); the model's parameters and .grad are "
         f"untouched."

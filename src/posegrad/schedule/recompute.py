@@ -5,8 +5,8 @@ from torch import Tensor
 
 from posegrad.combination import Combination
 from posegrad.combination._base import flush_denormals
-from posegrad.combination._groups import Grouped, Groups
-from posegrad.errors import ReplayError
+from posegrad.combination._groups import Groups, groups_of
+from posegrad.errors import ReplayError, listed
 from posegrad.schedule._attach import Gradients, attach
 from posegrad.schedule._gradients import GradientSum
 from posegrad.schedule._poses import Pose, tensors_of
@@ -28,7 +28,7 @@ def recompute(session: Session, rule: Combination, *, skip_below: float = 0.0) -
     :math:`|w_i| < s \max_j |w_j|` for the poses i left out, the gradient is off by at most
     :math:`s \max_j |w_j| \sum_i \lVert g_i \rVert`.
     """
-    tape = _Tape(session, skip_below, rule.groups if isinstance(rule, Grouped) else None)
+    tape = _Tape(session, skip_below, groups_of(rule))
     for chunk in session.chunks(with_graph=False):
         tape.record(chunk.poses, chunk.predictions.detach(), chunk.moment)
         del chunk
@@ -117,7 +117,7 @@ class _Tape:
         changed = [i for i in sorted(kept) if _versions(self._poses[i]) != self._versions[i]]
         if changed:
             raise ReplayError(
-                f"Tensors of pose(s) {', '.join(map(str, changed[:5]))} were modified in place "
+                f"Tensors of pose(s) {listed(changed)} were modified in place "
                 f"between combine() and backward().\n"
                 f"Scored again, they would give other predictions.\n"
                 f"Clone the poses before changing them, or use schedule='store'."
@@ -138,10 +138,9 @@ def _same(found: Tensor, expected: Tensor) -> bool:
 
 
 def _replay_message(poses: range, expected: Tensor, found: Tensor) -> str:
-    where = ", ".join(map(str, poses[:5])) + " and more" * (len(poses) > 5)
     return (
-        f"Scored again in backward, pose(s) {where} gave {found.flatten()[:5].tolist()} instead of "
-        f"{expected.flatten()[:5].tolist()}.\n"
+        f"Scored again in backward, pose(s) {listed(poses)} gave {found.flatten()[:5].tolist()} "
+        f"instead of {expected.flatten()[:5].tolist()}.\n"
         f"The model depends on something that neither its parameters, buffers, training flags, "
         f"autocast nor torch's random state hold: another random generator, a counter, a file.\n"
         f"Register such state as a buffer, draw from torch's generators, or use "

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from posegrad.combination import Combination, OnlineForm
-from posegrad.combination._groups import Grouped, Groups
+from posegrad.combination._groups import Groups, groups_of
 from posegrad.errors import PerPoseLossError
 from posegrad.schedule._attach import Gradients, attach
 from posegrad.schedule._gradients import GradientSum
@@ -23,7 +23,7 @@ def stream(session: Session, rule: Combination) -> Combined:
     """
     form = rule.online()
     assert form is not None  # or another schedule would have been chosen
-    groups = rule.groups if isinstance(rule, Grouped) else None
+    groups = groups_of(rule)
     sums = [_OnlineSums(session, form) for _ in range(1 if groups is None else groups.count)]
     values: list[Tensor] = []
     for chunk in session.chunks(with_graph=True):

@@ -13,7 +13,7 @@ from typing import NamedTuple, Protocol, final
 import torch
 from torch import Tensor, nn
 
-from posegrad.errors import NonFiniteGradientError, ShapeMismatchError
+from posegrad.errors import NonFiniteGradientError, ShapeMismatchError, listed
 
 __all__ = ["Aggregation", "GradientRule", "Jacobian", "Step", "Weighting"]
 
@@ -168,8 +168,9 @@ def checked(rule: GradientRule, weights: Tensor, predictions: Tensor) -> Tensor:
         )
     weights = weights.detach().to(predictions.device, copy=True)  # else perhaps the rule's state
     if not _all_finite(weights):
+        shown = [f"{weight:g}" for weight in weights.tolist()]
         raise NonFiniteGradientError(
-            f"{name} gave weights that are not finite: {_shown(weights.tolist())}.\n"
+            f"{name} gave weights that are not finite: {listed(shown)}.\n"
             f"The rows are finite, so the rule itself failed on them; no .grad was touched.\n"
             f"See whether they are all zero, or far too small or large for it: J.norms()."
         )
@@ -190,7 +191,7 @@ def check_finite(squares: Tensor) -> None:
     rows = (~squares.isfinite()).nonzero().flatten().tolist()
     raise NonFiniteGradientError(
         f"The gradients of {len(rows)} of {len(squares)} rows, or their squares, are not finite: "
-        f"rows {_shown(rows)}.\n"
+        f"rows {listed(rows)}.\n"
         f"Weights that look at them would be arbitrary; no .grad was touched.\n"
         f"Leave those poses out, or lower the scale of the loss."
     )
@@ -199,10 +200,6 @@ def check_finite(squares: Tensor) -> None:
 def _all_finite(values: Tensor) -> bool:
     """A finite sum has finite terms; one that is not may have overflowed."""
     return math.isfinite(float(values.sum())) or bool(values.isfinite().all())
-
-
-def _shown(values: list[float]) -> str:
-    return ", ".join(f"{value:g}" for value in values[:5]) + " and more" * (len(values) > 5)
 
 
 def _flattened(gramian: Tensor, ndim: int) -> Tensor:

@@ -12,6 +12,7 @@ from posegrad.errors import (
     NonFinitePredictionError,
     NotDifferentiableError,
     ShapeMismatchError,
+    listed,
 )
 from posegrad.weighting._base import GradientRule, Jacobian, Step, weighted
 
@@ -126,9 +127,9 @@ def _check_finite(predictions: Tensor) -> None:
     if bool(predictions.isfinite().all()):
         return
     rows = (~predictions.isfinite()).reshape(-1).nonzero().flatten().tolist()
-    shown = ", ".join(map(str, rows[:5])) + " and more" * (len(rows) > 5)
     raise NonFinitePredictionError(
-        f"{len(rows)} of {predictions.numel()} predictions are not finite: numbers {shown}.\n"
+        f"{len(rows)} of {predictions.numel()} predictions are not finite: numbers "
+        f"{listed(rows)}.\n"
         f"A combination of them would be nan and so would every gradient; no .grad was touched.\n"
         f"Leave those poses out of the output, or pass the weights."
     )

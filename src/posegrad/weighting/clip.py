@@ -7,7 +7,7 @@ from torch import Tensor
 
 from posegrad.combination._checks import number, positive
 from posegrad.errors import ShapeMismatchError
-from posegrad.weighting._base import Jacobian, Step, Weighting, check_finite, checked
+from posegrad.weighting._base import Jacobian, Step, Weighting, check_finite
 
 __all__ = ["Clip"]
 
@@ -78,9 +78,9 @@ class Clip(Weighting):
         return self._shortening(gramian.diagonal().clamp(min=0).sqrt())
 
     def weights(self, jacobian: Jacobian) -> Tensor:
-        norms = jacobian.norms().reshape(-1)
-        check_finite(norms)
-        return checked(self, self._shortening(norms), jacobian.predictions)
+        norms = jacobian.norms()
+        check_finite(norms.reshape(-1))
+        return self._shortening(norms)
 
     def step(self, jacobian: Jacobian) -> Step:
         if self.noise_multiplier == 0:
