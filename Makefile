@@ -39,9 +39,10 @@ lint: $(VENV)/.lint-ready
 
 bench: $(VENV)/.bench-ready
 	$(RUN) -m benchmarks --suite multipose
-	$(HEAP) $(RUN) -m benchmarks --suite gramian
-	$(HEAP) $(RUN) -m benchmarks --suite forms
-	$(HEAP) $(RUN) -m benchmarks --suite rules
+	$(RUN) -m benchmarks --suite scaling --rounds 1
+	for suite in gramian rows clipping overhead forms rules; do \
+	  $(HEAP) $(RUN) -m benchmarks --suite $$suite --rounds 5 || exit 1; done
+	$(RUN) -m benchmarks.report
 
 clean:
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis dist examples/docked_poses/out
@@ -61,7 +62,7 @@ $(VENV)/.lint-ready: $(VENV)/.test-ready
 	$(INSTALL) -e '.[lint]'
 	@touch $@
 
-$(VENV)/.bench-ready: $(VENV)/.test-ready
+$(VENV)/.bench-ready: $(VENV)/.demo-ready
 	$(INSTALL) -e '.[bench]'
 	@touch $@
 

@@ -2,73 +2,75 @@
 
 import argparse
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from benchmarks import forms, gramian, multipose, rules
-from benchmarks.cases import CASES
-from benchmarks.methods import RULES
-from benchmarks.rounds import CLOCKS
+from benchmarks import batches, forms, multipose, overhead, rules, scaling
+from benchmarks.models import MODELS
+from benchmarks.settings import Settings
 from benchmarks.table import markdown
 
 RESULTS = Path(__file__).parent / "results"
 
 
-def _multipose(arguments: argparse.Namespace, settings: dict[str, Any]) -> dict[str, Any]:
-    sizes = [int(m) for m in arguments.poses.split(",")]
-    return multipose.run(sizes, arguments.rules, memory=not arguments.no_memory, **settings)
+class _Suite(NamedTuple):
+    """A suite: how to run it, and the names of what it can be narrowed to."""
+
+    run: Callable[[Sequence[str], Settings], dict[str, Any]]
+    names: Collection[str]
 
 
-def _gramian(arguments: argparse.Namespace, settings: dict[str, Any]) -> dict[str, Any]:
-    return gramian.run(arguments.cases, memory=not arguments.no_memory, **settings)
-
-
-def _rules(arguments: argparse.Namespace, settings: dict[str, Any]) -> dict[str, Any]:
-    return rules.run(arguments.networks, **settings)
-
-
-def _forms(arguments: argparse.Namespace, settings: dict[str, Any]) -> dict[str, Any]:
-    return forms.run(arguments.layers, **settings)
-
-
-SUITES: dict[str, Callable[[argparse.Namespace, dict[str, Any]], dict[str, Any]]] = {
-    "multipose": _multipose,
-    "gramian": _gramian,
-    "forms": _forms,
-    "rules": _rules,
+SUITES: dict[str, _Suite] = {
+    "multipose": _Suite(multipose.run, MODELS),
+    **{
+        suite: _Suite(partial(batches.run, suite), dict.fromkeys(sum(tasks.values(), ())))
+        for suite, tasks in batches.SUITES.items()
+    },
+    "scaling": _Suite(scaling.run, scaling.CASES),
+    "overhead": _Suite(overhead.run, overhead.NETWORKS),
+    "forms": _Suite(forms.run, forms.LAYERS),
+    "rules": _Suite(rules.run, rules.NETWORKS),
 }
 
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--suite", choices=list(SUITES), default="multipose")
+    names = "; ".join(f"{name}: {', '.join(suite.names)}" for name, suite in SUITES.items())
+    parser.add_argument("--only", nargs="+", metavar="NAME", help=f"parts of the suite. {names}")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--clock", choices=list(CLOCKS), default="wall")
+    parser.add_argument("--clock", choices=["wall", "cpu"], default="cpu", help="not on a GPU")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--no-memory", action="store_true", help="skip the process for each case")
-    parser.add_argument("--output", type=Path, help="default: results/SUITE-cpu.json")
-    only = parser.add_argument_group("of one suite")
-    only.add_argument("--poses", default="4,16,64", help="multipose: numbers, comma-separated")
-    for option, suite, names in (
-        ("--rules", "multipose", RULES),
-        ("--cases", "gramian", CASES),
-        ("--layers", "forms", forms.LAYERS),
-        ("--networks", "rules", rules.NETWORKS),
-    ):
-        every, text = list(names), f"{suite}: {'; '.join(names)}"
-        only.add_argument(
-            option, nargs="+", choices=every, default=every, help=text, metavar="NAME"
-        )
-    return parser.parse_args()
+    parser.add_argument("--processes", type=int, default=1, help="how many of these at once")
+    parser.add_argument("--output", type=Path, help="default: results/SUITE-DEVICE.json")
+    arguments = parser.parse_args()
+    if (arguments.only or arguments.no_memory) and not arguments.output:
+        parser.error("a part of a suite goes to a file of its own: --output")
+    known = SUITES[arguments.suite].names
+    unknown = [name for name in arguments.only or () if name not in known]
+    if unknown:
+        parser.error(f"{arguments.suite} has no {', '.join(unknown)}; it has {', '.join(known)}")
+    return arguments
 
 
 def main() -> None:
     """Run what the command line asks for."""
     arguments = _arguments()
-    settings = {name: getattr(arguments, name) for name in ("rounds", "threads", "clock")}
-    result = SUITES[arguments.suite](arguments, settings)
-    output: Path = arguments.output or RESULTS / f"{arguments.suite}-cpu.json"
+    settings = Settings(
+        rounds=arguments.rounds,
+        threads=arguments.threads,
+        clock="gpu" if arguments.device == "cuda" else arguments.clock,
+        device=arguments.device,
+        memory=not arguments.no_memory,
+        processes=arguments.processes,
+    )
+    suite = SUITES[arguments.suite]
+    result = suite.run(arguments.only or list(suite.names), settings)
+    output: Path = arguments.output or RESULTS / f"{arguments.suite}-{arguments.device}.json"
     output.write_text(json.dumps(result, indent=1) + "\n")
     # Read back: the tables come from the file alone.
     print(markdown(json.loads(output.read_text())))

@@ -1,8 +1,9 @@
-"""Peak memory of one method of the suite `gramian`, in a process of its own.
+"""Peak memory of one method of the suites on one batch, in a process of its own.
 
-`python -m benchmarks.gramian_memory '{"case": …, "task": …, "method": …, "threads": …}'` prints one
-JSON object. The first call of a method counts what it does once (posegrad: the engine, finding the
-owners, the check; TorchJD and Opacus: hooks); it is also what sets a process's size.
+`python -m benchmarks.batches_memory '{"case": …, "task": …, "method": …, "threads": …,
+"device": …}'` prints one JSON object. The first call of a method counts what it does once
+(posegrad: the engine, finding the owners, the check; TorchJD and Opacus: hooks); it is also what
+sets a process's size.
 """
 
 import copy
@@ -11,14 +12,15 @@ from functools import partial
 from torch import nn
 
 from benchmarks.cases import CASES, Problem
-from benchmarks.per_example import PLAIN, TASKS, Bind, Step, plain
+from benchmarks.per_pose import PLAIN, Bind, Step, plain
 from benchmarks.process import Peaks, fresh, live_mib, resident_mib, serve
-from benchmarks.rounds import prepare
+from benchmarks.settings import Row, Settings
+from benchmarks.tasks import TASKS
 
 __all__ = ["measure"]
 
 
-def measure(case: str, task: str, method: str, *, threads: int) -> Peaks:
+def measure(settings: Settings, row: Row) -> Peaks:
     """Peak MiB of a method on a case, in a fresh process.
 
     Returns:
@@ -27,33 +29,36 @@ def measure(case: str, task: str, method: str, *, threads: int) -> Peaks:
         `resident_mib`: how far a first call raises the process's high-water mark; None where the
         system has no `/proc`.
     """
-    description = {"case": case, "task": task, "method": method, "threads": threads}
-    return fresh("benchmarks.gramian_memory", description)
+    case = {name: row[name] for name in ("case", "task", "method")}
+    how = {"threads": settings.threads, "device": settings.device}
+    return fresh("benchmarks.batches_memory", case | how)
 
 
-def _case(case: str, task: str, method: str, threads: int) -> Peaks:
-    prepare(threads)
-    bind = plain if task == PLAIN else TASKS[task][method].bind
+def _case(case: str, task: str, method: str, threads: int, device: str) -> Peaks:
+    Settings(threads=threads).prepare()
+    bind = plain if task == PLAIN else TASKS[task].ways[method].bind
 
     # First use loads kernels and code: two poses, to stay below any call's own peak.
-    small = CASES[case].make(2)
-    bind(small.network)(small.inputs, small.weights)
+    small = CASES[case].make(2).to(device)
+    bind(small.network)(small)
     del small
 
-    problem = CASES[case].make(CASES[case].m)
+    problem = CASES[case].make(CASES[case].m).to(device)
     first, second = copy.deepcopy(problem.network), copy.deepcopy(problem.network)
-    resident = resident_mib(partial(_first_call, bind, first, problem))
+    resident = resident_mib(partial(_first_call, bind, first, problem), device)
     steps: list[Step] = []  # the same again: watching each operation costs memory itself
+    first_live = live_mib(lambda: steps.append(_first_call(bind, second, problem)))
+    second.zero_grad()  # so that gradients are counted in both
     return {
         "resident_mib": resident,
-        "first_live_mib": live_mib(lambda: steps.append(_first_call(bind, second, problem))),
-        "second_live_mib": live_mib(lambda: steps[0](problem.inputs, problem.weights)),
+        "first_live_mib": first_live,
+        "second_live_mib": live_mib(lambda: steps[0](problem)),
     }
 
 
 def _first_call(bind: Bind, network: nn.Module, problem: Problem) -> Step:
     step = bind(network)
-    step(problem.inputs, problem.weights)
+    step(problem)
     return step
 
 

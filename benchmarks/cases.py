@@ -1,13 +1,14 @@
-"""The networks of the suite `gramian`, and what they are given."""
+"""The networks of the suites on one batch, and what they are given."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from typing import Self
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.methods import distinct_poses, model
+from benchmarks.models import MODELS, distinct_poses
 
 __all__ = ["CASES", "Case", "Problem"]
 
@@ -20,16 +21,24 @@ class Problem:
         network: Always the same one.
         inputs: Of all poses together.
         m: How many poses they are.
+        max_norm: To clip their gradients to, near the median of the norms.
     """
 
     network: nn.Module
     inputs: tuple[Tensor, ...]
     m: int
+    max_norm: float = 1.0
 
-    @property
+    @cached_property
     def weights(self) -> Tensor:
         """Of the weighted gradient, `[m]`: fixed, random, of both signs."""
-        return torch.randn(self.m, generator=torch.Generator().manual_seed(1))
+        weights = torch.randn(self.m, generator=torch.Generator().manual_seed(1))
+        return weights.to(self.inputs[0].device)
+
+    def to(self, device: str) -> Self:
+        """The same problem on a device."""
+        inputs = tuple(tensor.to(device) for tensor in self.inputs)
+        return replace(self, network=self.network.to(device), inputs=inputs)
 
 
 @dataclass(frozen=True)
@@ -40,13 +49,13 @@ class Case:
         text: What the network is, in words.
         m: Number of poses.
         make: The problem with a number of poses.
-        kind: `"dense"`, one entry of a tensor each pose, or `"ragged"`, poses of different size.
+        kind: What decides which peers can run it.
     """
 
     text: str
     m: int
     make: Callable[[int], Problem]
-    kind: str = "dense"
+    kind: str
 
 
 class Encoder(nn.Module):
@@ -54,7 +63,7 @@ class Encoder(nn.Module):
 
     def __init__(self, width: int, layers: int) -> None:
         super().__init__()
-        layer = nn.TransformerEncoderLayer(width, 4, 512, dropout=0.0, batch_first=True)
+        layer = nn.TransformerEncoderLayer(width, 4, 4 * width, dropout=0.0, batch_first=True)
         self.encoder = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
         self.head = nn.Linear(width, 1)
 
@@ -79,9 +88,11 @@ def _convolutions() -> nn.Module:
     return nn.Sequential(*first, *second, nn.Linear(64, 1))
 
 
-def _dense(network: Callable[[], nn.Module], shape: tuple[int, ...], m: int) -> Problem:
+def _dense(
+    network: Callable[[], nn.Module], shape: tuple[int, ...], max_norm: float, m: int
+) -> Problem:
     torch.manual_seed(0)
-    return Problem(network(), (torch.randn(m, *shape),), m)
+    return Problem(network(), (torch.randn(m, *shape),), m, max_norm)
 
 
 def _docked(m: int) -> Problem:
@@ -90,17 +101,29 @@ def _docked(m: int) -> Problem:
     sizes = torch.tensor([len(pose.z) for pose in poses])
     batch = torch.arange(m).repeat_interleave(sizes)  # [a], the pose of each atom
     z, xyz = torch.cat([p.z for p in poses]), torch.cat([p.xyz for p in poses])
-    return Problem(model(), (z, xyz, batch), m)
+    return Problem(MODELS["SchNet"].make(), (z, xyz, batch), m)
 
 
-_MLP = partial(_dense, _mlp, (512,))
-_CONVOLUTIONS = partial(_dense, _convolutions, (3, 32, 32))
-_ENCODER = partial(_dense, partial(Encoder, 128, 4), (64, 128))
+_MLP = partial(_dense, _mlp, (512,), 8.5)
+_CONVOLUTIONS = partial(_dense, _convolutions, (3, 32, 32), 12.3)
+_ENCODER = partial(_dense, partial(Encoder, 128, 4), (64, 128), 9.0)
+_LARGE = partial(_dense, partial(Encoder, 512, 10), (64, 512), 39.7)
+
+_MLP_TEXT = "MLP 512-1024-1024-1"
+_ENCODER_TEXT = "transformer encoder, d = 128, 4 layers, T = 64"
 
 CASES: dict[str, Case] = {
-    "mlp-64": Case("MLP 512-1024-1024-1", 64, _MLP),
-    "mlp-256": Case("MLP 512-1024-1024-1", 256, _MLP),
-    "conv-32": Case("four convolutions with group norm, 3x32x32", 32, _CONVOLUTIONS),
-    "encoder-16": Case("transformer encoder, d = 128, 4 layers, T = 64", 16, _ENCODER),
+    "mlp-16": Case(_MLP_TEXT, 16, _MLP, "mlp"),
+    "mlp-64": Case(_MLP_TEXT, 64, _MLP, "mlp"),
+    "mlp-256": Case(_MLP_TEXT, 256, _MLP, "mlp"),
+    "conv-32": Case(
+        "four convolutions with group norm, 3x32x32", 32, _CONVOLUTIONS, "convolutions"
+    ),
+    "encoder-4": Case(_ENCODER_TEXT, 4, _ENCODER, "encoder"),
+    "encoder-16": Case(_ENCODER_TEXT, 16, _ENCODER, "encoder"),
+    "encoder-64": Case(_ENCODER_TEXT, 64, _ENCODER, "encoder"),
+    "large-8": Case(
+        "transformer encoder, 31.5 M parameters, d = 512, 10 layers, T = 64", 8, _LARGE, "large"
+    ),
     "schnet-16": Case("PyG SchNet, docked poses in one ragged batch", 16, _docked, "ragged"),
 }

@@ -8,9 +8,12 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["environment"]
+__all__ = ["ALLOCATOR", "environment"]
 
-PACKAGES = ("posegrad", "torch", "torch_geometric", "torchjd", "opacus", "numpy")
+PACKAGES = (
+    *("posegrad", "torch", "torch_geometric", "torchjd", "opacus", "backpack-for-pytorch"),
+    *("pignet2", "numpy"),
+)
 ALLOCATOR = (
     "LD_PRELOAD",
     "MALLOC_CONF",
@@ -21,14 +24,15 @@ ALLOCATOR = (
 )
 
 
-def environment() -> dict[str, object]:
-    """Versions, processor, threads, allocator settings and date."""
+def environment(device: str) -> dict[str, object]:
+    """Versions, processor, GPU if it is used, threads, allocator settings and date."""
     settings = {name: os.environ[name] for name in ALLOCATOR if name in os.environ}
     return {
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in PACKAGES},
         "processor": _processor(),
+        "gpu": torch.cuda.get_device_name() if device == "cuda" else None,
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "flush_denormal": _flushes_denormals(),

@@ -3,7 +3,7 @@
 A model of one layer, whose output is contracted to one number a pose with fixed random numbers.
 Forward, Jacobian, Gramian and weighted gradient are timed as a ratio to forward and backward of the
 summed output, which is the limit. The inputs need no gradient, so the limit holds none. The
-allocator matters as in `gramian.py`.
+allocator matters as in `batches.py`.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,10 +16,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from benchmarks.cases import Problem
-from benchmarks.environment import environment
-from benchmarks.per_example import PLAIN, plain, posegrad
-from benchmarks.rounds import CLOCKS, prepare
-from benchmarks.side_by_side import Row, side_by_side
+from benchmarks.per_pose import PLAIN, plain, posegrad
+from benchmarks.settings import Row, Settings
+from benchmarks.side_by_side import side_by_side
 from posegrad import Engine
 
 __all__ = ["LAYERS", "Layer", "run"]
@@ -127,32 +126,25 @@ class Contracted(nn.Module):
         return y
 
 
-def run(
-    layers: Sequence[str], *, rounds: int = 3, threads: int = 1, clock: str = "wall"
-) -> dict[str, Any]:
+def run(layers: Sequence[str], settings: Settings) -> dict[str, Any]:
     """Run the suite.
 
     Args:
         layers: Names out of `LAYERS`.
-        rounds: How often each layer is timed.
-        threads: Threads of torch.
-        clock: One of `CLOCKS`.
+        settings: How.
 
     Returns:
-        What goes into the JSON file: environment, and one row for each layer and method.
+        What goes into the JSON file: one row for each layer and method.
     """
-    prepare(threads)
+    settings.prepare()
     rows: list[Row] = []
-    with tqdm(total=len(layers) * len(WAYS) * rounds) as bar:
-        for name in layers:
-            bar.set_description(name)
-            problem = _problem(LAYERS[name])
-            found = side_by_side(problem, WAYS, rounds=rounds, now=CLOCKS[clock], tick=bar.update)
-            shapes = [list(x.shape) for x in problem.inputs]
-            what = {"layer": name, "inputs": shapes, "forms": _forms(problem)}
-            rows += [{**what, "method": method, **row} for (_, method), row in found.items()]
-    settings = {"suite": "forms", "rounds": rounds, "clock": clock}
-    return {**settings, "environment": environment(), "rows": rows}
+    for name in tqdm(layers):
+        problem = _problem(LAYERS[name]).to(settings.device)
+        found = side_by_side(problem, WAYS, settings)
+        shapes = [list(x.shape) for x in problem.inputs]
+        what = {"layer": name, "inputs": shapes, "forms": _forms(problem)}
+        rows += [{**what, "method": method, **row} for (_, method), row in found.items()]
+    return settings.result("forms", rows)
 
 
 def _problem(layer: Layer) -> Problem:

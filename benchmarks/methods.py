@@ -1,21 +1,21 @@
-"""The methods, rules, model and poses that the suites share."""
+"""The methods and rules of the suites that train on a group of poses."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from benchmarks.peers import PEERS, Predict, Rule
-from examples.docked_poses.arrays import KT, Pose, by_ligand, load_all
-from examples.docked_poses.network import schnet
+from examples.docked_poses.arrays import KT
 from posegrad import Boltzmann, Engine, Mean, Min
 from posegrad.combination import Combination
 
-__all__ = ["METHODS", "RULES", "Bound", "distinct_poses", "model"]
+__all__ = ["METHODS", "RULES", "TARGET", "Bound"]
 
 Bound = Callable[[Sequence[Any], Rule, float], Tensor]
+
+TARGET = -9.0  # kcal/mol, the measured energy
 
 
 def _posegrad(schedule: str, model: nn.Module, predict: Predict) -> Bound:
@@ -35,7 +35,7 @@ def _peer(name: str, model: nn.Module, predict: Predict) -> Bound:
 
 METHODS: dict[str, Callable[[nn.Module, Predict], Bound]] = {
     **{name: partial(_peer, name) for name in PEERS},
-    **{f"posegrad {s}": partial(_posegrad, s) for s in ("auto", "stream", "recompute")},
+    **{f"posegrad {s}": partial(_posegrad, s) for s in ("auto", "stream", "recompute", "store")},
 }
 """How each method is bound to a model: a peer's step, or an engine made once."""
 
@@ -46,28 +46,3 @@ RULES: dict[str, Callable[[], Combination]] = {
     "Mean": Mean,
 }
 """Every method combines by posegrad's own rule, so that only the schemes differ."""
-
-
-def model() -> nn.Module:
-    """PyG SchNet, 128 channels, 6 interactions, 50 Gaussians, cutoff 5 Å; always the same one."""
-    torch.manual_seed(0)
-    return schnet()
-
-
-def distinct_poses(m: int) -> list[Pose]:
-    """The first `m` poses of the largest ligand groups, target by target in turn: never one twice.
-
-    Raises:
-        ValueError: if the data hold fewer poses.
-    """
-    rank: dict[str, int] = {}
-    turns = []
-    for group in sorted(by_ligand(load_all()), key=len, reverse=True):
-        target = group[0].target
-        rank[target] = rank.get(target, -1) + 1
-        turns.append((-len(group), rank[target], group))
-    turns.sort(key=lambda turn: turn[:2])
-    pooled = [pose for _, _, group in turns for pose in group]
-    if m > len(pooled):
-        raise ValueError(f"{m} distinct poses asked for, the data hold {len(pooled)}")
-    return pooled[:m]

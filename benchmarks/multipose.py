@@ -1,17 +1,16 @@
-"""One training step on `m` poses of one compound: every scheme side by side.
+"""One training step on `m` docked poses as one group: every scheme side by side.
 
 Time: all methods in one process, round after round in changing order, so that a slow minute hits
 all of them; what counts is the ratio to plain autograd within a round. Memory: a fresh process for
 each case. Gradients: against plain autograd in float64, in the same run.
 
 The limit is what no exact scheme can avoid: one forward for each pose and one backward for each
-pose whose weight is not zero, both measured here. Denormals are flushed: SchNet's Gaussians
-underflow, and backward through denormals takes up to ten times as long.
+pose whose weight is not zero, both measured here.
 """
 
 import copy
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -19,14 +18,14 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from benchmarks.environment import environment
-from benchmarks.exact import largest_difference
-from benchmarks.memory import TARGET, measure
-from benchmarks.methods import METHODS, RULES, Bound, distinct_poses, model
+from benchmarks.exact import double_precision, largest_difference
+from benchmarks.methods import METHODS, RULES, TARGET, Bound
+from benchmarks.models import MODELS, Model
+from benchmarks.multipose_memory import measure
 from benchmarks.peers import checkpoint, plain
-from benchmarks.rounds import CLOCKS, Clock, prepare, seconds, shuffled
-from examples.docked_poses.arrays import Pose
-from examples.docked_poses.network import score
+from benchmarks.rounds import seconds, shuffled
+from benchmarks.settings import Row, Settings
+from examples.docked_poses._require import DEMO, require
 
 __all__ = ["run"]
 
@@ -34,47 +33,40 @@ LARGEST_PLAIN_FLOAT64 = 64  # poses; beyond, graphs in float64 want tens of GiB
 
 LIMIT = "limit"
 
-Row = dict[str, Any]
+ENDS = ("Min(1000)", "Mean")
+"""Nearly all weights are zero; none is. What lies between them is run where it takes minutes."""
 
 
-def run(
-    sizes: Sequence[int],
-    rules: Sequence[str],
-    *,
-    rounds: int = 3,
-    threads: int = 1,
-    clock: str = "wall",
-    memory: bool = True,
-) -> dict[str, Any]:
+def run(models: Sequence[str], settings: Settings) -> dict[str, Any]:
     """Run the suite.
 
     Args:
-        sizes: Numbers of poses.
-        rules: Names out of `RULES`.
-        rounds: How often each case is timed.
-        threads: Threads of torch.
-        clock: One of `CLOCKS`.
-        memory: Whether to measure peak memory, which starts a process for each case.
+        models: Names out of `MODELS`.
+        settings: How.
 
     Returns:
-        What goes into the JSON file: environment, and one row for each case with its raw seconds.
+        What goes into the JSON file.
     """
-    prepare(threads)
-    suite = _Suite(model(), CLOCKS[clock])
-    cases = len(sizes) * len(rules) * len(METHODS)
-    with tqdm(total=cases * (rounds + memory) + cases // len(METHODS)) as bar:
-        rows, limits = [], []
-        for m in sizes:
-            timed, floor = suite.time(m, rules, rounds, bar)
-            rows += timed
-            limits += floor
-        if memory:
-            for row in rows:
-                bar.set_description(f"memory, {row['poses']} poses, {row['rule']}")
-                row |= measure(row["method"], row["rule"], row["poses"], threads=threads)
-                bar.update()
-    settings = {"suite": "multipose", "model": "PyG SchNet", "rounds": rounds, "clock": clock}
-    return {**settings, "environment": environment(), "rows": rows, "limits": limits}
+    settings.prepare()
+    if "PIGNet2" in models:
+        require("pignet2", install=DEMO)
+    rows: list[Row] = []
+    limits: list[Row] = []
+    cases = [(name, m) for name in models for m in MODELS[name].sizes]
+    with tqdm(total=len(cases) * settings.rounds) as bar:
+        for name, m in cases:
+            bar.set_description(f"{name}, {m} poses")
+            group = _Group(MODELS[name], m, _rules(name, m), settings)
+            timed, floors = group.time(settings.rounds, bar.update)
+            rows += [{"model": name, **row} for row in timed]
+            limits += [{"model": name, **floor} for floor in floors]
+    settings.measure((row for row in rows if row["rule"] in ENDS), partial(measure, settings))
+    texts = {name: MODELS[name].text for name in models}
+    return settings.result("multipose", rows, limits=limits, models=texts)
+
+
+def _rules(model: str, m: int) -> tuple[str, ...]:
+    return tuple(RULES) if model == "SchNet" and m <= 64 else ENDS
 
 
 @dataclass(frozen=True)
@@ -83,49 +75,83 @@ class _Method:
     step: Bound
 
 
-class _Suite:
-    def __init__(self, network: nn.Module, now: Clock) -> None:
-        self.network, self.now = network, now
+class _Group:
+    """One model and one number of poses."""
+
+    def __init__(self, model: Model, m: int, rules: Sequence[str], settings: Settings) -> None:
+        self.model, self.rules = model, rules
+        self.now, self.device = settings.now, settings.device
+        self.network = model.make().to(self.device)
+        self.poses = [model.to(p, self.device, torch.float32) for p in model.poses(m)]
         # A copy for each method: nothing one of them hangs on its model slows another.
-        copies = {name: copy.deepcopy(network) for name in METHODS}
+        copies = {name: copy.deepcopy(self.network) for name in METHODS}
         self.methods = {
-            n: _Method(copies[n], bind(copies[n], score)) for n, bind in METHODS.items()
+            n: _Method(copies[n], bind(copies[n], model.predict)) for n, bind in METHODS.items()
         }
 
-    def time(
-        self, m: int, rules: Sequence[str], rounds: int, bar: "tqdm[Any]"
-    ) -> tuple[list[Row], list[Row]]:
-        """Timed rows and limits of one number of poses."""
-        poses = distinct_poses(m)
-        floors = [_Floor(rule, m) for rule in rules]
-        rows = {(r, n): _row(m, r, n) for r in rules for n in self.methods}
-        for rule in rules:
-            bar.set_description(f"float64 reference, {m} poses, {rule}")
-            self._compare(poses, rule, {n: rows[rule, n] for n in self.methods})
-            bar.update()
+    def time(self, rounds: int, tick: Callable[[], object]) -> tuple[list[Row], list[Row]]:
+        """Timed rows and limits."""
+        m = len(self.poses)
+        floors = [_Floor(rule, m) for rule in self.rules]
+        rows: dict[tuple[str, str], Row] = {
+            (rule, name): {"poses": m, "rule": rule, "method": name, "seconds": []}
+            for rule in self.rules
+            for name in self.methods
+        }
+        for rule in self.rules:
+            self._compare(rule, {name: rows[rule, name] for name in self.methods})
         for turn in range(rounds):
-            for rule, floor in zip(rules, floors, strict=True):
-                bar.set_description(f"round {turn + 1}, {m} poses, {rule}")
+            for rule, floor in zip(self.rules, floors, strict=True):
                 for name in shuffled([*self.methods, LIMIT], turn):
                     if name == LIMIT:
-                        floor.add(*_floor_times(self.network, poses, self.now))
+                        floor.add(*self._floor_times())
                     else:
-                        rows[rule, name]["seconds"].append(self._seconds(name, poses, rule))
-                        bar.update()
+                        rows[rule, name]["seconds"].append(self._seconds(name, rule))
+            tick()
         return list(rows.values()), [floor.row() for floor in floors]
 
-    def _seconds(self, name: str, poses: list[Pose], rule: str) -> float:
+    def _seconds(self, name: str, rule: str) -> float:
         method, combine = self.methods[name], RULES[rule]()
         method.network.zero_grad()
-        return seconds(partial(method.step, poses, combine, TARGET), self.now)
+        return seconds(partial(method.step, self.poses, combine, TARGET), self.now)
 
-    def _compare(self, poses: list[Pose], rule: str, rows: dict[str, Row]) -> None:
+    def _compare(self, rule: str, rows: Mapping[str, Row]) -> None:
         """Largest relative difference of each method's gradient from float64; warms all up."""
-        exact = _reference(self.network, poses, rule)
+        exact = self._reference(rule)
         for name, method in self.methods.items():
             method.network.zero_grad()
-            method.step(poses, RULES[rule](), TARGET)
+            method.step(self.poses, RULES[rule](), TARGET)
             rows[name]["gradient_error"] = largest_difference(_gradients(method.network), exact)
+
+    def _reference(self, rule: str) -> dict[str, Tensor]:
+        exact = copy.deepcopy(self.network).double()
+        exact.zero_grad()
+        step = plain if len(self.poses) <= LARGEST_PLAIN_FLOAT64 else checkpoint
+        poses = [self.model.to(pose, self.device, torch.float64) for pose in self.poses]
+        with double_precision():
+            step(exact, self.model.predict, poses, RULES[rule](), TARGET)
+        return _gradients(exact)
+
+    def _floor_times(self) -> tuple[float, list[float], Tensor]:
+        """Seconds of the forwards without graph, of each backward, and the predictions `[m]`."""
+        network, now = self.network, self.now
+        start = now()
+        with torch.no_grad():
+            predictions = torch.stack([self._score(pose) for pose in self.poses])  # [m]
+        forwards = now() - start
+
+        backwards = []
+        network.zero_grad()
+        for pose in self.poses:
+            prediction = self._score(pose)
+            start = now()
+            prediction.backward()
+            backwards.append(now() - start)
+        network.zero_grad()
+        return forwards, backwards, predictions
+
+    def _score(self, pose: Any) -> Tensor:
+        return self.model.predict(self.network, pose)
 
 
 class _Floor:
@@ -150,38 +176,6 @@ class _Floor:
             "forwards_seconds": self.forwards,
             "limit_seconds": self.limit,
         }
-
-
-def _row(m: int, rule: str, method: str) -> Row:
-    return {"poses": m, "rule": rule, "method": method, "seconds": []}
-
-
-def _floor_times(
-    network: nn.Module, poses: list[Pose], now: Clock
-) -> tuple[float, list[float], Tensor]:
-    """Seconds of the forwards without graph, of each backward, and the predictions `[m]`."""
-    start = now()
-    with torch.no_grad():
-        predictions = torch.stack([score(network, pose) for pose in poses])  # [m]
-    forwards = now() - start
-
-    backwards = []
-    network.zero_grad()
-    for pose in poses:
-        prediction = score(network, pose)
-        start = now()
-        prediction.backward()
-        backwards.append(now() - start)
-    network.zero_grad()
-    return forwards, backwards, predictions
-
-
-def _reference(network: nn.Module, poses: list[Pose], rule: str) -> dict[str, Tensor]:
-    exact = copy.deepcopy(network).double()
-    exact.zero_grad()
-    step = plain if len(poses) <= LARGEST_PLAIN_FLOAT64 else checkpoint
-    step(exact, score, [replace(p, xyz=p.xyz.double()) for p in poses], RULES[rule](), TARGET)
-    return _gradients(exact)
 
 
 def _gradients(network: nn.Module) -> dict[str, Tensor]:

@@ -1,22 +1,22 @@
 """Peak memory of one training step of the suite `multipose`, in a process of its own.
 
-`python -m benchmarks.memory '{"method": …, "rule": …, "poses": …, "threads": …}'` prints one JSON
-object.
+`python -m benchmarks.multipose_memory '{"model": …, "method": …, "rule": …, "poses": …,
+"threads": …, "device": …}'` prints one JSON object.
 """
 
 from functools import partial
 
-from benchmarks.methods import METHODS, RULES, distinct_poses, model
-from benchmarks.process import Peaks, fresh, live_mib, resident_mib, serve
-from benchmarks.rounds import prepare
-from examples.docked_poses.network import score
+import torch
 
-__all__ = ["TARGET", "measure"]
+from benchmarks.methods import METHODS, RULES, TARGET
+from benchmarks.models import MODELS
+from benchmarks.process import Peaks, fresh, serve, step_peaks
+from benchmarks.settings import Row, Settings
 
-TARGET = -9.0
+__all__ = ["measure"]
 
 
-def measure(method: str, rule: str, poses: int, *, threads: int) -> Peaks:
+def measure(settings: Settings, row: Row) -> Peaks:
     """Peak live and resident MiB of one step, in a fresh process.
 
     Returns:
@@ -24,24 +24,23 @@ def measure(method: str, rule: str, poses: int, *, threads: int) -> Peaks:
         `resident_mib`: the process's high-water mark over its size before the step, which adds the
         allocator's own keeping; None where the system has no `/proc`.
     """
-    case = {"method": method, "rule": rule, "poses": poses, "threads": threads}
-    return fresh("benchmarks.memory", case)
+    case = {name: row[name] for name in ("model", "method", "rule", "poses")}
+    how = {"threads": settings.threads, "device": settings.device}
+    return fresh("benchmarks.multipose_memory", case | how)
 
 
-def _case(method: str, rule: str, poses: int, threads: int) -> Peaks:
-    prepare(threads)
-    network = model()
-    step, combine, group = METHODS[method](network, score), RULES[rule](), distinct_poses(poses)
+def _case(model: str, method: str, rule: str, poses: int, threads: int, device: str) -> Peaks:
+    Settings(threads=threads).prepare()
+    known = MODELS[model]
+    network = known.make().to(device)
+    step, combine = METHODS[method](network, known.predict), RULES[rule]()
+    group = [known.to(pose, device, torch.float32) for pose in known.poses(poses)]
 
-    # First use loads kernels and code: two small poses, to stay below any step's own peak.
-    step(sorted(group, key=lambda pose: len(pose.z))[:2], combine, TARGET)
+    # First use loads kernels and code: two poses, to stay below any step's own peak.
+    step(group[:2], combine, TARGET)
     network.zero_grad()
 
-    call = partial(step, group, combine, TARGET)
-    resident = resident_mib(call)
-    network.zero_grad()
-    live = live_mib(call)  # a second run: watching each operation costs memory itself
-    return {"live_mib": live, "resident_mib": resident}
+    return step_peaks(partial(step, group, combine, TARGET), network, device)
 
 
 if __name__ == "__main__":

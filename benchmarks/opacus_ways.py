@@ -1,15 +1,28 @@
-"""Per-example gradients by Opacus's hooks, with an attention that they can serve."""
+"""Opacus's ways to rows and to clipped sums, with an attention that its hooks can serve."""
 
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
+from benchmarks.cases import Problem
 from benchmarks.exact import Named
+from benchmarks.per_pose import Found, Step
 
-__all__ = ["clipped_flat", "clipped_ghost", "hooked", "packed"]
+__all__ = [
+    "clipped_flat",
+    "clipped_ghost",
+    "expanded",
+    "functorch",
+    "hooked",
+    "opacus_rows",
+    "packed",
+]
+
+Wrap = Callable[[nn.Module], nn.Module]
 
 PARTS = ("query", "key", "value")
 
@@ -47,46 +60,79 @@ def hooked(network: nn.Module) -> nn.Module:
     return wrapped
 
 
-def clipped_flat(network: nn.Module, norm: float) -> Callable[..., Named]:
+def functorch(network: nn.Module) -> nn.Module:
+    """Likewise, with `torch.func` instead of formulas in the hooks."""
+    from opacus import GradSampleModule
+
+    return GradSampleModule(_split(network), loss_reduction="sum", force_functorch=True)
+
+
+def expanded(network: nn.Module) -> nn.Module:
+    """Likewise, with torch's expanded weights instead of hooks."""
+    from opacus.grad_sample.gsm_exp_weights import GradSampleModuleExpandedWeights
+
+    wrapped: nn.Module = GradSampleModuleExpandedWeights(_split(network), loss_reduction="sum")
+    return wrapped
+
+
+def opacus_rows(wrap: Wrap, network: nn.Module) -> Step:
+    """Opacus leaves the rows on the parameters; nothing stays there."""
+    wrapped = wrap(network)
+
+    def step(problem: Problem) -> Found:
+        wrapped(*problem.inputs).sum().backward()
+        rows = {name: _taken(parameter) for name, parameter in network.named_parameters()}
+        return None, rows
+
+    return step
+
+
+def clipped_flat(network: nn.Module) -> Step:
     """Opacus's per-example clipping: all rows, their norms, the clipped sum. No noise."""
     from opacus.optimizers import DPOptimizer
 
     wrapped = hooked(network)
     descent = torch.optim.SGD(wrapped.parameters(), lr=0.0)
-    optimizer = DPOptimizer(
-        descent, noise_multiplier=0.0, max_grad_norm=norm, expected_batch_size=1
-    )
+    optimizer = DPOptimizer(descent, noise_multiplier=0.0, max_grad_norm=1, expected_batch_size=1)
 
-    def step(*inputs: Tensor) -> Named:
-        optimizer.zero_grad()
-        wrapped(*inputs).sum().backward()
+    def step(problem: Problem) -> Found:
+        optimizer.max_grad_norm = problem.max_norm
+        optimizer.zero_grad(set_to_none=True)
+        wrapped(*problem.inputs).sum().backward()
         optimizer.clip_and_accumulate()
-        return {name: parameter.summed_grad for name, parameter in network.named_parameters()}
+        return None, {name: p.summed_grad for name, p in network.named_parameters()}
 
     return step
 
 
-def clipped_ghost(network: nn.Module, norm: float) -> Callable[..., Named]:
+def clipped_ghost(network: nn.Module) -> Step:
     """Opacus's ghost clipping: norms in a first backward, the clipped sum in a second. No noise."""
     from opacus.grad_sample import GradSampleModuleFastGradientClipping
     from opacus.optimizers import DPOptimizerFastGradientClipping
     from opacus.utils.fast_gradient_clipping_utils import DPTensorFastGradientClipping
 
     wrapped = GradSampleModuleFastGradientClipping(
-        _split(network), loss_reduction="sum", max_grad_norm=norm, use_ghost_clipping=True
+        _split(network), loss_reduction="sum", max_grad_norm=1, use_ghost_clipping=True
     )
     descent = torch.optim.SGD(wrapped.parameters(), lr=0.0)
     optimizer = DPOptimizerFastGradientClipping(
-        descent, noise_multiplier=0.0, max_grad_norm=norm, expected_batch_size=1
+        descent, noise_multiplier=0.0, max_grad_norm=1, expected_batch_size=1
     )
 
-    def step(*inputs: Tensor) -> Named:
-        optimizer.zero_grad()
-        y = wrapped(*inputs).squeeze(1)
+    def step(problem: Problem) -> Found:
+        wrapped.max_grad_norm = optimizer.max_grad_norm = problem.max_norm
+        optimizer.zero_grad(set_to_none=True)
+        y = wrapped(*problem.inputs).squeeze(1)
         DPTensorFastGradientClipping(wrapped, optimizer, y, "sum").backward()
-        return {name: parameter.grad for name, parameter in network.named_parameters()}
+        return None, {n: p.grad for n, p in network.named_parameters() if p.grad is not None}
 
     return step
+
+
+def _taken(parameter: Any) -> Tensor:
+    rows: Tensor = parameter.grad_sample
+    parameter.grad_sample = parameter.grad = None
+    return rows
 
 
 def _split(network: nn.Module) -> nn.Module:

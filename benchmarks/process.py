@@ -14,9 +14,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import nn
+
+from benchmarks.environment import ALLOCATOR
 from posegrad.testing import peak_live_bytes
 
-__all__ = ["Peaks", "fresh", "live_mib", "resident_mib", "serve"]
+__all__ = ["Peaks", "fresh", "live_mib", "resident_mib", "serve", "step_peaks"]
 
 MIB = 2**20
 Peaks = dict[str, float | None]
@@ -28,7 +32,7 @@ def fresh(module: str, case: Mapping[str, Any]) -> Peaks:
     The process has glibc's own settings: those that make the heap keep what is freed are for
     timing, and would be measured here.
     """
-    settings = {name: value for name, value in os.environ.items() if name != "GLIBC_TUNABLES"}
+    settings = {name: value for name, value in os.environ.items() if name not in ALLOCATOR}
     command = [sys.executable, "-m", module, json.dumps(case)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=settings)
     if done.returncode:
@@ -42,6 +46,14 @@ def serve(measure: Callable[..., Peaks]) -> None:
     print(json.dumps(measure(**json.loads(sys.argv[1]))))
 
 
+def step_peaks(step: Callable[[], object], network: nn.Module, device: str) -> Peaks:
+    """Peaks of a training step that finds no gradients: `resident_mib` and `live_mib`."""
+    resident = resident_mib(step, device)
+    network.zero_grad()
+    live = live_mib(step)  # a second run: watching each operation costs memory itself
+    return {"live_mib": live, "resident_mib": resident}
+
+
 def live_mib(call: Callable[[], object]) -> float:
     """Most MiB of tensors alive at once during a call, beyond those alive before it; exact."""
     gc.collect()
@@ -50,12 +62,19 @@ def live_mib(call: Callable[[], object]) -> float:
     return peak.bytes / MIB
 
 
-def resident_mib(call: Callable[[], object]) -> float | None:
+def resident_mib(call: Callable[[], object], device: str = "cpu") -> float | None:
     """How far a call raises the process's high-water mark over its size before.
 
-    This adds the allocator's own keeping. None where the system has no `/proc`.
+    This adds the allocator's own keeping. None where the system has no `/proc`. On a GPU it is what
+    torch's allocator has reserved at most.
     """
     gc.collect()
+    if device == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_reserved()
+        call()
+        return (torch.cuda.max_memory_reserved() - before) / MIB
     _give_back_freed_memory()
     baseline = _reset_high_water_mark()
     call()

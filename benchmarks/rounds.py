@@ -1,7 +1,7 @@
 """Timing side by side: one process, round after round, in another order each round.
 
 A slow minute of a shared machine so hits all methods alike; what counts is the ratio within a
-round. Denormals are flushed: backward through them takes up to ten times as long.
+round.
 """
 
 import gc
@@ -13,22 +13,26 @@ from typing import TypeVar
 
 import torch
 
-__all__ = ["CLOCKS", "Clock", "interleaved", "prepare", "seconds", "shuffled"]
+__all__ = ["CLOCKS", "Clock", "interleaved", "seconds", "shuffled"]
 
 Clock = Callable[[], float]
 Key = TypeVar("Key", bound=Hashable)
 
-CLOCKS: dict[str, Clock] = {"wall": time.perf_counter, "cpu": time.process_time}
+SHORTEST = 0.2  # seconds; what takes less is called several times in a row, as in training
+
+
+def _synchronized() -> float:
+    torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+CLOCKS: dict[str, Clock] = {
+    "wall": time.perf_counter,
+    "cpu": time.process_time,
+    "gpu": _synchronized,
+}
 """`cpu` is the processor time of this process, which on a machine shared with others says more.
-With several threads it adds them up."""
-
-SHORTEST = 0.05  # seconds; what takes less is called several times in a row
-
-
-def prepare(threads: int) -> None:
-    """Set what every process of a benchmark has in common."""
-    torch.set_num_threads(threads)
-    torch.set_flush_denormal(True)
+With several threads it adds them up. `gpu` waits until the GPU is done."""
 
 
 def shuffled(names: Sequence[Key], turn: int) -> list[Key]:
@@ -46,10 +50,7 @@ def seconds(call: Callable[[], object], now: Clock, *, times: int = 1) -> float:
 
 
 def interleaved(
-    calls: Mapping[Key, Callable[[], object]],
-    rounds: int,
-    now: Clock,
-    tick: Callable[[], object] = lambda: None,
+    calls: Mapping[Key, Callable[[], object]], rounds: int, now: Clock
 ) -> dict[Key, list[float]]:
     """Seconds of each call, round by round.
 
@@ -57,14 +58,12 @@ def interleaved(
         calls: What to time. Each is called once before the first round, to learn how long it takes.
         rounds: How often each is timed.
         now: One of `CLOCKS`.
-        tick: Called after each timing.
     """
     times = {key: _repeats(seconds(call, now)) for key, call in calls.items()}
     found: dict[Key, list[float]] = {key: [] for key in calls}
     for turn in range(rounds):
         for key in shuffled(list(calls), turn):
             found[key].append(seconds(calls[key], now, times=times[key]))
-            tick()
     return found
 
 

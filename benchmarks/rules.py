@@ -2,13 +2,12 @@
 
 Rules of predictions and rules of gradients alike go by `engine.backward(output, rule)` on one
 batch, beside a plain backward of the summed output, which is the unit. A new rule has its row by
-its line in `posegrad.testing.table`. For clipping the peers are Opacus's two ways: all rows (flat),
-and norms first, with a second backward (ghost). Errors: the gradient against that of the same rule
-on rows by plain autograd in float64. The allocator matters as in `gramian.py`.
+its line in `posegrad.testing.table`. Errors: the gradient against that of the same rule on rows by
+plain autograd in float64. The allocator matters as in `batches.py`.
 """
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -17,12 +16,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from benchmarks.cases import CASES, Problem
-from benchmarks.environment import environment
-from benchmarks.exact import Exact, Named, largest_difference
-from benchmarks.opacus_hooks import clipped_flat, clipped_ghost, packed
-from benchmarks.per_example import missing
-from benchmarks.rounds import CLOCKS, Clock, interleaved, prepare
-from benchmarks.side_by_side import Row
+from benchmarks.exact import Exact, largest_difference
+from benchmarks.per_pose import PLAIN
+from benchmarks.rounds import interleaved
+from benchmarks.settings import Row, Settings
 from posegrad import Clip, Engine
 from posegrad.combination import Combination
 from posegrad.testing.table import RULES
@@ -32,63 +29,39 @@ from posegrad.weighting._rules import AnyRule
 __all__ = ["NETWORKS", "run"]
 
 NETWORKS = ("mlp-64", "conv-32", "encoder-16")
-"""Of the cases of the suite `gramian` those that Opacus takes too."""
-
-PLAIN = "plain"
-PEERS: dict[str, Callable[[nn.Module, float], Callable[..., Named]]] = {
-    "Opacus, flat clipping": clipped_flat,
-    "Opacus, ghost clipping": clipped_ghost,
-}
+"""Of the cases of the suite `gramian`."""
 
 
-def run(
-    cases: Sequence[str], *, rounds: int = 5, threads: int = 1, clock: str = "wall"
-) -> dict[str, Any]:
+def run(cases: Sequence[str], settings: Settings) -> dict[str, Any]:
     """Run the suite.
 
     Args:
         cases: Names out of `NETWORKS`.
-        rounds: How often each rule is timed.
-        threads: Threads of torch.
-        clock: One of `CLOCKS`.
+        settings: How.
 
     Returns:
-        What goes into the JSON file: environment, cases, and a row for each case and rule, with its
-        raw seconds and its error.
+        What goes into the JSON file: cases, and a row for each case and rule.
     """
-    prepare(threads)
-    absent = missing()
+    settings.prepare()
     rows: list[Row] = []
     for case in tqdm(cases):
-        problem = CASES[case].make(CASES[case].m)
-        rows += [{"case": case, **row} for row in _of(problem, absent, rounds, CLOCKS[clock])]
-    return {
-        "suite": "rules",
-        "rounds": rounds,
-        "clock": clock,
-        "environment": environment(),
-        "missing": absent,
-        "cases": [{"case": n, "text": CASES[n].text, "poses": CASES[n].m} for n in cases],
-        "rows": rows,
-    }
+        problem = CASES[case].make(CASES[case].m).to(settings.device)
+        rows += [{"case": case, **row} for row in _of(problem, settings)]
+    texts = [{"case": n, "text": CASES[n].text, "poses": CASES[n].m} for n in cases]
+    return settings.result("rules", rows, cases=texts)
 
 
-def _of(problem: Problem, absent: Mapping[str, str], rounds: int, now: Clock) -> list[Row]:
+def _of(problem: Problem, settings: Settings) -> list[Row]:
     exact = Exact.of(problem)
-    norm = float(exact.gramian.diagonal().sqrt().median())  # clips half of the poses
     calls = {PLAIN: partial(_plain, copy.deepcopy(problem.network), problem.inputs)}
     errors: dict[str, float] = {}
     rules = {n: row.make() for n, row in RULES.items() if not row.components}
-    rules["Clip(1)"] = Clip(norm)
+    rules["Clip(1)"] = Clip(problem.max_norm)  # of the median norm
     for name, rule in rules.items():
         network = copy.deepcopy(problem.network)
         calls[name] = partial(_ours, Engine(network), network, rule, problem.inputs)
         errors[name] = largest_difference(calls[name](), _expected(rule, problem, exact))
-    for name, bind in PEERS.items() if "opacus" not in absent else ():
-        calls[name] = partial(bind(copy.deepcopy(problem.network), norm), *problem.inputs)
-        clipped = _expected(rules["Clip(1)"], problem, exact)
-        errors[name] = largest_difference(packed(calls[name](), 0), clipped)
-    found = interleaved(calls, rounds, now)
+    found = interleaved(calls, settings.rounds, settings.now)
     return [
         {"rule": name, "seconds": seconds}
         | ({"gradient_error": errors[name]} if name in errors else {})

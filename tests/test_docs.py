@@ -3,7 +3,6 @@
 import doctest
 import importlib
 import inspect
-import json
 import pkgutil
 import re
 import sys
@@ -18,7 +17,8 @@ from torch import Tensor, nn
 
 import posegrad
 import posegrad.testing
-from benchmarks.table import markdown
+from benchmarks import report
+from benchmarks.table import SUITES, losses
 from posegrad import Combination, Engine
 from posegrad.testing import table
 from posegrad.weighting import GradientRule
@@ -137,13 +137,31 @@ def test_rules_and_the_engine_show_an_example(path: str) -> None:
     assert ">>>" in pkgutil.resolve_name(path).__doc__, f"the docstring of {path} has no Example"
 
 
-@pytest.mark.parametrize("suite", ["gramian", "forms", "rules"])
-def test_the_tables_of_the_performance_page_are_those_of_the_results(suite: str) -> None:
-    result = json.loads((ROOT / f"benchmarks/results/{suite}-cpu.json").read_text())
-    page = (ROOT / "docs/performance.md").read_text(encoding="utf-8")
-    assert markdown(result).strip() in page, (
-        f"Paste `python -m benchmarks.table benchmarks/results/{suite}-cpu.json` into the page."
-    )
+def test_there_are_results_of_every_suite() -> None:
+    assert report.load().keys() == SUITES.keys()
+
+
+def test_the_page_of_the_benchmarks_is_made_of_the_results() -> None:
+    page = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+    assert page == report.page(report.load()), "Run `python -m benchmarks.report`."
+    assert losses.UNKNOWN not in page, "Say why, in benchmarks/table/losses.py."
+
+
+def test_the_table_of_the_readme_is_made_of_the_results() -> None:
+    start, end = report.README
+    table = (ROOT / "README.md").read_text(encoding="utf-8").split(start)[1].split(end)[0]
+    assert table == report.readme(report.load()), "Run `python -m benchmarks.report`."
+
+
+def test_where_a_peer_is_ahead_is_found() -> None:
+    rows = [
+        {"task": "gramian", "case": "mlp-64", "method": "posegrad", "seconds": [3.0, 2.0, 4.0]},
+        {"task": "gramian", "case": "mlp-64", "method": "peer", "seconds": [1.5, 2.0, 0.4]},
+    ]
+    [loss] = losses.losses({"suite": "gramian", "rows": rows})
+    assert loss == ("gramian/mlp-64/peer/time", 0.5)
+    assert not losses.losses({"suite": "gramian", "rows": rows[:1]})
+    assert losses.why(loss) == losses.UNKNOWN
 
 
 def test_the_table_of_the_rules_is_that_of_the_kit() -> None:

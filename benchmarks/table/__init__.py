@@ -3,13 +3,17 @@
 from collections.abc import Callable
 from typing import Any
 
-from benchmarks.table import forms, gramian, multipose, rules
+from benchmarks.table import batches, forms, multipose, overhead, rules, scaling
 
 __all__ = ["markdown"]
 
 SUITES: dict[str, Callable[[dict[str, Any]], str]] = {
     "multipose": multipose.markdown,
-    "gramian": gramian.markdown,
+    "gramian": batches.markdown,
+    "rows": batches.markdown,
+    "clipping": batches.markdown,
+    "scaling": scaling.markdown,
+    "overhead": overhead.markdown,
     "forms": forms.markdown,
     "rules": rules.markdown,
 }

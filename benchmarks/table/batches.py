@@ -1,4 +1,4 @@
-"""The tables of the suite `gramian`, one for each task."""
+"""The tables of the suites on one batch, one for each task."""
 
 from typing import Any
 
@@ -7,11 +7,6 @@ from benchmarks.table.lines import Row, line, machine, median_ms, ratio, rule, v
 __all__ = ["markdown"]
 
 PLAIN = "plain"
-TITLES = {
-    "gramian": "Forward, Gramian of the per-pose gradients, weighted gradient",
-    "rows": "Forward, all per-pose gradients, a tensor for each parameter",
-    "matrix": "Forward, all per-pose gradients in one matrix",
-}
 FIGURES = (
     ("first_live_mib", "peak live MiB, first call", "{:.1f}"),
     ("second_live_mib", "peak live MiB, second call", "{:.1f}"),
@@ -24,7 +19,7 @@ FIGURES = (
 
 def markdown(result: dict[str, Any]) -> str:
     """Time, memory and errors of each case and method."""
-    tables = "\n\n".join(_table(result, task) for task in TITLES)
+    tables = "\n\n".join(_table(result, task) for task in result["tasks"])
     absent = "".join(
         f"Without {package}, which is not installed: `{command}`.\n"
         for package, command in result["missing"].items()
@@ -34,7 +29,7 @@ def markdown(result: dict[str, Any]) -> str:
 
 def _heading(result: dict[str, Any]) -> str:
     return (
-        f"Gradients of single poses in one batch. {machine(result['environment'])}\n"
+        f"Gradients of single poses in one batch. {machine(result)}\n"
         f"Time ({result['clock']} clock) is the ratio to plain forward and backward within a "
         f"round: median of {result['rounds']} rounds (least to most). Memory: a process of its own "
         "with default malloc settings, beyond network and inputs; the first call includes making "
@@ -46,7 +41,12 @@ def _heading(result: dict[str, Any]) -> str:
 def _table(result: dict[str, Any], task: str) -> str:
     rows = [row for row in result["rows"] if row["task"] in (PLAIN, task)]
     methods = list(dict.fromkeys(row["method"] for row in rows))
-    lines = [f"**{TITLES[task]}**", "", line(["case", "", *methods]), rule(len(methods) + 2)]
+    lines = [
+        f"**{result['tasks'][task]}**",
+        "",
+        line(["case", "", *methods]),
+        rule(len(methods) + 2),
+    ]
     for case in result["cases"]:
         found = {row["method"]: row for row in rows if row["case"] == case["case"]}
         lines += _case_lines(case, [found.get(method, {}) for method in methods])

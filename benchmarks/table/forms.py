@@ -20,7 +20,7 @@ def markdown(result: dict[str, Any]) -> str:
 def _heading(result: dict[str, Any]) -> str:
     return (
         "One layer alone: forward, Jacobian, Gramian and weighted gradient. "
-        f"{machine(result['environment'])}\n"
+        f"{machine(result)}\n"
         f"Time ({result['clock']} clock) is the ratio to the layer's own forward and backward to "
         f"its parameters within a round, the limit: median of {result['rounds']} rounds (least to "
         "most). Errors against rows by autograd in float64."

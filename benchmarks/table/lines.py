@@ -38,14 +38,16 @@ def values(rows: Iterable[Row], key: str, form: str) -> list[str] | None:
     return ["" if value is None else form.format(value) for value in found]
 
 
-def machine(environment: dict[str, Any]) -> str:
+def machine(result: dict[str, Any]) -> str:
     """Where a suite ran, in one sentence."""
+    environment = result["environment"]
     packages = environment["packages"].items()
     versions = ", ".join(f"{name} {version}" for name, version in packages if version is not None)
     allocator = environment["allocator"]
     settings = ", ".join(f"{k}={v}" for k, v in allocator["settings"].items()) or "default"
+    gpu = f"{environment['gpu']}, " if environment["gpu"] else ""
     return (
-        f"{environment['processor']}, {environment['threads']} thread(s), denormals "
+        f"{gpu}{environment['processor']}, {environment['threads']} thread(s), denormals "
         f"{'flushed' if environment['flush_denormal'] else 'not flushed'}, {allocator['libc']} "
         f"malloc ({settings}), Python {environment['python']}, {versions}, {environment['date']}."
     )

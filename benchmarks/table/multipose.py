@@ -1,4 +1,4 @@
-"""The tables of the suite `multipose`, one for each number of poses."""
+"""The tables of the suite `multipose`, one for each model and number of poses."""
 
 import statistics
 from collections.abc import Iterable
@@ -11,15 +11,14 @@ __all__ = ["markdown"]
 
 def markdown(result: dict[str, Any]) -> str:
     """Time, memory and gradient error of each rule and method."""
-    sizes = sorted({row["poses"] for row in result["rows"]})
-    tables = "\n\n".join(_table(result, m) for m in sizes)
+    cases = dict.fromkeys((row["model"], row["poses"]) for row in result["rows"])
+    tables = "\n\n".join(_table(result, *case) for case in cases)
     return f"{_heading(result)}\n\n{tables}\n"
 
 
 def _heading(result: dict[str, Any]) -> str:
     return (
-        f"{result['model']}, distinct docked poses, one training step. "
-        f"{machine(result['environment'])}\n"
+        f"Distinct docked poses, one training step. {machine(result)}\n"
         f"Time ({result['clock']} clock) is the ratio to plain autograd within a round: median of "
         f"{result['rounds']} rounds (least to most). The limit is a forward for each pose and a "
         "backward for each pose of nonzero weight. Gradient error: largest over parameters of "
@@ -27,14 +26,16 @@ def _heading(result: dict[str, Any]) -> str:
     )
 
 
-def _table(result: dict[str, Any], m: int) -> str:
-    rows = [row for row in result["rows"] if row["poses"] == m]
+def _table(result: dict[str, Any], model: str, m: int) -> str:
+    rows = [row for row in result["rows"] if (row["model"], row["poses"]) == (model, m)]
     methods = list(dict.fromkeys(row["method"] for row in rows))
-    lines = [f"**{m} poses**", "", line(["rule", "", *methods, "forwards alone", "limit"])]
+    lines = [f"**{result['models'][model]}: {m} poses**", ""]
+    lines.append(line(["rule", "", *methods, "forwards alone", "limit"]))
     lines.append(rule(len(methods) + 4))
-    for limit in (limit for limit in result["limits"] if limit["poses"] == m):
-        cases = [row for row in rows if row["rule"] == limit["rule"]]
-        lines += _rule_lines(cases, limit)
+    for limit in result["limits"]:
+        if (limit["model"], limit["poses"]) == (model, m):
+            cases = [row for row in rows if row["rule"] == limit["rule"]]
+            lines += _rule_lines(cases, limit)
     return "\n".join(lines)
 
 

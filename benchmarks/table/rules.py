@@ -19,16 +19,16 @@ def markdown(result: dict[str, Any]) -> str:
 
 def _heading(result: dict[str, Any]) -> str:
     return (
-        f"A training step with each rule. {machine(result['environment'])}\n"
+        f"A training step with each rule. {machine(result)}\n"
         f"Time ({result['clock']} clock) is the ratio to a plain step, forward and backward of the "
         f"summed output, within a round: median of {result['rounds']} rounds (least to most). "
-        "Clipping is at the median norm. Errors against the same rule on rows by autograd in "
+        "`Clip` cuts at the median norm. Errors against the same rule on rows by autograd in "
         "float64."
     )
 
 
 def _named(name: str) -> str:
-    return name if name.startswith(("plain", "Opacus")) else f"`{name}`"
+    return name if name == "plain" else f"`{name}`"
 
 
 def _cells(found: dict[tuple[str, str], Any], name: str, cases: list[str]) -> list[str]:

@@ -3,7 +3,6 @@
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from benchmarks import peers
+from benchmarks.exact import double_precision
 from examples.docked_poses.compounds import Compound
 from examples.docked_poses.pignet import binding_energy, pretrained
 from posegrad import Combination, Engine
@@ -116,7 +116,7 @@ def _take(step: Step, model: nn.Module, compound: Compound, rule: Combination) -
 
 def _gradient_errors(compound: Compound, rule: Combination, bar: tqdm) -> dict[str, float]:
     gradients = {}
-    with _double_precision():
+    with double_precision():
         model = pretrained().double()
         poses = [pose.clone().apply(_to_double) for pose in compound.top(4).poses]
         for method, step in _steps(model).items():
@@ -127,17 +127,6 @@ def _gradient_errors(compound: Compound, rule: Combination, bar: tqdm) -> dict[s
     reference = gradients[PLAIN]
     scale = reference.abs().max()
     return {m: float((g - reference).abs().max() / scale) for m, g in gradients.items()}
-
-
-@contextmanager
-def _double_precision() -> Iterator[None]:
-    """PIGNet2 allocates in the default type; without this its float64 is float32 inside."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
 
 
 def _to_double(tensor: Tensor) -> Tensor:

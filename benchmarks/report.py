@@ -1,0 +1,116 @@
+"""`python -m benchmarks.report`: what is made of the results, and of nothing else.
+
+The page docs/benchmarks.md with all tables, the table of the README, and the plots.
+"""
+
+import json
+import statistics
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from benchmarks.table import SUITES, markdown
+from benchmarks.table import losses as lost
+from benchmarks.table.lines import Row, line, rule
+
+__all__ = ["README", "load", "main", "page", "readme"]
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+README = ("<!-- made by `python -m benchmarks.report` -->\n", "<!-- until here -->")
+
+Results = Mapping[str, dict[str, Any]]
+
+
+def load(device: str = "cpu") -> dict[str, dict[str, Any]]:
+    """The committed results, by suite."""
+    paths = {suite: RESULTS / f"{suite}-{device}.json" for suite in SUITES}
+    return {s: json.loads(path.read_text()) for s, path in paths.items() if path.exists()}
+
+
+def page(results: Results) -> str:
+    """docs/benchmarks.md."""
+    parts = [
+        "# Benchmarks\n\n"
+        "Made by `make bench` of the JSON files in `benchmarks/results`, which hold the seconds of "
+        "every round. What the figures mean, where the limit is and what was tried: "
+        "[performance](performance.md). Where errors are shown, what a method found was compared "
+        "with float64 in the same run.\n"
+    ]
+    for suite, result in results.items():
+        behind = lost.markdown(result)
+        parts.append(f"## {suite}\n\n{markdown(result)}" + (f"\n{behind}" if behind else ""))
+    return "\n".join(parts)
+
+
+def readme(results: Results) -> str:
+    """The README's table: a line for each discipline."""
+    head = ["one step, one CPU thread", "plain autograd", "best peer", "posegrad"]
+    head += ["its memory", "peer's memory"]
+    lines = [line(cells) for cells in _lines(results)]
+    return "\n".join([line(head), rule(len(head)), *lines]) + "\n"
+
+
+def _lines(results: Results) -> Iterator[list[str]]:
+    for rule_name, text in (("Min(1000)", "smooth minimum"), ("Mean", "mean")):
+        rows = [
+            row
+            for row in results["multipose"]["rows"]
+            if (row["model"], row["poses"], row["rule"]) == ("SchNet", 64, rule_name)
+        ]
+        name = f"{text} of 64 docked poses, SchNet"
+        yield _line(name, rows, "posegrad auto", "live_mib")
+    for case, text in (
+        ("mlp-64", "MLP, 64 poses"),
+        ("conv-32", "convolutions, 32 images"),
+        ("encoder-16", "transformer encoder, 16 poses of 64 tokens"),
+        ("large-8", "transformer encoder of 31.5 M parameters, 8 poses"),
+        ("schnet-16", "SchNet, 16 docked poses in one ragged batch"),
+    ):
+        rows = [row for row in results["gramian"]["rows"] if row["case"] == case]
+        yield _line(f"Gramian and weighted gradient: {text}", rows, "posegrad", "second_live_mib")
+    for case, text in (("mlp-64", "MLP"), ("conv-32", "convolutions"), ("encoder-16", "encoder")):
+        rows = [row for row in results["clipping"]["rows"] if row["case"] == case]
+        yield _line(f"clipped per-pose gradients: {text}", rows, "posegrad", "second_live_mib")
+
+
+def _line(name: str, rows: list[Row], ours: str, memory: str) -> list[str]:
+    plain = next(row for row in rows if row["method"] == "plain")
+    own = next(row for row in rows if row["method"] == ours)
+    peers = [
+        row
+        for row in rows
+        if "seconds" in row and row is not plain and not row["method"].startswith("posegrad")
+    ]
+    best = min(peers, key=lambda row: _ratio(row, plain))
+    unit = statistics.median(plain["seconds"])
+    return [
+        name,
+        f"1 ({unit:.2f} s)" if unit >= 0.1 else f"1 ({unit * 1000:.1f} ms)",
+        f"{_ratio(best, plain):.2f} ({best['method']})",
+        f"**{_ratio(own, plain):.2f}**",
+        f"{own[memory]:.0f} MiB",
+        f"{best[memory]:.0f} MiB",
+    ]
+
+
+def _ratio(row: Row, plain: Row) -> float:
+    pairs = zip(row["seconds"], plain["seconds"], strict=True)
+    return statistics.median([seconds / unit for seconds, unit in pairs])
+
+
+def main() -> None:
+    """Write the page, the README's table and the plots."""
+    from benchmarks.plots import draw
+
+    results = load()
+    (ROOT / "docs" / "benchmarks.md").write_text(page(results), encoding="utf-8")
+    path = ROOT / "README.md"
+    before, rest = path.read_text(encoding="utf-8").split(README[0])
+    after = rest.split(README[1])[1]
+    path.write_text(before + README[0] + readme(results) + README[1] + after, encoding="utf-8")
+    draw(results, ROOT / "docs" / "figures")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,40 @@
+"""Peak memory of one step of the suite `scaling`, in a process of its own.
+
+`python -m benchmarks.scaling_memory '{"case": …, "method": …, "threads": …, "device": …}'` prints
+one JSON object.
+"""
+
+from functools import partial
+
+from benchmarks import scaling
+from benchmarks.methods import RULES
+from benchmarks.process import Peaks, fresh, serve, step_peaks
+from benchmarks.settings import Row, Settings
+
+__all__ = ["measure"]
+
+
+def measure(settings: Settings, row: Row) -> Peaks:
+    """Peak MiB of one step, beyond network and poses, in a fresh process.
+
+    Returns:
+        `live_mib`, of the tensors alive at once, exact; `resident_mib`, of the process.
+    """
+    case = {"case": row["case"], "method": row["method"]}
+    how = {"threads": settings.threads, "device": settings.device}
+    return fresh("benchmarks.scaling_memory", case | how)
+
+
+def _case(case: str, method: str, threads: int, device: str) -> Peaks:
+    Settings(threads=threads).prepare()
+    point = scaling.CASES[case]
+    network, poses = point.network().to(device), point.inputs().to(device)
+    step, rule = scaling.STEPS[method](network), RULES[point.rule]()
+    step(poses[:2], rule)  # loads kernels and code
+    network.zero_grad()
+
+    return step_peaks(partial(step, poses, rule), network, device)
+
+
+if __name__ == "__main__":
+    serve(_case)
