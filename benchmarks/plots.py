@@ -7,7 +7,10 @@ from typing import Any
 
 from benchmarks.table.lines import Row
 
-__all__ = ["draw"]
+__all__ = ["PLOTS", "draw"]
+
+PLOTS = ("multipose", "gramian", "scaling")
+"""The suites that have one."""
 
 OURS, THEIRS = "#1b7837", "#9aa5b1"
 
@@ -57,6 +60,7 @@ def _multipose(result: dict[str, Any]) -> Any:
         axis.invert_yaxis()
         axis.set_xlabel(text)
     axes[1].set_xscale("log")
+    axes[1].set_xlim(left=1)
     figure.suptitle("64 docked poses, SchNet: smooth minimum (dark) and mean (light)")
     return figure
 
@@ -76,6 +80,7 @@ def _gramian(result: dict[str, Any]) -> Any:
         )
         axis.axvline(1, color="black", linewidth=0.8)
         axis.set_xscale("log")
+        axis.set_xlim(left=0.5)
         axis.set_title(case)
         axis.invert_yaxis()
         axis.tick_params(axis="y", labelsize=7)

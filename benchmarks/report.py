@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from benchmarks.plots import PLOTS, draw
 from benchmarks.table import SUITES, markdown
 from benchmarks.table import losses as lost
 from benchmarks.table.lines import Row, line, rule
@@ -39,7 +40,8 @@ def page(results: Results) -> str:
     ]
     for suite, result in results.items():
         behind = lost.markdown(result)
-        parts.append(f"## {suite}\n\n{markdown(result)}" + (f"\n{behind}" if behind else ""))
+        plot = f"![The suite {suite}](figures/{suite}.png)\n\n" if suite in PLOTS else ""
+        parts.append(f"## {suite}\n\n{plot}{markdown(result)}" + (f"\n{behind}" if behind else ""))
     return "\n".join(parts)
 
 
@@ -101,8 +103,6 @@ def _ratio(row: Row, plain: Row) -> float:
 
 def main() -> None:
     """Write the page, the README's table and the plots."""
-    from benchmarks.plots import draw
-
     results = load()
     (ROOT / "docs" / "benchmarks.md").write_text(page(results), encoding="utf-8")
     path = ROOT / "README.md"
