@@ -12,13 +12,11 @@ in float64, in the same run. `mlp-256` takes 12 GB.
 """
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 from tqdm import tqdm
 
-from benchmarks import batches_memory
-from benchmarks.cases import CASES
+from benchmarks.cases import CASES, described
 from benchmarks.per_pose import PLAIN, Bind, plain
 from benchmarks.settings import Row, Settings
 from benchmarks.side_by_side import Key, side_by_side
@@ -55,10 +53,9 @@ def run(suite: str, cases: Sequence[str], settings: Settings) -> dict[str, Any]:
         tasks = [task for task, own in SUITES[suite].items() if case in own]
         rows += [{"case": case, **row} for row in _of(case, tasks, absent, settings)]
     done = (row for row in rows if "unfit" not in row)
-    settings.measure(done, partial(batches_memory.measure, settings))
-    texts = [{"case": n, "text": CASES[n].text, "poses": CASES[n].m} for n in cases]
+    settings.measure(done, "benchmarks.batches_memory", ("case", "task", "method"))
     titles = {task: TASKS[task].text for task in SUITES[suite]}
-    return settings.result(suite, rows, missing=absent, cases=texts, tasks=titles)
+    return settings.result(suite, rows, missing=absent, cases=described(cases), tasks=titles)
 
 
 def _of(case: str, tasks: Sequence[str], absent: dict[str, str], settings: Settings) -> list[Row]:

@@ -13,15 +13,13 @@ from torch import nn
 
 from benchmarks.cases import CASES, Problem
 from benchmarks.per_pose import PLAIN, Bind, Step, plain
-from benchmarks.process import Peaks, fresh, live_mib, resident_mib, serve
-from benchmarks.settings import Row, Settings
+from benchmarks.process import Peaks, live_mib, resident_mib, serve
+from benchmarks.settings import Settings
 from benchmarks.tasks import TASKS
 
-__all__ = ["measure"]
 
-
-def measure(settings: Settings, row: Row) -> Peaks:
-    """Peak MiB of a method on a case, in a fresh process.
+def _case(case: str, task: str, method: str, threads: int, device: str) -> Peaks:
+    """Peak MiB of a method on a case.
 
     Returns:
         `first_live_mib`, `second_live_mib`: bytes of the tensors alive at once beyond those alive
@@ -29,12 +27,6 @@ def measure(settings: Settings, row: Row) -> Peaks:
         `resident_mib`: how far a first call raises the process's high-water mark; None where the
         system has no `/proc`.
     """
-    case = {name: row[name] for name in ("case", "task", "method")}
-    how = {"threads": settings.threads, "device": settings.device}
-    return fresh("benchmarks.batches_memory", case | how)
-
-
-def _case(case: str, task: str, method: str, threads: int, device: str) -> Peaks:
     Settings(threads=threads).prepare()
     bind = plain if task == PLAIN else TASKS[task].ways[method].bind
 

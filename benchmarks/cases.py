@@ -1,6 +1,7 @@
 """The networks of the suites on one batch, and what they are given."""
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Self
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from benchmarks.models import MODELS, distinct_poses
 
-__all__ = ["CASES", "Case", "Problem"]
+__all__ = ["CASES", "Case", "Problem", "described"]
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,11 @@ class Problem:
         """Of the weighted gradient, `[m]`: fixed, random, of both signs."""
         weights = torch.randn(self.m, generator=torch.Generator().manual_seed(1))
         return weights.to(self.inputs[0].device)
+
+    def double(self) -> Self:
+        """A copy of the problem in float64."""
+        inputs = tuple(x.double() if x.is_floating_point() else x for x in self.inputs)
+        return replace(self, network=copy.deepcopy(self.network).double(), inputs=inputs)
 
     def to(self, device: str) -> Self:
         """The same problem on a device."""
@@ -127,3 +133,8 @@ CASES: dict[str, Case] = {
     ),
     "schnet-16": Case("PyG SchNet, docked poses in one ragged batch", 16, _docked, "ragged"),
 }
+
+
+def described(names: Sequence[str]) -> list[dict[str, str | int]]:
+    """What tables say of cases."""
+    return [{"case": name, "text": CASES[name].text, "poses": CASES[name].m} for name in names]

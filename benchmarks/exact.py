@@ -1,30 +1,17 @@
 """What is exact: rows by plain autograd in float64, and how far others are from them."""
 
-import copy
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks.cases import Problem
 
-__all__ = ["Exact", "Named", "double_precision", "largest_difference"]
+__all__ = ["Exact", "Named", "gradients", "largest_difference"]
 
 Named = Mapping[str, Tensor]
-
-
-@contextmanager
-def double_precision() -> Iterator[None]:
-    """PIGNet2 allocates in the default type; without this its float64 is float32 inside."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
 
 
 @dataclass(frozen=True)
@@ -46,13 +33,12 @@ class Exact:
     @classmethod
     def of(cls, problem: Problem) -> Self:
         """One backward for each pose."""
-        network = copy.deepcopy(problem.network).double()
-        inputs = [x.double() if x.is_floating_point() else x for x in problem.inputs]
-        parameters = dict(network.named_parameters())
+        double = problem.double()
+        parameters = dict(double.network.named_parameters())
         m, weights = problem.m, problem.weights.double()
         rows = {n: weights.new_zeros(m, p.numel()) for n, p in parameters.items()}
 
-        y = network(*inputs).squeeze(1)  # [m]
+        y = double.network(*double.inputs).squeeze(1)  # [m]
         for i in range(m):
             gradients = torch.autograd.grad(y[i], list(parameters.values()), retain_graph=True)
             for block, row in zip(rows.values(), gradients, strict=True):
@@ -76,6 +62,14 @@ def largest_difference(found: Named, exact: Named) -> float:
         return float("inf")
     sizes = {name: float(g.double().norm()) for name, g in exact.items()}
     least = 1e-12 * max(sizes.values())
-    return max(
-        float((found[n] - g).norm()) / sizes[n] for n, g in exact.items() if sizes[n] > least
-    )
+    errors = [
+        (found[n] - g).norm().double() / sizes[n]
+        for n, g in exact.items()
+        if not sizes[n] <= least  # nan is no reason to look away
+    ]
+    return float(torch.stack(errors).max())  # nan if one is, unlike Python's
+
+
+def gradients(network: nn.Module) -> dict[str, Tensor]:
+    """The `.grad` of the parameters that have one."""
+    return {n: p.grad for n, p in network.named_parameters() if p.grad is not None}

@@ -18,18 +18,16 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from benchmarks.exact import double_precision, largest_difference
+from benchmarks.exact import gradients, largest_difference
 from benchmarks.methods import METHODS, RULES, TARGET, Bound
 from benchmarks.models import MODELS, Model
-from benchmarks.multipose_memory import measure
-from benchmarks.peers import checkpoint, plain
+from benchmarks.peers import plain
 from benchmarks.rounds import seconds, shuffled
 from benchmarks.settings import Row, Settings
 from examples.docked_poses._require import DEMO, require
+from examples.docked_poses.precision import double_precision
 
 __all__ = ["run"]
-
-LARGEST_PLAIN_FLOAT64 = 64  # poses; beyond, graphs in float64 want tens of GiB
 
 LIMIT = "limit"
 
@@ -56,17 +54,18 @@ def run(models: Sequence[str], settings: Settings) -> dict[str, Any]:
     with tqdm(total=len(cases) * settings.rounds) as bar:
         for name, m in cases:
             bar.set_description(f"{name}, {m} poses")
-            group = _Group(MODELS[name], m, _rules(name, m), settings)
+            group = _Group(MODELS[name], m, _rules(name), settings)
             timed, floors = group.time(settings.rounds, bar.update)
             rows += [{"model": name, **row} for row in timed]
             limits += [{"model": name, **floor} for floor in floors]
-    settings.measure((row for row in rows if row["rule"] in ENDS), partial(measure, settings))
+    ends = (row for row in rows if row["rule"] in ENDS)
+    settings.measure(ends, "benchmarks.multipose_memory", ("model", "method", "rule", "poses"))
     texts = {name: MODELS[name].text for name in models}
     return settings.result("multipose", rows, limits=limits, models=texts)
 
 
-def _rules(model: str, m: int) -> tuple[str, ...]:
-    return tuple(RULES) if model == "SchNet" and m <= 64 else ENDS
+def _rules(model: str) -> tuple[str, ...]:
+    return tuple(RULES) if model == "SchNet" else ENDS
 
 
 @dataclass(frozen=True)
@@ -121,16 +120,15 @@ class _Group:
         for name, method in self.methods.items():
             method.network.zero_grad()
             method.step(self.poses, RULES[rule](), TARGET)
-            rows[name]["gradient_error"] = largest_difference(_gradients(method.network), exact)
+            rows[name]["gradient_error"] = largest_difference(gradients(method.network), exact)
 
     def _reference(self, rule: str) -> dict[str, Tensor]:
         exact = copy.deepcopy(self.network).double()
         exact.zero_grad()
-        step = plain if len(self.poses) <= LARGEST_PLAIN_FLOAT64 else checkpoint
         poses = [self.model.to(pose, self.device, torch.float64) for pose in self.poses]
         with double_precision():
-            step(exact, self.model.predict, poses, RULES[rule](), TARGET)
-        return _gradients(exact)
+            plain(exact, self.model.predict, poses, RULES[rule](), TARGET)
+        return gradients(exact)
 
     def _floor_times(self) -> tuple[float, list[float], Tensor]:
         """Seconds of the forwards without graph, of each backward, and the predictions `[m]`."""
@@ -176,7 +174,3 @@ class _Floor:
             "forwards_seconds": self.forwards,
             "limit_seconds": self.limit,
         }
-
-
-def _gradients(network: nn.Module) -> dict[str, Tensor]:
-    return {n: p.grad.double() for n, p in network.named_parameters() if p.grad is not None}

@@ -10,26 +10,12 @@ import torch
 
 from benchmarks.methods import METHODS, RULES, TARGET
 from benchmarks.models import MODELS
-from benchmarks.process import Peaks, fresh, serve, step_peaks
-from benchmarks.settings import Row, Settings
-
-__all__ = ["measure"]
-
-
-def measure(settings: Settings, row: Row) -> Peaks:
-    """Peak live and resident MiB of one step, in a fresh process.
-
-    Returns:
-        `live_mib`: bytes of the tensors alive at once beyond those alive before the step, exact.
-        `resident_mib`: the process's high-water mark over its size before the step, which adds the
-        allocator's own keeping; None where the system has no `/proc`.
-    """
-    case = {name: row[name] for name in ("model", "method", "rule", "poses")}
-    how = {"threads": settings.threads, "device": settings.device}
-    return fresh("benchmarks.multipose_memory", case | how)
+from benchmarks.process import Peaks, serve, step_peaks
+from benchmarks.settings import Settings
 
 
 def _case(model: str, method: str, rule: str, poses: int, threads: int, device: str) -> Peaks:
+    """Peak MiB of one step, as `step_peaks` gives them."""
     Settings(threads=threads).prepare()
     known = MODELS[model]
     network = known.make().to(device)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks.cases import Problem
-from benchmarks.exact import Named
+from benchmarks.exact import Named, gradients
 from benchmarks.per_pose import Found, Step
 
 __all__ = [
@@ -124,7 +124,7 @@ def clipped_ghost(network: nn.Module) -> Step:
         optimizer.zero_grad(set_to_none=True)
         y = wrapped(*problem.inputs).squeeze(1)
         DPTensorFastGradientClipping(wrapped, optimizer, y, "sum").backward()
-        return None, {n: p.grad for n, p in network.named_parameters() if p.grad is not None}
+        return None, gradients(network)
 
     return step
 

@@ -8,6 +8,7 @@ attention made of linear layers.
 
 import copy
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -93,7 +94,7 @@ def run(networks: Sequence[str], settings: Settings) -> dict[str, Any]:
 
 
 def _step(problem: Problem, follow: Follow) -> Callable[[], object]:
-    own = Problem(copy.deepcopy(problem.network), problem.inputs, problem.m)
+    own = replace(problem, network=copy.deepcopy(problem.network))
     network, held = follow(own)
     optimizer = torch.optim.SGD(network.parameters(), lr=0.0)
     return partial(_train, network, problem, optimizer, held)

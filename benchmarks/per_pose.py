@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
 from benchmarks.cases import Problem
-from benchmarks.exact import Named
+from benchmarks.exact import Named, gradients
 from posegrad import Clip, Engine
 
 __all__ = [
@@ -69,7 +69,7 @@ def posegrad_clipped(network: nn.Module) -> Step:
     def step(problem: Problem) -> Found:
         network.zero_grad()
         engine.backward(network(*problem.inputs).squeeze(1), Clip(problem.max_norm))
-        return None, {n: p.grad for n, p in network.named_parameters() if p.grad is not None}
+        return None, gradients(network)
 
     return step
 

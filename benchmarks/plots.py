@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.table.lines import Row
+from benchmarks.table.lines import Row, relative
 
 __all__ = ["PLOTS", "draw"]
 
@@ -49,9 +49,9 @@ def _multipose(result: dict[str, Any]) -> Any:
     methods = list(dict.fromkeys(row["method"] for row in rows))
     for k, rule in enumerate(("Min(1000)", "Mean")):
         found = {row["method"]: row for row in rows if row["rule"] == rule}
-        plain = statistics.median(found["plain"]["seconds"])
+        plain = found["plain"]["seconds"]
         places = [place + 0.4 * k for place in range(len(methods))]
-        times = [statistics.median(found[m]["seconds"]) / plain for m in methods]
+        times = [relative(found[m]["seconds"], plain) for m in methods]
         memories = [found[m]["live_mib"] for m in methods]
         for axis, values in zip(axes, (times, memories), strict=True):
             axis.barh(places, values, 0.38, color=_colours(methods), alpha=1 - 0.4 * k)
@@ -70,12 +70,12 @@ def _gramian(result: dict[str, Any]) -> Any:
     figure, axes = _figure(len(cases), 2.8)
     for axis, case in zip(axes, cases, strict=True):
         rows = [row for row in result["rows"] if row["case"] == case and "seconds" in row]
-        plain = next(statistics.median(r["seconds"]) for r in rows if r["method"] == "plain")
+        plain = next(row["seconds"] for row in rows if row["method"] == "plain")
         shown = [row for row in rows if row["method"] != "plain"]
         names = [row["method"] for row in shown]
         axis.barh(
             names,
-            [statistics.median(row["seconds"]) / plain for row in shown],
+            [relative(row["seconds"], plain) for row in shown],
             color=_colours(names),
         )
         axis.axvline(1, color="black", linewidth=0.8)

@@ -47,7 +47,12 @@ def serve(measure: Callable[..., Peaks]) -> None:
 
 
 def step_peaks(step: Callable[[], object], network: nn.Module, device: str) -> Peaks:
-    """Peaks of a training step that finds no gradients: `resident_mib` and `live_mib`."""
+    """Peaks of a training step that finds no gradients.
+
+    Returns:
+        `live_mib`, of the tensors alive at once beyond those alive before; `resident_mib`, of the
+        process, which adds the allocator's own keeping.
+    """
     resident = resident_mib(step, device)
     network.zero_grad()
     live = live_mib(step)  # a second run: watching each operation costs memory itself

@@ -12,7 +12,7 @@ from typing import Any
 from benchmarks.plots import PLOTS, draw
 from benchmarks.table import SUITES, markdown
 from benchmarks.table import losses as lost
-from benchmarks.table.lines import Row, line, rule
+from benchmarks.table.lines import Row, line, relative, rule
 
 __all__ = ["README", "load", "main", "page", "readme"]
 
@@ -77,28 +77,25 @@ def _lines(results: Results) -> Iterator[list[str]]:
 
 
 def _line(name: str, rows: list[Row], ours: str, memory: str) -> list[str]:
-    plain = next(row for row in rows if row["method"] == "plain")
+    unit = next(row["seconds"] for row in rows if row["method"] == "plain")
     own = next(row for row in rows if row["method"] == ours)
     peers = [
         row
         for row in rows
-        if "seconds" in row and row is not plain and not row["method"].startswith("posegrad")
+        if "seconds" in row
+        and row["method"] != "plain"
+        and not row["method"].startswith("posegrad")
     ]
-    best = min(peers, key=lambda row: _ratio(row, plain))
-    unit = statistics.median(plain["seconds"])
+    best = min(peers, key=lambda row: relative(row["seconds"], unit))
+    seconds = statistics.median(unit)
     return [
         name,
-        f"1 ({unit:.2f} s)" if unit >= 0.1 else f"1 ({unit * 1000:.1f} ms)",
-        f"{_ratio(best, plain):.2f} ({best['method']})",
-        f"**{_ratio(own, plain):.2f}**",
+        f"1 ({seconds:.2f} s)" if seconds >= 0.1 else f"1 ({seconds * 1000:.1f} ms)",
+        f"{relative(best['seconds'], unit):.2f} ({best['method']})",
+        f"**{relative(own['seconds'], unit):.2f}**",
         f"{own[memory]:.0f} MiB",
         f"{best[memory]:.0f} MiB",
     ]
-
-
-def _ratio(row: Row, plain: Row) -> float:
-    pairs = zip(row["seconds"], plain["seconds"], strict=True)
-    return statistics.median([seconds / unit for seconds, unit in pairs])
 
 
 def main() -> None:

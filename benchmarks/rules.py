@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from benchmarks.cases import CASES, Problem
-from benchmarks.exact import Exact, largest_difference
+from benchmarks.cases import CASES, Problem, described
+from benchmarks.exact import Exact, gradients, largest_difference
 from benchmarks.per_pose import PLAIN
 from benchmarks.rounds import interleaved
 from benchmarks.settings import Row, Settings
@@ -47,8 +47,7 @@ def run(cases: Sequence[str], settings: Settings) -> dict[str, Any]:
     for case in tqdm(cases):
         problem = CASES[case].make(CASES[case].m).to(settings.device)
         rows += [{"case": case, **row} for row in _of(problem, settings)]
-    texts = [{"case": n, "text": CASES[n].text, "poses": CASES[n].m} for n in cases]
-    return settings.result("rules", rows, cases=texts)
+    return settings.result("rules", rows, cases=described(cases))
 
 
 def _of(problem: Problem, settings: Settings) -> list[Row]:
@@ -79,20 +78,16 @@ def _ours(
 ) -> dict[str, Tensor]:
     network.zero_grad()
     engine.backward(network(*inputs).squeeze(1), rule)
-    gradients = {name: p.grad for name, p in network.named_parameters()}
-    return {name: gradient for name, gradient in gradients.items() if gradient is not None}
+    return gradients(network)
 
 
 def _expected(rule: Any, problem: Problem, exact: Exact) -> dict[str, Tensor]:
     """The rule's gradient from exact rows, in the shapes of the parameters."""
     shapes = {name: p.shape for name, p in problem.network.named_parameters()}
     if isinstance(rule, Combination | Weighting):
+        double = problem.double()
         with torch.no_grad():
-            y = copy.deepcopy(problem.network).double()(*_doubled(problem.inputs)).squeeze(1)
+            y = double.network(*double.inputs).squeeze(1)
         weights = rule.weights(y) if isinstance(rule, Combination) else rule(exact.gramian, y)
         return {name: (weights @ rows).view(shapes[name]) for name, rows in exact.rows.items()}
     return {name: rule(rows).view(shapes[name]) for name, rows in exact.rows.items()}
-
-
-def _doubled(inputs: Sequence[Tensor]) -> list[Tensor]:
-    return [x.double() if x.is_floating_point() else x for x in inputs]

@@ -15,8 +15,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from benchmarks import scaling_memory
-from benchmarks.exact import largest_difference
+from benchmarks.exact import gradients, largest_difference
 from benchmarks.methods import METHODS, RULES, TARGET
 from benchmarks.peers import PEERS, Rule
 from benchmarks.rounds import interleaved
@@ -130,7 +129,7 @@ def run(names: Sequence[str], settings: Settings) -> dict[str, Any]:
     for name in tqdm(names):
         rows += [{"case": name, **row} for row in _of(CASES[name], settings)]
     done = (row for row in rows if "unfit" not in row)
-    settings.measure(done, partial(scaling_memory.measure, settings))
+    settings.measure(done, "benchmarks.scaling_memory", ("case", "method"))
     return settings.result("scaling", rows)
 
 
@@ -149,9 +148,7 @@ def _of(case: Case, settings: Settings) -> list[Row]:
         calls[name] = partial(_call, bind(network), network, poses, case.rule)
         calls[name]()
         if expected is not None:
-            found = {n: p.grad for n, p in network.named_parameters() if p.grad is not None}
-            rows[name]["gradient_error"] = largest_difference(found, expected)
-            del found
+            rows[name]["gradient_error"] = largest_difference(gradients(network), expected)
     for name, seconds in interleaved(calls, settings.rounds, settings.now).items():
         rows[name]["seconds"] = seconds
     return list(rows.values())
@@ -166,4 +163,4 @@ def _expected(network: nn.Module, poses: Tensor, rule: str) -> dict[str, Tensor]
     exact = copy.deepcopy(network).double()
     exact.zero_grad()
     _one_batch(exact)(poses.double(), RULES[rule]())
-    return {n: p.grad for n, p in exact.named_parameters() if p.grad is not None}
+    return gradients(exact)

@@ -8,24 +8,12 @@ from functools import partial
 
 from benchmarks import scaling
 from benchmarks.methods import RULES
-from benchmarks.process import Peaks, fresh, serve, step_peaks
-from benchmarks.settings import Row, Settings
-
-__all__ = ["measure"]
-
-
-def measure(settings: Settings, row: Row) -> Peaks:
-    """Peak MiB of one step, beyond network and poses, in a fresh process.
-
-    Returns:
-        `live_mib`, of the tensors alive at once, exact; `resident_mib`, of the process.
-    """
-    case = {"case": row["case"], "method": row["method"]}
-    how = {"threads": settings.threads, "device": settings.device}
-    return fresh("benchmarks.scaling_memory", case | how)
+from benchmarks.process import Peaks, serve, step_peaks
+from benchmarks.settings import Settings
 
 
 def _case(case: str, method: str, threads: int, device: str) -> Peaks:
+    """Peak MiB of one step, beyond network and poses, as `step_peaks` gives them."""
     Settings(threads=threads).prepare()
     point = scaling.CASES[case]
     network, poses = point.network().to(device), point.inputs().to(device)

@@ -1,6 +1,6 @@
 """How a suite is run, and what its JSON says of that."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -9,11 +9,11 @@ import torch
 from tqdm import tqdm
 
 from benchmarks.environment import environment
+from benchmarks.process import Peaks, fresh
 from benchmarks.rounds import CLOCKS, Clock
+from benchmarks.table.lines import Row
 
 __all__ = ["Row", "Settings"]
-
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -51,18 +51,22 @@ class Settings:
         """Seconds, from anywhere on."""
         return CLOCKS[self.clock]
 
-    def measure(
-        self, rows: Iterable[Row], peaks: Callable[[Row], Mapping[str, float | None]]
-    ) -> None:
-        """Adds peak memory to rows, if it is to be measured.
+    def measure(self, rows: Iterable[Row], module: str, names: Sequence[str]) -> None:
+        """Adds peak memory to rows, if it is to be measured, each from a process of its own.
 
         A case whose process fails, as for want of memory, goes without: the seconds of the others
         took long to measure.
-        """
 
-        def measured(row: Row) -> Mapping[str, float | None]:
+        Args:
+            rows: What was timed.
+            module: What the process runs; see `process.fresh`.
+            names: The entries of a row that say which case it is.
+        """
+        how = {"threads": self.threads, "device": self.device}
+
+        def measured(row: Row) -> Peaks:
             try:
-                return peaks(row)
+                return fresh(module, {name: row[name] for name in names} | how)
             except RuntimeError as error:
                 tqdm.write(str(error))
                 return {}

@@ -3,6 +3,7 @@
 import doctest
 import importlib
 import inspect
+import math
 import pkgutil
 import re
 import sys
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 import posegrad
 import posegrad.testing
 from benchmarks import report
+from benchmarks.exact import largest_difference
 from benchmarks.table import SUITES, losses
 from posegrad import Combination, Engine
 from posegrad.testing import table
@@ -162,6 +164,13 @@ def test_where_a_peer_is_ahead_is_found() -> None:
     assert loss == ("gramian/mlp-64/peer/time", 0.5)
     assert not losses.losses({"suite": "gramian", "rows": rows[:1]})
     assert losses.why(loss) == losses.UNKNOWN
+
+
+def test_errors_of_the_benchmarks_do_not_hide_a_nan() -> None:
+    one, lost = torch.ones(2), torch.tensor([1.0, float("nan")])
+    assert math.isnan(largest_difference({"a": one, "b": lost}, {"a": one, "b": one}))
+    assert math.isnan(largest_difference({"a": one, "b": one}, {"a": one, "b": lost}))
+    assert largest_difference({"a": one, "b": 3 * one}, {"a": one, "b": one}) == pytest.approx(2)
 
 
 def test_the_table_of_the_rules_is_that_of_the_kit() -> None:

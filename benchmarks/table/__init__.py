@@ -5,7 +5,7 @@ from typing import Any
 
 from benchmarks.table import batches, forms, multipose, overhead, rules, scaling
 
-__all__ = ["markdown"]
+__all__ = ["SUITES", "markdown"]
 
 SUITES: dict[str, Callable[[dict[str, Any]], str]] = {
     "multipose": multipose.markdown,

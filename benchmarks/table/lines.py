@@ -4,7 +4,7 @@ import statistics
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-__all__ = ["Row", "line", "machine", "median_ms", "ratio", "rule", "values"]
+__all__ = ["Row", "line", "machine", "median_ms", "ratio", "relative", "rule", "values"]
 
 Row = dict[str, Any]
 
@@ -21,8 +21,17 @@ def rule(columns: int) -> str:
 
 def ratio(seconds: Sequence[float], plain: Sequence[float]) -> str:
     """Median of the ratios within each round, and their range."""
-    ratios = [s / p for s, p in zip(seconds, plain, strict=True)]
+    ratios = _ratios(seconds, plain)
     return f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+
+
+def relative(seconds: Sequence[float], plain: Sequence[float]) -> float:
+    """Median of the ratios within each round."""
+    return statistics.median(_ratios(seconds, plain))
+
+
+def _ratios(seconds: Sequence[float], plain: Sequence[float]) -> list[float]:
+    return [s / p for s, p in zip(seconds, plain, strict=True)]
 
 
 def median_ms(seconds: Sequence[float]) -> str:

@@ -1,11 +1,10 @@
 """Where posegrad does not win, each with a sentence why."""
 
-import statistics
 from collections.abc import Iterator
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
-from benchmarks.table.lines import Row, line, rule
+from benchmarks.table.lines import Row, line, relative, rule
 
 __all__ = ["UNKNOWN", "Loss", "losses", "markdown", "why"]
 
@@ -131,4 +130,4 @@ def _cases(result: dict[str, Any]) -> Iterator[tuple[str, list[Row], str, str]]:
 def _share(theirs: float | list[float], ours: float | list[float]) -> float:
     if not isinstance(theirs, list) or not isinstance(ours, list):
         return theirs / ours  # type: ignore[operator]
-    return statistics.median([a / b for a, b in zip(theirs, ours, strict=True)])
+    return relative(theirs, ours)

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from benchmarks import peers
-from benchmarks.exact import double_precision
 from examples.docked_poses.compounds import Compound
 from examples.docked_poses.pignet import binding_energy, pretrained
+from examples.docked_poses.precision import double_precision
 from posegrad import Combination, Engine
 from posegrad.testing import peak_live_bytes
 

@@ -525,6 +525,34 @@ def test_a_model_that_names_its_parameters_itself_is_asked_each_time() -> None:
     assert list(engine.jacobian(model(x).squeeze(1)).blocks) == ["last.weight", "last.bias"]
 
 
+class Growing(nn.Module):
+    """Lists a module inside only once it is used, and holds it where no one looks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden, self.used = [nn.Linear(3, 3)], False
+
+    def named_modules(self, memo=None, prefix="", remove_duplicate=True):
+        yield from super().named_modules(memo, prefix, remove_duplicate)
+        if self.used:
+            yield f"{prefix}.late", self.hidden[0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.hidden[0](x) if self.used else x
+
+
+def test_a_module_inside_that_lists_its_modules_itself_is_asked_each_time() -> None:
+    model, x = nn.Sequential(Growing(), nn.Linear(3, 1)), torch.randn(4, 3)
+    engine = Engine(model)
+    assert list(engine.jacobian(model(x).squeeze(1)).blocks) == ["1.weight", "1.bias"]
+    model[0].used = True
+    output = model(x).squeeze(1)
+    expected = rows(output, trainable(model))
+    found = engine.jacobian(output)
+    assert "0.late.weight" in found.blocks
+    torch.testing.assert_close(found.matrix(), expected)
+
+
 def _write_double(gradient: Tensor) -> None:
     gradient.mul_(2)
 

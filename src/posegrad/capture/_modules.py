@@ -63,6 +63,7 @@ class Roster:
         self._modules = modules
         self._named: dict[str, nn.Parameter] = {}
         self._within: list[nn.Module] = []  # all modules inside
+        self._within_lists = False  # whether all of these list what they hold
         self._held: list[object] = []  # what these held when they were looked through
         self._kinds: list[object] | None = None  # their dtypes, False for frozen ones
         self._trainable: dict[str, nn.Parameter] = {}
@@ -75,10 +76,12 @@ class Roster:
         """
         held = _held_by(self._within)
         same = len(held) == len(self._held) and all(map(is_, held, self._held))
-        if not same or not self._within or not all(map(_lists_all, self._modules)):
+        lists = self._within_lists and all(map(_lists_all, self._modules))
+        if not same or not lists:
             self._named, self._kinds = _named_parameters(self._modules), None
             self._within = [part for module in self._modules for part in module.modules()]
             self._held = _held_by(self._within)
+            self._within_lists = all(map(_lists_all, self._within))
         return self._named
 
     def trainable(self, wanted: Iterable[str | Tensor] | None = None) -> dict[str, nn.Parameter]:
