@@ -9,26 +9,29 @@ from typing import Any, NamedTuple
 
 from benchmarks import batches, forms, multipose, overhead, rules, scaling
 from benchmarks.models import MODELS
-from benchmarks.settings import Settings
+from benchmarks.settings import Memory, Settings
 from benchmarks.table import markdown
 
 RESULTS = Path(__file__).parent / "results"
 
 
 class _Suite(NamedTuple):
-    """A suite: how to run it, and the names of what it can be narrowed to."""
+    """A suite: how to run it, what it can be narrowed to, how its memory is measured."""
 
     run: Callable[[Sequence[str], Settings], dict[str, Any]]
     names: Collection[str]
+    memory: Memory | None = None
 
 
 SUITES: dict[str, _Suite] = {
-    "multipose": _Suite(multipose.run, MODELS),
+    "multipose": _Suite(multipose.run, MODELS, multipose.MEMORY),
     **{
-        suite: _Suite(partial(batches.run, suite), dict.fromkeys(sum(tasks.values(), ())))
+        suite: _Suite(
+            partial(batches.run, suite), dict.fromkeys(sum(tasks.values(), ())), batches.MEMORY
+        )
         for suite, tasks in batches.SUITES.items()
     },
-    "scaling": _Suite(scaling.run, scaling.CASES),
+    "scaling": _Suite(scaling.run, scaling.CASES, scaling.MEMORY),
     "overhead": _Suite(overhead.run, overhead.NETWORKS),
     "forms": _Suite(forms.run, forms.LAYERS),
     "rules": _Suite(rules.run, rules.NETWORKS),
@@ -65,15 +68,21 @@ def main() -> None:
         threads=arguments.threads,
         clock="gpu" if arguments.device == "cuda" else arguments.clock,
         device=arguments.device,
-        memory=not arguments.no_memory,
         processes=arguments.processes,
     )
     suite = SUITES[arguments.suite]
     result = suite.run(arguments.only or list(suite.names), settings)
     output: Path = arguments.output or RESULTS / f"{arguments.suite}-{arguments.device}.json"
-    output.write_text(json.dumps(result, indent=1) + "\n")
+    _write(result, output)  # at once: what comes next takes long, and may be stopped
+    if suite.memory and not arguments.no_memory:
+        settings.measure(result["rows"], suite.memory)
+        _write(result, output)
     # Read back: the tables come from the file alone.
     print(markdown(json.loads(output.read_text())))
+
+
+def _write(result: dict[str, Any], output: Path) -> None:
+    output.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -18,11 +18,13 @@ from tqdm import tqdm
 
 from benchmarks.cases import CASES, described
 from benchmarks.per_pose import PLAIN, Bind, plain
-from benchmarks.settings import Row, Settings
+from benchmarks.settings import Memory, Row, Settings
 from benchmarks.side_by_side import Key, side_by_side
 from benchmarks.tasks import TASKS, missing
 
-__all__ = ["SUITES", "run"]
+__all__ = ["MEMORY", "SUITES", "run"]
+
+MEMORY = Memory("benchmarks.batches_memory", ("case", "task", "method"))
 
 SUITES: dict[str, dict[str, tuple[str, ...]]] = {
     "gramian": {"gramian": tuple(CASES)},
@@ -52,8 +54,6 @@ def run(suite: str, cases: Sequence[str], settings: Settings) -> dict[str, Any]:
     for case in tqdm(cases):
         tasks = [task for task, own in SUITES[suite].items() if case in own]
         rows += [{"case": case, **row} for row in _of(case, tasks, absent, settings)]
-    done = (row for row in rows if "unfit" not in row)
-    settings.measure(done, "benchmarks.batches_memory", ("case", "task", "method"))
     titles = {task: TASKS[task].text for task in SUITES[suite]}
     return settings.result(suite, rows, missing=absent, cases=described(cases), tasks=titles)
 

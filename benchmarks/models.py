@@ -124,13 +124,13 @@ def _graph_to(graph: Data, device: str, dtype: torch.dtype) -> Data:
 MODELS: dict[str, Model] = {
     "SchNet": Model(
         "PyG SchNet, 128 channels, 6 interactions, 50 Gaussians, 5 Å",
-        _schnet, score, distinct_poses, _atoms_to, (4, 16, 64),
+        _schnet, score, distinct_poses, _atoms_to, (4, 16, 64, 256),
     ),
     "PIGNet2": Model(
-        "PIGNet2, pretrained", _pignet, _score_pignet, _complexes, _graph_to, (16,)
+        "PIGNet2, pretrained", _pignet, _score_pignet, _complexes, _graph_to, (16, 64)
     ),
     "ViSNet": Model(
         "PyG ViSNet, 64 channels, 3 layers, 5 Å",
-        _visnet, _score_visnet, distinct_poses, _atoms_to, (16,),
+        _visnet, _score_visnet, distinct_poses, _atoms_to, (16, 64),
     ),
 }  # fmt: skip

@@ -23,16 +23,22 @@ from benchmarks.methods import METHODS, RULES, TARGET, Bound
 from benchmarks.models import MODELS, Model
 from benchmarks.peers import plain
 from benchmarks.rounds import seconds, shuffled
-from benchmarks.settings import Row, Settings
+from benchmarks.settings import Memory, Row, Settings
 from examples.docked_poses._require import DEMO, require
 from examples.docked_poses.precision import double_precision
 
-__all__ = ["run"]
+__all__ = ["MEMORY", "run"]
 
 LIMIT = "limit"
 
 ENDS = ("Min(1000)", "Mean")
 """Nearly all weights are zero; none is. What lies between them is run where it takes minutes."""
+
+MEMORY = Memory(
+    "benchmarks.multipose_memory",
+    ("model", "method", "rule", "poses"),
+    of=lambda row: row["rule"] in ENDS,
+)
 
 
 def run(models: Sequence[str], settings: Settings) -> dict[str, Any]:
@@ -58,8 +64,6 @@ def run(models: Sequence[str], settings: Settings) -> dict[str, Any]:
             timed, floors = group.time(settings.rounds, bar.update)
             rows += [{"model": name, **row} for row in timed]
             limits += [{"model": name, **floor} for floor in floors]
-    ends = (row for row in rows if row["rule"] in ENDS)
-    settings.measure(ends, "benchmarks.multipose_memory", ("model", "method", "rule", "poses"))
     texts = {name: MODELS[name].text for name in models}
     return settings.result("multipose", rows, limits=limits, models=texts)
 

@@ -1,9 +1,9 @@
 """How a suite is run, and what its JSON says of that."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from tqdm import tqdm
@@ -13,7 +13,25 @@ from benchmarks.process import Peaks, fresh
 from benchmarks.rounds import CLOCKS, Clock
 from benchmarks.table.lines import Row
 
-__all__ = ["Row", "Settings"]
+__all__ = ["Memory", "Row", "Settings"]
+
+
+def _fits(row: Row) -> bool:
+    return "unfit" not in row
+
+
+class Memory(NamedTuple):
+    """How peak memory is measured.
+
+    Attributes:
+        module: What the process of a case runs; see `process.fresh`.
+        names: The entries of a row that say which case it is.
+        of: Which rows are measured.
+    """
+
+    module: str
+    names: Sequence[str]
+    of: Callable[[Row], bool] = _fits
 
 
 @dataclass(frozen=True)
@@ -25,15 +43,13 @@ class Settings:
         threads: Threads of torch.
         clock: One of `CLOCKS`.
         device: Where networks and inputs are: `"cpu"` or `"cuda"`.
-        memory: Whether to measure peak memory, which starts a process for each case.
-        processes: How many of these run at once.
+        processes: How many of those that measure memory run at once.
     """
 
     rounds: int = 3
     threads: int = 1
     clock: str = "cpu"
     device: str = "cpu"
-    memory: bool = True
     processes: int = 1
 
     def prepare(self) -> None:
@@ -51,27 +67,26 @@ class Settings:
         """Seconds, from anywhere on."""
         return CLOCKS[self.clock]
 
-    def measure(self, rows: Iterable[Row], module: str, names: Sequence[str]) -> None:
-        """Adds peak memory to rows, if it is to be measured, each from a process of its own.
+    def measure(self, rows: Sequence[Row], memory: Memory) -> None:
+        """Adds peak memory to rows, each from a process of its own.
 
         A case whose process fails, as for want of memory, goes without: the seconds of the others
         took long to measure.
 
         Args:
             rows: What was timed.
-            module: What the process runs; see `process.fresh`.
-            names: The entries of a row that say which case it is.
+            memory: How.
         """
         how = {"threads": self.threads, "device": self.device}
 
         def measured(row: Row) -> Peaks:
             try:
-                return fresh(module, {name: row[name] for name in names} | how)
+                return fresh(memory.module, {n: row[n] for n in memory.names} | how)
             except RuntimeError as error:
                 tqdm.write(str(error))
                 return {}
 
-        cases = list(rows) if self.memory else []
+        cases = [row for row in rows if memory.of(row)]
         with ThreadPoolExecutor(self.processes) as pool:
             for row, found in zip(cases, pool.map(measured, cases), strict=True):
                 row |= found
