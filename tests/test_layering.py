@@ -9,8 +9,8 @@ import posegrad
 
 SRC = Path(posegrad.__file__).parent
 ORDER = [
-    "errors", "combination", "weighting", "jacobian", "capture", "schedule", "engine", "multipose",
-    "testing", "interop",
+    "errors", "ranks", "combination", "weighting", "jacobian", "capture", "schedule", "engine",
+    "multipose", "testing", "interop",
 ]  # fmt: skip
 FILES = sorted(
     path.relative_to(SRC) for path in SRC.rglob("*.py") if path.parent != SRC or path.stem in ORDER

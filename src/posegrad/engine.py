@@ -10,12 +10,22 @@ from posegrad.capture import Gatherer, Roster, check_modules
 from posegrad.combination._base import Rule
 from posegrad.errors import ClosedEngineError
 from posegrad.jacobian import PoseJacobian
-from posegrad.schedule._combine import chunks_of, request_for, rule_for, run, scorer_for
+from posegrad.ranks import unwrapped
+from posegrad.schedule._combine import (
+    call_of,
+    check_options,
+    chunks_of,
+    groups_for,
+    request_for,
+    rule_for,
+    run,
+    scorer_for,
+)
 from posegrad.schedule._gather import Loss, gather
 from posegrad.schedule._inputs import Inputs
 from posegrad.schedule._plan import Plan, ReadingPlan, choose, count_of, describe
 from posegrad.schedule._poses import Pose
-from posegrad.schedule._session import Combined, Scorer, Session
+from posegrad.schedule._session import Combined, Scorer
 from posegrad.schedule.retain import retain
 from posegrad.weighting._rules import AnyRule
 
@@ -47,12 +57,16 @@ class Engine:
         batch_dim: `"auto"` finds out which dimension of an output counts poses; a number is trusted
             to be it, as TorchJD's. None takes a backward for every row.
         block_bytes: About how much memory rows without a closed form may take at once.
+        process_group: A `torch.distributed` group of processes, one rank for each copy of the
+            model, that share every group of poses: each call takes the poses of this rank and has
+            the result of all ranks' poses. `torch.distributed.group.WORLD` is all of them. Default:
+            that of the model, if it is a DistributedDataParallel; else poses are not shared.
 
     Raises:
         TypeError: if a module is not an `nn.Module`.
         ValueError: if there is no module, several without `predict`, or an option is unknown.
-        UnsupportedModuleError: if one module is inside another, or is wrapped for distributed
-            training.
+        UnsupportedModuleError: if one module is inside another, or has parts that are wrapped for
+            distributed training.
 
     Example:
         >>> model = nn.Linear(3, 1)
@@ -74,15 +88,12 @@ class Engine:
         check: str = "first",
         batch_dim: int | str | None = "auto",
         block_bytes: int = 2**27,
+        process_group: Any = None,
     ) -> None:
+        self.given = modules
+        modules, self._ranks = unwrapped(modules, process_group)
         check_modules(modules)
-        if predict is None and len(modules) > 1:
-            raise ValueError(
-                f"The engine has {len(modules)} modules and cannot know how a pose passes through "
-                f"them. Pass predict=lambda first, second, pose: ...."
-            )
-        if isinstance(chunk_size, bool) or int(chunk_size) != chunk_size or chunk_size < 1:
-            raise ValueError(f"chunk_size is {chunk_size}, but it must be a whole number from 1.")
+        check_options(len(modules), predict, chunk_size)
         self.modules = modules
         self.predict = predict or nn.Module.__call__
         self.collate = collate
@@ -157,14 +168,13 @@ class Engine:
             True
         """
         self._check_open()
-        scorer = self._scorer(poses)
-        count, chunks = chunks_of(poses, self.chunk_size)
-        rule = rule_for(rule, groups, poses)
-        request = request_for(rule, schedule, skip_below, count, self.modules)
-        if choose(request)[0] == "retain" or not torch.is_grad_enabled():
-            return retain(scorer, chunks, request.rule)
-        session = Session(scorer, chunks, Inputs(self._roster.named()), wary=not self._seasoned)
-        combined = run(session, request, self._gatherer)
+        call = call_of(
+            lambda: self._scorer(poses), poses, rule, groups, schedule, skip_below, self._ranks
+        )
+        if not torch.is_grad_enabled() or choose(call.request)[0] == "retain":
+            return retain(call.scorer, call.chunks, call.request.rule, self._ranks, call.groups)
+        inputs = Inputs(self._roster.named(), shared=self._ranks is not None)
+        combined = run(call, inputs, self._ranks, self._gatherer, wary=not self._seasoned)
         self._seasoned = True
         return combined
 
@@ -323,7 +333,7 @@ class Engine:
             return ReadingPlan(poses_or_output.numel(), paths)  # type: ignore[union-attr]
         count = count_of(poses_or_output)
         chunks = -(-count // self.chunk_size)
-        rule = rule_for(rule, groups, poses_or_output)
+        rule = rule_for(rule, groups_for(groups, poses_or_output))
         request = request_for(rule, schedule, skip_below, chunks, self.modules)
         return describe(request, count, chunks, parameters.values())
 

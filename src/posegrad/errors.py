@@ -17,6 +17,7 @@ __all__ = [
     "NotDifferentiableError",
     "PerPoseLossError",
     "PosegradError",
+    "RankError",
     "ReentrantCheckpointError",
     "ReplayError",
     "ShapeMismatchError",
@@ -76,6 +77,10 @@ class StaleFactorError(PosegradError, RuntimeError):
 
 class UntrackedTensorError(PosegradError, RuntimeError):
     """A tensor that requires grad is neither a parameter of the engine nor part of a pose."""
+
+
+class RankError(PosegradError, RuntimeError):
+    """Another process of the group failed or did not come, so this one cannot go on."""
 
 
 class ReentrantCheckpointError(PosegradError, RuntimeError):

@@ -63,7 +63,7 @@ class MultiPose(nn.Module):
         groups: Tensor | Sequence[int] | None = None,
     ) -> Combined:
         """Scores the poses of one group, or of several, and combines them: `Engine.combine`."""
-        if self.engine.modules != (self.model,):  # another model was put in its place
+        if self.engine.given != (self.model,):  # another model was put in its place
             self.engine = Engine(self.model, **self.engine_options)
         return self.engine.combine(
             poses, self.rule, groups=groups, schedule=self.schedule, skip_below=self.skip_below

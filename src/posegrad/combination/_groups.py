@@ -28,7 +28,7 @@ class Groups:
 
     @classmethod
     def of(cls, groups: Tensor | Sequence[int]) -> Self:
-        """Groups as users state them.
+        """Groups as users state them, each with a pose at least.
 
         Args:
             groups: A tensor of ids `[m]` from 0 to n - 1, in any order; or a list of sizes, for
@@ -37,6 +37,18 @@ class Groups:
         Raises:
             NoPosesError: if a group is empty, or there is none.
             ShapeMismatchError: if it is neither.
+        """
+        found = cls.some_of(groups)
+        _check_filled(found.owners, found.count)
+        return found
+
+    @classmethod
+    def some_of(cls, groups: Tensor | Sequence[int]) -> Self:
+        """As `of`, for some of the groups' poses: groups may be empty.
+
+        Raises:
+            ShapeMismatchError: if it is neither.
+            NoPosesError: if a group is below 0.
         """
         if not isinstance(groups, Tensor):
             owners = torch.arange(len(groups)).repeat_interleave(_sizes(groups))
@@ -47,14 +59,23 @@ class Groups:
                 f"pose's group, [m].\nPass such a tensor, or the groups' sizes as a list."
             )
         owners = groups.detach().cpu().long()
-        if not len(owners) or int(owners.min()) < 0:
+        if len(owners) and int(owners.min()) < 0:
             raise NoPosesError(
-                "groups names no pose, or a group below 0.\nNumber the groups from 0, as "
+                "groups names a group below 0.\nNumber the groups from 0, as "
                 "torch.unique(ids, return_inverse=True)[1] does."
             )
-        count = int(owners.max()) + 1
-        _check_filled(torch.bincount(owners, minlength=count).tolist())
-        return cls(owners, count)
+        return cls(owners, int(owners.max()) + 1 if len(owners) else 0)
+
+    @classmethod
+    def joined(cls, parts: "Sequence[Groups]") -> Self:
+        """The groups of poses that come one part after another.
+
+        Raises:
+            NoPosesError: if a group is empty in all of them.
+        """
+        found = cls(torch.cat([part.owners for part in parts]), max(part.count for part in parts))
+        _check_filled(found.owners, found.count)
+        return found
 
     def check(self, poses: int) -> None:
         """Refuses another number of poses.
@@ -111,11 +132,11 @@ def _sizes(groups: Sequence[int]) -> Tensor:
             f"groups is {list(groups)[:8]}, but a list holds the sizes of groups, whole numbers.\n"
             f"Pass ids [m] as a tensor: torch.tensor(ids)."
         )
-    _check_filled(sizes)
-    return torch.tensor(sizes)
+    return torch.tensor(sizes, dtype=torch.long)
 
 
-def _check_filled(sizes: Sequence[int]) -> None:
+def _check_filled(owners: Tensor, count: int) -> None:
+    sizes = torch.bincount(owners, minlength=count).tolist()
     empty = [group for group, size in enumerate(sizes) if size == 0]
     if empty or not sizes:
         raise NoPosesError(

@@ -53,7 +53,8 @@ class _Attached(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
         with torch.no_grad():
-            ctx.inputs.check_fresh()
+            if not ctx.inputs.shared:  # else the ranks look together, each at its own
+                ctx.inputs.check_fresh()
             gradients = ctx.pullback(ctx.saved_tensors, cotangents)
         if torch.is_grad_enabled():  # create_graph=True: someone means to differentiate again
             gradients = _first_order_only(gradients, [*cotangents, *ctx.inputs.tensors])

@@ -1,7 +1,7 @@
 """One call of combine: from poses and a rule to the schedule that runs."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import chain, islice
 from typing import Any
 
@@ -12,7 +12,9 @@ from posegrad.capture import Gatherer
 from posegrad.combination import Combination
 from posegrad.combination._base import Rule
 from posegrad.combination._groups import Grouped, Groups, ungrouped
-from posegrad.errors import NoPosesError, ShapeMismatchError
+from posegrad.errors import NoPosesError, RankError, ShapeMismatchError, listed
+from posegrad.ranks import Ranks
+from posegrad.schedule._inputs import Inputs
 from posegrad.schedule._plan import Request, choose
 from posegrad.schedule._poses import Pose, each_pose, in_chunks
 from posegrad.schedule._replay import scales_float16
@@ -22,7 +24,16 @@ from posegrad.schedule.store import store
 from posegrad.schedule.stream import stream
 from posegrad.weighting._rules import rule_of_predictions
 
-__all__ = ["chunks_of", "request_for", "rule_for", "run", "scorer_for"]
+__all__ = [
+    "call_of",
+    "check_options",
+    "chunks_of",
+    "groups_for",
+    "request_for",
+    "rule_for",
+    "run",
+    "scorer_for",
+]
 
 
 def scorer_for(
@@ -54,15 +65,126 @@ def scorer_for(
     return Scorer(modules, predict, collate, chunk_size)
 
 
-def chunks_of(poses: Iterable[Pose] | Tensor, size: int) -> tuple[int, Iterator[list[Pose]]]:
+@dataclass(frozen=True)
+class Call:
+    """One call of combine, as far as it is settled before a pose is scored.
+
+    Args:
+        scorer: How poses are scored.
+        chunks: The poses of this rank.
+        request: What the choice of a schedule looks at; its rule is that for all groups.
+        groups: Of this rank's poses, if there are several groups.
+    """
+
+    scorer: Scorer
+    chunks: Iterator[list[Pose]]
+    request: Request
+    groups: Groups | None
+
+
+def check_options(modules: int, predict: object, chunk_size: int) -> None:
+    """Refuses options of an engine that cannot work.
+
+    Raises:
+        ValueError: if it has several modules without `predict`, or a `chunk_size` below 1.
+    """
+    if predict is None and modules > 1:
+        raise ValueError(
+            f"The engine has {modules} modules and cannot know how a pose passes through "
+            f"them. Pass predict=lambda first, second, pose: ...."
+        )
+    if isinstance(chunk_size, bool) or int(chunk_size) != chunk_size or chunk_size < 1:
+        raise ValueError(f"chunk_size is {chunk_size}, but it must be a whole number from 1.")
+
+
+def call_of(
+    scorer: Callable[[], Scorer],
+    poses: Iterable[Pose] | Tensor,
+    rule: Rule,
+    groups: Tensor | Sequence[int] | None,
+    schedule: str,
+    skip_below: float,
+    ranks: Ranks | None,
+) -> Call:
+    """What one call of combine asks for.
+
+    Args:
+        scorer: Says how these poses are scored.
+        poses: As for `Engine.combine`, and so the other arguments.
+        rule: For one group.
+        groups: Of this rank's poses.
+        schedule: The one asked for.
+        skip_below: Which weights count as zero.
+        ranks: Who make the call together, if the group is shared.
+
+    Raises:
+        RankError: if ranks want different things.
+        NoPosesError: if there are no poses, or a group is empty.
+    """
+    alone = ranks is None
+
+    def made() -> Call:
+        how = scorer()
+        count, chunks = chunks_of(poses, how.chunk_size, may_be_none=not alone)
+        own = groups_for(groups, poses, all_here=alone)
+        whole = rule_for(rule, own if alone else None)
+        request = request_for(whole, schedule, skip_below, count, how.modules)
+        return Call(how, chunks, request, own)
+
+    return made() if ranks is None else _together(ranks, made)
+
+
+def _together(ranks: Ranks, make: Callable[[], Call]) -> Call:
+    """The call that all ranks make; `make` makes this rank's, with the rule for one group."""
+    calls: list[Call] = []
+
+    def told() -> tuple[dict[str, object], Groups | None]:
+        calls.append(make())
+        return calls[0].request.outline(), calls[0].groups
+
+    outlines, groups = zip(*ranks.together("combine", told), strict=True)
+    _check_agreed(outlines)
+    (call,) = calls
+    request = replace(call.request, shared=True)
+    if call.groups is None:
+        return replace(call, request=request)
+    joined = Groups.joined(groups)
+    return replace(
+        call,
+        request=replace(request, rule=Grouped(request.rule, joined)),
+        groups=replace(call.groups, count=joined.count),
+    )
+
+
+def _check_agreed(outlines: Sequence[dict[str, object]]) -> None:
+    differing = [
+        f"{name} ({', '.join(str(outline[name]) for outline in outlines)})"
+        for name in outlines[0]
+        if any(outline[name] != outlines[0][name] for outline in outlines)
+    ]
+    if differing:
+        raise RankError(
+            f"The ranks of the process group call combine() with different {listed(differing)}.\n"
+            f"They share one group of poses and one result, so these must be the same on all."
+        )
+
+
+def chunks_of(
+    poses: Iterable[Pose] | Tensor, size: int, *, may_be_none: bool = False
+) -> tuple[int, Iterator[list[Pose]]]:
     """The poses in chunks, and whether these are one or more (1 or 2).
+
+    Args:
+        poses: As users state them.
+        size: How many poses go into a chunk.
+        may_be_none: Whether other ranks may have poses where this one has none.
 
     Raises:
         NoPosesError: if there are none.
     """
     chunks = in_chunks(each_pose(poses), size)
     opening = list(islice(chunks, 2))
-    if not opening:
+    if not opening and not may_be_none:
         raise NoPosesError(
             "There are no poses: a combination of none is undefined.\n"
             "Leave compounds without poses out of the loop."
@@ -70,21 +192,36 @@ def chunks_of(poses: Iterable[Pose] | Tensor, size: int) -> tuple[int, Iterator[
     return len(opening), chain(opening, chunks)
 
 
-def rule_for(rule: Rule, groups: Tensor | Sequence[int] | None, poses: object) -> Combination:
+def groups_for(
+    groups: Tensor | Sequence[int] | None, poses: object, *, all_here: bool = True
+) -> Groups | None:
+    """The groups of one call.
+
+    Args:
+        groups: As users state them.
+        poses: Whose they are.
+        all_here: Whether each must have a pose here; it may have some on other ranks.
+
+    Raises:
+        NoPosesError: if a group is empty.
+        ShapeMismatchError: if there are more or fewer poses than the groups have.
+    """
+    if groups is None:
+        return None
+    owners = Groups.of(groups) if all_here else Groups.some_of(groups)
+    if isinstance(poses, Sized):
+        owners.check(len(poses))
+    return owners
+
+
+def rule_for(rule: Rule, groups: Groups | None) -> Combination:
     """The rule of one call: for several groups, applied to each.
 
     Raises:
         TypeError: if it is no rule of predictions.
-        NoPosesError: if a group is empty.
-        ShapeMismatchError: if there are more or fewer poses than the groups have.
     """
     rule = rule_of_predictions(rule)
-    if groups is None:
-        return rule
-    owners = Groups.of(groups)
-    if isinstance(poses, Sized):
-        owners.check(len(poses))
-    return Grouped(rule, owners)
+    return rule if groups is None else Grouped(rule, groups)
 
 
 def request_for(
@@ -95,17 +232,23 @@ def request_for(
     return Request(rule, schedule, skip_below, one_chunk=chunks == 1, scales_float16=scales)
 
 
-def run(session: Session, request: Request, gatherer: Gatherer) -> Combined:
-    """Scores the poses of a session under the schedule the request leads to, other than `retain`.
+def run(
+    call: Call, inputs: Inputs, ranks: Ranks | None, gatherer: Gatherer, *, wary: bool
+) -> Combined:
+    """Scores poses under the schedule the call leads to, other than `retain`.
 
     Args:
-        session: The poses, and how they are scored.
-        request: The rule and the caller's wishes.
+        call: The poses, the rule, and the caller's wishes.
+        inputs: What gradients flow to.
+        ranks: Who share the group, if anyone does.
         gatherer: Reads Jacobians for `store`.
+        wary: Whether to score all poses with graphs.
     """
+    session = Session(call.scorer, call.chunks, inputs, wary=wary, ranks=ranks, groups=call.groups)
+    request = call.request
     name, _ = choose(request)
     if name == "stream":
-        name, _ = choose(_informed(request, session.first().predictions))
+        name, _ = choose(_informed(request, session))
     if name == "stream":
         return stream(session, request.rule)
     if name == "store":
@@ -113,9 +256,19 @@ def run(session: Session, request: Request, gatherer: Gatherer) -> Combined:
     return recompute(session, request.rule, skip_below=request.skip_below)
 
 
-def _informed(request: Request, predictions: Tensor) -> Request:
+def _informed(request: Request, session: Session) -> Request:
     """The request with what only a first prediction tells: its size, and what the rule trains."""
     rule = ungrouped(request.rule)
-    with torch.enable_grad():
-        trained = rule(predictions.detach()).requires_grad
-    return replace(request, components=predictions[0].numel(), rule_is_trained=trained)
+
+    def told() -> tuple[int, bool]:
+        first = session.first()
+        if first is None:
+            return 1, False  # the poses are on other ranks
+        with torch.enable_grad():
+            trained = rule(first.predictions.detach()).requires_grad
+        return first.predictions[0].numel(), trained
+
+    ranks = session.ranks
+    everyone = [told()] if ranks is None else ranks.together("score the first poses", told)
+    components, trained = zip(*everyone, strict=True)
+    return replace(request, components=max(components), rule_is_trained=any(trained))

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from posegrad.capture import grad_set_aside, leaf_hooks_off
-from posegrad.errors import StaleParametersError, listed
+from posegrad.errors import StaleParametersError, UntrackedTensorError, listed
 from posegrad.jacobian import no_autocast
 from posegrad.schedule._poses import Pose, map_tensors
 
@@ -20,9 +20,15 @@ class Inputs:
     Parameters come first. A pose tensor that requires grad (coordinates, the output of an encoder
     upstream) joins when its pose is met: the pose is *cut* there, scored on a detached copy, and
     the copy's gradient is delivered to the original, whose own graph runs once, afterwards.
+
+    Args:
+        parameters: By name.
+        shared: Whether gradients are summed over ranks. Those of pose tensors are not, so such a
+            tensor then must be a leaf: the parameters of an encoder upstream would be left with
+            the gradient of this rank alone.
     """
 
-    def __init__(self, parameters: Mapping[str, Tensor]) -> None:
+    def __init__(self, parameters: Mapping[str, Tensor], *, shared: bool = False) -> None:
         # By identity: a weight tied across two modules has two names and one gradient.
         trained = {id(p): (name, p) for name, p in parameters.items() if p.requires_grad}
         self.parameters = frozenset(id(p) for p in parameters.values())
@@ -30,6 +36,7 @@ class Inputs:
         self.parameter_count = len(self.tensors)
         self.names = [name for name, _ in trained.values()]
         self._index = {id(tensor): i for i, tensor in enumerate(self.tensors)}
+        self.shared = shared
         self._marks: list[tuple[int, int, bool]] | None = None
 
     def cut(self, poses: Sequence[Pose]) -> tuple[list[Pose], dict[int, Tensor]]:
@@ -44,6 +51,8 @@ class Inputs:
         def leaf_of(tensor: Tensor) -> Tensor:
             if not tensor.requires_grad or id(tensor) in self.parameters:
                 return tensor
+            if self.shared and not tensor.is_leaf:
+                raise UntrackedTensorError(_upstream_message(tensor))
             number = self._number_of(tensor)
             if number is None:
                 return tensor.detach()
@@ -83,6 +92,11 @@ class Inputs:
             )
         return {i: g for i, g in zip(numbers, found, strict=True) if g is not None}
 
+    def joined(self, tensors: Sequence[Tensor]) -> list[int]:
+        """The numbers of more tensors that gradients flow to; those of known ones stay."""
+        numbers = [self._number_of(tensor) for tensor in tensors]
+        return [number for number in numbers if number is not None]
+
     def close(self) -> None:
         """Ends the first pass: the inputs are complete, and parameters must stay as they are."""
         self._marks = [_mark(p) for p in self.tensors[: self.parameter_count]]
@@ -115,3 +129,13 @@ class Inputs:
 
 def _mark(parameter: Tensor) -> tuple[int, int, bool]:
     return parameter._version, parameter.data_ptr(), parameter.requires_grad
+
+
+def _upstream_message(tensor: Tensor) -> str:
+    return (
+        f"A pose holds a tensor of shape {list(tensor.shape)} that was computed with a graph, and "
+        f"the poses of its group are spread over ranks.\n"
+        f"What computed it would get the gradient of this rank's poses alone, in silence.\n"
+        f"Make that module one of the engine's, Engine(encoder, model, predict=...), or detach the "
+        f"tensor."
+    )

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping, Sized
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from posegrad.combination import Combination, OnlineForm
@@ -16,7 +17,7 @@ SCHEDULES = ("auto", "retain", "store", "stream", "recompute")
 
 @dataclass(frozen=True)
 class Request:
-    """What the choice of a schedule looks at."""
+    """What the choice of a schedule looks at; `shared` tells that other ranks have poses too."""
 
     rule: Combination
     schedule: str
@@ -25,12 +26,23 @@ class Request:
     scales_float16: bool
     components: int = 1
     rule_is_trained: bool = False
+    shared: bool = False
 
     def form(self) -> OnlineForm | None:
         """The rule's online form, unless the rule itself is being trained."""
         if self.rule_is_trained or any(p.requires_grad for p in self.rule.parameters()):
             return None
         return self.rule.online()
+
+    def outline(self) -> dict[str, object]:
+        """What ranks that share a group must have in common, by the name users know it by."""
+        return {
+            "rule": type(self.rule).__name__,
+            "schedule": self.schedule,
+            "skip_below": self.skip_below,
+            "float16": self.scales_float16,
+            "no_grad": not torch.is_grad_enabled(),
+        }
 
 
 def choose(request: Request) -> tuple[str, str]:
@@ -54,7 +66,7 @@ def choose(request: Request) -> tuple[str, str]:
 def _automatic(request: Request) -> tuple[str, str]:
     if request.skip_below > 0:
         return "recompute", "skip_below leaves out poses once all weights are known"
-    if request.one_chunk:
+    if request.one_chunk and not request.shared:
         return "retain", "all poses fit into one chunk, so there is one graph anyway"
     if request.scales_float16:
         return "recompute", "float16 gradients need the scaled loss first"
@@ -72,6 +84,11 @@ def _automatic(request: Request) -> tuple[str, str]:
 
 def _check_served(request: Request) -> None:
     name = request.schedule
+    if name == "retain" and request.shared:
+        raise ValueError(
+            "schedule='retain' is plain autograd, whose gradients would stay on each rank. Use "
+            "'recompute', 'stream', 'store' or 'auto' for a group that is shared."
+        )
     if request.skip_below > 0 and name != "recompute":
         raise ValueError(
             f"skip_below={request.skip_below} needs all weights before any pose is "

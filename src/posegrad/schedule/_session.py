@@ -3,27 +3,36 @@
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from posegrad.capture import check_tracked, graph_clock
+from posegrad.combination._groups import Groups
 from posegrad.errors import (
-    NonFinitePredictionError,
     NotDifferentiableError,
     ShapeMismatchError,
-    listed,
 )
+from posegrad.ranks import Ranks
 from posegrad.schedule._inputs import Inputs
 from posegrad.schedule._poses import Pose, copied, tensors_of
+from posegrad.schedule._predictions import (
+    Kind,
+    check_alike,
+    group_predictions,
+    kind_of,
+    shared_predictions,
+)
 from posegrad.schedule._replay import Moment, Surroundings
 
-__all__ = ["Chunk", "Combined", "Scorer", "Session", "group_predictions"]
-
-
-Kind = tuple[torch.Size, torch.dtype]
-"""What the predictions of all poses of a group must agree in."""
+__all__ = [
+    "Chunk",
+    "Combined",
+    "Scorer",
+    "Session",
+]
 
 
 class Combined(NamedTuple):
@@ -46,6 +55,13 @@ class Scorer:
     predict: Callable[..., Any]
     collate: Callable[[list[Pose]], Any] | None
     chunk_size: int
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is, and so its predictions."""
+        tensors = (t for m in self.modules for t in chain(m.parameters(), m.buffers()))
+        first = next(tensors, None)
+        return torch.device("cpu") if first is None else first.device
 
     def __call__(self, poses: list[Pose], start: int) -> Tensor:
         """Scores poses `start`, `start + 1`, ...; returns their predictions `[c, ...]`."""
@@ -97,15 +113,41 @@ class Chunk:
     leaves: dict[int, Tensor]
     moment: Moment
 
+    @property
+    def numbers(self) -> range:
+        """The numbers of its poses."""
+        return range(self.start, self.start + len(self.poses))
+
 
 class Session:
-    """The state of one combine call, from its first pose to its last."""
+    """The state of one combine call, from its first pose to its last.
+
+    Args:
+        scorer: Runs the model.
+        chunks: The poses of this rank.
+        inputs: What gradients flow to.
+        wary: Whether to score all poses with graphs.
+        ranks: With whom the group is shared, if with anyone.
+        groups: Of the poses of this rank, if there are several groups.
+    """
+
+    own: range
+    """The numbers of this rank's poses among those of all, once `group` has counted them."""
 
     def __init__(
-        self, scorer: Scorer, chunks: Iterable[list[Pose]], inputs: Inputs, *, wary: bool
+        self,
+        scorer: Scorer,
+        chunks: Iterable[list[Pose]],
+        inputs: Inputs,
+        *,
+        wary: bool,
+        ranks: Ranks | None = None,
+        groups: Groups | None = None,
     ) -> None:
         self.scorer = scorer
         self.inputs = inputs
+        self.ranks = ranks
+        self.groups = groups
         self.surroundings = Surroundings(scorer.modules)
         self.differentiable = False
         self._wary = wary
@@ -114,13 +156,33 @@ class Session:
         self._first: Chunk | None = None
         self._kind: Kind | None = None
 
-    def first(self) -> Chunk:
-        """The first chunk, always scored with its graph.
+    def group(self, score: Callable[[], list[Tensor]]) -> Tensor:
+        """The predictions `[m, ...]` of the whole group, on every rank.
+
+        Args:
+            score: Scores this rank's poses; returns their predictions chunk by chunk.
+
+        Raises:
+            ShapeMismatchError: if poses disagree in the shape or dtype of their predictions.
+            NonFinitePredictionError: naming every pose whose prediction is nan or infinite.
+            NoPosesError: if no rank has any.
+            RankError: if another rank failed.
+        """
+        if self.ranks is None:
+            predictions = group_predictions(score())
+            self.own = range(len(predictions))
+            return predictions
+        predictions, self.own = shared_predictions(self.ranks, self.groups, score)
+        return predictions.to(self.scorer.device)
+
+    def first(self) -> Chunk | None:
+        """The first chunk, always scored with its graph; None if this rank has no pose.
 
         So a tensor the engine does not track is refused before anything else is computed.
         """
         if self._first is None:
-            self._first = self._score(next(self._chunks), with_graph=True)
+            poses = next(self._chunks, None)
+            self._first = None if poses is None else self._score(poses, with_graph=True)
         return self._first
 
     def chunks(self, *, with_graph: bool) -> Iterator[Chunk]:
@@ -130,6 +192,8 @@ class Session:
         between poses is seen there, where under no_grad it would lose its gradient in silence.
         """
         first, self._first = self.first(), None
+        if first is None:
+            return
         yield first
         del first
         for poses in self._chunks:
@@ -141,7 +205,7 @@ class Session:
         Raises:
             NotDifferentiableError: if so.
         """
-        if self.inputs.tensors and not self.differentiable:
+        if self._count and self.inputs.tensors and not self.differentiable:
             raise NotDifferentiableError(
                 "No prediction depends on a parameter or on a pose tensor that requires grad: "
                 "the model runs under no_grad or detaches its result.\n"
@@ -158,8 +222,8 @@ class Session:
             predictions, leaves = self.score_again(poses, self._count)
         moment = self.surroundings.moment_since(random)
         chunk = Chunk(self._count, poses, predictions, leaves, moment)
-        self._kind = self._kind or _kind(predictions)
-        _check_alike(_kind(predictions), self._kind, self._count)
+        self._kind = self._kind or kind_of(predictions)
+        check_alike(kind_of(predictions), self._kind, self._count)
         self._count += len(poses)
         return chunk
 
@@ -201,52 +265,6 @@ def without_graph() -> Iterator[None]:
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
         torch.clear_autocast_cache()  # casts made here carry no gradient
-
-
-def group_predictions(chunks: Sequence[Tensor]) -> Tensor:
-    """Joins the predictions of all chunks into `[m, ...]`, once they are all known.
-
-    Raises:
-        ShapeMismatchError: if poses disagree in the shape or dtype of their predictions.
-        NonFinitePredictionError: naming every pose whose prediction is nan or infinite.
-    """
-    start = 0
-    for chunk in chunks:
-        _check_alike(_kind(chunk), _kind(chunks[0]), start)
-        start += len(chunk)
-    predictions = torch.cat(list(chunks))  # [m, ...]
-    _check_finite(predictions.detach())
-    return predictions
-
-
-def _kind(predictions: Tensor) -> Kind:
-    return predictions.shape[1:], predictions.dtype
-
-
-def _check_alike(found: Kind, first: Kind, pose: int) -> None:
-    if found != first:
-        raise ShapeMismatchError(
-            f"The prediction of pose {pose} is {found[1]} {list(found[0])}, that of pose 0 is "
-            f"{first[1]} {list(first[0])}.\n"
-            f"The poses of a group are combined component by component, so they must agree.\n"
-            f"Let the model return the same shape for every pose."
-        )
-
-
-def _check_finite(predictions: Tensor) -> None:
-    finite = predictions.isfinite()
-    if bool(finite.all()):
-        return
-    offenders = (~finite.flatten(1).all(dim=1) if finite.ndim > 1 else ~finite).nonzero().flatten()
-    numbers = offenders.tolist()
-    values = ", ".join(str(predictions[i].tolist()) for i in numbers[:5])
-    raise NonFinitePredictionError(
-        f"The predictions of {len(offenders)} of {len(predictions)} poses are not finite: "
-        f"poses {listed(numbers)}, predictions {values}.\n"
-        f"A combination of them would be nan and so would every gradient.\n"
-        f"Check those inputs, or drop them before combine(); the model's parameters and .grad are "
-        f"untouched."
-    )
 
 
 def _span(start: int, count: int) -> str:

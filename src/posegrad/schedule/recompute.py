@@ -7,11 +7,12 @@ from posegrad.combination import Combination
 from posegrad.combination._base import flush_denormals
 from posegrad.combination._groups import Groups, groups_of
 from posegrad.errors import ReplayError, listed
-from posegrad.schedule._attach import Gradients, attach
+from posegrad.schedule._attach import Gradients
 from posegrad.schedule._gradients import GradientSum
 from posegrad.schedule._poses import Pose, tensors_of
 from posegrad.schedule._replay import Moment
-from posegrad.schedule._session import Combined, Session, group_predictions
+from posegrad.schedule._session import Combined, Session
+from posegrad.schedule._share import combined
 
 __all__ = ["recompute"]
 
@@ -29,10 +30,8 @@ def recompute(session: Session, rule: Combination, *, skip_below: float = 0.0) -
     :math:`s \max_j |w_j| \sum_i \lVert g_i \rVert`.
     """
     tape = _Tape(session, skip_below, groups_of(rule))
-    for chunk in session.chunks(with_graph=False):
-        tape.record(chunk.poses, chunk.predictions.detach(), chunk.moment)
-        del chunk
-    tape.close()
+    predictions = session.group(tape.record)
+    tape.predictions = predictions[session.own.start : session.own.stop]
 
     def pullback(saved: Gradients, cotangents: Gradients) -> Gradients:
         (cotangent,) = cotangents
@@ -40,12 +39,13 @@ def recompute(session: Session, rule: Combination, *, skip_below: float = 0.0) -
             return [None] * len(session.inputs.tensors)
         return tape.pull(cotangent)
 
-    (per_pose,) = attach([tape.predictions], session.inputs, pullback)
-    return Combined(rule(per_pose), per_pose)
+    return combined(session, rule, predictions, pullback)
 
 
 class _Tape:
-    """What the first pass leaves behind: poses, predictions and moments, no graph."""
+    """What the first pass leaves behind on this rank: poses, predictions, moments, no graph."""
+
+    predictions: Tensor
 
     def __init__(self, session: Session, skip_below: float, groups: Groups | None) -> None:
         self._session = session
@@ -53,25 +53,25 @@ class _Tape:
         self._skip_below = skip_below
         self._poses: list[Pose] = []
         self._versions: list[list[int]] = []
-        self._values: list[Tensor] = []
         self._chunks: list[tuple[range, Moment]] = []
 
-    def record(self, poses: list[Pose], predictions: Tensor, moment: Moment) -> None:
-        """Notes one chunk of the first pass."""
-        self._chunks.append((range(len(self._poses), len(self._poses) + len(poses)), moment))
-        self._poses += poses
-        self._versions += [_versions(pose) for pose in poses]
-        self._values.append(predictions)
-
-    def close(self) -> None:
-        """Ends the first pass."""
-        self.predictions = group_predictions(self._values)  # [m, ...]
-        self._values.clear()
+    def record(self) -> list[Tensor]:
+        """The first pass: the predictions of all chunks."""
+        values: list[Tensor] = []
+        for chunk in self._session.chunks(with_graph=False):
+            self._chunks.append((chunk.numbers, chunk.moment))
+            self._poses += chunk.poses
+            self._versions += [_versions(pose) for pose in chunk.poses]
+            values.append(chunk.predictions.detach())
+            del chunk  # its graph must be gone before the next one grows
+        return values
 
     def pull(self, cotangent: Tensor) -> Gradients:
-        """The vector-Jacobian product with a cotangent `[m, ...]`, by replaying poses."""
+        """The vector-Jacobian product with a cotangent `[m, ...]`, by replaying own poses."""
+        own = self._session.own
         cotangent = flush_denormals(cotangent)
-        kept = self._worth_replaying(cotangent)
+        kept = {i - own.start for i in self._worth_replaying(cotangent).intersection(own)}
+        cotangent = cotangent[own.start : own.stop]
         self._check_unchanged(kept)
         total = GradientSum()
         with self._session.surroundings.restored(), torch.enable_grad():

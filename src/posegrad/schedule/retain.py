@@ -5,21 +5,39 @@ from collections.abc import Iterator
 from torch import Tensor
 
 from posegrad.combination import Combination
+from posegrad.combination._groups import Groups
+from posegrad.ranks import Ranks
 from posegrad.schedule._poses import Pose
-from posegrad.schedule._session import Combined, Scorer, group_predictions
+from posegrad.schedule._predictions import group_predictions, shared_predictions
+from posegrad.schedule._session import Combined, Scorer
 
 __all__ = ["retain"]
 
 
-def retain(scorer: Scorer, chunks: Iterator[list[Pose]], rule: Combination) -> Combined:
+def retain(
+    scorer: Scorer,
+    chunks: Iterator[list[Pose]],
+    rule: Combination,
+    ranks: Ranks | None = None,
+    groups: Groups | None = None,
+) -> Combined:
     """Plain autograd: m forwards, then one backward through all m graphs.
 
-    Memory: m graphs. Serves any rule, any loss and any order of derivative.
+    Memory: m graphs. Serves any rule, any loss and any order of derivative. Predictions of other
+    ranks have no graph here, so a group that is shared is combined under `torch.no_grad()` only.
     """
+    if ranks is None:
+        per_pose = group_predictions(_scored(scorer, chunks))
+    else:
+        found, _ = shared_predictions(ranks, groups, lambda: _scored(scorer, chunks))
+        per_pose = found.to(scorer.device)
+    return Combined(rule(per_pose), per_pose)
+
+
+def _scored(scorer: Scorer, chunks: Iterator[list[Pose]]) -> list[Tensor]:
     rows: list[Tensor] = []
     count = 0
     for poses in chunks:
         rows.append(scorer(poses, count))
         count += len(poses)
-    per_pose = group_predictions(rows)
-    return Combined(rule(per_pose), per_pose)
+    return rows

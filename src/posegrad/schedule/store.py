@@ -8,10 +8,11 @@ from torch import Tensor
 from posegrad.capture import Gatherer
 from posegrad.combination import Combination
 from posegrad.jacobian import Block, Weights, no_autocast
-from posegrad.schedule._attach import Gradients, attach
+from posegrad.schedule._attach import Gradients
 from posegrad.schedule._gradients import GradientSum
 from posegrad.schedule._poses import map_tensors, tensors_of
-from posegrad.schedule._session import Chunk, Combined, Session, group_predictions
+from posegrad.schedule._session import Chunk, Combined, Session
+from posegrad.schedule._share import combined
 
 __all__ = ["store"]
 
@@ -28,10 +29,15 @@ def store(session: Session, rule: Combination, gatherer: Gatherer) -> Combined:
     """
     values: list[Tensor] = []
     rows: list[Rows] = []
-    for chunk in session.chunks(with_graph=True):
-        rows.append(_rows(session, chunk, gatherer))
-        values.append(chunk.predictions.detach())
-    session.check_differentiable()
+
+    def scored() -> list[Tensor]:
+        for chunk in session.chunks(with_graph=True):
+            rows.append(_rows(session, chunk, gatherer))
+            values.append(chunk.predictions.detach())
+        session.check_differentiable()
+        return values
+
+    predictions = session.group(scored)
     saved = tensors_of(rows)
     empty = torch.empty(0)
     shells = map_tensors(lambda _: empty, rows)  # the tensors themselves are autograd's to free
@@ -43,15 +49,15 @@ def store(session: Session, rule: Combination, gatherer: Gatherer) -> Combined:
         if cotangent is not None:
             tensors = iter(saved)
             filled: list[Rows] = map_tensors(lambda _: cast("Tensor", next(tensors)), shells)
-            pieces = torch.split(cotangent.reshape(-1), sizes)
+            own = cotangent[session.own.start : session.own.stop]
+            pieces = torch.split(own.reshape(-1), sizes)
             with no_autocast(cotangent.device.type):
                 for weights, blocks in zip(pieces, filled, strict=True):
                     if bool(weights.any()):
                         _add(total, blocks, Weights(weights))
         return total.delivered(session.inputs.tensors)
 
-    (per_pose,) = attach([group_predictions(values)], session.inputs, pullback, saved)
-    return Combined(rule(per_pose), per_pose)
+    return combined(session, rule, predictions, pullback, saved)
 
 
 def _add(total: GradientSum, rows: Rows, weights: Weights) -> None:

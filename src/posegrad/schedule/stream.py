@@ -6,9 +6,10 @@ from torch import Tensor
 from posegrad.combination import Combination, OnlineForm
 from posegrad.combination._groups import Groups, groups_of
 from posegrad.errors import PerPoseLossError
-from posegrad.schedule._attach import Gradients, attach
+from posegrad.schedule._attach import Gradients
 from posegrad.schedule._gradients import GradientSum
-from posegrad.schedule._session import Chunk, Combined, Session, group_predictions
+from posegrad.schedule._session import Chunk, Combined, Session
+from posegrad.schedule._share import attached
 
 __all__ = ["stream"]
 
@@ -25,13 +26,17 @@ def stream(session: Session, rule: Combination) -> Combined:
     assert form is not None  # or another schedule would have been chosen
     groups = groups_of(rule)
     sums = [_OnlineSums(session, form) for _ in range(1 if groups is None else groups.count)]
-    values: list[Tensor] = []
-    for chunk in session.chunks(with_graph=True):
-        _push(chunk, sums, groups)
-        values.append(chunk.predictions.detach())
-        del chunk  # its graph must be gone before the next one grows
-    session.check_differentiable()
-    per_pose = group_predictions(values)
+
+    def scored() -> list[Tensor]:
+        values: list[Tensor] = []
+        for chunk in session.chunks(with_graph=True):
+            _push(chunk, sums, session.groups)
+            values.append(chunk.predictions.detach())
+            del chunk  # its graph must be gone before the next one grows
+        session.check_differentiable()
+        return values
+
+    per_pose = session.group(scored)
     with torch.no_grad():
         prediction = rule(per_pose)
 
@@ -52,7 +57,7 @@ def stream(session: Session, rule: Combination) -> Combined:
         for own, index in zip(sums, members, strict=True)
         for gradient in own.finish(per_pose[index.to(per_pose.device)])
     ]
-    return Combined(*attach([prediction, per_pose], session.inputs, pullback, gradients))
+    return Combined(*attached(session, [prediction, per_pose], pullback, gradients))
 
 
 def _push(chunk: Chunk, sums: "list[_OnlineSums]", groups: Groups | None) -> None:
@@ -109,8 +114,10 @@ class _OnlineSums:
 
     def finish(self, predictions: Tensor) -> list[Tensor | None]:
         """The gradient of the combined prediction: component by component, input by input."""
+        host = _on_host(predictions)
+        self._raise_level(self._form.level(host))  # another rank may have seen a higher one
         assert self._level is not None
-        coefficients = self._form.coefficients(_on_host(predictions), self._level)[:, 0].tolist()
+        coefficients = self._form.coefficients(host, self._level)[:, 0].tolist()
         gradients: list[Tensor | None] = []
         for component, factor in enumerate(coefficients[0]):
             total = self._sums[0][component]

@@ -30,7 +30,7 @@ from posegrad.errors import (
 from posegrad.schedule._attach import Gradients, attach
 from posegrad.schedule._gradients import GradientSum
 from posegrad.schedule._inputs import Inputs
-from posegrad.schedule._session import group_predictions
+from posegrad.schedule._predictions import group_predictions
 from posegrad.weighting._rules import rule_of_predictions
 
 __all__ = [

@@ -1,0 +1,232 @@
+"""The processes that share a group of poses, and what they tell each other.
+
+Every call goes through the same three steps on every rank: work on one's own, tell the others how
+it went, go on together or not at all. So a rank whose model raises does not leave the others
+waiting: they raise too, and name it.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from posegrad.errors import RankError, listed
+
+__all__ = ["Ranks", "unwrapped"]
+
+T = TypeVar("T")
+
+BUCKET = 25 * 2**20  # bytes that travel in one message, as many as DistributedDataParallel sends
+
+
+class _Told(NamedTuple):
+    """What one rank tells the others: which step it is at, and its result or its failure."""
+
+    step: str
+    value: Any
+    failure: str | None
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The ranks of a process group.
+
+    Args:
+        group: A `torch.distributed` process group that this process is a member of.
+    """
+
+    group: Any
+
+    @property
+    def count(self) -> int:
+        """How many there are."""
+        return dist.get_world_size(self.group)
+
+    @property
+    def own(self) -> int:
+        """The number of this one within the group."""
+        return dist.get_rank(self.group)
+
+    def together(self, step: str, work: Callable[[], T]) -> list[T]:
+        """Does this rank's part of a step; returns the results of all ranks, in their order.
+
+        Args:
+            step: What is done, the same on every rank.
+            work: This rank's part. Its result is pickled: small things only.
+
+        Raises:
+            RankError: if another rank failed, is at another step, or did not come in time.
+            Exception: what `work` raises, once the others know.
+        """
+        failure: Exception | None = None
+        told = _Told(step, None, None)
+        try:
+            told = _Told(step, work(), None)
+        except Exception as error:
+            failure = error
+            told = _Told(step, None, f"{type(error).__name__}: {error}")
+        everyone = self._exchanged(told)
+        if failure is not None:
+            raise failure
+        failed = [(i, one.failure) for i, one in enumerate(everyone) if one.failure is not None]
+        if failed:
+            raise RankError(_failed_message(step, self.own, failed))
+        elsewhere = [(i, one.step) for i, one in enumerate(everyone) if one.step != step]
+        if elsewhere:
+            raise RankError(_elsewhere_message(step, self.own, elsewhere))
+        return [one.value for one in everyone]
+
+    def agree(self, step: str, values: Any, *, why: str) -> None:
+        """Refuses to go on if ranks differ in something they must have in common.
+
+        Raises:
+            RankError: naming what each has.
+        """
+        found = self.together(step, lambda: values)
+        if any(value != found[0] for value in found):
+            each = [f"rank {i}: {value}" for i, value in enumerate(found)]
+            raise RankError(f"{why}\nFound {listed(each)}.")
+
+    def sum(
+        self,
+        gradients: Sequence[Tensor | None],
+        has: Sequence[Sequence[bool]],
+        like: Sequence[Tensor],
+    ) -> list[Tensor | None]:
+        """The sums over ranks of some gradients, bucket by bucket.
+
+        Args:
+            gradients: In the same order on every rank. None counts as zeros, unless it is None
+                everywhere; then so is the sum.
+            has: Rank by rank, which of them are not None.
+            like: What they are gradients of, whose shapes, dtypes and devices they have.
+
+        Memory: the sums, and one bucket. Half precisions are summed in float32.
+        """
+        used = [i for i in range(len(gradients)) if any(each[i] for each in has)]
+        sums: list[Tensor | None] = [None] * len(gradients)
+        for bucket in _buckets(used, like):
+            pieces = [_flat(gradients[i], like[i]) for i in bucket]
+            sizes = [len(piece) for piece in pieces]
+            joined = torch.cat(pieces) if len(pieces) > 1 else pieces[0].clone()
+            del pieces
+            dist.all_reduce(joined, group=self.group)
+            for i, flat in zip(bucket, torch.split(joined, sizes), strict=True):
+                alone = len(bucket) == 1  # else the sums would share one storage
+                sums[i] = flat.to(like[i].dtype, copy=not alone).view(like[i].shape)
+        return sums
+
+    def added(self, values: Tensor) -> Tensor:
+        """The sum over ranks of a tensor that all of them have, in the same shape."""
+        total = values.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total, group=self.group)
+        return total
+
+    def sent(self, value: T, to: int) -> list[T]:
+        """What all ranks have for one of them, in their order; there only, elsewhere nothing."""
+        mine = self.own == to
+        everyone: list[Any] | None = [None] * self.count if mine else None
+        dist.gather_object(value, everyone, group=self.group, group_dst=to)
+        return everyone or []
+
+    def _exchanged(self, told: _Told) -> list[_Told]:
+        everyone: list[Any] = [None] * self.count
+        try:
+            if dist.get_backend(self.group) == "gloo":  # it alone knows who is missing
+                dist.monitored_barrier(self.group, wait_all_ranks=True)
+            dist.all_gather_object(everyone, told, group=self.group)
+        except RuntimeError as error:
+            raise RankError(
+                f"Rank {self.own} waited in vain for other ranks at the step {told.step!r}: "
+                f"{error}\n"
+                f"All ranks of a process group must call combine(), backward() and the products of "
+                f"a shared Jacobian in the same order, a rank without poses too."
+            ) from error
+        return everyone
+
+
+def unwrapped(
+    modules: Sequence[nn.Module], group: Any
+) -> tuple[tuple[nn.Module, ...], Ranks | None]:
+    """Modules without the DistributedDataParallel around them, and the ranks that share groups.
+
+    Args:
+        modules: As users give them.
+        group: A process group, or None for that of the wrappers.
+
+    Raises:
+        ValueError: if this process is not in the group, or wrappers have another one.
+        TypeError: if the group is none.
+    """
+    wrappers = [m for m in modules if isinstance(m, DistributedDataParallel)]
+    groups = [group] if group is not None else []
+    groups += [wrapper.process_group for wrapper in wrappers]
+    if not groups:
+        return tuple(modules), None
+    if not dist.is_initialized() or not isinstance(groups[0], dist.ProcessGroup):
+        raise TypeError(
+            f"process_group is {groups[0]!r}, which is no group of processes. Pass "
+            f"torch.distributed.group.WORLD, or what torch.distributed.new_group returned, after "
+            f"torch.distributed.init_process_group()."
+        )
+    if any(other is not groups[0] for other in groups):
+        raise ValueError(
+            "The modules and process_group= name several process groups, but a group of poses is "
+            "shared by one. Wrap all modules with the same process_group, or leave it out here."
+        )
+    if dist.get_rank(groups[0]) < 0:
+        raise ValueError(
+            "This process is no member of the process group. Make the engine on its ranks only."
+        )
+    plain = [m.module if isinstance(m, DistributedDataParallel) else m for m in modules]
+    return tuple(plain), Ranks(groups[0])
+
+
+def _buckets(used: Sequence[int], like: Sequence[Tensor]) -> Iterator[list[int]]:
+    """Numbers of tensors that travel together: of one kind, and up to `BUCKET` bytes."""
+    kinds: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+    for i in used:
+        kinds.setdefault((like[i].device, _wide(like[i].dtype)), []).append(i)
+    for (_, dtype), numbers in kinds.items():
+        bucket: list[int] = []
+        size = 0
+        for i in numbers:
+            size += like[i].numel() * dtype.itemsize
+            if bucket and size > BUCKET:
+                yield bucket
+                bucket, size = [], like[i].numel() * dtype.itemsize
+            bucket.append(i)
+        yield bucket
+
+
+def _flat(gradient: Tensor | None, like: Tensor) -> Tensor:
+    dtype = _wide(like.dtype)
+    if gradient is None:
+        return torch.zeros(like.numel(), dtype=dtype, device=like.device)
+    dense = gradient.to_dense() if gradient.is_sparse else gradient
+    return dense.to(dtype).reshape(-1)
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+
+
+def _failed_message(step: str, own: int, failed: Sequence[tuple[int, str]]) -> str:
+    what = "\n".join(f"Rank {i}: {failure}" for i, failure in failed)
+    return (
+        f"Rank {own} stops at the step {step!r}, since others failed there.\n{what}\n"
+        f"Nothing was added to any .grad; mend what they report."
+    )
+
+
+def _elsewhere_message(step: str, own: int, elsewhere: Sequence[tuple[int, str]]) -> str:
+    others = listed([f"rank {i} at {step!r}" for i, step in elsewhere])
+    return (
+        f"Rank {own} is at the step {step!r}, {others}.\n"
+        f"All ranks of a process group must call combine(), backward() and the products of a "
+        f"shared Jacobian in the same order, a rank without poses too."
+    )

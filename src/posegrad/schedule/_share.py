@@ -1,0 +1,150 @@
+r"""From predictions and their pullback to a combined prediction, on one rank or on several.
+
+Ranks that share a group see all m predictions :math:`\hat y`, each scores its own poses, and each
+has a loss :math:`L_r` of the combined prediction, usually the same one. The gradient is that of the
+losses' mean over the R ranks, as DistributedDataParallel's is:
+
+.. math::
+    w = \frac1R \sum_r \frac{\partial L_r}{\partial \hat y}, \qquad
+    g = \sum_r \sum_{i \in r} w_i \frac{\partial \hat y_i}{\partial \theta} .
+
+So w, m numbers, is exchanged, and gradients of parameter size are summed once.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from posegrad.capture import check_tracked, graph_clock
+from posegrad.combination import Combination
+from posegrad.errors import UntrackedTensorError
+from posegrad.ranks import Ranks
+from posegrad.schedule._attach import Gradients, Pullback, attach
+from posegrad.schedule._inputs import Inputs
+from posegrad.schedule._session import Combined, Session
+
+__all__ = ["attached", "combined"]
+
+
+def combined(
+    session: Session,
+    rule: Combination,
+    predictions: Tensor,
+    pullback: Pullback,
+    saved: Gradients = (),
+) -> Combined:
+    """The rule's result for the predictions of all poses, differentiable.
+
+    Args:
+        session: Whose poses they are.
+        rule: Differentiated by autograd, on a few numbers.
+        predictions: `[m, ...]`, of all ranks.
+        pullback: From the saved tensors and the cotangent `[m, ...]` of the predictions to the
+            gradients of the session's inputs, for the poses of this rank.
+        saved: What the pullback needs.
+    """
+    if session.ranks is None:
+        (per_pose,) = attached(session, [predictions], pullback, saved)
+        return Combined(rule(per_pose), per_pose)
+    return _sealed(session, session.ranks, rule, predictions, pullback, saved)
+
+
+def attached(
+    session: Session, values: Sequence[Tensor], pullback: Pullback, saved: Gradients = ()
+) -> tuple[Tensor, ...]:
+    """Values as differentiable functions of a session's inputs, on one rank or on several."""
+    inputs, ranks = session.inputs, session.ranks
+    if ranks is None:
+        return attach(values, inputs, pullback, saved)
+
+    def shared(saved: Gradients, cotangents: Gradients) -> Gradients:
+        means = _means(ranks, inputs, lambda: cotangents, values)
+        return _summed(ranks, inputs, pullback, saved, means)
+
+    return attach(values, inputs, shared, saved)
+
+
+def _sealed(
+    session: Session,
+    ranks: Ranks,
+    rule: Combination,
+    predictions: Tensor,
+    pullback: Pullback,
+    saved: Gradients,
+) -> Combined:
+    """As `combined`, with the rule inside: the gradients of its own parameters are shared too."""
+    inputs = session.inputs
+    clock = graph_clock()
+    with torch.enable_grad():
+        leaf = predictions.detach().requires_grad_()
+        prediction = rule(leaf)
+    trained = [p for p in rule.parameters() if p.requires_grad]
+    _check_known(prediction, [leaf, *trained], clock)
+    numbers = inputs.joined(trained)
+
+    def through_rule(cotangents: Gradients) -> Gradients:
+        on_prediction, on_poses = cotangents
+        found: Gradients = [None] * (1 + len(trained))
+        if on_prediction is not None and prediction.requires_grad:
+            found = torch.autograd.grad(
+                prediction, [leaf, *trained], on_prediction, retain_graph=True, allow_unused=True
+            )
+        return [_added(found[0], on_poses), *found[1:]]
+
+    def shared(saved: Gradients, cotangents: Gradients) -> Gradients:
+        weights, *of_rule = _means(
+            ranks, inputs, lambda: through_rule(cotangents), [leaf, *trained]
+        )
+        gradients = _summed(ranks, inputs, pullback, saved, [weights])
+        for number, gradient in zip(numbers, of_rule, strict=True):
+            gradients[number] = _added(gradients[number], gradient)  # the model may have it too
+        return gradients
+
+    return Combined(*attach([prediction.detach(), leaf.detach()], inputs, shared, saved))
+
+
+def _means(
+    ranks: Ranks, inputs: Inputs, work: Callable[[], Gradients], like: Sequence[Tensor]
+) -> list[Tensor | None]:
+    """The means over ranks of a few small tensors; None where no rank has any."""
+
+    def told() -> Gradients:
+        inputs.check_fresh()
+        return [None if g is None else g.detach().cpu() for g in work()]
+
+    means: list[Tensor | None] = []
+    for tensor, each in zip(like, zip(*ranks.together("backward", told), strict=True), strict=True):
+        present = [g for g in each if g is not None]
+        total = sum(present[1:], present[0]) / ranks.count if present else None
+        means.append(None if total is None else total.to(tensor.device))
+    return means
+
+
+def _summed(
+    ranks: Ranks, inputs: Inputs, pullback: Pullback, saved: Gradients, cotangents: Gradients
+) -> list[Tensor | None]:
+    """The gradients of all ranks' poses; those of pose tensors are this rank's alone."""
+    count = inputs.parameter_count
+    gradients: list[Tensor | None] = []
+
+    def work() -> list[bool]:
+        gradients.extend(pullback(saved, cotangents))
+        return [gradient is not None for gradient in gradients[:count]]
+
+    has = ranks.together("differentiate poses", work)
+    return [*ranks.sum(gradients[:count], has, inputs.tensors[:count]), *gradients[count:]]
+
+
+def _added(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    return a + b if a is not None and b is not None else a if b is None else b
+
+
+def _check_known(prediction: Tensor, known: Sequence[Tensor], clock: int) -> None:
+    """Refuses a rule through which a tensor enters whose gradient would stay on this rank."""
+    try:
+        if prediction.requires_grad:
+            check_tracked(prediction, {id(tensor) for tensor in known}, clock)
+    except UntrackedTensorError as error:
+        error.add_note("It enters by the rule; there, make it a parameter of an nn.Module.")
+        raise
