@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from posegrad.capture import Gatherer, Roster, check_modules
 from posegrad.combination._base import Rule
 from posegrad.errors import ClosedEngineError
-from posegrad.jacobian import PoseJacobian
+from posegrad.jacobian import PoseJacobian, SharedJacobian, of_all
 from posegrad.ranks import unwrapped
 from posegrad.schedule._combine import (
     call_of,
@@ -185,7 +185,7 @@ class Engine:
         params: Iterable[str | Tensor] | None = None,
         pose_index: Tensor | Sequence[Tensor] | None = None,
         retain_graph: bool = False,
-    ) -> PoseJacobian:
+    ) -> PoseJacobian | SharedJacobian:
         r"""Reads the Jacobian of an output off its graph; the graph is freed.
 
         Any output will do: predictions, losses, several numbers a pose. Which rows of the
@@ -225,11 +225,17 @@ class Engine:
         self._check_open()
         parameters = self._roster.trainable(params)
         index = [pose_index] if isinstance(pose_index, Tensor) else list(pose_index or ())
-        return self._gatherer.gather(output, parameters, pose_index=index, keep_graph=retain_graph)
+
+        def own() -> PoseJacobian:
+            return self._gatherer.gather(
+                output, parameters, pose_index=index, keep_graph=retain_graph
+            )
+
+        return of_all(own, parameters, self._ranks)
 
     def gather(
         self, poses: Iterable[Pose] | Tensor, *, loss: Loss | None = None, form: str = "auto"
-    ) -> PoseJacobian:
+    ) -> PoseJacobian | SharedJacobian:
         """Scores poses chunk by chunk and gathers their Jacobian; each chunk's graph is freed.
 
         Args:
@@ -255,9 +261,13 @@ class Engine:
             torch.Size([5, 4])
         """
         self._check_open()
-        _, chunks = chunks_of(poses, self.chunk_size)
         parameters = self._roster.trainable()
-        return gather(self._gatherer, self._scorer(poses), chunks, parameters, loss, form)
+
+        def own() -> PoseJacobian:
+            scorer, (_, chunks) = self._scorer(poses), chunks_of(poses, self.chunk_size)
+            return gather(self._gatherer, scorer, chunks, parameters, loss, form)
+
+        return of_all(own, parameters, self._ranks)
 
     def compute_gramian(self, output: Tensor) -> Tensor:
         """The Gramian of an output's gradients, as by TorchJD's engine; the graph is kept.

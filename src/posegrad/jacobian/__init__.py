@@ -6,6 +6,7 @@ from posegrad.jacobian._layout import NOBODY, Layout, single
 from posegrad.jacobian._parts import Arrangement, Factors, Part, Pull, Rows, Weights
 from posegrad.jacobian._precision import is_cast, no_autocast
 from posegrad.jacobian.operator import PoseJacobian
+from posegrad.jacobian.shared import SharedJacobian, of_all
 
 __all__ = [
     "NOBODY",
@@ -19,8 +20,10 @@ __all__ = [
     "PoseJacobian",
     "Pull",
     "Rows",
+    "SharedJacobian",
     "Weights",
     "is_cast",
     "no_autocast",
+    "of_all",
     "single",
 ]
