@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 
@@ -106,7 +106,5 @@ def _kill(launcher: "subprocess.Popen[str]") -> None:
     family = psutil.Process(launcher.pid).children(recursive=True)
     launcher.kill()
     for process in family:
-        try:
+        with suppress(psutil.NoSuchProcess):
             process.kill()
-        except psutil.NoSuchProcess:
-            pass

@@ -5,8 +5,10 @@ it went, go on together or not at all. So a rank whose model raises does not lea
 waiting: they raise too, and name it.
 """
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import count
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -21,6 +23,15 @@ __all__ = ["Ranks", "unwrapped"]
 T = TypeVar("T")
 
 BUCKET = 25 * 2**20  # bytes that travel in one message, as many as DistributedDataParallel sends
+
+
+_CALLS: defaultdict[str, Iterator[int]] = defaultdict(count)
+"""The steps that this process has come to in each process group, counted."""
+
+_SAME_ORDER = (
+    "All ranks of a process group must call combine(), backward() and the products of a shared "
+    "Jacobian in the same order, a rank without poses too."
+)
 
 
 class _Told(NamedTuple):
@@ -135,18 +146,28 @@ class Ranks:
 
     def _exchanged(self, told: _Told) -> list[_Told]:
         everyone: list[Any] = [None] * self.count
+        call = next(_CALLS[self.group.group_name])
+        store = self.group.get_group_store()
+        store.set(_key(self.own), f"{call} {told.step}")
         try:
-            if dist.get_backend(self.group) == "gloo":  # it alone knows who is missing
-                dist.monitored_barrier(self.group, wait_all_ranks=True)
             dist.all_gather_object(everyone, told, group=self.group)
         except RuntimeError as error:
+            seen = [self._last_seen(i) for i in range(self.count)]
+            late = [f"rank {i}, {step}" for i, (n, step) in enumerate(seen) if n < call]
             raise RankError(
-                f"Rank {self.own} waited in vain for other ranks at the step {told.step!r}: "
-                f"{error}\n"
-                f"All ranks of a process group must call combine(), backward() and the products of "
-                f"a shared Jacobian in the same order, a rank without poses too."
+                f"Rank {self.own} waited in vain at the step {told.step!r} for "
+                f"{listed(late) or 'others, which have failed since'}.\n{_SAME_ORDER}\n"
+                f"The process group gave up: {error}"
             ) from error
         return everyone
+
+    def _last_seen(self, rank: int) -> tuple[int, str]:
+        """The number of the last step that a rank came to, and what it was."""
+        store, key = self.group.get_group_store(), _key(rank)
+        if not store.check([key]):
+            return -1, "not seen yet"
+        call, _, step = store.get(key).decode().partition(" ")
+        return int(call), f"last seen at {step!r}"
 
 
 def unwrapped(
@@ -184,6 +205,10 @@ def unwrapped(
         )
     plain = [m.module if isinstance(m, DistributedDataParallel) else m for m in modules]
     return tuple(plain), Ranks(groups[0])
+
+
+def _key(rank: int) -> str:
+    return f"posegrad/{rank}"
 
 
 def _buckets(used: Sequence[int], like: Sequence[Tensor]) -> Iterator[list[int]]:
@@ -225,8 +250,4 @@ def _failed_message(step: str, own: int, failed: Sequence[tuple[int, str]]) -> s
 
 def _elsewhere_message(step: str, own: int, elsewhere: Sequence[tuple[int, str]]) -> str:
     others = listed([f"rank {i} at {step!r}" for i, step in elsewhere])
-    return (
-        f"Rank {own} is at the step {step!r}, {others}.\n"
-        f"All ranks of a process group must call combine(), backward() and the products of a "
-        f"shared Jacobian in the same order, a rank without poses too."
-    )
+    return f"Rank {own} is at the step {step!r}, {others}.\n{_SAME_ORDER}"

@@ -139,8 +139,10 @@ def _together(ranks: Ranks, make: Callable[[], Call]) -> Call:
     calls: list[Call] = []
 
     def told() -> tuple[dict[str, object], Groups | None]:
-        calls.append(make())
-        return calls[0].request.outline(), calls[0].groups
+        call = make()
+        calls.append(call)
+        given = {"groups": "none" if call.groups is None else "given"}
+        return call.request.outline() | given, call.groups
 
     outlines, groups = zip(*ranks.together("combine", told), strict=True)
     _check_agreed(outlines)

@@ -1,0 +1,209 @@
+"""The rows of all ranks are one Jacobian, and every rule sees all of them."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torchjd import aggregation as theirs
+
+from posegrad import (
+    Clip,
+    Engine,
+    Mean,
+    Median,
+    NoPosesError,
+    PoseJacobian,
+    RankError,
+    ShapeMismatchError,
+    SignAgreement,
+    StaleFactorError,
+    TrimmedMean,
+)
+from posegrad.jacobian import SharedJacobian
+from posegrad.testing import peak_live_bytes
+from tests.distributed.setting import M, gradients, in_group, mine, network, same_everywhere
+
+__all__ = ["in_group"]
+
+
+def _images() -> nn.Module:
+    torch.manual_seed(0)
+    body = (nn.Conv1d(2, 4, 3), nn.GroupNorm(2, 4), nn.ReLU(), nn.Flatten(), nn.Linear(12, 1))
+    return nn.Sequential(*body).double()
+
+
+def _tokens() -> nn.Module:
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0, batch_first=True)
+    return nn.Sequential(layer, nn.Flatten(), nn.Linear(20, 1)).double()
+
+
+NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "MLP": (network, (5,)),
+    "convolutions": (_images, (2, 5)),
+    "attention": (_tokens, (5, 4)),
+}
+
+
+def made(name: str, *, in_chunks: bool = False) -> tuple[nn.Module, SharedJacobian, PoseJacobian]:
+    make, shape = NETWORKS[name]
+    model, generator = make(), torch.Generator().manual_seed(1)
+    X = torch.randn(M, *shape, generator=generator, dtype=torch.float64)
+    engine = Engine(model, chunk_size=3, process_group=dist.group.WORLD)
+    shared = engine.gather(mine(X)) if in_chunks else engine.jacobian(model(mine(X)).squeeze(1))
+    return model, shared, Engine(model).jacobian(model(X).squeeze(1))
+
+
+@pytest.mark.parametrize("in_chunks", [False, True])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_products_are_those_of_one_process(name: str, in_chunks: bool) -> None:
+    _, shared, alone = made(name, in_chunks=in_chunks)
+    w = torch.randn(M, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    close = torch.testing.assert_close
+    close(shared.predictions, alone.predictions)
+    close(shared.gramian(), alone.gramian())
+    close(shared.gramian(torch.float32), alone.gramian(torch.float32))
+    close(shared.gramian(per_parameter=True), alone.gramian(per_parameter=True))
+    close(shared.norms(), alone.norms())
+    close(shared.combine(w), alone.combine(w))
+    close(shared.matrix(), alone.matrix())
+    close(shared[3], alone[3])
+    first = next(iter(shared.shapes))
+    close(shared.block(first), alone.block(first))
+    assert shared.used == alone.used
+    assert shared.shapes == alone.shapes
+    assert (len(shared), shared.output_shape) == (len(alone), alone.output_shape)
+    assert "closed form" in shared.report() or not len(shared.own)
+    assert f"ranks={dist.get_world_size()}" in repr(shared)
+
+
+RULES: dict[str, Callable[[], Any]] = {
+    "weights": lambda: torch.arange(M, dtype=torch.float64),
+    "Mean": Mean,
+    "Clip": lambda: Clip(0.5),
+    "Clip with noise": lambda: Clip(
+        0.5, noise_multiplier=1.0, generator=torch.Generator().manual_seed(3)
+    ),
+    "TrimmedMean": lambda: TrimmedMean(2),
+    "Median": Median,
+    "SignAgreement": lambda: SignAgreement(0.5),
+    "UPGrad": theirs.UPGrad,
+    "UPGradWeighting": theirs.UPGradWeighting,
+    "MGDAWeighting": theirs.MGDAWeighting,
+    "ConFIG": theirs.ConFIG,
+    "AlignedMTL": theirs.AlignedMTL,
+}
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_rule_sees_the_rows_of_all_ranks(rule: str) -> None:
+    model, shared, alone = made("MLP")
+    weights: list[Tensor | None] = []
+    found = gradients([model], lambda: weights.append(shared.backward(RULES[rule]())))
+    expected = gradients([model], lambda: weights.append(alone.backward(RULES[rule]())))
+    torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-10)
+    torch.testing.assert_close(weights[0], weights[1], rtol=1e-8, atol=1e-10)
+    assert same_everywhere(found)
+
+
+def test_weights_drawn_at_random_are_those_of_the_first_rank() -> None:
+    model, shared, alone = made("MLP")
+    torch.manual_seed(dist.get_rank())
+    found = gradients([model], lambda: shared.backward(theirs.RandomWeighting()))
+    assert same_everywhere(found)
+    torch.manual_seed(0)
+    expected = gradients([model], lambda: alone.backward(theirs.RandomWeighting()))
+    torch.testing.assert_close(found, expected)
+
+
+def test_noise_of_ones_own_on_each_rank_is_refused() -> None:
+    model, shared, _ = made("MLP")
+    own = torch.Generator().manual_seed(dist.get_rank())
+    with pytest.raises(RankError, match="different gradients of the same rows"):
+        shared.backward(Clip(0.5, noise_multiplier=1.0, generator=own))
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_engine_backward_and_gramian() -> None:
+    model = network()
+    X = torch.randn(M, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    engine = Engine(model, process_group=dist.group.WORLD)
+    output = model(mine(X)).squeeze(1)
+    gramian = engine.compute_gramian(output)
+    torch.testing.assert_close(gramian, Engine(model).compute_gramian(model(X).squeeze(1)))
+    found = gradients([model], lambda: engine.backward(output, theirs.UPGradWeighting()))
+    alone = Engine(model)
+    expected = gradients(
+        [model], lambda: alone.backward(model(X).squeeze(1), theirs.UPGradWeighting())
+    )
+    torch.testing.assert_close(found, expected)
+
+
+def test_several_numbers_a_pose() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+    X = torch.randn(M, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    shared = Engine(model, process_group=dist.group.WORLD).jacobian(model(mine(X)))
+    alone = Engine(model).jacobian(model(X))
+    torch.testing.assert_close(shared.gramian(), alone.gramian())
+    torch.testing.assert_close(shared.norms(), alone.norms())
+    torch.testing.assert_close(shared.block("0.weight"), alone.block("0.weight"))
+    w = torch.ones(M, 2, dtype=torch.float64)
+    torch.testing.assert_close(shared.combine(w), alone.combine(w))
+
+
+def test_a_parameter_that_only_one_rank_uses() -> None:
+    torch.manual_seed(0)
+    model = nn.ModuleList([nn.Linear(5, 1), nn.Linear(5, 1), nn.Linear(5, 1)]).double()
+    X = torch.randn(M, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    number = min(dist.get_rank(), 1)
+    engine = Engine(model, process_group=dist.group.WORLD)
+    shared = engine.jacobian(model[number](mine(X)).squeeze(1))
+    assert shared.used == ["0.weight", "0.bias", "1.weight", "1.bias"]
+    found = gradients([model], lambda: shared.backward(torch.ones(M, dtype=torch.float64)))
+    assert found["0.2.weight"] is None
+    rest = X[len(X.split([8, 3])[0]) :]
+    torch.testing.assert_close(found["0.1.weight"], rest.sum(0, keepdim=True))
+    assert same_everywhere(found)
+
+
+def test_a_tensor_changed_in_place_on_one_rank_stops_all() -> None:
+    model, shared, _ = made("MLP")
+    x = mine(torch.randn(M, 5, dtype=torch.float64))
+    engine = Engine(model, process_group=dist.group.WORLD)
+    shared = engine.jacobian(model(x).squeeze(1))
+    if dist.get_rank() == 0:
+        x.add_(1)
+    kind = StaleFactorError if dist.get_rank() == 0 else RankError
+    for product in (shared.gramian, shared.matrix, lambda: shared.combine(torch.ones(M))):
+        with pytest.raises(kind, match="changed in place"):
+            product()
+
+
+def test_bad_input_is_refused() -> None:
+    model, shared, _ = made("MLP")
+    engine = Engine(model, process_group=dist.group.WORLD)
+    with pytest.raises(ShapeMismatchError, match="the output of all ranks"):
+        shared.combine(torch.ones(M + 1))
+    with pytest.raises(IndexError, match="picks 11 numbers"):
+        shared[:]
+    with pytest.raises(NoPosesError, match="No rank has predictions"):
+        engine.gather([])
+    with pytest.raises(ShapeMismatchError, match="joined along dimension 0"):
+        engine.jacobian(model(torch.ones(1, 5, dtype=torch.float64)).sum())
+
+
+def test_no_rank_has_the_rows_of_all_layers() -> None:
+    """Rows travel layer by layer: the peak is a few copies of one layer's, not of all ten."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*[nn.Linear(64, 64) for _ in range(10)], nn.Linear(64, 1))
+    x = torch.randn(12, 64)
+    engine = Engine(model, process_group=dist.group.WORLD)
+    shared = engine.gather(list(x), form="dense")
+    layer = 12 * dist.get_world_size() * 64 * 64 * 4  # bytes of the rows of all ranks
+    with peak_live_bytes() as peak:
+        shared.gramian()
+    assert peak.bytes < 5 * layer
