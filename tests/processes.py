@@ -1,0 +1,112 @@
+"""Real process groups: torchrun, started from a test, with gloo on the CPU.
+
+`run` starts any script or module; `run_tests` runs a file of ordinary tests in every process at
+once. Name such a file `ranks_*.py`, so that pytest does not collect it outside a process group, and
+open the group with `process_group`.
+"""
+
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+
+import psutil
+import torch.distributed as dist
+
+__all__ = ["process_group", "run", "run_tests"]
+
+ROOT = Path(__file__).parents[1]
+
+
+def run(*command: str | Path, processes: int = 2, timeout: float = 120) -> str:
+    """Runs a Python script or module in several processes that torchrun starts.
+
+    Each has one thread, and finds posegrad and the tests where this process finds them.
+
+    Args:
+        command: What would follow `python`: a script or `"-m"` and a module, then its arguments.
+        processes: How many.
+        timeout: Seconds after which all of them are killed.
+
+    Returns:
+        What they printed, line by line with the rank in front.
+
+    Raises:
+        AssertionError: if one fails or the time is up; the message has all they printed.
+    """
+    with tempfile.TemporaryDirectory() as logs:
+        launch = ["-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"]
+        options = [f"--nproc-per-node={processes}", "--tee=3", f"--log-dir={logs}"]
+        with subprocess.Popen(
+            [sys.executable, *launch, *options, *map(str, command)],
+            cwd=ROOT,
+            env=_environment(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        ) as launcher:
+            try:
+                printed, _ = launcher.communicate(timeout=timeout)
+            except subprocess.TimeoutExpired:
+                _kill(launcher)
+                printed, _ = launcher.communicate()
+                raise AssertionError(f"Not done after {timeout:g} s:\n{printed}") from None
+            finally:
+                _kill(launcher)
+    assert launcher.returncode == 0, f"Exit status {launcher.returncode}:\n{printed}"
+    return printed
+
+
+def run_tests(file: str | Path, *options: str, processes: int = 2, timeout: float = 120) -> str:
+    """Runs a file of tests in every process of a group; they must all pass in all of them.
+
+    The first failure ends a process and torchrun the others: no one waits for who is gone.
+
+    Args:
+        file: Its path; relative ones from the root of the repository.
+        options: More of pytest's, such as `"-k"` and an expression.
+        processes: As for `run`.
+        timeout: As for `run`.
+
+    Returns:
+        As `run`.
+    """
+    own = ["-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
+    return run(*own, file, *options, processes=processes, timeout=timeout)
+
+
+@contextmanager
+def process_group() -> Iterator[None]:
+    """This process in a gloo group with the others that torchrun started.
+
+    Who waits for another longer than 30 s fails.
+    """
+    dist.init_process_group("gloo", timeout=timedelta(seconds=30))
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def _environment() -> dict[str, str]:
+    """This process's, with one thread, its import path, and nothing of an outer pytest."""
+    inherited = {name: v for name, v in os.environ.items() if not name.startswith("PYTEST")}
+    path = os.pathsep.join([str(ROOT), *filter(None, sys.path)])
+    return inherited | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTHONPATH": path}
+
+
+def _kill(launcher: "subprocess.Popen[str]") -> None:
+    """Ends torchrun and its workers, which have sessions of their own."""
+    if launcher.poll() is not None:
+        return
+    family = psutil.Process(launcher.pid).children(recursive=True)
+    launcher.kill()
+    for process in family:
+        try:
+            process.kill()
+        except psutil.NoSuchProcess:
+            pass
