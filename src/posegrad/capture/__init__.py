@@ -1,6 +1,6 @@
 """Reading autograd's graph: the only code that touches autograd's internals."""
 
-from posegrad.capture._compat import add_each, leaf_hooks_off
+from posegrad.capture._compat import add_each, in_static_ddp, leaf_hooks_off
 from posegrad.capture._edges import EdgeRegistry
 from posegrad.capture._gather import Gatherer
 from posegrad.capture._guard import grad_set_aside
@@ -16,5 +16,6 @@ __all__ = [
     "check_tracked",
     "grad_set_aside",
     "graph_clock",
+    "in_static_ddp",
     "leaf_hooks_off",
 ]

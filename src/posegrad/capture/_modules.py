@@ -47,8 +47,9 @@ def _check_not_wrapped(name: str, module: nn.Module) -> None:
             f"{name} is wrapped by {found.pop()}, which averages gradients over processes when its "
             f"own forward runs with a graph. The engine scores poses without one, so the gradients "
             f"would silently stay local.\n"
-            f"Until posegrad supports it: Engine(wrapped.module), then all-reduce each .grad "
-            f"yourself before optimizer.step()."
+            f"With compounds of its own in each process, wrap the outside: "
+            f"DistributedDataParallel(MultiPose(model, rule)). Otherwise Engine(wrapped.module), "
+            f"and all-reduce each .grad yourself before optimizer.step()."
         )
 
 
