@@ -1,6 +1,6 @@
 """Real process groups: torchrun, started from a test, with gloo on the CPU.
 
-`run` starts any script or module; `run_tests` runs a file of ordinary tests in every process at
+`run` starts any script or module; `run_tests` runs files of ordinary tests in every process at
 once. Name such a file `ranks_*.py`, so that pytest does not collect it outside a process group, and
 open the group with `process_group`.
 """
@@ -61,14 +61,13 @@ def run(*command: str | Path, processes: int = 2, timeout: float = 120) -> str:
     return printed
 
 
-def run_tests(file: str | Path, *options: str, processes: int = 2, timeout: float = 120) -> str:
-    """Runs a file of tests in every process of a group; they must all pass in all of them.
+def run_tests(*files: str | Path, processes: int = 2, timeout: float = 120) -> str:
+    """Runs files of tests in every process of a group; they must all pass in all of them.
 
     The first failure ends a process and torchrun the others: no one waits for who is gone.
 
     Args:
-        file: Its path; relative ones from the root of the repository.
-        options: More of pytest's, such as `"-k"` and an expression.
+        files: Their paths, relative ones from the root of the repository; also options of pytest.
         processes: As for `run`.
         timeout: As for `run`.
 
@@ -76,7 +75,7 @@ def run_tests(file: str | Path, *options: str, processes: int = 2, timeout: floa
         As `run`.
     """
     own = ["-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
-    return run(*own, file, *options, processes=processes, timeout=timeout)
+    return run(*own, *files, processes=processes, timeout=timeout)
 
 
 @contextmanager

@@ -29,4 +29,4 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("name", ["stream", "recompute", "auto, trained"])
 def test_two_processes_fit_like_a_plain_loop(name: str, folder: Path) -> None:
-    assert_fits_like_a_plain_loop(name, folder, rank=dist.get_rank(), ranks=dist.get_world_size())
+    assert_fits_like_a_plain_loop(name, folder, ranks=dist.get_world_size())

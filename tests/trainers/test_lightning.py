@@ -7,6 +7,8 @@ import torch
 
 pytest.importorskip("lightning", reason="pip install lightning")
 
+from torch.utils.data import DataLoader
+
 from posegrad import Mean
 from tests.trainers.oracle import RULES, compounds, network, plain_loss
 from tests.trainers.with_lightning import Affinity, assert_fits_like_a_plain_loop, trainer
@@ -28,7 +30,7 @@ def test_mixed_precision(schedule: str, tmp_path: Path) -> None:
 
     module = Affinity(Mean(), schedule).float()
     options = {"max_epochs": 1, "precision": "bf16-mixed", "gradient_clip_val": None}
-    trainer(tmp_path, **options).fit(module, [compound])
+    trainer(tmp_path, **options).fit(module, DataLoader([compound], batch_size=None))
     start = network().float()
     rows = zip(module.parameters(), plain.parameters(), start.parameters(), strict=True)
     for found, expected, before in rows:
