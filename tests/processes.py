@@ -22,7 +22,9 @@ __all__ = ["process_group", "run", "run_tests"]
 ROOT = Path(__file__).parents[1]
 
 
-def run(*command: str | Path, processes: int = 2, timeout: float = 120) -> str:
+def run(
+    *command: str | Path, processes: int = 2, timeout: float = 120, folder: Path = ROOT
+) -> str:
     """Runs a Python script or module in several processes that torchrun starts.
 
     Each has one thread, and finds posegrad and the tests where this process finds them.
@@ -31,6 +33,7 @@ def run(*command: str | Path, processes: int = 2, timeout: float = 120) -> str:
         command: What would follow `python`: a script or `"-m"` and a module, then its arguments.
         processes: How many.
         timeout: Seconds after which all of them are killed.
+        folder: Where they run.
 
     Returns:
         What they printed, line by line with the rank in front.
@@ -43,7 +46,7 @@ def run(*command: str | Path, processes: int = 2, timeout: float = 120) -> str:
         options = [f"--nproc-per-node={processes}", "--tee=3", f"--log-dir={logs}"]
         with subprocess.Popen(
             [sys.executable, *launch, *options, *map(str, command)],
-            cwd=ROOT,
+            cwd=folder,
             env=_environment(),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
