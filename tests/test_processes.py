@@ -9,17 +9,8 @@ import pytest
 from tests.processes import run, run_tests
 
 TESTS = """
-import pytest
 import torch
 import torch.distributed as dist
-
-from tests.processes import process_group
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _group():
-    with process_group():
-        yield
 
 
 def test_ranks_add_up():

@@ -1,23 +1,13 @@
 """Accelerate in two processes: each has compounds of its own."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 import torch.distributed as dist
-
-from tests.processes import process_group
 
 pytest.importorskip("accelerate", reason="pip install accelerate")
 
 from tests.trainers.oracle import RULES
 from tests.trainers.with_accelerate import assert_trains_like_a_plain_loop
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _group() -> Iterator[None]:
-    with process_group():
-        yield
 
 
 @pytest.mark.parametrize("name", RULES)

@@ -1,22 +1,13 @@
 """Lightning with `strategy="ddp"` on the CPU, in two processes."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch.distributed as dist
 
-from tests.processes import process_group
-
 pytest.importorskip("lightning", reason="pip install lightning")
 
 from tests.trainers.with_lightning import assert_fits_like_a_plain_loop
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _group() -> Iterator[None]:
-    with process_group():
-        yield
 
 
 @pytest.fixture
