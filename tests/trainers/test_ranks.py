@@ -18,7 +18,7 @@ def test_there_are_tests_for_ranks() -> None:
 
 
 def test_two_processes() -> None:
-    printed = run_tests(*FILES, timeout=240)  # at once: most of the time goes into imports
+    printed = run_tests(*FILES, timeout=400)  # at once: most of the time goes into imports
     assert printed.count(" passed") == 2
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from posegrad.capture import Gatherer
+from posegrad.capture import Gatherer, check_no_talk
 from posegrad.combination import Combination
 from posegrad.combination._base import Rule
 from posegrad.combination._groups import Grouped, Groups, ungrouped
@@ -102,7 +102,11 @@ def run(session: Session, request: Request, gatherer: Gatherer) -> Combined:
         session: The poses, and how they are scored.
         request: The rule and the caller's wishes.
         gatherer: Reads Jacobians for `store`.
+
+    Raises:
+        UnsupportedModuleError: if processes talk to each other in a forward.
     """
+    check_no_talk(session.scorer.modules)
     name, _ = choose(request)
     if name == "stream":
         name, _ = choose(_informed(request, session.first().predictions))
