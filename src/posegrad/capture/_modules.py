@@ -72,8 +72,8 @@ def check_no_talk(modules: Sequence[nn.Module]) -> None:
                     f"{name or f'module {i}'} is a SyncBatchNorm in training: its forward and "
                     f"backward wait for all processes, and each of these scores and differentiates "
                     f"another number of poses.\n"
-                    f"Call .eval() on it, use a BatchNorm or a LayerNorm, or schedule='retain' with "
-                    f"equally many chunks of poses in every process."
+                    f"Call .eval() on it, use a BatchNorm or a LayerNorm, or use "
+                    f"schedule='retain' with equally many chunks of poses in every process."
                 )
 
 
