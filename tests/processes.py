@@ -1,8 +1,8 @@
 """Real process groups: torchrun, started from a test, with gloo on the CPU.
 
-`run` starts any script or module; `run_tests` runs a file of ordinary tests in every process at
-once. Name such a file `ranks_*.py`, so that pytest does not collect it outside a process group, and
-open the group with `process_group`.
+`run` starts any script or module; `run_tests` runs files of ordinary tests in every process at
+once, inside a process group. Name such a file `ranks_*.py`, so that pytest does not collect it
+elsewhere.
 """
 
 import os
@@ -10,19 +10,20 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 
 import psutil
+import pytest
 import torch.distributed as dist
 
-__all__ = ["process_group", "run", "run_tests"]
+__all__ = ["run", "run_tests"]
 
 ROOT = Path(__file__).parents[1]
 
 
-def run(*command: str | Path, processes: int = 2, timeout: float = 120) -> str:
+def run(*command: str | Path, processes: int = 2, timeout: float = 120, folder: Path = ROOT) -> str:
     """Runs a Python script or module in several processes that torchrun starts.
 
     Each has one thread, and finds posegrad and the tests where this process finds them.
@@ -31,6 +32,7 @@ def run(*command: str | Path, processes: int = 2, timeout: float = 120) -> str:
         command: What would follow `python`: a script or `"-m"` and a module, then its arguments.
         processes: How many.
         timeout: Seconds after which all of them are killed.
+        folder: Where they run.
 
     Returns:
         What they printed, line by line with the rank in front.
@@ -43,7 +45,7 @@ def run(*command: str | Path, processes: int = 2, timeout: float = 120) -> str:
         options = [f"--nproc-per-node={processes}", "--tee=3", f"--log-dir={logs}"]
         with subprocess.Popen(
             [sys.executable, *launch, *options, *map(str, command)],
-            cwd=ROOT,
+            cwd=folder,
             env=_environment(),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -61,35 +63,34 @@ def run(*command: str | Path, processes: int = 2, timeout: float = 120) -> str:
     return printed
 
 
-def run_tests(file: str | Path, *options: str, processes: int = 2, timeout: float = 120) -> str:
-    """Runs a file of tests in every process of a group; they must all pass in all of them.
+def run_tests(*files: str | Path, processes: int = 2, timeout: float = 120) -> str:
+    """Runs files of tests in every process of a group; they must all pass in all of them.
 
-    The first failure ends a process and torchrun the others: no one waits for who is gone.
+    A gloo group is open. The first failure ends a process, and torchrun then ends the others, so
+    that none waits for who is gone.
 
     Args:
-        file: Its path; relative ones from the root of the repository.
-        options: More of pytest's, such as `"-k"` and an expression.
+        files: Their paths, relative ones from the root of the repository; also options of pytest.
         processes: As for `run`.
         timeout: As for `run`.
 
     Returns:
         As `run`.
     """
-    own = ["-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
-    return run(*own, file, *options, processes=processes, timeout=timeout)
+    own = ["-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-p", __name__]
+    return run(*own, *files, processes=processes, timeout=timeout)
 
 
-@contextmanager
-def process_group() -> Iterator[None]:
-    """This process in a gloo group with the others that torchrun started.
+@pytest.fixture(scope="session", autouse=True)
+def _process_group() -> Iterator[None]:
+    """Around all tests where this file is a plugin of pytest, which `run_tests` makes it.
 
-    Who waits for another longer than 30 s fails.
+    One for all files: the next group in the same processes may meet addresses of the last. Who
+    waits for another longer than 60 s fails.
     """
-    dist.init_process_group("gloo", timeout=timedelta(seconds=30))
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
+    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+    yield
+    dist.destroy_process_group()
 
 
 def _environment() -> dict[str, str]:

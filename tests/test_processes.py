@@ -9,17 +9,8 @@ import pytest
 from tests.processes import run, run_tests
 
 TESTS = """
-import pytest
 import torch
 import torch.distributed as dist
-
-from tests.processes import process_group
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _group():
-    with process_group():
-        yield
 
 
 def test_ranks_add_up():
@@ -46,8 +37,8 @@ def test_a_failure_in_a_process_fails_here(tmp_path: Path) -> None:
 
 def test_processes_that_hang_are_killed(tmp_path: Path) -> None:
     script = tmp_path / "hangs.py"
-    script.write_text("import time\nprint('waiting', flush=True)\ntime.sleep(600)\n")
-    with pytest.raises(AssertionError, match=r"(?s)Not done after 8 s.*waiting"):
+    script.write_text("import time\ntime.sleep(600)\n")
+    with pytest.raises(AssertionError, match="Not done after 8 s"):
         run(script, timeout=8)
     time.sleep(0.2)
     assert not [p for p in psutil.process_iter(["cmdline"]) if str(script) in _words(p)]

@@ -21,14 +21,11 @@ from tests.distributed.setting import (
     IDS,
     M,
     gradients,
-    in_group,
     mine,
     network,
     poses,
     same_everywhere,
 )
-
-__all__ = ["in_group"]
 
 RULES: dict[str, Callable[[], Combination]] = {
     "Mean": Mean,

@@ -11,9 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from posegrad import Engine, Mean, Min, MultiPose, UnsupportedModuleError
-from tests.distributed.setting import gradients, in_group, mine, network, poses, same_everywhere
-
-__all__ = ["in_group"]
+from tests.distributed.setting import gradients, mine, network, poses, same_everywhere
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "as it is": {},

@@ -24,9 +24,7 @@ from posegrad import (
 )
 from posegrad.jacobian import SharedJacobian
 from posegrad.testing import peak_live_bytes
-from tests.distributed.setting import M, gradients, in_group, mine, network, same_everywhere
-
-__all__ = ["in_group"]
+from tests.distributed.setting import M, gradients, mine, network, same_everywhere
 
 
 def _images() -> nn.Module:

@@ -21,9 +21,7 @@ from posegrad import (
     StaleParametersError,
     UntrackedTensorError,
 )
-from tests.distributed.setting import FEATURES, IDS, in_group, mine, network, poses
-
-__all__ = ["in_group"]
+from tests.distributed.setting import FEATURES, IDS, mine, network, poses
 
 
 class Failing(nn.Module):

@@ -1,20 +1,16 @@
 """What the tests in process groups have in common: networks, poses, and whose each is."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
-import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-
-from tests.processes import process_group
 
 __all__ = [
     "FEATURES",
     "IDS",
     "M",
     "gradients",
-    "in_group",
     "mine",
     "network",
     "poses",
@@ -29,13 +25,6 @@ SHARES = {2: (8, 3), 3: (8, 0, 3), 4: (1, 6, 0, 4)}
 
 IDS = torch.tensor([0, 0, 1, 1, 1, 2, 2, 0, 1, 2, 2])
 """Three groups, each with poses on several ranks."""
-
-
-@pytest.fixture(scope="module", autouse=True)
-def in_group() -> Iterator[None]:
-    """All tests of a file in one process group."""
-    with process_group():
-        yield
 
 
 def network() -> nn.Module:

@@ -1,4 +1,4 @@
-"""Real process groups: each file of `ranks_*.py` is run by all ranks at once."""
+"""Real process groups: the files `ranks_*.py` are run by all ranks at once."""
 
 from pathlib import Path
 
@@ -9,7 +9,6 @@ from tests.processes import run_tests
 FILES = sorted(Path(__file__).parent.glob("ranks_*.py"))
 
 
-@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 @pytest.mark.parametrize("processes", [2, 3])
-def test_ranks(file: Path, processes: int) -> None:
-    run_tests(file, processes=processes, timeout=300)
+def test_ranks(processes: int) -> None:
+    run_tests(*FILES, processes=processes, timeout=600)

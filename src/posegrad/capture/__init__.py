@@ -1,10 +1,10 @@
 """Reading autograd's graph: the only code that touches autograd's internals."""
 
-from posegrad.capture._compat import add_each, leaf_hooks_off
+from posegrad.capture._compat import add_each, in_static_ddp, leaf_hooks_off
 from posegrad.capture._edges import EdgeRegistry
 from posegrad.capture._gather import Gatherer
 from posegrad.capture._guard import grad_set_aside
-from posegrad.capture._modules import Roster, check_modules
+from posegrad.capture._modules import Roster, check_modules, check_no_talk
 from posegrad.capture._tracked import check_tracked, graph_clock
 
 __all__ = [
@@ -13,8 +13,10 @@ __all__ = [
     "Roster",
     "add_each",
     "check_modules",
+    "check_no_talk",
     "check_tracked",
     "grad_set_aside",
     "graph_clock",
+    "in_static_ddp",
     "leaf_hooks_off",
 ]

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import Node
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -19,6 +20,7 @@ __all__ = [
     "dtype_of",
     "facts_of",
     "in_backward",
+    "in_static_ddp",
     "is_packed",
     "is_packed_at",
     "is_python",
@@ -162,3 +164,9 @@ def in_backward(function: Callable[[], None]) -> None:
         end = start.clone()
     end.register_hook(lambda _: function())  # type: ignore[no-untyped-call]
     torch.autograd.grad(end, start)
+
+
+def in_static_ddp() -> bool:
+    """Whether the forward of a DDP with `static_graph=True` is running."""
+    active = getattr(DistributedDataParallel, "_active_ddp_module", None)
+    return active is not None and bool(active.static_graph)

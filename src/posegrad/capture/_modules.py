@@ -3,12 +3,13 @@
 from collections.abc import Iterable, Sequence
 from operator import is_
 
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from posegrad.errors import UnsupportedModuleError
 
-__all__ = ["Roster", "check_modules"]
+__all__ = ["Roster", "check_modules", "check_no_talk"]
 
 _WRAPPERS = ("DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule")
 
@@ -47,9 +48,33 @@ def _check_not_wrapped(name: str, module: nn.Module) -> None:
             f"{name} is wrapped by {found.pop()}, which averages gradients over processes when its "
             f"own forward runs with a graph. The engine scores poses without one, so the gradients "
             f"would silently stay local.\n"
-            f"Until posegrad supports it: Engine(wrapped.module), then all-reduce each .grad "
-            f"yourself before optimizer.step()."
+            f"With compounds of its own in each process, wrap the outside: "
+            f"DistributedDataParallel(MultiPose(model, rule)). Otherwise Engine(wrapped.module), "
+            f"and all-reduce each .grad yourself before optimizer.step()."
         )
+
+
+def check_no_talk(modules: Sequence[nn.Module]) -> None:
+    """Refuses a forward in which processes wait for each other.
+
+    Each scores and differentiates as many poses as its own weights ask for, so that one process's
+    statistics would be joined with those of another's other poses, or waited for in vain.
+
+    Raises:
+        UnsupportedModuleError: if there is such a module, in training, and there are processes.
+    """
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return
+    for i, module in enumerate(modules):
+        for name, part in module.named_modules():
+            if isinstance(part, nn.SyncBatchNorm) and part.training:
+                raise UnsupportedModuleError(
+                    f"{name or f'module {i}'} is a SyncBatchNorm in training: its forward and "
+                    f"backward wait for all processes, and each of these scores and differentiates "
+                    f"another number of poses.\n"
+                    f"Call .eval() on it, use a BatchNorm or a LayerNorm, or use "
+                    f"schedule='retain' with equally many chunks of poses in every process."
+                )
 
 
 class Roster:

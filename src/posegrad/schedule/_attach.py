@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
+from posegrad.capture import in_static_ddp
 from posegrad.errors import HigherOrderError
 from posegrad.schedule._inputs import Inputs
 
@@ -32,10 +33,29 @@ def attach(
         saved: Tensors the pullback needs; autograd frees them after backward, as it does its own.
     """
     inputs.close()
+    if in_static_ddp():
+        pullback = _with_zeros(pullback, inputs)
     out: tuple[Tensor, ...] = _Attached.apply(  # type: ignore[no-untyped-call]
         inputs, pullback, len(values), *values, *saved, *inputs.tensors
     )
     return out
+
+
+def _with_zeros(pullback: Pullback, inputs: Inputs) -> Pullback:
+    """A pullback that leaves no parameter without a gradient.
+
+    With `static_graph=True`, DDP never again looks at parameters that were without one in the first
+    step on all ranks. Autograd's own graphs would differ when one is used later, which DDP notices;
+    here every parameter is an input each time, and the gradient would be lost in silence.
+    """
+
+    def complete(saved: Gradients, cotangents: Gradients) -> Gradients:
+        found = list(pullback(saved, cotangents))
+        for i, parameter in enumerate(inputs.tensors[: inputs.parameter_count]):
+            found[i] = torch.zeros_like(parameter) if found[i] is None else found[i]
+        return found
+
+    return complete
 
 
 class _Attached(torch.autograd.Function):

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from posegrad.capture import Gatherer
+from posegrad.capture import Gatherer, check_no_talk
 from posegrad.combination import Combination
 from posegrad.combination._base import Rule
 from posegrad.combination._groups import Grouped, Groups, ungrouped
@@ -245,7 +245,11 @@ def run(
         ranks: Who share the group, if anyone does.
         gatherer: Reads Jacobians for `store`.
         wary: Whether to score all poses with graphs.
+
+    Raises:
+        UnsupportedModuleError: if processes talk to each other in a forward.
     """
+    check_no_talk(call.scorer.modules)
     session = Session(call.scorer, call.chunks, inputs, wary=wary, ranks=ranks, groups=call.groups)
     request = call.request
     name, _ = choose(request)
