@@ -6,11 +6,10 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from posegrad.capture import Gatherer, Roster, check_modules
+from posegrad.capture import Gatherer, Roster, check_modules, unwrapped
 from posegrad.combination._base import Rule
 from posegrad.errors import ClosedEngineError
 from posegrad.jacobian import PoseJacobian, SharedJacobian, of_all
-from posegrad.ranks import unwrapped
 from posegrad.schedule._combine import (
     call_of,
     check_options,
@@ -98,7 +97,8 @@ class Engine:
         self.predict = predict or nn.Module.__call__
         self.collate = collate
         self.chunk_size = int(chunk_size)
-        self._roster = Roster(modules)
+        sharded = self._ranks is not None and self._ranks.sharded
+        self._roster = Roster(modules, sharded=sharded)
         self._gatherer = Gatherer(check, batch_dim, block_bytes)
         self._closed = False
         self._seasoned = False  # whether a group has been through without a complaint
@@ -171,9 +171,10 @@ class Engine:
         call = call_of(
             lambda: self._scorer(poses), poses, rule, groups, schedule, skip_below, self._ranks
         )
-        if not torch.is_grad_enabled() or choose(call.request)[0] == "retain":
+        name, sharded = choose(call.request)[0], call.request.sharded
+        if name == "retain" or not (torch.is_grad_enabled() or sharded):
             return retain(call.scorer, call.chunks, call.request.rule, self._ranks, call.groups)
-        inputs = Inputs(self._roster.named(), shared=self._ranks is not None)
+        inputs = Inputs(self._roster.named(), self._ranks)
         combined = run(call, inputs, self._ranks, self._gatherer, wary=not self._seasoned)
         self._seasoned = True
         return combined

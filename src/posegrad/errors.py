@@ -80,7 +80,13 @@ class UntrackedTensorError(PosegradError, RuntimeError):
 
 
 class RankError(PosegradError, RuntimeError):
-    """Another process of the group failed or did not come, so this one cannot go on."""
+    """Another process of the group failed or did not come, so this one cannot go on.
+
+    Attributes:
+        known_at: The step at which the other failed, after which it tells nothing more.
+    """
+
+    known_at: str | None = None
 
 
 class ReentrantCheckpointError(PosegradError, RuntimeError):

@@ -13,12 +13,11 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor
 
 from posegrad.errors import RankError, listed
 
-__all__ = ["Ranks", "unwrapped"]
+__all__ = ["Ranks"]
 
 T = TypeVar("T")
 
@@ -48,9 +47,11 @@ class Ranks:
 
     Args:
         group: A `torch.distributed` process group that this process is a member of.
+        sharded: Whether FSDP2 has spread the parameters over them.
     """
 
     group: Any
+    sharded: bool = False
 
     @property
     def count(self) -> int:
@@ -78,29 +79,25 @@ class Ranks:
         try:
             told = _Told(step, work(), None)
         except Exception as error:
+            if isinstance(error, RankError) and error.known_at == step:
+                raise  # the others are past this step
             failure = error
             told = _Told(step, None, f"{type(error).__name__}: {error}")
         everyone = self._exchanged(told)
-        if failure is not None:
-            raise failure
         failed = [(i, one.failure) for i, one in enumerate(everyone) if one.failure is not None]
+        if failure is not None:
+            others = [f"rank {i}: {text}" for i, text in failed if i != self.own]
+            if others:
+                failure.add_note(f"Others failed at the step {step!r} too: {listed(others)}.")
+            raise failure
         if failed:
-            raise RankError(_failed_message(step, self.own, failed))
+            stopped = RankError(_failed_message(step, self.own, failed))
+            stopped.known_at = everyone[failed[0][0]].step  # perhaps a step around this one
+            raise stopped
         elsewhere = [(i, one.step) for i, one in enumerate(everyone) if one.step != step]
         if elsewhere:
             raise RankError(_elsewhere_message(step, self.own, elsewhere))
         return [one.value for one in everyone]
-
-    def agree(self, step: str, values: Any, *, why: str) -> None:
-        """Refuses to go on if ranks differ in something they must have in common.
-
-        Raises:
-            RankError: naming what each has.
-        """
-        found = self.together(step, lambda: values)
-        if any(value != found[0] for value in found):
-            each = [f"rank {i}: {value}" for i, value in enumerate(found)]
-            raise RankError(f"{why}\nFound {listed(each)}.")
 
     def sum(
         self,
@@ -168,43 +165,6 @@ class Ranks:
             return -1, "not seen yet"
         call, _, step = store.get(key).decode().partition(" ")
         return int(call), f"last seen at {step!r}"
-
-
-def unwrapped(
-    modules: Sequence[nn.Module], group: Any
-) -> tuple[tuple[nn.Module, ...], Ranks | None]:
-    """Modules without the DistributedDataParallel around them, and the ranks that share groups.
-
-    Args:
-        modules: As users give them.
-        group: A process group, or None for that of the wrappers.
-
-    Raises:
-        ValueError: if this process is not in the group, or wrappers have another one.
-        TypeError: if the group is none.
-    """
-    wrappers = [m for m in modules if isinstance(m, DistributedDataParallel)]
-    groups = [group] if group is not None else []
-    groups += [wrapper.process_group for wrapper in wrappers]
-    if not groups:
-        return tuple(modules), None
-    if not dist.is_initialized() or not isinstance(groups[0], dist.ProcessGroup):
-        raise TypeError(
-            f"process_group is {groups[0]!r}, which is no group of processes. Pass "
-            f"torch.distributed.group.WORLD, or what torch.distributed.new_group returned, after "
-            f"torch.distributed.init_process_group()."
-        )
-    if any(other is not groups[0] for other in groups):
-        raise ValueError(
-            "The modules and process_group= name several process groups, but a group of poses is "
-            "shared by one. Wrap all modules with the same process_group, or leave it out here."
-        )
-    if dist.get_rank(groups[0]) < 0:
-        raise ValueError(
-            "This process is no member of the process group. Make the engine on its ranks only."
-        )
-    plain = [m.module if isinstance(m, DistributedDataParallel) else m for m in modules]
-    return tuple(plain), Ranks(groups[0])
 
 
 def _key(rank: int) -> str:

@@ -4,8 +4,9 @@ from posegrad.capture._compat import add_each, in_static_ddp, leaf_hooks_off
 from posegrad.capture._edges import EdgeRegistry
 from posegrad.capture._gather import Gatherer
 from posegrad.capture._guard import grad_set_aside
-from posegrad.capture._modules import Roster, check_modules, check_no_talk
+from posegrad.capture._modules import Roster, check_modules
 from posegrad.capture._tracked import check_tracked, graph_clock
+from posegrad.capture._wrapped import check_no_talk, unwrapped
 
 __all__ = [
     "EdgeRegistry",
@@ -19,4 +20,5 @@ __all__ = [
     "graph_clock",
     "in_static_ddp",
     "leaf_hooks_off",
+    "unwrapped",
 ]

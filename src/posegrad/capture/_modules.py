@@ -3,15 +3,15 @@
 from collections.abc import Iterable, Sequence
 from operator import is_
 
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from posegrad.capture._wrapped import is_wrapper, reshard
 from posegrad.errors import UnsupportedModuleError
 
-__all__ = ["Roster", "check_modules", "check_no_talk"]
+__all__ = ["Roster", "check_modules"]
 
-_WRAPPERS = ("DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule")
+_WRAPPERS = ("DistributedDataParallel", "FullyShardedDataParallel")
 
 
 def check_modules(modules: tuple[nn.Module, ...]) -> None:
@@ -41,40 +41,16 @@ def check_modules(modules: tuple[nn.Module, ...]) -> None:
 
 
 def _check_not_wrapped(name: str, module: nn.Module) -> None:
-    kinds = {c.__name__ for c in type(module).__mro__ if c.__module__.startswith("torch.")}
-    found = kinds.intersection(_WRAPPERS)
+    found = [kind for kind in _WRAPPERS if is_wrapper(module, kind)]
     if found:
         raise UnsupportedModuleError(
-            f"{name} is wrapped by {found.pop()}, which averages gradients over processes when its "
+            f"{name} is wrapped by {found[0]}, which averages gradients over processes when its "
             f"own forward runs with a graph. The engine scores poses without one, so the gradients "
             f"would silently stay local.\n"
-            f"With compounds of its own in each process, wrap the outside: "
-            f"DistributedDataParallel(MultiPose(model, rule)). Otherwise Engine(wrapped.module), "
-            f"and all-reduce each .grad yourself before optimizer.step()."
+            f"Wrap the whole: Engine(DistributedDataParallel(model)), where all processes share a "
+            f"group of poses, or DistributedDataParallel(MultiPose(model, rule)), where each has "
+            f"groups of its own. Or shard the model by fully_shard."
         )
-
-
-def check_no_talk(modules: Sequence[nn.Module]) -> None:
-    """Refuses a forward in which processes wait for each other.
-
-    Each scores and differentiates as many poses as its own weights ask for, so that one process's
-    statistics would be joined with those of another's other poses, or waited for in vain.
-
-    Raises:
-        UnsupportedModuleError: if there is such a module, in training, and there are processes.
-    """
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
-        return
-    for i, module in enumerate(modules):
-        for name, part in module.named_modules():
-            if isinstance(part, nn.SyncBatchNorm) and part.training:
-                raise UnsupportedModuleError(
-                    f"{name or f'module {i}'} is a SyncBatchNorm in training: its forward and "
-                    f"backward wait for all processes, and each of these scores and differentiates "
-                    f"another number of poses.\n"
-                    f"Call .eval() on it, use a BatchNorm or a LayerNorm, or use "
-                    f"schedule='retain' with equally many chunks of poses in every process."
-                )
 
 
 class Roster:
@@ -82,10 +58,12 @@ class Roster:
 
     Args:
         modules: As `check_modules` lets them pass.
+        sharded: Whether FSDP2 has sharded them, whose forward may leave others in their place.
     """
 
-    def __init__(self, modules: Sequence[nn.Module]) -> None:
+    def __init__(self, modules: Sequence[nn.Module], *, sharded: bool = False) -> None:
         self._modules = modules
+        self._sharded = sharded
         self._named: dict[str, nn.Parameter] = {}
         self._within: list[nn.Module] = []  # all modules inside
         self._within_lists = False  # whether all of these list what they hold
@@ -99,6 +77,8 @@ class Roster:
         Raises:
             UnsupportedModuleError: if one is not initialised yet.
         """
+        if self._sharded:
+            reshard(self._modules)
         held = _held_by(self._within)
         same = len(held) == len(self._held) and all(map(is_, held, self._held))
         lists = self._within_lists and all(map(_lists_all, self._modules))

@@ -19,7 +19,12 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from posegrad.errors import NoPosesError, RankError, ShapeMismatchError
+from posegrad.errors import (
+    NoPosesError,
+    RankError,
+    ShapeMismatchError,
+    UnsupportedModuleError,
+)
 from posegrad.jacobian._block import Block
 from posegrad.jacobian._deliver import deliver
 from posegrad.jacobian._precision import wide
@@ -276,7 +281,18 @@ class SharedJacobian:
 def of_all(
     make: Callable[[], PoseJacobian], parameters: Mapping[str, Tensor], ranks: Ranks | None
 ) -> PoseJacobian | SharedJacobian:
-    """The Jacobian of all poses, be they of this process or of several ranks."""
+    """The Jacobian of all poses, be they of this process or of several ranks.
+
+    Raises:
+        UnsupportedModuleError: if FSDP2 has sharded the parameters.
+    """
+    if ranks is not None and ranks.sharded:
+        raise UnsupportedModuleError(
+            "The model is sharded by fully_shard, whose parameters are not in the graph: only its "
+            "own backward() finds them, and gives no rows.\n"
+            "Use combine() with a rule of the predictions, or wrap the model by "
+            "DistributedDataParallel for rules that look at gradients."
+        )
     return make() if ranks is None else SharedJacobian(make, parameters, ranks)
 
 

@@ -73,7 +73,7 @@ class _Attached(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
         with torch.no_grad():
-            if not ctx.inputs.shared:  # else the ranks look together, each at its own
+            if ctx.inputs.ranks is None:  # else the ranks look together, each at its own
                 ctx.inputs.check_fresh()
             gradients = ctx.pullback(ctx.saved_tensors, cotangents)
         if torch.is_grad_enabled():  # create_graph=True: someone means to differentiate again

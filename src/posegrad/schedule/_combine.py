@@ -147,7 +147,7 @@ def _together(ranks: Ranks, make: Callable[[], Call]) -> Call:
     outlines, groups = zip(*ranks.together("combine", told), strict=True)
     _check_agreed(outlines)
     (call,) = calls
-    request = replace(call.request, shared=True)
+    request = replace(call.request, shared=True, sharded=ranks.sharded)
     if call.groups is None:
         return replace(call, request=request)
     joined = Groups.joined(groups)
@@ -249,7 +249,7 @@ def run(
     Raises:
         UnsupportedModuleError: if processes talk to each other in a forward.
     """
-    check_no_talk(call.scorer.modules)
+    check_no_talk(call.scorer.modules, sharded=call.request.sharded)
     session = Session(call.scorer, call.chunks, inputs, wary=wary, ranks=ranks, groups=call.groups)
     request = call.request
     name, _ = choose(request)

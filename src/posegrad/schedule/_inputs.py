@@ -9,6 +9,7 @@ from torch import Tensor
 from posegrad.capture import grad_set_aside, leaf_hooks_off
 from posegrad.errors import StaleParametersError, UntrackedTensorError, listed
 from posegrad.jacobian import no_autocast
+from posegrad.ranks import Ranks
 from posegrad.schedule._poses import Pose, map_tensors
 
 __all__ = ["Inputs"]
@@ -23,12 +24,12 @@ class Inputs:
 
     Args:
         parameters: By name.
-        shared: Whether gradients are summed over ranks. Those of pose tensors are not, so such a
-            tensor then must be a leaf: the parameters of an encoder upstream would be left with
-            the gradient of this rank alone.
+        ranks: Those over which gradients are summed, if there are any. Those of pose tensors are
+            not, so such a tensor then must be a leaf: the parameters of an encoder upstream would
+            be left with the gradient of this rank alone.
     """
 
-    def __init__(self, parameters: Mapping[str, Tensor], *, shared: bool = False) -> None:
+    def __init__(self, parameters: Mapping[str, Tensor], ranks: Ranks | None = None) -> None:
         # By identity: a weight tied across two modules has two names and one gradient.
         trained = {id(p): (name, p) for name, p in parameters.items() if p.requires_grad}
         self.parameters = frozenset(id(p) for p in parameters.values())
@@ -36,7 +37,7 @@ class Inputs:
         self.parameter_count = len(self.tensors)
         self.names = [name for name, _ in trained.values()]
         self._index = {id(tensor): i for i, tensor in enumerate(self.tensors)}
-        self.shared = shared
+        self.ranks = ranks
         self._marks: list[tuple[int, int, bool]] | None = None
 
     def cut(self, poses: Sequence[Pose]) -> tuple[list[Pose], dict[int, Tensor]]:
@@ -51,7 +52,7 @@ class Inputs:
         def leaf_of(tensor: Tensor) -> Tensor:
             if not tensor.requires_grad or id(tensor) in self.parameters:
                 return tensor
-            if self.shared and not tensor.is_leaf:
+            if self.ranks is not None and not tensor.is_leaf:
                 raise UntrackedTensorError(_upstream_message(tensor))
             number = self._number_of(tensor)
             if number is None:
@@ -84,6 +85,8 @@ class Inputs:
         sources = [*self.tensors[: self.parameter_count], *leaves.values()]
         if not sources or not predictions.requires_grad:
             return {}
+        if self.is_sharded():
+            return self._through_hooks(predictions, cotangent, leaves)
         own = dict(zip(self.names, self.tensors, strict=False))
         guard = nullcontext() if self._marks is not None else grad_set_aside(own)
         with guard, leaf_hooks_off(sources), no_autocast(predictions.device.type):
@@ -91,6 +94,24 @@ class Inputs:
                 predictions, sources, cotangent, retain_graph=keep_graph, allow_unused=True
             )
         return {i: g for i, g in zip(numbers, found, strict=True) if g is not None}
+
+    def is_sharded(self) -> bool:
+        """Whether FSDP2 has spread the parameters over ranks."""
+        return self.ranks is not None and self.ranks.sharded
+
+    def _through_hooks(
+        self, predictions: Tensor, cotangent: Tensor, leaves: Mapping[int, Tensor]
+    ) -> dict[int, Tensor]:
+        """As `gradients`, but those of parameters are left to FSDP2, which writes `.grad`.
+
+        A sharded parameter gets none from `torch.autograd.grad`. FSDP2 divides the sum over ranks
+        by their number.
+        """
+        assert self.ranks is not None
+        with no_autocast(predictions.device.type):
+            predictions.backward(cotangent * self.ranks.count)  # type: ignore[no-untyped-call]
+        found = {i: leaf.grad for i, leaf in leaves.items()}
+        return {i: g / self.ranks.count for i, g in found.items() if g is not None}
 
     def joined(self, tensors: Sequence[Tensor]) -> list[int]:
         """The numbers of more tensors that gradients flow to; those of known ones stay."""

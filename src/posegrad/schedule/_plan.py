@@ -8,7 +8,7 @@ from torch import Tensor
 
 from posegrad.combination import Combination, OnlineForm
 from posegrad.combination._groups import groups_of, ungrouped
-from posegrad.errors import NoPosesError
+from posegrad.errors import NoPosesError, UnsupportedModuleError
 
 __all__ = ["SCHEDULES", "Plan", "ReadingPlan", "Request", "choose", "count_of", "describe"]
 
@@ -17,7 +17,10 @@ SCHEDULES = ("auto", "retain", "store", "stream", "recompute")
 
 @dataclass(frozen=True)
 class Request:
-    """What the choice of a schedule looks at; `shared` tells that other ranks have poses too."""
+    """What the choice of a schedule looks at; `shared` tells that other ranks have poses too.
+
+    `sharded` tells that FSDP2 has spread the parameters over them.
+    """
 
     rule: Combination
     schedule: str
@@ -27,6 +30,7 @@ class Request:
     components: int = 1
     rule_is_trained: bool = False
     shared: bool = False
+    sharded: bool = False
 
     def form(self) -> OnlineForm | None:
         """The rule's online form, unless the rule itself is being trained."""
@@ -66,6 +70,8 @@ def choose(request: Request) -> tuple[str, str]:
 def _automatic(request: Request) -> tuple[str, str]:
     if request.skip_below > 0:
         return "recompute", "skip_below leaves out poses once all weights are known"
+    if request.sharded:
+        return "recompute", "the parameters are sharded"
     if request.one_chunk and not request.shared:
         return "retain", "all poses fit into one chunk, so there is one graph anyway"
     if request.scales_float16:
@@ -84,6 +90,11 @@ def _automatic(request: Request) -> tuple[str, str]:
 
 def _check_served(request: Request) -> None:
     name = request.schedule
+    if request.sharded and name != "recompute":
+        raise UnsupportedModuleError(
+            f"schedule={name!r} takes the gradients of poses one by one, and parameters sharded by "
+            f"fully_shard get none but from backward(). Use schedule='recompute' or 'auto'."
+        )
     if name == "retain" and request.shared:
         raise ValueError(
             "schedule='retain' is plain autograd, whose gradients would stay on each rank. Use "

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from posegrad.capture import check_tracked, graph_clock
 from posegrad.combination._groups import Groups
 from posegrad.errors import (
+    NoPosesError,
     NotDifferentiableError,
     ShapeMismatchError,
 )
@@ -32,6 +33,7 @@ __all__ = [
     "Combined",
     "Scorer",
     "Session",
+    "without_graph",
 ]
 
 
@@ -129,6 +131,9 @@ class Session:
         wary: Whether to score all poses with graphs.
         ranks: With whom the group is shared, if with anyone.
         groups: Of the poses of this rank, if there are several groups.
+
+    Graphs of sharded parameters are scored to be differentiated only: FSDP2 expects a backward
+    after them, and their leaves are none of the parameters that the engine knows.
     """
 
     own: range
@@ -182,7 +187,8 @@ class Session:
         """
         if self._first is None:
             poses = next(self._chunks, None)
-            self._first = None if poses is None else self._score(poses, with_graph=True)
+            graph = not self.inputs.is_sharded()
+            self._first = None if poses is None else self._score(poses, with_graph=graph)
         return self._first
 
     def chunks(self, *, with_graph: bool) -> Iterator[Chunk]:
@@ -197,7 +203,30 @@ class Session:
         yield first
         del first
         for poses in self._chunks:
-            yield self._score(poses, with_graph=with_graph or self._wary)
+            graph = with_graph or (self._wary and not self.inputs.is_sharded())
+            yield self._score(poses, with_graph=graph)
+
+    def lag(self, rounds: int | None = None) -> int:
+        """How many times less often this rank will run the model than another, where that matters.
+
+        A forward or backward of a sharded model is one of all ranks together, so this is asked
+        before.
+
+        Args:
+            rounds: How often it will; default: once for each chunk of poses.
+
+        Raises:
+            NoPosesError: if it matters and this rank has no pose to run it on.
+        """
+        if self.ranks is None or not self.ranks.sharded:
+            return 0
+        if rounds is None:
+            chunks = list(self._chunks)
+            self._chunks, rounds = iter(chunks), len(chunks)
+            if not chunks:
+                raise NoPosesError(_IDLE)
+        own = rounds
+        return max(self.ranks.together("keep in step", lambda: own)) - own
 
     def check_differentiable(self) -> None:
         """Raises if there is something to differentiate for, but no pose that scored needs it.
@@ -238,9 +267,16 @@ class Session:
             return predictions.detach(), leaves
         if predictions.requires_grad:
             self.differentiable = True
-            known = {id(tensor) for tensor in (*leaves.values(), *plain)}
-            check_tracked(predictions, known | self.inputs.parameters, clock)
+            if not self.inputs.is_sharded():
+                known = {id(tensor) for tensor in (*leaves.values(), *plain)}
+                check_tracked(predictions, known | self.inputs.parameters, clock)
         return predictions, leaves
+
+
+_IDLE = (
+    "This rank has no poses, and its part of the sharded parameters is needed whenever another "
+    "rank scores one.\nGive every rank a pose at least."
+)
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from posegrad.schedule._attach import Gradients
 from posegrad.schedule._gradients import GradientSum
 from posegrad.schedule._poses import Pose, tensors_of
 from posegrad.schedule._replay import Moment
-from posegrad.schedule._session import Combined, Session
+from posegrad.schedule._session import Combined, Session, without_graph
 from posegrad.schedule._share import combined
 
 __all__ = ["recompute"]
@@ -58,12 +58,16 @@ class _Tape:
     def record(self) -> list[Tensor]:
         """The first pass: the predictions of all chunks."""
         values: list[Tensor] = []
+        idle = self._session.lag()
         for chunk in self._session.chunks(with_graph=False):
             self._chunks.append((chunk.numbers, chunk.moment))
             self._poses += chunk.poses
             self._versions += [_versions(pose) for pose in chunk.poses]
             values.append(chunk.predictions.detach())
             del chunk  # its graph must be gone before the next one grows
+        with without_graph():
+            for _ in range(idle):
+                self._score_again(*self._chunks[0])
         return values
 
     def pull(self, cotangent: Tensor) -> Gradients:
@@ -74,10 +78,13 @@ class _Tape:
         cotangent = cotangent[own.start : own.stop]
         self._check_unchanged(kept)
         total = GradientSum()
+        chunks = [chunk for chunk in self._chunks if not kept.isdisjoint(chunk[0])]
+        idle = self._session.lag(len(chunks))
         with self._session.surroundings.restored(), torch.enable_grad():
-            for poses, moment in self._chunks:
-                if not kept.isdisjoint(poses):
-                    total.add(self._replay(poses, moment, cotangent, kept))
+            for poses, moment in chunks:
+                total.add(self._replay(poses, moment, cotangent, kept))
+            for _ in range(idle):
+                self._replay(*self._chunks[0], cotangent, kept=set())  # of weight zero
         if kept:
             self._session.check_differentiable()
         return total.delivered(self._session.inputs.tensors)
@@ -104,14 +111,17 @@ class _Tape:
         Its poses may depend on each other (batch statistics, one random mask for all), and no
         comparison of predictions could prove that they do not.
         """
-        with self._session.surroundings.at(moment):
-            found, leaves = self._session.score_again([self._poses[i] for i in poses], poses[0])
+        found, leaves = self._score_again(poses, moment)
         expected = self.predictions[poses[0] : poses[-1] + 1]
         if not _same(found.detach(), expected):
             raise ReplayError(_replay_message(poses, expected, found.detach()))
         weights = cotangent[poses[0] : poses[-1] + 1].clone()
         weights[torch.tensor([i not in kept for i in poses], device=weights.device)] = 0
         return self._session.inputs.gradients(found, weights, leaves)
+
+    def _score_again(self, poses: range, moment: Moment) -> tuple[Tensor, dict[int, Tensor]]:
+        with self._session.surroundings.at(moment):
+            return self._session.score_again([self._poses[i] for i in poses], poses[0])
 
     def _check_unchanged(self, kept: set[int]) -> None:
         changed = [i for i in sorted(kept) if _versions(self._poses[i]) != self._versions[i]]
