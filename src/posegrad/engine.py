@@ -10,10 +10,11 @@ from posegrad.capture import Gatherer, Roster, check_modules
 from posegrad.combination._base import Rule
 from posegrad.errors import ClosedEngineError
 from posegrad.jacobian import PoseJacobian
+from posegrad.schedule._chunks import ChunkSize, checked
 from posegrad.schedule._combine import chunks_of, request_for, rule_for, run, scorer_for
 from posegrad.schedule._gather import Loss, gather
 from posegrad.schedule._inputs import Inputs
-from posegrad.schedule._plan import Plan, ReadingPlan, choose, count_of, describe
+from posegrad.schedule._plan import Plan, ReadingPlan, choose, chunks_in, count_of, describe
 from posegrad.schedule._poses import Pose
 from posegrad.schedule._session import Combined, Scorer, Session
 from posegrad.schedule.retain import retain
@@ -41,7 +42,8 @@ class Engine:
         collate: Joins a list of poses into what the model takes, e.g. `torch.stack` or PyG's
             `Batch.from_data_list`. The model must then return one row per pose, `[c, ...]`.
         chunk_size: How many poses are scored together, and so how many graphs are alive at once.
-            A stacked tensor needs no `collate`; a list does.
+            A `Budget` makes chunks by the poses' sizes instead, e.g. by atoms. A stacked tensor
+            needs no `collate`; a list does.
         check: When a Jacobian is compared with a plain backward: on the `"first"` gather of every
             structure of graph, `"always"`, or `"never"`. What disagrees is taken by slower ways.
         batch_dim: `"auto"` finds out which dimension of an output counts poses; a number is trusted
@@ -70,7 +72,7 @@ class Engine:
         *modules: nn.Module,
         predict: Callable[..., Tensor] | None = None,
         collate: Callable[[list[Pose]], Any] | None = None,
-        chunk_size: int = 1,
+        chunk_size: ChunkSize = 1,
         check: str = "first",
         batch_dim: int | str | None = "auto",
         block_bytes: int = 2**27,
@@ -81,12 +83,10 @@ class Engine:
                 f"The engine has {len(modules)} modules and cannot know how a pose passes through "
                 f"them. Pass predict=lambda first, second, pose: ...."
             )
-        if isinstance(chunk_size, bool) or int(chunk_size) != chunk_size or chunk_size < 1:
-            raise ValueError(f"chunk_size is {chunk_size}, but it must be a whole number from 1.")
         self.modules = modules
         self.predict = predict or nn.Module.__call__
         self.collate = collate
-        self.chunk_size = int(chunk_size)
+        self.chunk_size = checked(chunk_size)
         self._roster = Roster(modules)
         self._gatherer = Gatherer(check, batch_dim, block_bytes)
         self._closed = False
@@ -322,7 +322,7 @@ class Engine:
         if paths:
             return ReadingPlan(poses_or_output.numel(), paths)  # type: ignore[union-attr]
         count = count_of(poses_or_output)
-        chunks = -(-count // self.chunk_size)
+        chunks = chunks_in(poses_or_output, count, self.chunk_size)
         rule = rule_for(rule, groups, poses_or_output)
         request = request_for(rule, schedule, skip_below, chunks, self.modules)
         return describe(request, count, chunks, parameters.values())

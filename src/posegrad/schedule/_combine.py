@@ -13,8 +13,9 @@ from posegrad.combination import Combination
 from posegrad.combination._base import Rule
 from posegrad.combination._groups import Grouped, Groups, ungrouped
 from posegrad.errors import NoPosesError, ShapeMismatchError
+from posegrad.schedule._chunks import ChunkSize, in_chunks
 from posegrad.schedule._plan import Request, choose
-from posegrad.schedule._poses import Pose, each_pose, in_chunks
+from posegrad.schedule._poses import Pose, each_pose
 from posegrad.schedule._replay import scales_float16
 from posegrad.schedule._session import Combined, Scorer, Session
 from posegrad.schedule.recompute import recompute
@@ -30,7 +31,7 @@ def scorer_for(
     modules: Sequence[nn.Module],
     predict: Callable[..., Any],
     collate: Callable[[list[Pose]], Any] | None,
-    chunk_size: int,
+    chunk_size: ChunkSize,
 ) -> Scorer:
     """How these poses are scored.
 
@@ -43,7 +44,7 @@ def scorer_for(
             "The poses are a tensor without dimensions; its rows would be the poses.\n"
             "Pass a stacked tensor [m, ...] or a list of poses."
         )
-    if collate is None and chunk_size > 1:
+    if collate is None and chunk_size != 1:
         if not isinstance(poses, Tensor):
             raise ValueError(
                 f"chunk_size is {chunk_size} and the poses come as a {type(poses).__name__}, so "
@@ -51,16 +52,18 @@ def scorer_for(
                 f"PyG's Batch.from_data_list, or a stacked tensor of poses."
             )
         collate = torch.stack
-    return Scorer(modules, predict, collate, chunk_size)
+    return Scorer(modules, predict, collate)
 
 
-def chunks_of(poses: Iterable[Pose] | Tensor, size: int) -> tuple[int, Iterator[list[Pose]]]:
+def chunks_of(
+    poses: Iterable[Pose] | Tensor, chunk_size: ChunkSize
+) -> tuple[int, Iterator[list[Pose]]]:
     """The poses in chunks, and whether these are one or more (1 or 2).
 
     Raises:
         NoPosesError: if there are none.
     """
-    chunks = in_chunks(each_pose(poses), size)
+    chunks = in_chunks(each_pose(poses), chunk_size)
     opening = list(islice(chunks, 2))
     if not opening:
         raise NoPosesError(

@@ -2,14 +2,26 @@
 
 from collections.abc import Iterable, Mapping, Sized
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
 from posegrad.combination import Combination, OnlineForm
 from posegrad.combination._groups import groups_of, ungrouped
 from posegrad.errors import NoPosesError
+from posegrad.schedule._chunks import Budget, ChunkSize, in_chunks
+from posegrad.schedule._poses import each_pose
 
-__all__ = ["SCHEDULES", "Plan", "ReadingPlan", "Request", "choose", "count_of", "describe"]
+__all__ = [
+    "SCHEDULES",
+    "Plan",
+    "ReadingPlan",
+    "Request",
+    "choose",
+    "chunks_in",
+    "count_of",
+    "describe",
+]
 
 SCHEDULES = ("auto", "retain", "store", "stream", "recompute")
 
@@ -160,6 +172,13 @@ def count_of(poses: object) -> int:
     if len(poses) == 0:
         raise NoPosesError("There are no poses to plan for.")
     return len(poses)
+
+
+def chunks_in(poses: Any, count: int, chunk_size: ChunkSize) -> int:
+    """In how many chunks these poses are scored; a budget looks at each of them."""
+    if isinstance(chunk_size, Budget):
+        return sum(1 for _ in in_chunks(each_pose(poses), chunk_size))
+    return -(-count // chunk_size)
 
 
 def describe(request: Request, poses: int, chunks: int, parameters: Iterable[Tensor]) -> Plan:

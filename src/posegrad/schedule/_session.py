@@ -45,7 +45,6 @@ class Scorer:
     modules: Sequence[nn.Module]
     predict: Callable[..., Any]
     collate: Callable[[list[Pose]], Any] | None
-    chunk_size: int
 
     def __call__(self, poses: list[Pose], start: int) -> Tensor:
         """Scores poses `start`, `start + 1`, ...; returns their predictions `[c, ...]`."""
@@ -69,7 +68,9 @@ class Scorer:
                 f"The prediction of {_span(start, count)} is {output.dtype}, which has no "
                 f"gradient.\nReturn a floating-point score."
             )
-        rows = output.unsqueeze(0) if self.collate is None else output  # [c, ...]
+        # A chunk of one pose may come back squeezed to a number; which pose's it is, is clear.
+        alone = self.collate is None or (count == 1 and output.ndim == 0)
+        rows = output.unsqueeze(0) if alone else output  # [c, ...]
         if rows.ndim == 0 or len(rows) != count or rows.numel() == 0:
             raise ShapeMismatchError(
                 f"The model returned shape {list(output.shape)} for {_span(start, count)}, but "
