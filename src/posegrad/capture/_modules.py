@@ -126,7 +126,8 @@ def _held_by(modules: Iterable[nn.Module]) -> list[object]:
     held: list[object] = []
     for module in modules:
         for table in (module._parameters, module._modules):
-            held += table  # the names, of which a new one is another object
+            # The names, of which a new one is another object. A scripted module's table has no iter.
+            held += table.keys()
             held += table.values()
     return held
 
