@@ -126,8 +126,7 @@ def _held_by(modules: Iterable[nn.Module]) -> list[object]:
     held: list[object] = []
     for module in modules:
         for table in (module._parameters, module._modules):
-            # The names, of which a new one is another object. A scripted module's table has no iter.
-            held += table.keys()
+            held += table.keys()  # a new name is another object; scripted tables cannot iterate
             held += table.values()
     return held
 
