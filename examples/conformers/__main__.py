@@ -11,9 +11,9 @@ def main() -> None:
     """Embeds, trains and prints."""
     parser = argparse.ArgumentParser(prog="python -m examples.conformers", description=__doc__)
     parser.add_argument("--compounds", type=int, default=240)
-    parser.add_argument("--conformers", type=int, default=8)
+    parser.add_argument("--conformers", type=int, default=4)
     parser.add_argument("--folds", type=int, default=4)
-    parser.add_argument("--epochs", type=int, default=20)
+    parser.add_argument("--epochs", type=int, default=15)
     options = parser.parse_args()
     require("rdkit", "torch_geometric", "tqdm", install=INSTALL)
 

@@ -29,7 +29,7 @@ METHODS: dict[str, tuple[Combination, int | None]] = {
 """How conformers are combined, and how many of each compound are used; None for all."""
 
 BATCH = 8  # compounds in a step
-ATOMS = 1024  # in a forward: what bounds the memory of a step
+ATOMS = 2048  # in a forward: what bounds the memory of a step, however many conformers there are
 
 
 @dataclass(frozen=True)

@@ -48,8 +48,8 @@ def load(count: int, *, conformers: int, seed: int = 0, data: Path = DATA) -> li
     with (data / f"{NAME}_act.csv").open(encoding="utf-8") as file:
         measured = {row["Name"]: float(row["Act"]) for row in csv.DictReader(file)}
     drawn = random.Random(seed).sample(lines, count)
-    pairs = [line.split() for line in tqdm(drawn, desc="Embedding", unit="compound", leave=False)]
-    return [_compound(smiles, measured[name], conformers, seed) for smiles, name in pairs]
+    bar = tqdm(map(str.split, drawn), total=count, desc="Embedding", unit="compound", leave=False)
+    return [_compound(smiles, measured[name], conformers, seed) for smiles, name in bar]
 
 
 def _compound(smiles: str, pic50: float, conformers: int, seed: int) -> Compound:
