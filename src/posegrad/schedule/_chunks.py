@@ -63,7 +63,7 @@ class Budget:
         if not callable(self.size):
             raise TypeError(
                 f"The size of a Budget is {self.size!r}, but it must be a function from a pose to "
-                f"its size.\nPass Budget({self.limit:g}, lambda pose: pose.num_nodes)."
+                f"its size.\nPass Budget({self.limit}, lambda pose: pose.num_nodes)."
             )
 
     def measure(self, pose: Pose, number: int) -> float:
@@ -88,7 +88,7 @@ class Budget:
         if not size >= 0:
             raise ValueError(
                 f"The size of pose {number} is {size}, but sizes are added up to at most "
-                f"{self.limit:g}.\nLet the `size` of the Budget return a number from 0 on."
+                f"{self.limit}.\nLet the `size` of the Budget return a number from 0 on."
             )
         return size
 
