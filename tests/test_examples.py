@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import pytest
+import torch
 
 from examples.conformers.baseline import STRENGTHS, ridge
 from examples.conformers.ensemble import METHODS, cross_validate, table
@@ -39,6 +40,12 @@ def test_conformers_are_those_of_the_seed(compounds: list[Compound]) -> None:
         for a, b in zip(first.conformers, second.conformers, strict=True):
             assert a.pos.equal(b.pos)
             assert not (a.z == 1).any()
+
+
+def test_conformers_differ(compounds: list[Compound]) -> None:
+    for compound in compounds:
+        shapes = [torch.pdist(conformer.pos) for conformer in compound.conformers]
+        assert all((shape - shapes[0]).abs().max() > 0.5 for shape in shapes[1:])  # Å
 
 
 def test_ridge_takes_the_strength_of_least_leave_one_out_error() -> None:

@@ -10,7 +10,7 @@ INSTALL = 'pip install "rdkit>=2024.3" "torch_geometric>=2.6" "tqdm>=4.66"'
 def main() -> None:
     """Embeds, trains and prints."""
     parser = argparse.ArgumentParser(prog="python -m examples.conformers", description=__doc__)
-    parser.add_argument("--compounds", type=int, default=240)
+    parser.add_argument("--compounds", type=int, default=160)
     parser.add_argument("--conformers", type=int, default=4)
     parser.add_argument("--folds", type=int, default=4)
     parser.add_argument("--epochs", type=int, default=15)

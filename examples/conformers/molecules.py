@@ -63,7 +63,7 @@ def _embedded(molecule: Chem.Mol, count: int, seed: int) -> list[Data]:
     """Conformers by ETKDG, embedded with hydrogens and handed on without."""
     full = Chem.AddHs(molecule)
     options = rdDistGeom.ETKDGv3()
-    options.randomSeed = seed
+    options.randomSeed = seed + 1  # RDKit multiplies it: from 0 all conformers are the same
     options.useRandomCoords = True  # never gives up on a strained ring
     rdDistGeom.EmbedMultipleConfs(full, count, options)
     heavy = Chem.RemoveHs(full)
