@@ -22,6 +22,7 @@ from posegrad import (
 )
 from posegrad.testing import assert_matches_autograd
 from tests.models import FEATURES, MODELS
+from tests.reference import rows, trainable
 
 KINDS: dict[str, Callable[[Tensor], Iterable[Tensor] | Tensor]] = {
     "stacked tensor": lambda x: x,
@@ -326,3 +327,19 @@ def test_backward_deposits_what_a_loss_would(rule: Any) -> None:
 def test_unknown_options_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Engine(nn.Linear(2, 1), **options)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+def test_a_scripted_model_is_served_before_and_after_it_is_optimised() -> None:
+    model = torch.jit.script(nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 1))).double()
+    poses, engine = torch.randn(6, 3, dtype=torch.float64), Engine(model)
+    for _ in range(4):  # TorchScript fuses the graph at the third call
+        J = engine.jacobian(model(poses).squeeze(1))
+        torch.testing.assert_close(J.matrix(), rows(model(poses), trainable(model)))
+        prediction, per_pose = engine.combine(poses, Min(2.0))
+        prediction.backward()
+        weights = torch.softmax(-2.0 * per_pose.detach(), dim=0)
+        expected = torch.cat([g.flatten() for g in J.combine(weights).values()])
+        found = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+        torch.testing.assert_close(found, expected)
+        model.zero_grad()

@@ -34,6 +34,7 @@ from posegrad.errors import (
 )
 from posegrad.jacobian import PoseJacobian
 from posegrad.multipose import MultiPose
+from posegrad.schedule._chunks import Budget
 from posegrad.schedule._plan import Plan
 from posegrad.schedule._session import Combined
 from posegrad.weighting import (
@@ -53,6 +54,7 @@ __all__ = [
     "AttentionPooling",
     "Best",
     "Boltzmann",
+    "Budget",
     "Clip",
     "ClosedEngineError",
     "Combination",

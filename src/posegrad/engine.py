@@ -1,6 +1,7 @@
 """The engine: runs the poses of a group, and reads gradients off graphs."""
 
 from collections.abc import Callable, Iterable, Sequence, Sized
+from functools import partial
 from typing import Any, Self
 
 import torch
@@ -10,6 +11,7 @@ from posegrad.capture import Gatherer, Roster, check_modules, unwrapped
 from posegrad.combination._base import Rule
 from posegrad.errors import ClosedEngineError
 from posegrad.jacobian import PoseJacobian, SharedJacobian, of_all
+from posegrad.schedule._chunks import ChunkSize, checked
 from posegrad.schedule._combine import (
     call_of,
     check_options,
@@ -22,7 +24,7 @@ from posegrad.schedule._combine import (
 )
 from posegrad.schedule._gather import Loss, gather
 from posegrad.schedule._inputs import Inputs
-from posegrad.schedule._plan import Plan, ReadingPlan, choose, count_of, describe
+from posegrad.schedule._plan import Plan, ReadingPlan, choose, chunks_in, count_of, describe
 from posegrad.schedule._poses import Pose
 from posegrad.schedule._session import Combined, Scorer
 from posegrad.schedule.retain import retain
@@ -50,7 +52,8 @@ class Engine:
         collate: Joins a list of poses into what the model takes, e.g. `torch.stack` or PyG's
             `Batch.from_data_list`. The model must then return one row per pose, `[c, ...]`.
         chunk_size: How many poses are scored together, and so how many graphs are alive at once.
-            A stacked tensor needs no `collate`; a list does.
+            A `Budget` makes chunks by the poses' sizes instead, e.g. by atoms. A stacked tensor
+            needs no `collate`; a list does.
         check: When a Jacobian is compared with a plain backward: on the `"first"` gather of every
             structure of graph, `"always"`, or `"never"`. What disagrees is taken by slower ways.
         batch_dim: `"auto"` finds out which dimension of an output counts poses; a number is trusted
@@ -83,7 +86,7 @@ class Engine:
         *modules: nn.Module,
         predict: Callable[..., Tensor] | None = None,
         collate: Callable[[list[Pose]], Any] | None = None,
-        chunk_size: int = 1,
+        chunk_size: ChunkSize = 1,
         check: str = "first",
         batch_dim: int | str | None = "auto",
         block_bytes: int = 2**27,
@@ -92,11 +95,11 @@ class Engine:
         self.given = modules
         modules, self._ranks = unwrapped(modules, process_group)
         check_modules(modules)
-        check_options(len(modules), predict, chunk_size)
+        check_options(len(modules), predict)
         self.modules = modules
         self.predict = predict or nn.Module.__call__
         self.collate = collate
-        self.chunk_size = int(chunk_size)
+        self.chunk_size = checked(chunk_size)
         sharded = self._ranks is not None and self._ranks.sharded
         self._roster = Roster(modules, sharded=sharded)
         self._gatherer = Gatherer(check, batch_dim, block_bytes)
@@ -168,9 +171,8 @@ class Engine:
             True
         """
         self._check_open()
-        call = call_of(
-            lambda: self._scorer(poses), poses, rule, groups, schedule, skip_below, self._ranks
-        )
+        scorer, ranks = partial(self._scorer, poses), self._ranks
+        call = call_of(scorer, self.chunk_size, poses, rule, groups, schedule, skip_below, ranks)
         name, sharded = choose(call.request)[0], call.request.sharded
         if name == "retain" or not (torch.is_grad_enabled() or sharded):
             return retain(call.scorer, call.chunks, call.request.rule, self._ranks, call.groups)
@@ -343,7 +345,7 @@ class Engine:
         if paths:
             return ReadingPlan(poses_or_output.numel(), paths)  # type: ignore[union-attr]
         count = count_of(poses_or_output)
-        chunks = -(-count // self.chunk_size)
+        chunks = chunks_in(poses_or_output, count, self.chunk_size)
         rule = rule_for(rule, groups_for(groups, poses_or_output))
         request = request_for(rule, schedule, skip_below, chunks, self.modules)
         return describe(request, count, chunks, parameters.values())

@@ -131,7 +131,7 @@ def _held_by(modules: Iterable[nn.Module]) -> list[object]:
     held: list[object] = []
     for module in modules:
         for table in (module._parameters, module._modules):
-            held += table  # the names, of which a new one is another object
+            held += table.keys()  # a new name is another object; scripted tables cannot iterate
             held += table.values()
     return held
 

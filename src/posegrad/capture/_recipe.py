@@ -130,7 +130,9 @@ def _further(
     pending = list(mixed)
     while pending and len(found) < _MOST_CLIMBED:
         for site in beyond(registry, pending.pop()) or ():
-            size = sum(shape.numel() for shape in registry.shapes[site.node])
+            # What a weight enters may be of any size, as a network on the edges of all poses.
+            node, number = site.source
+            size = registry.shapes[node][number].numel()
             small = size <= _LARGEST_CLIMBED * max(parameters[site.parameter].numel(), 64)
             if site not in found and small:
                 found[site] = None

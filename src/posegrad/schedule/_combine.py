@@ -14,9 +14,10 @@ from posegrad.combination._base import Rule
 from posegrad.combination._groups import Grouped, Groups, ungrouped
 from posegrad.errors import NoPosesError, RankError, ShapeMismatchError, listed
 from posegrad.ranks import Ranks
+from posegrad.schedule._chunks import ChunkSize, in_chunks
 from posegrad.schedule._inputs import Inputs
 from posegrad.schedule._plan import Request, choose
-from posegrad.schedule._poses import Pose, each_pose, in_chunks
+from posegrad.schedule._poses import Pose, each_pose
 from posegrad.schedule._replay import scales_float16
 from posegrad.schedule._session import Combined, Scorer, Session
 from posegrad.schedule.recompute import recompute
@@ -41,7 +42,7 @@ def scorer_for(
     modules: Sequence[nn.Module],
     predict: Callable[..., Any],
     collate: Callable[[list[Pose]], Any] | None,
-    chunk_size: int,
+    chunk_size: ChunkSize,
 ) -> Scorer:
     """How these poses are scored.
 
@@ -54,7 +55,7 @@ def scorer_for(
             "The poses are a tensor without dimensions; its rows would be the poses.\n"
             "Pass a stacked tensor [m, ...] or a list of poses."
         )
-    if collate is None and chunk_size > 1:
+    if collate is None and chunk_size != 1:
         if not isinstance(poses, Tensor):
             raise ValueError(
                 f"chunk_size is {chunk_size} and the poses come as a {type(poses).__name__}, so "
@@ -62,7 +63,7 @@ def scorer_for(
                 f"PyG's Batch.from_data_list, or a stacked tensor of poses."
             )
         collate = torch.stack
-    return Scorer(modules, predict, collate, chunk_size)
+    return Scorer(modules, predict, collate)
 
 
 @dataclass(frozen=True)
@@ -82,23 +83,22 @@ class Call:
     groups: Groups | None
 
 
-def check_options(modules: int, predict: object, chunk_size: int) -> None:
+def check_options(modules: int, predict: object) -> None:
     """Refuses options of an engine that cannot work.
 
     Raises:
-        ValueError: if it has several modules without `predict`, or a `chunk_size` below 1.
+        ValueError: if it has several modules without `predict`.
     """
     if predict is None and modules > 1:
         raise ValueError(
             f"The engine has {modules} modules and cannot know how a pose passes through "
             f"them. Pass predict=lambda first, second, pose: ...."
         )
-    if isinstance(chunk_size, bool) or int(chunk_size) != chunk_size or chunk_size < 1:
-        raise ValueError(f"chunk_size is {chunk_size}, but it must be a whole number from 1.")
 
 
 def call_of(
     scorer: Callable[[], Scorer],
+    chunk_size: ChunkSize,
     poses: Iterable[Pose] | Tensor,
     rule: Rule,
     groups: Tensor | Sequence[int] | None,
@@ -110,6 +110,7 @@ def call_of(
 
     Args:
         scorer: Says how these poses are scored.
+        chunk_size: How many together.
         poses: As for `Engine.combine`, and so the other arguments.
         rule: For one group.
         groups: Of this rank's poses.
@@ -125,7 +126,7 @@ def call_of(
 
     def made() -> Call:
         how = scorer()
-        count, chunks = chunks_of(poses, how.chunk_size, may_be_none=not alone)
+        count, chunks = chunks_of(poses, chunk_size, may_be_none=not alone)
         own = groups_for(groups, poses, all_here=alone)
         whole = rule_for(rule, own if alone else None)
         request = request_for(whole, schedule, skip_below, count, how.modules)
@@ -172,19 +173,19 @@ def _check_agreed(outlines: Sequence[dict[str, object]]) -> None:
 
 
 def chunks_of(
-    poses: Iterable[Pose] | Tensor, size: int, *, may_be_none: bool = False
+    poses: Iterable[Pose] | Tensor, chunk_size: ChunkSize, *, may_be_none: bool = False
 ) -> tuple[int, Iterator[list[Pose]]]:
     """The poses in chunks, and whether these are one or more (1 or 2).
 
     Args:
         poses: As users state them.
-        size: How many poses go into a chunk.
+        chunk_size: How many poses go into a chunk.
         may_be_none: Whether other ranks may have poses where this one has none.
 
     Raises:
         NoPosesError: if there are none.
     """
-    chunks = in_chunks(each_pose(poses), size)
+    chunks = in_chunks(each_pose(poses), chunk_size)
     opening = list(islice(chunks, 2))
     if not opening and not may_be_none:
         raise NoPosesError(

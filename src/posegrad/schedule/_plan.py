@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sized
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,8 +10,19 @@ from torch import Tensor
 from posegrad.combination import Combination, OnlineForm
 from posegrad.combination._groups import groups_of, ungrouped
 from posegrad.errors import NoPosesError, UnsupportedModuleError
+from posegrad.schedule._chunks import Budget, ChunkSize, in_chunks
+from posegrad.schedule._poses import each_pose
 
-__all__ = ["SCHEDULES", "Plan", "ReadingPlan", "Request", "choose", "count_of", "describe"]
+__all__ = [
+    "SCHEDULES",
+    "Plan",
+    "ReadingPlan",
+    "Request",
+    "choose",
+    "chunks_in",
+    "count_of",
+    "describe",
+]
 
 SCHEDULES = ("auto", "retain", "store", "stream", "recompute")
 
@@ -188,6 +200,13 @@ def count_of(poses: object) -> int:
     if len(poses) == 0:
         raise NoPosesError("There are no poses to plan for.")
     return len(poses)
+
+
+def chunks_in(poses: Any, count: int, chunk_size: ChunkSize) -> int:
+    """In how many chunks these poses are scored; a budget looks at each of them."""
+    if isinstance(chunk_size, Budget):
+        return sum(1 for _ in in_chunks(each_pose(poses), chunk_size))
+    return -(-count // chunk_size)
 
 
 def describe(request: Request, poses: int, chunks: int, parameters: Iterable[Tensor]) -> Plan:

@@ -3,13 +3,12 @@
 import copy
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
-from itertools import islice
 from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor
 
-__all__ = ["Pose", "copied", "each_pose", "in_chunks", "map_tensors", "tensors_of"]
+__all__ = ["Pose", "copied", "each_pose", "map_tensors", "tensors_of"]
 
 Pose = Any
 """What the model is called with: a tensor, a container of tensors, a PyG Data, anything."""
@@ -18,12 +17,6 @@ Pose = Any
 def each_pose(poses: Iterable[Pose] | Tensor) -> Iterator[Pose]:
     """The poses one by one; a stacked tensor gives its rows (one graph node for all of them)."""
     return iter(poses.unbind(0)) if isinstance(poses, Tensor) else iter(poses)
-
-
-def in_chunks(poses: Iterator[Pose], size: int) -> Iterator[list[Pose]]:
-    """Lists of `size` poses, the last one shorter."""
-    while chunk := list(islice(poses, size)):
-        yield chunk
 
 
 def tensors_of(pose: Pose) -> list[Tensor]:

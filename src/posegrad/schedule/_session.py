@@ -56,7 +56,6 @@ class Scorer:
     modules: Sequence[nn.Module]
     predict: Callable[..., Any]
     collate: Callable[[list[Pose]], Any] | None
-    chunk_size: int
 
     @property
     def device(self) -> torch.device:
@@ -87,7 +86,9 @@ class Scorer:
                 f"The prediction of {_span(start, count)} is {output.dtype}, which has no "
                 f"gradient.\nReturn a floating-point score."
             )
-        rows = output.unsqueeze(0) if self.collate is None else output  # [c, ...]
+        # A chunk of one pose may come back squeezed to a number; which pose's it is, is clear.
+        alone = self.collate is None or (count == 1 and output.ndim == 0)
+        rows = output.unsqueeze(0) if alone else output  # [c, ...]
         if rows.ndim == 0 or len(rows) != count or rows.numel() == 0:
             raise ShapeMismatchError(
                 f"The model returned shape {list(output.shape)} for {_span(start, count)}, but "

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from posegrad.combination._base import Rule, as_combination
 from posegrad.engine import Engine
+from posegrad.schedule._chunks import ChunkSize, in_chunks
 from posegrad.schedule._plan import Request
-from posegrad.schedule._poses import Pose, each_pose, in_chunks, map_tensors
+from posegrad.schedule._poses import Pose, each_pose, map_tensors
 
 __all__ = ["assert_matches_autograd"]
 
@@ -28,7 +29,7 @@ def assert_matches_autograd(
     loss: Loss | None = None,
     predict: Callable[..., Tensor] | None = None,
     collate: Callable[[list[Pose]], Any] | None = None,
-    chunk_size: int = 1,
+    chunk_size: ChunkSize = 1,
     tolerance: float = 1e-10,
 ) -> None:
     r"""Asserts that `Engine.combine` gives this model the numbers plain autograd gives it.
@@ -67,7 +68,7 @@ def assert_matches_autograd(
         options={"predict": predict, "collate": collate, "chunk_size": chunk_size},
         groups=groups,
     )
-    if isinstance(poses, Tensor) and collate is None and chunk_size > 1:
+    if isinstance(poses, Tensor) and collate is None and chunk_size != 1:
         case.options["collate"] = torch.stack
     for schedule in schedules if schedules is not None else _serving(case.rule):
         chosen = loss if loss is not None else _loss_of(per_pose=schedule != "stream")

@@ -1,0 +1,1 @@
+"""Conformer ensembles of real molecules against measured pIC50 values."""

@@ -1,0 +1,133 @@
+"""How many poses are scored together: a number of them, or as many as a budget of atoms allows."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from numbers import Real
+from typing import final
+
+from torch import Tensor
+
+from posegrad.schedule._poses import Pose
+
+__all__ = ["Budget", "ChunkSize", "checked", "in_chunks"]
+
+
+@final
+@dataclass(frozen=True)
+class Budget:
+    """Chunks by the size of their poses, e.g. by atoms, instead of by their number.
+
+    A chunk takes the next poses, in their order, as long as their sizes add up to no more than the
+    limit. So it bounds the memory of a chunk's graph where poses differ in size. A pose that is
+    larger than the limit must still be scored: it is a chunk of its own, and the one case in which
+    a chunk exceeds the budget.
+
+    Args:
+        limit: The largest total size of a chunk. Positive.
+        size: The size of a pose, a number from 0 on in the unit of the limit: atoms, edges, tokens,
+            bytes. Called once for each pose, in their order.
+
+    Raises:
+        TypeError: if the limit is not a number or `size` not callable; in a call, if a size is not
+            a number.
+        ValueError: if the limit is not positive; in a call, if a size is negative or nan. Both name
+            the pose.
+
+    Example:
+        >>> poses = [torch.randn(atoms, 3) for atoms in (5, 9, 6, 30, 7)]
+        >>> engine = Engine(
+        ...     nn.Linear(3, 1),
+        ...     predict=lambda model, batch: model(batch).sum(dim=(1, 2)),
+        ...     collate=lambda poses: nn.utils.rnn.pad_sequence(poses, batch_first=True),
+        ...     chunk_size=Budget(20, len),  # 5 + 9 + 6, then 30 alone, then 7
+        ... )
+        >>> engine.plan(poses, Mean()).chunks
+        3
+    """
+
+    limit: float
+    size: Callable[[Pose], float]
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.limit, Real) or isinstance(self.limit, bool):
+            raise TypeError(
+                f"The limit of a Budget is {self.limit!r}, but it must be a number: the largest "
+                f"total size of a chunk.\nPass Budget(4096, lambda pose: pose.num_nodes)."
+            )
+        if not self.limit > 0:
+            raise ValueError(
+                f"The limit of a Budget is {self.limit}, but no pose fits into a chunk of that "
+                f"size.\nPass a positive limit, in the unit of the sizes: Budget(4096, ...)."
+            )
+        if not callable(self.size):
+            raise TypeError(
+                f"The size of a Budget is {self.size!r}, but it must be a function from a pose to "
+                f"its size.\nPass Budget({self.limit}, lambda pose: pose.num_nodes)."
+            )
+
+    def measure(self, pose: Pose, number: int) -> float:
+        """The size of a pose, checked; `number` is for the messages.
+
+        Raises:
+            TypeError: if it is not a number.
+            ValueError: if it is negative or nan.
+        """
+        try:
+            size = self.size(pose)
+        except Exception as error:
+            error.add_note(f"This was raised by the size of a Budget for pose {number}.")
+            raise
+        if isinstance(size, Tensor) and size.numel() == 1:
+            size = size.item()
+        if not isinstance(size, Real) or isinstance(size, bool):
+            raise TypeError(
+                f"The size of pose {number} is a {type(size).__name__}, but a Budget adds up "
+                f"numbers.\nLet its `size` return one, e.g. lambda pose: pose.num_nodes."
+            )
+        if not size >= 0:
+            raise ValueError(
+                f"The size of pose {number} is {size}, but sizes are added up to at most "
+                f"{self.limit}.\nLet the `size` of the Budget return a number from 0 on."
+            )
+        return size
+
+
+ChunkSize = int | Budget
+"""How poses are divided into chunks."""
+
+
+def checked(chunk_size: ChunkSize) -> ChunkSize:
+    """Refuses what is neither a budget nor a whole number from 1.
+
+    Raises:
+        ValueError: if so.
+    """
+    if isinstance(chunk_size, Budget):
+        return chunk_size
+    if isinstance(chunk_size, bool) or int(chunk_size) != chunk_size or chunk_size < 1:
+        raise ValueError(f"chunk_size is {chunk_size}, but it must be a whole number from 1.")
+    return int(chunk_size)
+
+
+def in_chunks(poses: Iterator[Pose], chunk_size: ChunkSize) -> Iterator[list[Pose]]:
+    """Consecutive poses, as many together as `chunk_size` says; the last chunk may be shorter."""
+    if isinstance(chunk_size, Budget):
+        yield from _within(chunk_size, poses)
+        return
+    while chunk := list(islice(poses, chunk_size)):
+        yield chunk
+
+
+def _within(budget: Budget, poses: Iterator[Pose]) -> Iterator[list[Pose]]:
+    chunk: list[Pose] = []
+    total: float = 0
+    for number, pose in enumerate(poses):
+        size = budget.measure(pose, number)
+        if chunk and total + size > budget.limit:
+            yield chunk
+            chunk, total = [], 0
+        chunk.append(pose)
+        total += size
+    if chunk:
+        yield chunk
