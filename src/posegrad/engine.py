@@ -5,6 +5,7 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch.amp import GradScaler
 
 from posegrad.capture import Gatherer, Roster, check_modules
 from posegrad.combination._base import Rule
@@ -32,7 +33,6 @@ class Engine:
 
     Where a rule looks at the gradients themselves, the engine reads J off the graph of a batch:
     `jacobian`, `gather`, `compute_gramian`, `backward`.
-
     Nothing is added to the model, and nothing drawn from the global random generators.
 
     Args:
@@ -103,9 +103,8 @@ class Engine:
     ) -> Combined:
         r"""Scores the poses of one group, or of several, and combines their predictions.
 
-        Both results carry gradients for any loss: call `backward()` on it as usual. Gradients
-        flow to the model's parameters, to the rule's, and to tensors inside the poses that require
-        grad. They accumulate into `.grad` in backward, as those of any loss do.
+        Both results carry gradients for any loss: `backward()` adds them to `.grad` as usual, for
+        the model's parameters, the rule's, and tensors inside the poses that require grad.
 
         Args:
             poses: A list, tuple, generator or other iterable of poses, or a stacked tensor whose
@@ -121,8 +120,7 @@ class Engine:
                 the norms of the gradients left out; 0 is exact.
 
         Returns:
-            `(prediction, per_pose)`. Under `torch.no_grad()`, without gradients and at the cost of
-            m forwards.
+            `(prediction, per_pose)`; under `torch.no_grad()` without gradients, for m forwards.
 
         Raises:
             NoPosesError: if there are none.
@@ -184,8 +182,8 @@ class Engine:
         Args:
             output: Of any shape, computed with a graph from the engine's modules.
             params: Names or parameters to differentiate by; default: all trainable ones.
-            pose_index: The poses of atoms, edges or other rows of a ragged batch, one tensor for
-                each kind. Saves the search; it is trusted.
+            pose_index: The poses of a ragged batch's rows (atoms, edges), one tensor for each
+                kind. Saves the search; it is trusted.
             retain_graph: Leave the graph for another backward.
 
         Returns:
@@ -265,12 +263,15 @@ class Engine:
         """
         return self.jacobian(output, retain_graph=True).gramian()  # type: ignore[no-any-return]
 
-    def backward(self, output: Tensor, rule: Tensor | AnyRule) -> Tensor | None:
+    def backward(
+        self, output: Tensor, rule: Tensor | AnyRule, *, scaler: GradScaler | None = None
+    ) -> Tensor | None:
         r"""Adds the gradient a rule makes of an output's Jacobian to the parameters' `.grad`.
 
         Args:
-            output: As for `jacobian`.
+            output: As for `jacobian`; not scaled, if there is a scaler.
             rule: As for `PoseJacobian.backward`.
+            scaler: Likewise.
 
         Returns:
             The weights, in the output's shape; None if the rule has none.
@@ -280,7 +281,7 @@ class Engine:
             >>> Engine(model).backward(model(torch.ones(2, 3)).squeeze(1), Mean())
             tensor([0.5000, 0.5000])
         """
-        return self.jacobian(output).backward(rule)
+        return self.jacobian(output).backward(rule, scaler=scaler)
 
     def plan(
         self,

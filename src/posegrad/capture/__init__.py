@@ -3,7 +3,7 @@
 from posegrad.capture._compat import add_each, leaf_hooks_off
 from posegrad.capture._edges import EdgeRegistry
 from posegrad.capture._gather import Gatherer
-from posegrad.capture._guard import grad_set_aside
+from posegrad.capture._guard import failures_named, grad_set_aside
 from posegrad.capture._modules import Roster, check_modules
 from posegrad.capture._tracked import check_tracked, graph_clock
 
@@ -14,6 +14,7 @@ __all__ = [
     "add_each",
     "check_modules",
     "check_tracked",
+    "failures_named",
     "grad_set_aside",
     "graph_clock",
     "leaf_hooks_off",

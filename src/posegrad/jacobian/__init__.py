@@ -4,7 +4,7 @@ from posegrad.jacobian._block import Block
 from posegrad.jacobian._form import ClosedForm, Factor
 from posegrad.jacobian._layout import NOBODY, Layout, single
 from posegrad.jacobian._parts import Arrangement, Factors, Part, Pull, Rows, Weights
-from posegrad.jacobian._precision import is_cast, no_autocast
+from posegrad.jacobian._precision import is_cast, no_autocast, wide
 from posegrad.jacobian.operator import PoseJacobian
 
 __all__ = [
@@ -23,4 +23,5 @@ __all__ = [
     "is_cast",
     "no_autocast",
     "single",
+    "wide",
 ]

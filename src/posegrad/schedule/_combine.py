@@ -104,6 +104,10 @@ def run(session: Session, request: Request, gatherer: Gatherer) -> Combined:
         gatherer: Reads Jacobians for `store`.
     """
     name, _ = choose(request)
+    if name in ("stream", "store"):
+        session.first()  # shows whether the model casts to float16 by itself
+        request = replace(request, scales_float16=request.scales_float16 or session.has_float16)
+        name, _ = choose(request)
     if name == "stream":
         name, _ = choose(_informed(request, session.first().predictions))
     if name == "stream":

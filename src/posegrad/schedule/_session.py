@@ -16,6 +16,7 @@ from posegrad.errors import (
     listed,
 )
 from posegrad.schedule._inputs import Inputs
+from posegrad.schedule._plan import underflow
 from posegrad.schedule._poses import Pose, copied, tensors_of
 from posegrad.schedule._replay import Moment, Surroundings
 
@@ -108,6 +109,7 @@ class Session:
         self.inputs = inputs
         self.surroundings = Surroundings(scorer.modules)
         self.differentiable = False
+        self.has_float16 = False  # in a graph that was seen, the model's own autocast included
         self._wary = wary
         self._chunks = iter(chunks)
         self._count = 0
@@ -133,7 +135,11 @@ class Session:
         yield first
         del first
         for poses in self._chunks:
-            yield self._score(poses, with_graph=with_graph or self._wary)
+            chunk = self._score(poses, with_graph=with_graph or self._wary)
+            if with_graph and self.has_float16:  # only some poses go through it
+                raise ValueError(underflow("The schedule"))
+            yield chunk
+            del chunk
 
     def check_differentiable(self) -> None:
         """Raises if there is something to differentiate for, but no pose that scored needs it.
@@ -175,7 +181,8 @@ class Session:
         if predictions.requires_grad:
             self.differentiable = True
             known = {id(tensor) for tensor in (*leaves.values(), *plain)}
-            check_tracked(predictions, known | self.inputs.parameters, clock)
+            if check_tracked(predictions, known | self.inputs.parameters, clock):
+                self.has_float16 = True
         return predictions, leaves
 
 

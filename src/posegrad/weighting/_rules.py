@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from posegrad.combination._base import Combination, Rule, as_combination
+from posegrad.combination._compiled import uncovered
 from posegrad.errors import (
     NonFinitePredictionError,
     NotDifferentiableError,
@@ -91,6 +92,7 @@ def as_gradient_rule(rule: Tensor | AnyRule) -> GradientRule:
     Raises:
         TypeError: if it is none of these.
     """
+    rule = uncovered(rule)
     if isinstance(rule, GradientRule):
         return rule
     if isinstance(rule, Tensor):
@@ -108,6 +110,7 @@ def rule_of_predictions(rule: Rule) -> Combination:
     Raises:
         TypeError: if the rule looks at gradients, or is no rule.
     """
+    rule = uncovered(rule)
     looks = isinstance(rule, GradientRule)
     if not looks and _is_of_torchjd(rule):
         looks = importlib.import_module(_ADAPTER).looks_at_gradients(rule)
