@@ -171,6 +171,25 @@ def test_a_rule_under_a_scaler_sees_true_gradients(name: str) -> None:
         assert _error(_gradient(model), expected) < 8 * EPS
 
 
+def test_a_trained_rule_is_scaled_like_the_model() -> None:
+    model, poses, scale = mlp(), _poses(), nn.Parameter(torch.tensor(2.0))
+    Engine(model).backward(model(poses).squeeze(1), Min(scale))
+    expected, scale.grad = scale.grad, None
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    Engine(model).backward(model(poses).squeeze(1), Min(scale), scaler=scaler)
+    scaler.unscale_(torch.optim.SGD([scale, *model.parameters()], lr=0.0))
+    torch.testing.assert_close(scale.grad, expected)
+
+
+def test_a_scaler_that_is_switched_off_skips_nothing() -> None:
+    model, poses = mlp(), _poses()
+    poses[2] = torch.nan
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    with pytest.raises(NonFiniteGradientError, match="rows 2"):
+        Engine(model).backward(model(poses).squeeze(1), Clip(1.0), scaler=scaler)
+    assert all(p.grad is None for p in model.parameters())
+
+
 def test_losses_scaled_by_hand_do_not_overflow() -> None:
     """The scale cancels in the weights of rules like UPGrad, and the scaler divides by it."""
     model, poses = mlp(), _poses()

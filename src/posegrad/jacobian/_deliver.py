@@ -8,6 +8,7 @@ from torch import Tensor
 
 from posegrad.errors import NonFiniteGradientError
 from posegrad.weighting._base import GradientRule, Jacobian, Step
+from posegrad.weighting._rules import OfPredictions
 
 __all__ = ["deliver", "step_of"]
 
@@ -18,10 +19,12 @@ def step_of(rule: GradientRule, jacobian: Jacobian, scaler: torch.amp.GradScaler
     Rows that are nan or infinite are no error to a scaler, which skips the step and goes on with a
     lower scale: it is shown a gradient of nan.
     """
-    if scaler is None:
+    if scaler is None or not scaler.is_enabled():
         return rule.step(jacobian)
     predictions = jacobian.predictions
     scale = scaler.scale(torch.ones((), device=predictions.device)).item()
+    if isinstance(rule, OfPredictions):
+        rule = OfPredictions(rule.rule, scale=scale)
     try:
         gradients, weights = rule.step(jacobian)
     except NonFiniteGradientError:

@@ -24,11 +24,17 @@ AnyRule = GradientRule | Combination | nn.Module | Callable[[Tensor], Tensor]
 
 @final
 class OfPredictions(GradientRule):
-    r"""A combination rule h as weights :math:`w = \partial h(\hat y) / \partial \hat y`."""
+    r"""A combination rule h as weights :math:`w = \partial h(\hat y) / \partial \hat y`.
 
-    def __init__(self, rule: Rule) -> None:
+    Args:
+        rule: h.
+        scale: What the gradient of its own parameters is multiplied by.
+    """
+
+    def __init__(self, rule: Rule, *, scale: float = 1.0) -> None:
         super().__init__()
         self.rule = as_combination(rule)
+        self.scale = scale
 
     def weights(self, predictions: Tensor) -> Tensor:
         """The weights, in the predictions' shape.
@@ -45,7 +51,7 @@ class OfPredictions(GradientRule):
         step = weighted(jacobian, weights)
         trained = [p for p in self.rule.parameters() if p.requires_grad]
         if trained:  # the rule's own gradient, once nothing can fail any more
-            torch.autograd.backward(total, inputs=trained)
+            torch.autograd.backward(self.scale * total, inputs=trained)
         return step
 
     def _differentiated(self, predictions: Tensor) -> tuple[Tensor, Tensor]:
