@@ -32,7 +32,7 @@ from posegrad.errors import (
     UnsupportedModuleError,
     UntrackedTensorError,
 )
-from posegrad.jacobian import PoseJacobian
+from posegrad.jacobian import PoseJacobian, SharedJacobian
 from posegrad.multipose import MultiPose
 from posegrad.schedule._chunks import Budget
 from posegrad.schedule._plan import Plan
@@ -81,6 +81,7 @@ __all__ = [
     "ReentrantCheckpointError",
     "ReplayError",
     "ShapeMismatchError",
+    "SharedJacobian",
     "SignAgreement",
     "StaleFactorError",
     "StaleParametersError",

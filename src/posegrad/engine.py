@@ -1,33 +1,22 @@
 """The engine: runs the poses of a group, and reads gradients off graphs."""
 
 from collections.abc import Callable, Iterable, Sequence, Sized
-from functools import partial
 from typing import Any, Self
 
-import torch
 from torch import Tensor, nn
+from torch.amp import GradScaler
 
 from posegrad.capture import Gatherer, Roster, check_modules, unwrapped
 from posegrad.combination._base import Rule
 from posegrad.errors import ClosedEngineError
 from posegrad.jacobian import PoseJacobian, SharedJacobian, of_all
-from posegrad.schedule._chunks import ChunkSize, checked
-from posegrad.schedule._combine import (
-    call_of,
-    check_options,
-    chunks_of,
-    groups_for,
-    request_for,
-    rule_for,
-    run,
-    scorer_for,
-)
+from posegrad.schedule._call import Setting
+from posegrad.schedule._chunks import ChunkSize
+from posegrad.schedule._combine import run
 from posegrad.schedule._gather import Loss, gather
-from posegrad.schedule._inputs import Inputs
-from posegrad.schedule._plan import Plan, ReadingPlan, choose, chunks_in, count_of, describe
+from posegrad.schedule._plan import Plan, ReadingPlan
 from posegrad.schedule._poses import Pose
-from posegrad.schedule._session import Combined, Scorer
-from posegrad.schedule.retain import retain
+from posegrad.schedule._session import Combined
 from posegrad.weighting._rules import AnyRule
 
 __all__ = ["Engine"]
@@ -43,7 +32,6 @@ class Engine:
 
     Where a rule looks at the gradients themselves, the engine reads J off the graph of a batch:
     `jacobian`, `gather`, `compute_gramian`, `backward`.
-
     Nothing is added to the model, and nothing drawn from the global random generators.
 
     Args:
@@ -95,11 +83,8 @@ class Engine:
         self.given = modules
         modules, self._ranks = unwrapped(modules, process_group)
         check_modules(modules)
-        check_options(len(modules), predict)
         self.modules = modules
-        self.predict = predict or nn.Module.__call__
-        self.collate = collate
-        self.chunk_size = checked(chunk_size)
+        self._setting = Setting(modules, predict, collate, chunk_size, self._ranks)
         sharded = self._ranks is not None and self._ranks.sharded
         self._roster = Roster(modules, sharded=sharded)
         self._gatherer = Gatherer(check, batch_dim, block_bytes)
@@ -117,9 +102,8 @@ class Engine:
     ) -> Combined:
         r"""Scores the poses of one group, or of several, and combines their predictions.
 
-        Both results carry gradients for any loss: call `backward()` on it as usual. Gradients
-        flow to the model's parameters, to the rule's, and to tensors inside the poses that require
-        grad. They accumulate into `.grad` in backward, as those of any loss do.
+        Both results carry gradients for any loss: `backward()` adds them to `.grad` as usual, for
+        the model's parameters, the rule's, and tensors inside the poses that require grad.
 
         Args:
             poses: A list, tuple, generator or other iterable of poses, or a stacked tensor whose
@@ -135,8 +119,7 @@ class Engine:
                 the norms of the gradients left out; 0 is exact.
 
         Returns:
-            `(prediction, per_pose)`. Under `torch.no_grad()`, without gradients and at the cost of
-            m forwards.
+            `(prediction, per_pose)`; under `torch.no_grad()` without gradients, for m forwards.
 
         Raises:
             NoPosesError: if there are none.
@@ -171,14 +154,11 @@ class Engine:
             True
         """
         self._check_open()
-        scorer, ranks = partial(self._scorer, poses), self._ranks
-        call = call_of(scorer, self.chunk_size, poses, rule, groups, schedule, skip_below, ranks)
-        name, sharded = choose(call.request)[0], call.request.sharded
-        if name == "retain" or not (torch.is_grad_enabled() or sharded):
-            return retain(call.scorer, call.chunks, call.request.rule, self._ranks, call.groups)
-        inputs = Inputs(self._roster.named(), self._ranks)
-        combined = run(call, inputs, self._ranks, self._gatherer, wary=not self._seasoned)
-        self._seasoned = True
+        call = self._setting.call(poses, rule, groups, schedule, skip_below)
+        combined, seen = run(
+            call, self._roster.named, self._ranks, self._gatherer, wary=not self._seasoned
+        )
+        self._seasoned |= seen
         return combined
 
     def jacobian(
@@ -197,8 +177,8 @@ class Engine:
         Args:
             output: Of any shape, computed with a graph from the engine's modules.
             params: Names or parameters to differentiate by; default: all trainable ones.
-            pose_index: The poses of atoms, edges or other rows of a ragged batch, one tensor for
-                each kind. Saves the search; it is trusted.
+            pose_index: The poses of a ragged batch's rows (atoms, edges), one tensor for each
+                kind. Saves the search; it is trusted.
             retain_graph: Leave the graph for another backward.
 
         Returns:
@@ -267,7 +247,7 @@ class Engine:
         parameters = self._roster.trainable()
 
         def own() -> PoseJacobian:
-            scorer, (_, chunks) = self._scorer(poses), chunks_of(poses, self.chunk_size)
+            scorer, (_, chunks) = self._setting.scorer(poses), self._setting.chunks(poses)
             return gather(self._gatherer, scorer, chunks, parameters, loss, form)
 
         return of_all(own, parameters, self._ranks)
@@ -288,12 +268,15 @@ class Engine:
         """
         return self.jacobian(output, retain_graph=True).gramian()  # type: ignore[no-any-return]
 
-    def backward(self, output: Tensor, rule: Tensor | AnyRule) -> Tensor | None:
+    def backward(
+        self, output: Tensor, rule: Tensor | AnyRule, *, scaler: GradScaler | None = None
+    ) -> Tensor | None:
         r"""Adds the gradient a rule makes of an output's Jacobian to the parameters' `.grad`.
 
         Args:
-            output: As for `jacobian`.
+            output: As for `jacobian`; not scaled, if there is a scaler.
             rule: As for `PoseJacobian.backward`.
+            scaler: Likewise.
 
         Returns:
             The weights, in the output's shape; None if the rule has none.
@@ -303,7 +286,7 @@ class Engine:
             >>> Engine(model).backward(model(torch.ones(2, 3)).squeeze(1), Mean())
             tensor([0.5000, 0.5000])
         """
-        return self.jacobian(output).backward(rule)
+        return self.jacobian(output).backward(rule, scaler=scaler)
 
     def plan(
         self,
@@ -344,11 +327,9 @@ class Engine:
         paths = self._gatherer.paths(poses_or_output, parameters)
         if paths:
             return ReadingPlan(poses_or_output.numel(), paths)  # type: ignore[union-attr]
-        count = count_of(poses_or_output)
-        chunks = chunks_in(poses_or_output, count, self.chunk_size)
-        rule = rule_for(rule, groups_for(groups, poses_or_output))
-        request = request_for(rule, schedule, skip_below, chunks, self.modules)
-        return describe(request, count, chunks, parameters.values())
+        return self._setting.plan(
+            poses_or_output, rule, groups, schedule, skip_below, parameters.values()
+        )
 
     def close(self) -> None:
         """Ends the engine's life, as `with Engine(model) as engine:` does; nothing is to be undone.
@@ -363,9 +344,6 @@ class Engine:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-    def _scorer(self, poses: Iterable[Pose] | Tensor) -> Scorer:
-        return scorer_for(poses, self.modules, self.predict, self.collate, self.chunk_size)
 
     def _check_open(self) -> None:
         if self._closed:

@@ -3,7 +3,7 @@
 from posegrad.capture._compat import add_each, in_static_ddp, leaf_hooks_off
 from posegrad.capture._edges import EdgeRegistry
 from posegrad.capture._gather import Gatherer
-from posegrad.capture._guard import grad_set_aside
+from posegrad.capture._guard import failures_named, grad_set_aside
 from posegrad.capture._modules import Roster, check_modules
 from posegrad.capture._tracked import check_tracked, graph_clock
 from posegrad.capture._wrapped import check_no_talk, unwrapped
@@ -16,6 +16,7 @@ __all__ = [
     "check_modules",
     "check_no_talk",
     "check_tracked",
+    "failures_named",
     "grad_set_aside",
     "graph_clock",
     "in_static_ddp",

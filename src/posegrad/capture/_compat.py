@@ -16,6 +16,7 @@ __all__ = [
     "TorchDispatchMode",
     "add_each",
     "apply_node",
+    "carries_float16",
     "device_of",
     "dtype_of",
     "facts_of",
@@ -113,6 +114,20 @@ def slots_of(node: Node, name: str) -> Sequence[Any]:
     """Where a node holds the tensors it saved under a name."""
     value = getattr(node, name)
     return value if isinstance(value, tuple | list) else (value,)
+
+
+def carries_float16(node: Node) -> bool:
+    """Whether a gradient passes a node as float16.
+
+    One node can stand for many operators: a compiled graph, a custom function. What such a node
+    saved tells what it computes in; it is not unpacked for that, as a checkpoint would run again.
+    """
+    if any(data.dtype == torch.float16 for data in node._input_metadata):
+        return True
+    if not is_python(node):
+        return False
+    tensors = [slot.data for name in slot_names(node) for slot in slots_of(node, name)]
+    return any(tensor is not None and tensor.dtype == torch.float16 for tensor in tensors)
 
 
 def is_packed(node: Node) -> bool:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 from posegrad.capture._axis import FACTS, Facts
-from posegrad.capture._compat import facts_of, is_python, outputs_of
+from posegrad.capture._compat import carries_float16, facts_of, is_python, outputs_of
 from posegrad.errors import ReentrantCheckpointError
 
 __all__ = ["LEAF", "Edge", "EdgeRegistry", "Use", "walk"]
@@ -116,6 +116,12 @@ class EdgeRegistry:
     def has_python(self) -> bool:
         """Whether functions written in Python are in it."""
         return any(is_python(node) for node in self.nodes)
+
+    def has_float16(self) -> bool:
+        """Whether gradients pass through float16 on the way."""
+        return any(torch.float16 in dtypes for dtypes in self.dtypes) or any(
+            carries_float16(node) for node in self.nodes if is_python(node)
+        )
 
     def in_order(self) -> Iterator[int]:
         """All nodes, each after everything that was computed from it."""

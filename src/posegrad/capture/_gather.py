@@ -1,8 +1,7 @@
 """From an output with its graph to its Jacobian."""
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import Any
@@ -11,8 +10,15 @@ import torch
 from torch import Tensor
 
 from posegrad.capture._axis import Axis
+from posegrad.capture._boundary import (
+    check_dimension,
+    check_index,
+    check_output,
+    unrelated_message,
+)
 from posegrad.capture._edges import Edge, EdgeRegistry
-from posegrad.capture._guard import grad_set_aside, name_failure
+from posegrad.capture._float16 import Scaling
+from posegrad.capture._guard import failures_named, undisturbed
 from posegrad.capture._inference import follows_numbers
 from posegrad.capture._recipe import Recipe, outlook, resolve, slow_parameters
 from posegrad.capture._release import Slot, release, slots_above
@@ -20,8 +26,8 @@ from posegrad.capture._routine import Routine
 from posegrad.capture._rungs import Parts, Reading
 from posegrad.capture._trial import Subject, Trial, attempt
 from posegrad.capture._verify import Reference
-from posegrad.errors import NoPosesError, NotDifferentiableError, ShapeMismatchError
-from posegrad.jacobian import Arrangement, Block, PoseJacobian, is_cast, no_autocast
+from posegrad.errors import NotDifferentiableError
+from posegrad.jacobian import Arrangement, Block, PoseJacobian, is_cast
 
 __all__ = ["Gatherer"]
 
@@ -49,6 +55,16 @@ class _Structure:
     routine: Routine | None = None
 
 
+@dataclass(frozen=True)
+class _Asked:
+    """What a caller said besides the output; see `Gatherer.gather`."""
+
+    parameters: Mapping[str, Tensor]
+    pose_index: Sequence[Tensor]
+    dim: int | None
+    quiet: bool
+
+
 @dataclass
 class Gatherer:
     """Reads Jacobians off graphs; remembers how for graphs of the same structure.
@@ -64,6 +80,7 @@ class Gatherer:
     block_bytes: int
     _recipes: dict[int, Recipe] = field(default_factory=dict)
     _structures: dict[int, _Structure] = field(default_factory=dict)
+    _scaling: Scaling = field(default_factory=Scaling)
     _generator: torch.Generator = field(default_factory=lambda: torch.Generator().manual_seed(0))
 
     def __post_init__(self) -> None:
@@ -109,29 +126,49 @@ class Gatherer:
             NotDifferentiableError: if it depends on none of the parameters.
             ReentrantCheckpointError: if a reentrant checkpoint is in its graph.
         """
-        _check_output(output)
+        check_output(output)
         parts: Parts = {}
         if output.requires_grad:
             registry = EdgeRegistry(output)
             used = {name: p for name, p in parameters.items() if id(p) in registry.leaves}
             dim = self.batch_dim if isinstance(self.batch_dim, int) and output.ndim else None
-            _check_dimension(output, dim)
-            _check_index(pose_index)
+            check_dimension(output, dim)
+            check_index(pose_index)
             if used:
-                known = self._structure(registry, used, output, stated=bool(pose_index))
-                inferred = known.inferred if known.is_fixed else {}
-                subject = Subject(output, registry, pose_index, dim, self._generator, inferred)
-                try:
-                    parts = self._parts(subject, used, known, keep_graph, quiet)
-                except RuntimeError as error:
-                    name_failure(error)
-                    raise
+                asked = _Asked(used, pose_index, dim, quiet)
+                read = self._parts_in_float16 if registry.has_float16() else self._parts_of
+                parts = read(registry, output, asked, keep_graph)
         if not parts and must_depend:
-            raise NotDifferentiableError(_unrelated_message(output, len(parameters)))
+            raise NotDifferentiableError(unrelated_message(output, len(parameters)))
         blocks = {
             name: Block.of(p, output.numel(), parts.get(name, ())) for name, p in parameters.items()
         }
         return PoseJacobian(output.detach().clone(), parameters, blocks)
+
+    def _parts_of(
+        self, registry: EdgeRegistry, output: Tensor, asked: _Asked, keep_graph: bool
+    ) -> Parts:
+        used, index = asked.parameters, asked.pose_index
+        known = self._structure(registry, used, output, stated=bool(index))
+        inferred = known.inferred if known.is_fixed else {}
+        subject = Subject(output, registry, index, asked.dim, self._generator, inferred)
+        with failures_named():
+            return self._parts(subject, used, known, keep_graph, asked.quiet)
+
+    def _parts_in_float16(
+        self, registry: EdgeRegistry, output: Tensor, asked: _Asked, keep_graph: bool
+    ) -> Parts:
+        used = asked.parameters
+
+        def read(scaled: Tensor) -> Parts:
+            return self._parts_of(EdgeRegistry(scaled), scaled, asked, keep_graph=True)
+
+        with undisturbed(registry, output.device.type, used), failures_named():
+            parts = self._scaling.parts(output, used, read)
+            if not keep_graph:
+                leaves = [registry.leaves[id(p)] for p in used.values()]
+                release(registry, slots_above(registry, leaves))
+        return parts
 
     def _structure(
         self, registry: EdgeRegistry, used: Mapping[str, Tensor], output: Tensor, *, stated: bool
@@ -166,7 +203,7 @@ class Gatherer:
             parts = known.routine.parts(registry, subject.output, parameters, keep_graph)
             if parts is not None:
                 return parts
-        with _undisturbed(registry, kind, parameters):
+        with undisturbed(registry, kind, parameters):
             reading = Reading(subject, parameters, self.block_bytes)
             recipe, parts = self._read(reading, known.recipe, quiet)
             if not keep_graph:
@@ -211,21 +248,6 @@ class Gatherer:
         if self.batch_dim is None:
             return Recipe(None, (), frozenset(parameters)), Trial({}, {})
         return resolve(subject, parameters)
-
-
-@contextmanager
-def _undisturbed(
-    registry: EdgeRegistry, device_type: str, parameters: Mapping[str, Tensor]
-) -> Iterator[None]:
-    """No graph is made, nothing is cast, and no `.grad` is written."""
-    with ExitStack() as stack:
-        if torch.is_inference_mode_enabled():
-            stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.no_grad())
-        stack.enter_context(no_autocast(device_type))
-        if registry.has_python():  # torch's own functions deposit nothing
-            stack.enter_context(grad_set_aside(parameters))
-        yield
 
 
 def _tried(subject: Subject, recipe: Recipe) -> Trial:
@@ -275,49 +297,6 @@ def _verified(
 
 def _warn(message: str) -> None:
     warnings.warn(message, stacklevel=8)
-
-
-def _check_output(output: Tensor) -> None:
-    if not isinstance(output, Tensor):
-        raise TypeError(
-            f"The output is a {type(output).__name__}, but a Jacobian has the rows of one tensor. "
-            f"Pass the predictions or losses themselves."
-        )
-    if output.numel() == 0:
-        raise NoPosesError(
-            f"The output has shape {list(output.shape)}: there is no prediction to differentiate.\n"
-            f"Leave empty batches out of the loop."
-        )
-
-
-def _check_index(pose_index: Sequence[Tensor]) -> None:
-    for index in pose_index:
-        if index.ndim != 1 or index.is_floating_point():
-            raise ShapeMismatchError(
-                f"A pose_index has {index.dtype} {list(index.shape)}, but it holds the number of a "
-                f"pose for each row of a kind, [R].\nPass batch.batch, or a list of such tensors."
-            )
-
-
-def _check_dimension(output: Tensor, dim: int | None) -> None:
-    if dim is not None and dim >= output.ndim:
-        raise ShapeMismatchError(
-            f"The engine has batch_dim={dim}, but the output has shape {list(output.shape)}.\n"
-            f"Leave batch_dim out: the engine finds out by itself."
-        )
-
-
-def _unrelated_message(output: Tensor, count: int) -> str:
-    if not output.requires_grad:
-        return (
-            f"The output ({output.dtype}, {list(output.shape)}) carries no graph.\n"
-            f"Compute it without no_grad() and detach(), from parameters that require grad."
-        )
-    return (
-        f"The output depends on none of the {count} trainable parameters of this engine: it was "
-        f"computed by another model (a copy?), or every parameter it uses is frozen.\n"
-        f"Make the engine from the model that computed it: Engine(model)."
-    )
 
 
 def _modules_of(names: Sequence[str]) -> str:

@@ -1,14 +1,17 @@
 """Backwards that must not touch the user's gradients, and whose failures have names."""
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from threading import RLock
 
+import torch
 from torch import Tensor
 
+from posegrad.capture._edges import EdgeRegistry
 from posegrad.errors import ReentrantCheckpointError, StaleFactorError, UnsupportedModuleError
+from posegrad.jacobian import no_autocast
 
-__all__ = ["grad_set_aside", "name_failure"]
+__all__ = ["failures_named", "grad_set_aside", "undisturbed"]
 
 _ONE_AT_A_TIME = RLock()
 
@@ -38,21 +41,41 @@ def grad_set_aside(parameters: Mapping[str, Tensor]) -> Iterator[None]:
         )
 
 
-def name_failure(error: RuntimeError) -> None:
+@contextmanager
+def undisturbed(
+    registry: EdgeRegistry, device_type: str, parameters: Mapping[str, Tensor]
+) -> Iterator[None]:
+    """No graph is made, nothing is cast, and no `.grad` is written."""
+    with ExitStack() as stack:
+        if torch.is_inference_mode_enabled():
+            stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(no_autocast(device_type))
+        if registry.has_python():  # torch's own functions deposit nothing
+            stack.enter_context(grad_set_aside(parameters))
+        yield
+
+
+@contextmanager
+def failures_named() -> Iterator[None]:
     """Gives torch's own failures of a backward a name, and says what to do.
 
     Raises:
         StaleFactorError: if a saved tensor was changed in place.
         UnsupportedModuleError: if a compiled graph can be used only once.
     """
-    if "modified by an inplace operation" in str(error):
-        raise StaleFactorError(
-            f"A tensor saved in the forward was changed in place before its Jacobian was read; "
-            f"a plain backward would fail likewise.\n{error}\nChange a clone."
-        ) from error
-    if "donated buffer" in str(error):
-        raise UnsupportedModuleError(
-            "A part of the model was compiled so that its graph can be used only once, and the "
-            "Jacobian needs it more often.\nSet torch._functorch.config.donated_buffer = False "
-            "before the model is compiled."
-        ) from error
+    try:
+        yield
+    except RuntimeError as error:
+        if "modified by an inplace operation" in str(error):
+            raise StaleFactorError(
+                f"A tensor saved in the forward was changed in place before its Jacobian was read; "
+                f"a plain backward would fail likewise.\n{error}\nChange a clone."
+            ) from error
+        if "donated buffer" in str(error):
+            raise UnsupportedModuleError(
+                "A part of the model was compiled so that its graph can be used only once, and "
+                "this needs it more often.\nSet torch._functorch.config.donated_buffer = False "
+                "before the model is compiled."
+            ) from error
+        raise

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node, get_gradient_edge
 
+from posegrad.capture._compat import carries_float16
 from posegrad.capture._edges import LEAF, walk
 from posegrad.errors import UntrackedTensorError
 
@@ -27,7 +28,7 @@ def graph_clock() -> int:
     return node._sequence_nr()
 
 
-def check_tracked(output: Tensor, known: Collection[int], since: int) -> None:
+def check_tracked(output: Tensor, known: Collection[int], since: int) -> bool:
     """Walks the graph of `output` and refuses what the engine would not give a gradient.
 
     Args:
@@ -35,16 +36,23 @@ def check_tracked(output: Tensor, known: Collection[int], since: int) -> None:
         known: `id` of every leaf that is allowed to appear.
         since: The `graph_clock()` before the forward; older nodes were computed elsewhere.
 
+    Returns:
+        Whether gradients pass through float16.
+
     Raises:
         UntrackedTensorError: if another leaf, or a node older than the forward, is reached.
         ReentrantCheckpointError: if a reentrant checkpoint is.
     """
+    narrow = False
     for node in walk(get_gradient_edge(output).node):
         if type(node) is LEAF:
             if id(_variable(node)) not in known and _references(node) > _HELD_BY_GRAPH_ALONE:
                 raise UntrackedTensorError(_leaf_message(_variable(node)))
         elif node._sequence_nr() < since and not _is_cached_cast(node):
             raise UntrackedTensorError(_older_message(node))
+        else:
+            narrow = narrow or carries_float16(node)
+    return narrow
 
 
 def _is_cached_cast(node: Node) -> bool:

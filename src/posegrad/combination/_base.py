@@ -11,6 +11,7 @@ from typing import final
 import torch
 from torch import Tensor, nn
 
+from posegrad.combination._compiled import uncovered
 from posegrad.combination._online import OnlineForm
 
 __all__ = ["Combination", "Rule", "as_combination", "flush_denormals"]
@@ -101,6 +102,7 @@ def as_combination(rule: Rule) -> Combination:
     Raises:
         TypeError: if `rule` is a class or cannot be called.
     """
+    rule = uncovered(rule)
     if isinstance(rule, Combination):
         return rule
     if isinstance(rule, type):

@@ -23,7 +23,7 @@ from torch import Tensor
 from posegrad.errors import MissingExtraError, ShapeMismatchError, UnsupportedModuleError
 from posegrad.jacobian._precision import wide
 from posegrad.weighting import Aggregation, GradientRule, Step, Weighting
-from posegrad.weighting._base import Jacobian, check_finite, checked, weighted
+from posegrad.weighting._base import Jacobian, check_finite, checked, plainly, weighted
 
 try:
     from torchjd import aggregation as theirs
@@ -157,11 +157,11 @@ class _OfTheirs(GradientRule):
 class _WeightsOfCount(_OfTheirs):
     """A weighting of the number of rows."""
 
-    @torch.no_grad()
     def step(self, jacobian: Jacobian) -> Step:
         predictions = jacobian.predictions
         rows = wide(predictions.reshape(-1, 1))
-        weights = self.rule(torch.zeros_like(rows))
+        with plainly(rows.device.type):
+            weights = self.rule(torch.zeros_like(rows))
         return weighted(jacobian, checked(self, weights, predictions))
 
 
@@ -178,10 +178,9 @@ class _WeightsOfGramian(_OfTheirs, Weighting):
 class _WeightsOfMatrix(_OfTheirs):
     """A weighting of the matrix."""
 
-    @torch.no_grad()
     def step(self, jacobian: Jacobian) -> Step:
         matrix = _finite(jacobian)
-        with _gramians_made(self.rule):
+        with plainly(matrix.device.type), _gramians_made(self.rule):
             weights = self.rule(matrix)
         del matrix
         return weighted(jacobian, checked(self, weights, jacobian.predictions))
@@ -201,10 +200,10 @@ class _ByColumn(_OfTheirs, Aggregation):
 class _OfMatrix(_OfTheirs):
     """An aggregator of the matrix."""
 
-    @torch.no_grad()
     def step(self, jacobian: Jacobian) -> Step:
         matrix = _finite(jacobian)
-        gradient = self.rule(matrix)
+        with plainly(matrix.device.type):
+            gradient = self.rule(matrix)
         if gradient.shape != matrix.shape[1:]:
             raise ShapeMismatchError(
                 f"{self._get_name()} made {list(gradient.shape)} of a matrix "

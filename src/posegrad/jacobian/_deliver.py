@@ -6,7 +6,32 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["deliver"]
+from posegrad.errors import NonFiniteGradientError
+from posegrad.weighting._base import GradientRule, Jacobian, Step
+from posegrad.weighting._rules import OfPredictions
+
+__all__ = ["deliver", "step_of"]
+
+
+def step_of(rule: GradientRule, jacobian: Jacobian, scaler: torch.amp.GradScaler | None) -> Step:
+    """What a rule makes of a Jacobian, times the scale that a scaler will divide by.
+
+    Rows that are nan or infinite are no error to a scaler, which skips the step and goes on with a
+    lower scale: it is shown a gradient of nan.
+    """
+    if scaler is None or not scaler.is_enabled():
+        return rule.step(jacobian)
+    predictions = jacobian.predictions
+    scale = scaler.scale(torch.ones((), device=predictions.device)).item()
+    if isinstance(rule, OfPredictions):
+        rule = OfPredictions(rule.rule, scale=scale)
+    try:
+        gradients, weights = rule.step(jacobian)
+    except NonFiniteGradientError:
+        weights = torch.full_like(predictions, torch.nan)
+        shapes = jacobian.shapes
+        gradients = {name: weights.new_full(shapes[name], torch.nan) for name in jacobian.used}
+    return Step({name: scale * gradient for name, gradient in gradients.items()}, weights)
 
 
 def deliver(parameters: Sequence[Tensor], gradients: list[Tensor]) -> None:

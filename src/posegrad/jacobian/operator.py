@@ -9,7 +9,7 @@ from torch import Tensor
 
 from posegrad.errors import ShapeMismatchError
 from posegrad.jacobian._block import Block
-from posegrad.jacobian._deliver import deliver
+from posegrad.jacobian._deliver import deliver, step_of
 from posegrad.jacobian._parts import Weights
 from posegrad.jacobian._precision import exact
 from posegrad.jacobian._products import Products, added, inner_products
@@ -23,10 +23,9 @@ __all__ = ["PoseJacobian"]
 class PoseJacobian:
     r"""The rows :math:`\partial \hat y_i / \partial \theta` of a group, held in factors.
 
-    Row i of the Jacobian J `[M, n]` is the gradient of one number of the output with respect to all
-    n parameters. J is never formed unless asked for: for most layers what is held is the layer's
-    input and the cotangent of its output, from which products with J are taken.
-
+    Row i of the Jacobian J `[M, n]` is the gradient of one number of the output by all n
+    parameters. J is never formed unless asked for: for most layers, their input and the cotangent
+    of their output are held, from which products with J are taken.
     Made by `Engine.jacobian` and `Engine.gather`. Immutable; keeps no graph of the model.
 
     Example:
@@ -126,25 +125,28 @@ class PoseJacobian:
         flat = Weights(self._flat(weights))
         return {name: block.combine(flat) for name, block in self._blocks.items()}
 
-    def backward(self, rule: Tensor | AnyRule) -> Tensor | None:
+    def backward(
+        self, rule: Tensor | AnyRule, *, scaler: torch.amp.GradScaler | None = None
+    ) -> Tensor | None:
         r"""Adds the gradient a rule makes of J to the `.grad` of the parameters.
 
         Args:
-            rule: The weights w of `output_shape`, for :math:`w^\top J`; a `Weighting`, which finds
-                them from the Gramian; an `Aggregation`, which takes the rows of one parameter after
-                another; TorchJD's `Weighting` or `Aggregator`; or a combination rule h, for which
+            rule: The weights w of `output_shape`, for :math:`w^\top J`; a `Weighting` of the
+                Gramian; an `Aggregation` of the rows, parameter by parameter; TorchJD's `Weighting`
+                or `Aggregator`; or a combination rule h, for which
                 :math:`w = \partial h(\hat y) / \partial \hat y`; its own parameters get theirs.
+            scaler: If `scaler.step` comes next: the gradient is multiplied by the scale that it
+                divides by, and is nan, so that it skips the step, if rows are nan or infinite.
 
         Returns:
-            w, or None if the rule has no weights.
+            w, or None if the rule has no weights; nan where rows are nan or infinite.
 
         Raises:
             ShapeMismatchError: if w has another shape, or the rule gives more than one number.
-            NonFiniteGradientError: if rows are nan or infinite and the rule looks at them.
+            NonFiniteGradientError: if such rows meet a rule that looks at them, without a scaler.
             StaleFactorError: as for `combine`. No `.grad` is touched by any of these.
 
-        Note:
-            Hooks on the parameters run, once. Where autograd would leave `.grad` None, so does it.
+        Hooks on the parameters run, once. Where autograd would leave `.grad` None, so does it.
 
         Example:
             >>> model = nn.Linear(2, 1)
@@ -154,7 +156,7 @@ class PoseJacobian:
             >>> model.weight.grad
             tensor([[0.5000, 0.5000]])
         """
-        gradients, weights = as_gradient_rule(rule).step(self)
+        gradients, weights = step_of(as_gradient_rule(rule), self, scaler)
         named = [n for n in gradients if self._parameters[n].requires_grad]  # frozen since?
         places = [self._parameters[name] for name in named]
         ready = [gradients[n].to(p.device, p.dtype) for n, p in zip(named, places, strict=True)]
@@ -176,8 +178,7 @@ class PoseJacobian:
 
         Note:
             Time and memory, for R rows of a linear layer of d inputs and p outputs: the lesser of
-            `R^2 (d + p)`, without any gradient, and `(R + M^2) d p`, with the rows of one
-            parameter at a time. Other layers take the latter.
+            `R^2 (d + p)`, without any gradient, and `(R + M^2) d p`, with rows, as other layers.
 
         References:
             Goodfellow, "Efficient per-example gradient computations" (2015), for one row a pose;
@@ -207,8 +208,8 @@ class PoseJacobian:
             gradient, and of its rows; for other layers their rows.
 
         References:
-            Goodfellow, "Efficient per-example gradient computations" (2015), for T = 1; Li et al.,
-            "Large language models can be strong differentially private learners", ICLR 2022.
+            Goodfellow (2015), as for `gramian`, for T = 1; Li et al., "Large language models can
+            be strong differentially private learners", ICLR 2022.
         """
         products = Products()
         squares = (self._squares_of(name, products) for name in self.used)

@@ -26,7 +26,7 @@ from posegrad.errors import (
     UnsupportedModuleError,
 )
 from posegrad.jacobian._block import Block
-from posegrad.jacobian._deliver import deliver
+from posegrad.jacobian._deliver import deliver, step_of
 from posegrad.jacobian._precision import wide
 from posegrad.jacobian.operator import PoseJacobian
 from posegrad.ranks import Ranks
@@ -137,11 +137,14 @@ class SharedJacobian:
         pairs = zip(own.items(), sums, strict=True)
         return {name: mine if total is None else total for (name, mine), total in pairs}
 
-    def backward(self, rule: Tensor | AnyRule) -> Tensor | None:
+    def backward(
+        self, rule: Tensor | AnyRule, *, scaler: torch.amp.GradScaler | None = None
+    ) -> Tensor | None:
         """Adds the gradient a rule makes of all ranks' rows to `.grad`, the same on every rank.
 
         Args:
             rule: As for `PoseJacobian.backward`.
+            scaler: As there.
 
         Returns:
             The weights, of `output_shape`; None if the rule has none.
@@ -150,7 +153,7 @@ class SharedJacobian:
             RankError: if another rank failed, or a rule that draws random numbers of its own made
                 different gradients on different ranks; no `.grad` is touched.
         """
-        gradients, weights = as_gradient_rule(rule).step(self)
+        gradients, weights = step_of(as_gradient_rule(rule), self, scaler)
         self._check_same(gradients)
         named = [n for n in gradients if self._parameters[n].requires_grad]  # frozen since?
         places = [self._parameters[name] for name in named]

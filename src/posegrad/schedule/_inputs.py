@@ -6,7 +6,7 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
-from posegrad.capture import grad_set_aside, leaf_hooks_off
+from posegrad.capture import failures_named, grad_set_aside, leaf_hooks_off
 from posegrad.errors import StaleParametersError, UntrackedTensorError, listed
 from posegrad.jacobian import no_autocast
 from posegrad.ranks import Ranks
@@ -88,8 +88,11 @@ class Inputs:
         if self.is_sharded():
             return self._through_hooks(predictions, cotangent, leaves)
         own = dict(zip(self.names, self.tensors, strict=False))
+        # Only a graph that is used again fails where plain autograd would not.
+        named = failures_named() if keep_graph else nullcontext()
         guard = nullcontext() if self._marks is not None else grad_set_aside(own)
-        with guard, leaf_hooks_off(sources), no_autocast(predictions.device.type):
+        device = predictions.device.type
+        with guard, leaf_hooks_off(sources), no_autocast(device), named:
             found = torch.autograd.grad(
                 predictions, sources, cotangent, retain_graph=keep_graph, allow_unused=True
             )

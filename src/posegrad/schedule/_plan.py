@@ -22,6 +22,7 @@ __all__ = [
     "chunks_in",
     "count_of",
     "describe",
+    "underflow",
 ]
 
 SCHEDULES = ("auto", "retain", "store", "stream", "recompute")
@@ -79,6 +80,14 @@ def choose(request: Request) -> tuple[str, str]:
     return request.schedule, "asked for"
 
 
+def underflow(who: str) -> str:
+    """Why a schedule that differentiates early does not take float16."""
+    return (
+        f"{who} differentiates before the loss is scaled, and float16 gradients would underflow "
+        f"without a word. Use schedule='recompute' or 'auto', or autocast to bfloat16."
+    )
+
+
 def _automatic(request: Request) -> tuple[str, str]:
     if request.skip_below > 0:
         return "recompute", "skip_below leaves out poses once all weights are known"
@@ -123,10 +132,7 @@ def _check_served(request: Request) -> None:
             f"or it has parameters to train. Use schedule='recompute' or 'auto'."
         )
     if name in ("stream", "store") and request.scales_float16:
-        raise ValueError(
-            f"schedule={name!r} differentiates before the loss is scaled, and float16 gradients "
-            f"would underflow without a word. Use schedule='recompute' or 'auto'."
-        )
+        raise ValueError(underflow(f"schedule={name!r}"))
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from posegrad.errors import (
 )
 from posegrad.ranks import Ranks
 from posegrad.schedule._inputs import Inputs
+from posegrad.schedule._plan import underflow
 from posegrad.schedule._poses import Pose, copied, tensors_of
 from posegrad.schedule._predictions import (
     Kind,
@@ -156,6 +157,7 @@ class Session:
         self.groups = groups
         self.surroundings = Surroundings(scorer.modules)
         self.differentiable = False
+        self.has_float16 = False  # in a graph that was seen, the model's own autocast included
         self._wary = wary
         self._chunks = iter(chunks)
         self._count = 0
@@ -205,7 +207,11 @@ class Session:
         del first
         for poses in self._chunks:
             graph = with_graph or (self._wary and not self.inputs.is_sharded())
-            yield self._score(poses, with_graph=graph)
+            chunk = self._score(poses, with_graph=graph)
+            if with_graph and self.has_float16:  # only some poses go through it
+                raise ValueError(underflow("The schedule"))
+            yield chunk
+            del chunk
 
     def lag(self, rounds: int | None = None) -> int:
         """How many times less often this rank will run the model than another, where that matters.
@@ -270,7 +276,8 @@ class Session:
             self.differentiable = True
             if not self.inputs.is_sharded():
                 known = {id(tensor) for tensor in (*leaves.values(), *plain)}
-                check_tracked(predictions, known | self.inputs.parameters, clock)
+                if check_tracked(predictions, known | self.inputs.parameters, clock):
+                    self.has_float16 = True
         return predictions, leaves
 
 

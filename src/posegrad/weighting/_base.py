@@ -7,7 +7,8 @@ their inner products (`Weighting`), or the gradients themselves, one parameter a
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import NamedTuple, Protocol, final
 
 import torch
@@ -102,7 +103,7 @@ class Weighting(GradientRule):
         predictions = jacobian.predictions
         gramian = _flattened(jacobian.gramian(), predictions.ndim)
         check_finite(gramian.diagonal())
-        with torch.no_grad():
+        with plainly(gramian.device.type):
             weights = self(gramian, predictions.reshape(-1))
         return checked(self, weights, predictions)
 
@@ -133,11 +134,11 @@ class Aggregation(GradientRule):
     def step(self, jacobian: Jacobian) -> Step:
         return Step({name: self._aggregated(jacobian, name) for name in jacobian.used}, None)
 
-    @torch.no_grad()
     def _aggregated(self, jacobian: Jacobian, name: str) -> Tensor:
         shape = jacobian.predictions.numel(), *jacobian.shapes[name]
         block = jacobian.block(name).reshape(shape)  # [M, *shape]
-        gradient: Tensor = self(block)
+        with plainly(block.device.type):
+            gradient: Tensor = self(block)
         if gradient.shape != block.shape[1:]:
             raise ShapeMismatchError(
                 f"{self._get_name()} made {list(gradient.shape)} of the rows of {name}, "
@@ -145,6 +146,21 @@ class Aggregation(GradientRule):
                 f"{list(block.shape[1:])}.\nReduce dimension 0 in forward, and no other."
             )
         return gradient.clone()  # it becomes .grad: no view of the rows, nothing of the rule's
+
+
+@contextmanager
+def plainly(device_type: str) -> Iterator[None]:
+    """How a rule's own arithmetic runs: without a graph, and without the user's autocast.
+
+    A Gramian in float32 would be of no use to a rule whose products are cast to bfloat16.
+
+    Args:
+        device_type: Where the Gramian or the rows are; rules may also compute on the CPU.
+    """
+    with torch.no_grad(), ExitStack() as stack:
+        for kind in sorted({"cpu", device_type}):
+            stack.enter_context(torch.autocast(kind, enabled=False))
+        yield
 
 
 def weighted(jacobian: Jacobian, weights: Tensor) -> Step:
@@ -193,7 +209,8 @@ def check_finite(squares: Tensor) -> None:
         f"The gradients of {len(rows)} of {len(squares)} rows, or their squares, are not finite: "
         f"rows {listed(rows)}.\n"
         f"Weights that look at them would be arbitrary; no .grad was touched.\n"
-        f"Leave those poses out, or lower the scale of the loss."
+        f"Leave those poses out. Under a GradScaler, do not scale the loss: backward(rule, "
+        f"scaler=scaler) skips the step as the scaler would."
     )
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from posegrad.combination._base import Combination, Rule, as_combination
+from posegrad.combination._compiled import uncovered
 from posegrad.errors import (
     NonFinitePredictionError,
     NotDifferentiableError,
@@ -23,11 +24,17 @@ AnyRule = GradientRule | Combination | nn.Module | Callable[[Tensor], Tensor]
 
 @final
 class OfPredictions(GradientRule):
-    r"""A combination rule h as weights :math:`w = \partial h(\hat y) / \partial \hat y`."""
+    r"""A combination rule h as weights :math:`w = \partial h(\hat y) / \partial \hat y`.
 
-    def __init__(self, rule: Rule) -> None:
+    Args:
+        rule: h.
+        scale: What the gradient of its own parameters is multiplied by.
+    """
+
+    def __init__(self, rule: Rule, *, scale: float = 1.0) -> None:
         super().__init__()
         self.rule = as_combination(rule)
+        self.scale = scale
 
     def weights(self, predictions: Tensor) -> Tensor:
         """The weights, in the predictions' shape.
@@ -44,7 +51,7 @@ class OfPredictions(GradientRule):
         step = weighted(jacobian, weights)
         trained = [p for p in self.rule.parameters() if p.requires_grad]
         if trained:  # the rule's own gradient, once nothing can fail any more
-            torch.autograd.backward(total, inputs=trained)
+            torch.autograd.backward(self.scale * total, inputs=trained)
         return step
 
     def _differentiated(self, predictions: Tensor) -> tuple[Tensor, Tensor]:
@@ -91,6 +98,7 @@ def as_gradient_rule(rule: Tensor | AnyRule) -> GradientRule:
     Raises:
         TypeError: if it is none of these.
     """
+    rule = uncovered(rule)
     if isinstance(rule, GradientRule):
         return rule
     if isinstance(rule, Tensor):
@@ -108,6 +116,7 @@ def rule_of_predictions(rule: Rule) -> Combination:
     Raises:
         TypeError: if the rule looks at gradients, or is no rule.
     """
+    rule = uncovered(rule)
     looks = isinstance(rule, GradientRule)
     if not looks and _is_of_torchjd(rule):
         looks = importlib.import_module(_ADAPTER).looks_at_gradients(rule)

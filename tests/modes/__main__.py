@@ -1,0 +1,5 @@
+"""Writes the table of docs/modes.md."""
+
+from tests.modes.page import PAGE, page
+
+PAGE.write_text(page(), encoding="utf-8")
