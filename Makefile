@@ -40,6 +40,7 @@ lint: $(VENV)/.lint-ready
 bench: $(VENV)/.bench-ready
 	$(RUN) -m benchmarks --suite multipose
 	$(RUN) -m benchmarks --suite scaling --rounds 1
+	$(RUN) -m benchmarks --suite processes --rounds 7
 	for suite in gramian rows clipping overhead forms rules; do \
 	  $(HEAP) $(RUN) -m benchmarks --suite $$suite --rounds 5 || exit 1; done
 	$(RUN) -m benchmarks.report

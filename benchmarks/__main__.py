@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks import batches, forms, multipose, overhead, rules, scaling
+from benchmarks import batches, forms, multipose, overhead, processes, rules, scaling
 from benchmarks.models import MODELS
 from benchmarks.settings import Memory, Settings
 from benchmarks.table import markdown
@@ -32,6 +32,7 @@ SUITES: dict[str, _Suite] = {
         for suite, tasks in batches.SUITES.items()
     },
     "scaling": _Suite(scaling.run, scaling.CASES, scaling.MEMORY),
+    "processes": _Suite(processes.run, processes.CASES),
     "overhead": _Suite(overhead.run, overhead.NETWORKS),
     "forms": _Suite(forms.run, forms.LAYERS),
     "rules": _Suite(rules.run, rules.NETWORKS),

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from benchmarks.table import batches, forms, multipose, overhead, rules, scaling
+from benchmarks.table import batches, forms, multipose, overhead, processes, rules, scaling
 
 __all__ = ["SUITES", "markdown"]
 
@@ -13,6 +13,7 @@ SUITES: dict[str, Callable[[dict[str, Any]], str]] = {
     "rows": batches.markdown,
     "clipping": batches.markdown,
     "scaling": scaling.markdown,
+    "processes": processes.markdown,
     "overhead": overhead.markdown,
     "forms": forms.markdown,
     "rules": rules.markdown,

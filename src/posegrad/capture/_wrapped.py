@@ -47,9 +47,8 @@ def unwrapped(
         return tuple(plain), None
     _check_groups(groups)
     own = groups[0]
-    if sharded:  # whose own messages must not meet those of FSDP2
-        members = dist.get_process_group_ranks(own)
-        own = dist.new_group(members, use_local_synchronization=True)
+    if sharded and dist.get_world_size(own) == dist.get_world_size():
+        own = dist.new_group()  # so that our messages never meet those of FSDP2
     return tuple(plain), Ranks(own, sharded)
 
 
