@@ -175,7 +175,7 @@ def in_backward(function: Callable[[], None]) -> None:
     of any, once for each tensor.
     """
     with torch.enable_grad():
-        start = torch.zeros((), requires_grad=True)
+        start = torch.zeros((), requires_grad=True, device="cpu")
         end = start.clone()
     end.register_hook(lambda _: function())  # type: ignore[no-untyped-call]
     torch.autograd.grad(end, start)

@@ -15,7 +15,7 @@ from posegrad.errors import ReentrantCheckpointError
 
 __all__ = ["LEAF", "Edge", "EdgeRegistry", "Use", "walk"]
 
-LEAF = type(get_gradient_edge(torch.zeros((), requires_grad=True)).node)
+LEAF = type(get_gradient_edge(torch.zeros((), requires_grad=True, device="cpu")).node)
 """The class of the nodes that stand for leaves."""
 
 LEAF_NAME = "AccumulateGrad"

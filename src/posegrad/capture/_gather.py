@@ -65,6 +65,10 @@ class _Asked:
     quiet: bool
 
 
+def _seeded() -> torch.Generator:
+    return torch.Generator("cpu").manual_seed(0)
+
+
 @dataclass
 class Gatherer:
     """Reads Jacobians off graphs; remembers how for graphs of the same structure.
@@ -81,7 +85,7 @@ class Gatherer:
     _recipes: dict[int, Recipe] = field(default_factory=dict)
     _structures: dict[int, _Structure] = field(default_factory=dict)
     _scaling: Scaling = field(default_factory=Scaling)
-    _generator: torch.Generator = field(default_factory=lambda: torch.Generator().manual_seed(0))
+    _generator: torch.Generator = field(default_factory=_seeded)
 
     def __post_init__(self) -> None:
         if self.check not in CHECKS:

@@ -80,11 +80,11 @@ def make_probes(count: int, dtype: torch.dtype, generator: torch.Generator) -> P
     length = 1
     while digits**length < count:
         length += 1
-    numbers = torch.arange(count)
+    numbers = torch.arange(count, device="cpu")
     exponents, tables, places, sets = [], [], [], []
     for number in range(_SETS if digits > 8 else _SETS_IF_NARROW):
         for digit in range(length):
-            order = torch.randperm(digits, generator=generator)
+            order = torch.randperm(digits, generator=generator, device="cpu")
             value = numbers.div(digits**digit, rounding_mode="floor") % digits
             exponents.append(order[value] + lowest)
             tables.append(torch.argsort(order))

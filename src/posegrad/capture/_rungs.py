@@ -82,7 +82,7 @@ class Reading:
         edges = list(dict.fromkeys(edge for site in sites for edge in site.edges))
         found: Cotangents = []
         for k in range(arrangement.components if edges else 0):
-            unit = torch.zeros(arrangement.poses, arrangement.components)
+            unit = torch.zeros(arrangement.poses, arrangement.components, device="cpu")
             unit[:, k] = 1
             output = self.subject.output
             cotangent = arrangement.join(unit).reshape(output.shape)

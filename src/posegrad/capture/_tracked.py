@@ -23,7 +23,7 @@ __all__ = ["check_tracked", "graph_clock"]
 def graph_clock() -> int:
     """A time stamp: graph nodes made on this thread from now on carry a number at least as high."""
     with torch.enable_grad():
-        node = torch.zeros((), requires_grad=True).view(()).grad_fn
+        node = torch.zeros((), requires_grad=True, device="cpu").view(()).grad_fn
     assert node is not None
     return node._sequence_nr()
 
@@ -73,7 +73,7 @@ def _references(leaf: Node) -> int:
 
 
 def _references_of_a_dropped_leaf() -> int:
-    node = torch.zeros((), requires_grad=True).view(()).grad_fn
+    node = torch.zeros((), requires_grad=True, device="cpu").view(()).grad_fn
     leaf = node.next_functions[0][0] if node is not None else None
     assert leaf is not None
     return _references(leaf)

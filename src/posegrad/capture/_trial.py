@@ -83,7 +83,9 @@ def attempt(subject: Subject, arrangement: Arrangement, sites: Sequence[Site]) -
     count, parts = arrangement.poses, arrangement.components
     mix = torch.ones_like(output)  # of the components of a pose
     if parts > 1:
-        drawn = torch.rand(parts, dtype=torch.float64, generator=subject.generator) + 0.5
+        drawn = (
+            torch.rand(parts, dtype=torch.float64, device="cpu", generator=subject.generator) + 0.5
+        )
         mix = arrangement.join(drawn.expand(count, parts)).reshape(output.shape).to(mix)
 
     def cotangent(scales: Tensor) -> Tensor:  # [m] to the output's shape
@@ -152,7 +154,7 @@ def _stated(pose_index: Sequence[Tensor], count: int, cotangent: Tensor) -> Layo
     if not fitting:
         return None
     if len(cotangent) == count:
-        fitting.append(torch.arange(count))
+        fitting.append(torch.arange(count, device="cpu"))
     if any(not torch.equal(index, fitting[0]) for index in fitting):
         return None
     return Layout.along(count, 0, fitting[0].to(cotangent.device, copy=True))

@@ -41,7 +41,9 @@ class Reference:
     def of(cls, subject: Subject, parameters: Mapping[str, Tensor]) -> Self:
         """One plain backward; the graph is kept."""
         output = subject.output
-        weights = torch.randn(output.shape, generator=subject.generator, dtype=torch.float64)
+        weights = torch.randn(
+            output.shape, generator=subject.generator, dtype=torch.float64, device="cpu"
+        )
         weights = weights.to(output.device, output.dtype)
         leaves = list(parameters.values())
         with leaf_hooks_off(leaves):

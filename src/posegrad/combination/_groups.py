@@ -51,7 +51,7 @@ class Groups:
             NoPosesError: if a group is below 0.
         """
         if not isinstance(groups, Tensor):
-            owners = torch.arange(len(groups)).repeat_interleave(_sizes(groups))
+            owners = torch.arange(len(groups), device="cpu").repeat_interleave(_sizes(groups))
             return cls(owners, len(groups))
         if groups.ndim != 1 or groups.is_floating_point() or groups.dtype == torch.bool:
             raise ShapeMismatchError(
@@ -132,7 +132,7 @@ def _sizes(groups: Sequence[int]) -> Tensor:
             f"groups is {list(groups)[:8]}, but a list holds the sizes of groups, whole numbers.\n"
             f"Pass ids [m] as a tensor: torch.tensor(ids)."
         )
-    return torch.tensor(sizes, dtype=torch.long)
+    return torch.tensor(sizes, dtype=torch.long, device="cpu")
 
 
 def _check_filled(owners: Tensor, count: int) -> None:

@@ -243,7 +243,10 @@ class SharedJacobian:
     ) -> Any:
         """The Gramians of layers, wherever they were computed, added up."""
         shape = (*self.output_shape, *reversed(self.output_shape))
-        kinds = [wide(torch.empty(0, dtype=p.dtype)).dtype for p in self._parameters.values()]
+        kinds = [
+            wide(torch.empty(0, dtype=p.dtype, device="cpu")).dtype
+            for p in self._parameters.values()
+        ]
         kind = dtype or max(kinds, key=lambda one: one.itemsize, default=torch.float32)
 
         def added(own: Sequence[Tensor]) -> Tensor:

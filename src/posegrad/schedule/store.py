@@ -39,7 +39,7 @@ def store(session: Session, rule: Combination, gatherer: Gatherer) -> Combined:
 
     predictions = session.group(scored)
     saved = tensors_of(rows)
-    empty = torch.empty(0)
+    empty = torch.empty(0, device="cpu")
     shells = map_tensors(lambda _: empty, rows)  # the tensors themselves are autograd's to free
     sizes = [value.numel() for value in values]
 

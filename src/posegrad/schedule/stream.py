@@ -51,7 +51,7 @@ def stream(session: Session, rule: Combination) -> Combined:
             )
         return _weighted(saved, on_prediction, len(session.inputs.tensors))
 
-    members = [torch.arange(len(per_pose))] if groups is None else groups.members()
+    members = [torch.arange(len(per_pose), device="cpu")] if groups is None else groups.members()
     gradients = [
         gradient
         for own, index in zip(sums, members, strict=True)
@@ -64,7 +64,7 @@ def _push(chunk: Chunk, sums: "list[_OnlineSums]", groups: Groups | None) -> Non
     """Adds the poses of a chunk to the sums of their groups."""
     count = len(chunk.poses)
     if groups is None:
-        return sums[0].push(chunk, torch.arange(count), last=True)
+        return sums[0].push(chunk, torch.arange(count, device="cpu"), last=True)
     own = list(groups.within(chunk.start, count))
     for group, places in own:
         sums[group].push(chunk, places, last=group == own[-1][0])

@@ -103,14 +103,14 @@ def assert_aggregation(
 
 
 def _rows(least: int) -> Iterator[Tensor]:
-    generator = torch.Generator().manual_seed(20)
+    generator = torch.Generator("cpu").manual_seed(20)
     for count in sorted({least, *(count for count in _COUNTS if count > least)}):
-        draw = torch.randn(count, _COLUMNS, generator=generator, dtype=torch.float64)
+        draw = torch.randn(count, _COLUMNS, generator=generator, dtype=torch.float64, device="cpu")
         some = draw.clone()
         some[0] = 0
         opposed = draw.clone()
         opposed[1::2] = -draw[: count // 2]
-        alike = draw[torch.arange(count) // 2]
+        alike = draw[torch.arange(count, device="cpu") // 2]
         yield from (draw, 1e-6 * draw, 1e6 * draw)
         yield from (draw[:, :2], alike, opposed, some, torch.zeros_like(draw))
 
@@ -121,13 +121,16 @@ def _blocks(least: int) -> Iterator[Tensor]:
 
 
 def _predictions(count: int) -> Tensor:
-    generator = torch.Generator().manual_seed(count)
-    return 4 * torch.randn(count, generator=generator, dtype=torch.float64) - 8
+    generator = torch.Generator("cpu").manual_seed(count)
+    return 4 * torch.randn(count, generator=generator, dtype=torch.float64, device="cpu") - 8
 
 
 def _orders(count: int) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(count)
-    return [torch.arange(count).flip(0), torch.randperm(count, generator=generator)]
+    generator = torch.Generator("cpu").manual_seed(count)
+    return [
+        torch.arange(count, device="cpu").flip(0),
+        torch.randperm(count, generator=generator, device="cpu"),
+    ]
 
 
 def _gives_one_finite_weight_for_each_row(rule: nn.Module, rows: Tensor, scores: Tensor) -> None:

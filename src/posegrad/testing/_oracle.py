@@ -196,7 +196,9 @@ def _loss_of(*, per_pose: bool) -> Loss:
     def loss(prediction: Tensor, predictions: Tensor) -> Tensor:
         total = (prediction - 1.5).square().sum() + prediction.sum().sin()  # groups are coupled
         if per_pose:
-            steps = torch.arange(predictions.numel(), dtype=predictions.dtype)
+            steps = torch.arange(
+                predictions.numel(), dtype=predictions.dtype, device=predictions.device
+            )
             signs = torch.cos(3 * steps + 1).to(predictions)  # mixed signs, none zero
             total = total + (signs.reshape(predictions.shape) * predictions).sum()
         return total

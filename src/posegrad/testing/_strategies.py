@@ -35,9 +35,9 @@ def predictions(
     st: Any = _hypothesis()
 
     def build(m: int, seed: int, width: float, offset: float) -> Tensor:
-        generator = torch.Generator().manual_seed(seed)
-        order = torch.rand(m, *components, generator=generator).argsort(dim=0)
-        steps = torch.rand(m, *components, generator=generator, dtype=torch.float64)
+        generator = torch.Generator("cpu").manual_seed(seed)
+        order = torch.rand(m, *components, generator=generator, device="cpu").argsort(dim=0)
+        steps = torch.rand(m, *components, generator=generator, dtype=torch.float64, device="cpu")
         return offset + width * (order + 0.5 * steps) / m
 
     strategy: SearchStrategy[Tensor] = st.builds(
@@ -69,8 +69,8 @@ def poses(
     st: Any = _hypothesis()
 
     def build(m: int, seed: int) -> Tensor:
-        generator = torch.Generator().manual_seed(seed)
-        return torch.randn(m, features, generator=generator, dtype=dtype)
+        generator = torch.Generator("cpu").manual_seed(seed)
+        return torch.randn(m, features, generator=generator, dtype=dtype, device="cpu")
 
     strategy: SearchStrategy[Tensor] = st.builds(
         build, m=st.integers(1, max_poses), seed=st.integers(0, 2**31)

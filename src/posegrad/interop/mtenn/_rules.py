@@ -31,7 +31,9 @@ def rule_of(combination: Any) -> Combination:
         return rule_of_predictions(combination)
     theirs = _ByHand(combination)
     ours = _of_that_name(combination)
-    values = torch.tensor([-2.0, 1.5, -2.001, 1.499], dtype=torch.float64)  # sharp and soft differ
+    values = torch.tensor(
+        [-2.0, 1.5, -2.001, 1.499], dtype=torch.float64, device="cpu"
+    )  # sharp and soft differ
     if ours is not None and torch.allclose(ours.rule(values), theirs(values)):
         return ours.rule
     return theirs
@@ -80,7 +82,7 @@ def picks_the_worst(readout: Callable[[Tensor], Tensor], rule: Combination) -> b
 
     Both are tried on numbers. Where they do not take these, nothing is known: False.
     """
-    energies = torch.arange(-32.0, 33.0)  # symmetric: Mean and Sum give 0
+    energies = torch.arange(-32.0, 33.0, device="cpu")  # symmetric: Mean and Sum give 0
     try:
         with torch.no_grad():
             steps = _trial(readout)(energies[:, None]).flatten().diff()
