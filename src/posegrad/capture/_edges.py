@@ -115,11 +115,14 @@ class EdgeRegistry:
 
     def has_python(self) -> bool:
         """Whether functions written in Python are in it."""
-        return any(is_python(node) for node in self.nodes)
+        kinds = dict(zip(map(type, self.nodes), self.nodes, strict=True))  # a node of each
+        return any(map(is_python, kinds.values()))
 
     def has_float16(self) -> bool:
         """Whether gradients pass through float16 on the way."""
-        return any(torch.float16 in dtypes for dtypes in self.dtypes) or any(
+        if any(torch.float16 in dtypes for dtypes in set(self.dtypes)):
+            return True
+        return self.has_python() and any(
             carries_float16(node) for node in self.nodes if is_python(node)
         )
 
