@@ -171,6 +171,9 @@ def test_errors_of_the_benchmarks_do_not_hide_a_nan() -> None:
     assert math.isnan(largest_difference({"a": one, "b": lost}, {"a": one, "b": one}))
     assert math.isnan(largest_difference({"a": one, "b": one}, {"a": one, "b": lost}))
     assert largest_difference({"a": one, "b": 3 * one}, {"a": one, "b": one}) == pytest.approx(2)
+    tiny = 1e-8 * one
+    assert largest_difference({"a": one, "b": 0 * one}, {"a": one, "b": tiny}) == 0
+    assert largest_difference({"a": one, "b": one}, {"a": one, "b": tiny}) > 1e6
 
 
 def test_the_table_of_the_rules_is_that_of_the_kit() -> None:
