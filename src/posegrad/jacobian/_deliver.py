@@ -1,26 +1,32 @@
 """Gradients that were computed elsewhere, handed to parameters as a backward would."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from posegrad.errors import NonFiniteGradientError
-from posegrad.weighting._base import GradientRule, Jacobian, Step
+from posegrad.weighting._base import GradientRule, Jacobian
 from posegrad.weighting._rules import OfPredictions
 
-__all__ = ["deliver", "step_of"]
+__all__ = ["deliver", "deposit", "step_of"]
 
 
-def step_of(rule: GradientRule, jacobian: Jacobian, scaler: torch.amp.GradScaler | None) -> Step:
+def step_of(
+    rule: GradientRule, jacobian: Jacobian, scaler: torch.amp.GradScaler | None
+) -> tuple[dict[str, Tensor], Tensor | None]:
     """What a rule makes of a Jacobian, times the scale that a scaler will divide by.
+
+    Returns:
+        The gradients, in a dict that is nobody else's, and the weights.
 
     Rows that are nan or infinite are no error to a scaler, which skips the step and goes on with a
     lower scale: it is shown a gradient of nan.
     """
     if scaler is None or not scaler.is_enabled():
-        return rule.step(jacobian)
+        gradients, weights = rule.step(jacobian)
+        return dict(gradients), weights
     predictions = jacobian.predictions
     scale = scaler.scale(torch.ones((), device=predictions.device)).item()
     if isinstance(rule, OfPredictions):
@@ -31,7 +37,21 @@ def step_of(rule: GradientRule, jacobian: Jacobian, scaler: torch.amp.GradScaler
         weights = torch.full_like(predictions, torch.nan)
         shapes = jacobian.shapes
         gradients = {name: weights.new_full(shapes[name], torch.nan) for name in jacobian.used}
-    return Step({name: scale * gradient for name, gradient in gradients.items()}, weights)
+    return {name: scale * gradient for name, gradient in gradients.items()}, weights
+
+
+def deposit(gradients: dict[str, Tensor], parameters: Mapping[str, Tensor]) -> None:
+    """Adds gradients to the `.grad` of the parameters of the same names that are still trained.
+
+    Args:
+        gradients: By name; the dict is emptied, so that nobody else holds them.
+        parameters: By name.
+    """
+    named = [name for name in gradients if parameters[name].requires_grad]  # frozen since?
+    places = [parameters[name] for name in named]
+    ready = [gradients[n].to(p.device, p.dtype) for n, p in zip(named, places, strict=True)]
+    gradients.clear()
+    deliver(places, ready)
 
 
 def deliver(parameters: Sequence[Tensor], gradients: list[Tensor]) -> None:

@@ -13,7 +13,7 @@ from posegrad.jacobian._form import ClosedForm
 from posegrad.jacobian._layout import Layout
 from posegrad.jacobian._precision import wide
 
-__all__ = ["Arrangement", "Factors", "Part", "Pull", "Rows", "Weights"]
+__all__ = ["Arrangement", "Factors", "Part", "Pull", "Rows", "Weights", "one_at"]
 
 Pull = Callable[[Tensor], Tensor]
 """From gradients `[N, ...]` of a tensor computed from the parameter to those of the parameter."""
@@ -294,6 +294,23 @@ class Weights:
         weighed = part.weighed(self.of(part))
         self._last = part, weighed
         return weighed
+
+
+def one_at(index: Any, predictions: Tensor) -> Tensor:
+    """The weights of which one is 1 and the others 0.
+
+    Raises:
+        IndexError: if the index is out of range or picks several.
+    """
+    weights = torch.zeros_like(predictions)
+    if weights[index].numel() != 1:
+        raise IndexError(
+            f"{index!r} picks {weights[index].numel()} numbers of an output of shape "
+            f"{list(predictions.shape)}, but a row belongs to one. Give an index for each "
+            f"dimension, or use block()."
+        )
+    weights[index] = 1
+    return weights
 
 
 def _weighted_sum(rows: Tensor, weights: Tensor) -> Tensor:

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from posegrad.errors import ShapeMismatchError
 from posegrad.jacobian._block import Block
-from posegrad.jacobian._deliver import deliver, step_of
-from posegrad.jacobian._parts import Weights
+from posegrad.jacobian._deliver import deposit, step_of
+from posegrad.jacobian._parts import Weights, one_at
 from posegrad.jacobian._precision import exact
 from posegrad.jacobian._products import Products, added, inner_products
 from posegrad.jacobian._report import report
@@ -157,11 +157,7 @@ class PoseJacobian:
             tensor([[0.5000, 0.5000]])
         """
         gradients, weights = step_of(as_gradient_rule(rule), self, scaler)
-        named = [n for n in gradients if self._parameters[n].requires_grad]  # frozen since?
-        places = [self._parameters[name] for name in named]
-        ready = [gradients[n].to(p.device, p.dtype) for n, p in zip(named, places, strict=True)]
-        del gradients  # so that these are the only ones who hold them
-        deliver(places, ready)
+        deposit(gradients, self._parameters)
         return weights
 
     @exact
@@ -227,15 +223,7 @@ class PoseJacobian:
         Raises:
             IndexError: if it is out of range or picks several.
         """
-        places = torch.zeros(self.output_shape, device=self._device)
-        if places[index].numel() != 1:
-            raise IndexError(
-                f"{index!r} picks {places[index].numel()} numbers of an output of shape "
-                f"{list(self.output_shape)}, but a row belongs to one. Give an index for each "
-                f"dimension, or use block()."
-            )
-        places[index] = 1
-        return self.combine(places)
+        return self.combine(one_at(index, self.predictions))
 
     @exact
     def block(self, name: str) -> Tensor:

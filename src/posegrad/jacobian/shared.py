@@ -26,7 +26,8 @@ from posegrad.errors import (
     UnsupportedModuleError,
 )
 from posegrad.jacobian._block import Block
-from posegrad.jacobian._deliver import deliver, step_of
+from posegrad.jacobian._deliver import deposit, step_of
+from posegrad.jacobian._parts import one_at
 from posegrad.jacobian._precision import wide
 from posegrad.jacobian.operator import PoseJacobian
 from posegrad.ranks import Ranks
@@ -155,11 +156,7 @@ class SharedJacobian:
         """
         gradients, weights = step_of(as_gradient_rule(rule), self, scaler)
         self._check_same(gradients)
-        named = [n for n in gradients if self._parameters[n].requires_grad]  # frozen since?
-        places = [self._parameters[name] for name in named]
-        ready = [gradients[n].to(p.device, p.dtype) for n, p in zip(named, places, strict=True)]
-        del gradients  # so that these are the only ones who hold them
-        deliver(places, ready)
+        deposit(gradients, self._parameters)
         return weights
 
     def gramian(self, dtype: torch.dtype | None = None, *, per_parameter: bool = False) -> Any:
@@ -199,15 +196,7 @@ class SharedJacobian:
 
     def __getitem__(self, index: Any) -> dict[str, Tensor]:
         """The gradient of one number of the output; as `PoseJacobian.__getitem__`."""
-        places = torch.zeros_like(self.predictions)
-        if places[index].numel() != 1:
-            raise IndexError(
-                f"{index!r} picks {places[index].numel()} numbers of an output of shape "
-                f"{list(self.output_shape)}, but a row belongs to one. Give an index for each "
-                f"dimension, or use block()."
-            )
-        places[index] = 1
-        return self.combine(places)
+        return self.combine(one_at(index, self.predictions))
 
     def block(self, name: str) -> Tensor:
         """The rows of one parameter, `[*output_shape, *parameter.shape]`, on every rank."""
