@@ -409,7 +409,7 @@ def test_the_real_wrapper_is_refused(tmp_path: Any) -> None:
     try:
         wrapped = nn.parallel.DistributedDataParallel(nn.Linear(2, 1))
         with pytest.raises(UnsupportedModuleError, match="wrapped by DistributedDataParallel"):
-            Engine(wrapped)
+            Engine(nn.Sequential(wrapped))
     finally:
         torch.distributed.destroy_process_group()
 

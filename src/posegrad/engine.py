@@ -1,6 +1,7 @@
 """The engine: runs the poses of a group, and reads gradients off graphs."""
 
-from collections.abc import Callable, Iterable, Sequence, Sized
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
+from functools import partial
 from typing import Any, Self
 
 from torch import Tensor, nn
@@ -47,10 +48,9 @@ class Engine:
         batch_dim: `"auto"` finds out which dimension of an output counts poses; a number is trusted
             to be it, as TorchJD's. None takes a backward for every row.
         block_bytes: About how much memory rows without a closed form may take at once.
-        process_group: A `torch.distributed` group of processes, one rank for each copy of the
-            model, that share every group of poses: each call takes the poses of this rank and has
-            the result of all ranks' poses. `torch.distributed.group.WORLD` is all of them. Default:
-            that of the model, if it is a DistributedDataParallel; else poses are not shared.
+        process_group: A `torch.distributed` group of processes with copies of the model that share
+            every group of poses: a call takes the poses of this one, its result is that of all.
+            Default: that of a DistributedDataParallel or `fully_shard` model; else none.
 
     Raises:
         TypeError: if a module is not an `nn.Module`.
@@ -84,7 +84,7 @@ class Engine:
         modules, self._ranks = unwrapped(modules, process_group)
         check_modules(modules)
         self.modules = modules
-        self._setting = Setting(modules, predict, collate, chunk_size, self._ranks)
+        self._setting = Setting(modules, predict, collate, chunk_size, self._ranks, self._named)
         sharded = self._ranks is not None and self._ranks.sharded
         self._roster = Roster(modules, sharded=sharded)
         self._gatherer = Gatherer(check, batch_dim, block_bytes)
@@ -153,11 +153,8 @@ class Engine:
             >>> bool(prediction == per_pose.mean())
             True
         """
-        self._check_open()
         call = self._setting.call(poses, rule, groups, schedule, skip_below)
-        combined, seen = run(
-            call, self._roster.named, self._ranks, self._gatherer, wary=not self._seasoned
-        )
+        combined, seen = run(call, self._gatherer, wary=not self._seasoned)
         self._seasoned |= seen
         return combined
 
@@ -205,16 +202,14 @@ class Engine:
             >>> J.gramian().shape
             torch.Size([6, 6])
         """
-        self._check_open()
-        parameters = self._roster.trainable(params)
         index = [pose_index] if isinstance(pose_index, Tensor) else list(pose_index or ())
 
-        def own() -> PoseJacobian:
+        def own(parameters: Mapping[str, nn.Parameter]) -> PoseJacobian:
             return self._gatherer.gather(
                 output, parameters, pose_index=index, keep_graph=retain_graph
             )
 
-        return of_all(own, parameters, self._ranks)
+        return of_all(own, partial(self._trainable, params), self._ranks)
 
     def gather(
         self, poses: Iterable[Pose] | Tensor, *, loss: Loss | None = None, form: str = "auto"
@@ -243,14 +238,12 @@ class Engine:
             >>> Engine(nn.Linear(3, 1)).gather(torch.randn(5, 3), loss=squares).matrix().shape
             torch.Size([5, 4])
         """
-        self._check_open()
-        parameters = self._roster.trainable()
 
-        def own() -> PoseJacobian:
+        def own(parameters: Mapping[str, nn.Parameter]) -> PoseJacobian:
             scorer, (_, chunks) = self._setting.scorer(poses), self._setting.chunks(poses)
             return gather(self._gatherer, scorer, chunks, parameters, loss, form)
 
-        return of_all(own, parameters, self._ranks)
+        return of_all(own, self._trainable, self._ranks)
 
     def compute_gramian(self, output: Tensor) -> Tensor:
         """The Gramian of an output's gradients, as by TorchJD's engine; the graph is kept.
@@ -322,8 +315,7 @@ class Engine:
             backwards  1 to 64
             holds      1 running sum: 0.00 MiB
         """
-        self._check_open()
-        parameters = self._roster.trainable()
+        parameters = self._trainable()
         paths = self._gatherer.paths(poses_or_output, parameters)
         if paths:
             return ReadingPlan(poses_or_output.numel(), paths)  # type: ignore[union-attr]
@@ -344,6 +336,14 @@ class Engine:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _named(self) -> dict[str, nn.Parameter]:
+        self._check_open()
+        return self._roster.named()
+
+    def _trainable(self, wanted: Iterable[str | Tensor] | None = None) -> dict[str, nn.Parameter]:
+        self._check_open()
+        return self._roster.trainable(wanted)
 
     def _check_open(self) -> None:
         if self._closed:

@@ -5,11 +5,12 @@ it went, go on together or not at all. So a rank whose model raises does not lea
 waiting: they raise too, and name it.
 """
 
+import hashlib
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import count
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, Self, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from posegrad.errors import RankError, listed
 
-__all__ = ["Ranks"]
+__all__ = ["Ranks", "layout"]
 
 T = TypeVar("T")
 
@@ -26,6 +27,12 @@ BUCKET = 25 * 2**20  # bytes that travel in one message, as many as DistributedD
 
 _CALLS: defaultdict[str, Iterator[int]] = defaultdict(count)
 """The steps that this process has come to in each process group, counted."""
+
+_CALLS_AGREED: defaultdict[str, int] = defaultdict(int)
+"""The number of the last call that the ranks of a process group made together."""
+
+_NOT_WRITTEN = "Nothing was added to any .grad."
+_WRITTEN = "Sharded parameters may have the gradients of some poses already: call zero_grad()."
 
 _SAME_ORDER = (
     "All ranks of a process group must call combine(), backward() and the products of a shared "
@@ -48,10 +55,13 @@ class Ranks:
     Args:
         group: A `torch.distributed` process group that this process is a member of.
         sharded: Whether FSDP2 has spread the parameters over them.
+        call: The number of the call that they make, if they have agreed on one: steps of different
+            calls are different steps.
     """
 
     group: Any
     sharded: bool = False
+    call: int | None = None
 
     @property
     def count(self) -> int:
@@ -62,6 +72,16 @@ class Ranks:
     def own(self) -> int:
         """The number of this one within the group."""
         return dist.get_rank(self.group)
+
+    def next_call(self) -> int:
+        """The number that this rank would give the next call."""
+        return _CALLS_AGREED[self.group.group_name] + 1
+
+    def in_call(self, numbers: Iterable[int]) -> Self:
+        """The ranks in the call that each would have given a number; from now on they agree."""
+        number = max(numbers)
+        _CALLS_AGREED[self.group.group_name] = number
+        return replace(self, call=number)
 
     def together(self, step: str, work: Callable[[], T]) -> list[T]:
         """Does this rank's part of a step; returns the results of all ranks, in their order.
@@ -74,6 +94,8 @@ class Ranks:
             RankError: if another rank failed, is at another step, or did not come in time.
             Exception: what `work` raises, once the others know.
         """
+        if self.call is not None:
+            step = f"{step} of call {self.call}"
         failure: Exception | None = None
         told = _Told(step, None, None)
         try:
@@ -91,7 +113,7 @@ class Ranks:
                 failure.add_note(f"Others failed at the step {step!r} too: {listed(others)}.")
             raise failure
         if failed:
-            stopped = RankError(_failed_message(step, self.own, failed))
+            stopped = RankError(_failed_message(step, self.own, failed, self.sharded))
             stopped.known_at = everyone[failed[0][0]].step  # perhaps a step around this one
             raise stopped
         elsewhere = [(i, one.step) for i, one in enumerate(everyone) if one.step != step]
@@ -101,15 +123,15 @@ class Ranks:
 
     def sum(
         self,
-        gradients: Sequence[Tensor | None],
+        gradients: list[Tensor | None],
         has: Sequence[Sequence[bool]],
         like: Sequence[Tensor],
     ) -> list[Tensor | None]:
         """The sums over ranks of some gradients, bucket by bucket.
 
         Args:
-            gradients: In the same order on every rank. None counts as zeros, unless it is None
-                everywhere; then so is the sum.
+            gradients: In the same order on every rank; the list is emptied. None counts as zeros,
+                unless it is None everywhere; then so is the sum.
             has: Rank by rank, which of them are not None.
             like: What they are gradients of, whose shapes, dtypes and devices they have.
 
@@ -122,6 +144,8 @@ class Ranks:
             sizes = [len(piece) for piece in pieces]
             joined = torch.cat(pieces) if len(pieces) > 1 else pieces[0].clone()
             del pieces
+            for i in bucket:
+                gradients[i] = None
             dist.all_reduce(joined, group=self.group)
             for i, flat in zip(bucket, torch.split(joined, sizes), strict=True):
                 alone = len(bucket) == 1  # else the sums would share one storage
@@ -144,9 +168,8 @@ class Ranks:
     def _exchanged(self, told: _Told) -> list[_Told]:
         everyone: list[Any] = [None] * self.count
         call = next(_CALLS[self.group.group_name])
-        store = self.group.get_group_store()
-        store.set(_key(self.own), f"{call} {told.step}")
         try:
+            self.group.get_group_store().set(_key(self.own), f"{call} {told.step}")
             dist.all_gather_object(everyone, told, group=self.group)
         except RuntimeError as error:
             seen = [self._last_seen(i) for i in range(self.count)]
@@ -161,10 +184,20 @@ class Ranks:
     def _last_seen(self, rank: int) -> tuple[int, str]:
         """The number of the last step that a rank came to, and what it was."""
         store, key = self.group.get_group_store(), _key(rank)
-        if not store.check([key]):
-            return -1, "not seen yet"
-        call, _, step = store.get(key).decode().partition(" ")
+        try:
+            if not store.check([key]):
+                return -1, "not seen yet"
+            call, _, step = store.get(key).decode().partition(" ")
+        except RuntimeError:  # who keeps the store is gone
+            return -1, "not to be asked"
         return int(call), f"last seen at {step!r}"
+
+
+def layout(named: Iterable[tuple[str, Tensor]]) -> str:
+    """The trained parameters in a few characters, which ranks that sum gradients must share."""
+    trained = [(name, tuple(p.shape), str(p.dtype)) for name, p in named if p.requires_grad]
+    digest = hashlib.sha256(repr(trained).encode()).hexdigest()[:8]
+    return f"{len(trained)} tensors, names and shapes {digest}"
 
 
 def _key(rank: int) -> str:
@@ -200,11 +233,11 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
 
 
-def _failed_message(step: str, own: int, failed: Sequence[tuple[int, str]]) -> str:
+def _failed_message(step: str, own: int, failed: Sequence[tuple[int, str]], sharded: bool) -> str:
     what = "\n".join(f"Rank {i}: {failure}" for i, failure in failed)
     return (
         f"Rank {own} stops at the step {step!r}, since others failed there.\n{what}\n"
-        f"Nothing was added to any .grad; mend what they report."
+        f"{_WRITTEN if sharded else _NOT_WRITTEN} Mend what they report."
     )
 
 

@@ -226,6 +226,33 @@ def test_bfloat16_is_summed_in_float32() -> None:
     assert same_everywhere(found)
 
 
+def test_weights_are_summed_in_float32() -> None:
+    model = nn.Linear(1, 1, bias=False).to(torch.float16)
+    engine = Engine(model, process_group=dist.group.WORLD)
+    own = [torch.ones(1, dtype=torch.float16)] if dist.get_rank() == 0 else []
+    _, per_pose = engine.combine(own, Mean(), schedule="recompute")
+    (per_pose.sum() * 60000).backward()  # twice that is infinite in float16
+    assert model.weight.grad.item() == 60000
+
+
+def test_a_stacked_leaf_gets_its_gradient() -> None:
+    model, X = network(), poses()
+    own = mine(X).clone().requires_grad_()
+    engine = Engine(model, process_group=dist.group.WORLD)
+    engine.combine(own, Boltzmann(kT=0.5)).prediction.backward()
+    whole = X.clone().requires_grad_()
+    Engine(model).combine(whole, Boltzmann(kT=0.5)).prediction.backward()
+    if len(own):
+        torch.testing.assert_close(own.grad, mine(whole.grad))
+
+
+def test_plan_knows_that_the_group_is_shared() -> None:
+    engine = Engine(network(), chunk_size=20, collate=torch.stack, process_group=dist.group.WORLD)
+    assert engine.plan(poses(), Mean()).schedule == "stream"
+    with pytest.raises(ValueError, match="would stay on each rank"):
+        engine.plan(poses(), Mean(), schedule="retain")
+
+
 def test_sizes_of_groups_are_those_of_this_rank() -> None:
     model, X = network(), poses()
     sizes = torch.bincount(mine(IDS), minlength=3).tolist()

@@ -11,6 +11,7 @@ from torchjd import aggregation as theirs
 
 from posegrad import (
     Clip,
+    Combination,
     Engine,
     Mean,
     Median,
@@ -115,6 +116,26 @@ def test_weights_drawn_at_random_are_those_of_the_first_rank() -> None:
     torch.manual_seed(0)
     expected = gradients([model], lambda: alone.backward(theirs.RandomWeighting()))
     torch.testing.assert_close(found, expected)
+
+
+class Drawn(Combination):
+    """A trained rule that draws its weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones((), dtype=torch.float64))
+
+    def forward(self, predictions: Tensor) -> Tensor:
+        return self.scale * (predictions * torch.rand_like(predictions)).sum()
+
+
+def test_a_trained_rule_that_draws_has_one_gradient() -> None:
+    model, shared, _ = made("MLP")
+    rule = Drawn()
+    torch.manual_seed(dist.get_rank())
+    weights = shared.backward(rule)
+    found = {"rule": rule.scale.grad, "weights": weights, "first": model[0].weight.grad}
+    assert same_everywhere(found)
 
 
 def test_noise_of_ones_own_on_each_rank_is_refused() -> None:

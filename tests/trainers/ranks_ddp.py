@@ -224,8 +224,8 @@ def test_evaluation_needs_no_other_rank(schedule: str) -> None:
 
 
 def test_a_wrapped_model_inside_is_refused_and_told_the_way() -> None:
-    wrapped = DistributedDataParallel(network())
-    for make in (lambda: Engine(wrapped), lambda: MultiPose(wrapped, Min())):
+    part = nn.Sequential(DistributedDataParallel(network()))
+    for make in (lambda: Engine(part), lambda: MultiPose(part, Min())):
         with pytest.raises(UnsupportedModuleError, match=r"DistributedDataParallel\(MultiPose\("):
             make()
 

@@ -1,11 +1,11 @@
 """Reading autograd's graph: the only code that touches autograd's internals."""
 
-from posegrad.capture._compat import add_each, in_static_ddp, leaf_hooks_off
+from posegrad.capture._compat import add_each, in_fsdp_backward, in_static_ddp, leaf_hooks_off
 from posegrad.capture._edges import EdgeRegistry
 from posegrad.capture._gather import Gatherer
 from posegrad.capture._guard import failures_named, grad_set_aside
 from posegrad.capture._modules import Roster, check_modules
-from posegrad.capture._tracked import check_tracked, graph_clock
+from posegrad.capture._tracked import check_tracked, graph_clock, is_row_of_leaf
 from posegrad.capture._wrapped import check_no_talk, unwrapped
 
 __all__ = [
@@ -19,7 +19,9 @@ __all__ = [
     "failures_named",
     "grad_set_aside",
     "graph_clock",
+    "in_fsdp_backward",
     "in_static_ddp",
+    "is_row_of_leaf",
     "leaf_hooks_off",
     "unwrapped",
 ]

@@ -21,6 +21,7 @@ __all__ = [
     "dtype_of",
     "facts_of",
     "in_backward",
+    "in_fsdp_backward",
     "in_static_ddp",
     "is_packed",
     "is_packed_at",
@@ -179,6 +180,13 @@ def in_backward(function: Callable[[], None]) -> None:
         end = start.clone()
     end.register_hook(lambda _: function())  # type: ignore[no-untyped-call]
     torch.autograd.grad(end, start)
+
+
+def in_fsdp_backward(modules: Iterable[Any]) -> bool:
+    """Whether FSDP2 is in the midst of a backward of one of its modules."""
+    states = [part._get_fsdp_state() for part in modules if hasattr(part, "_get_fsdp_state")]
+    contexts = [getattr(state, "_state_ctx", None) for state in states]
+    return any(getattr(c, "post_backward_final_callback_queued", False) for c in contexts)
 
 
 def in_static_ddp() -> bool:

@@ -17,7 +17,7 @@ from posegrad.capture._compat import carries_float16
 from posegrad.capture._edges import LEAF, walk
 from posegrad.errors import UntrackedTensorError
 
-__all__ = ["check_tracked", "graph_clock"]
+__all__ = ["check_tracked", "graph_clock", "is_row_of_leaf"]
 
 
 def graph_clock() -> int:
@@ -53,6 +53,13 @@ def check_tracked(output: Tensor, known: Collection[int], since: int) -> bool:
         else:
             narrow = narrow or carries_float16(node)
     return narrow
+
+
+def is_row_of_leaf(tensor: Tensor) -> bool:
+    """Whether a tensor is one of the rows of a stacked leaf."""
+    node = tensor.grad_fn
+    rows = node is not None and node.name() == "UnbindBackward0"
+    return rows and type(node.next_functions[0][0]) is LEAF  # type: ignore[union-attr]
 
 
 def _is_cached_cast(node: Node) -> bool:

@@ -11,13 +11,11 @@ the next rank, and what each has made of them is added up. No rank ever has the 
 """
 
 import pickle
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from io import BytesIO
-from itertools import groupby
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from posegrad.errors import (
     NoPosesError,
@@ -27,10 +25,17 @@ from posegrad.errors import (
 )
 from posegrad.jacobian._block import Block
 from posegrad.jacobian._deliver import deposit, step_of
+from posegrad.jacobian._exchange import (
+    check_alike,
+    check_same,
+    grad_apart,
+    layers,
+    packed,
+)
 from posegrad.jacobian._parts import one_at
 from posegrad.jacobian._precision import wide
 from posegrad.jacobian.operator import PoseJacobian
-from posegrad.ranks import Ranks
+from posegrad.ranks import Ranks, layout
 from posegrad.weighting._rules import AnyRule, as_gradient_rule
 
 __all__ = ["SharedJacobian", "of_all"]
@@ -49,8 +54,8 @@ class SharedJacobian:
     Made by `Engine.jacobian` and `Engine.gather` of an engine with a process group.
 
     Args:
-        make: Makes the rows of this rank; raises NoPosesError if it has no poses.
-        parameters: By name.
+        make: Makes the rows of this rank by parameters; raises NoPosesError if it has no poses.
+        trainable: Looks up the parameters by name.
         ranks: Who share the group.
 
     Raises:
@@ -61,23 +66,33 @@ class SharedJacobian:
 
     def __init__(
         self,
-        make: Callable[[], PoseJacobian],
-        parameters: Mapping[str, Tensor],
+        make: Callable[[Any], PoseJacobian],
+        trainable: Callable[[], Mapping[str, Tensor]],
         ranks: Ranks,
     ) -> None:
         made: list[PoseJacobian] = []
+        parameters: dict[str, Tensor] = {}
 
-        def told() -> tuple[Tensor, list[str]] | None:
+        def told() -> tuple[int, str, tuple[Tensor, list[str]] | None]:
+            parameters.update(trainable())
+            head = ranks.next_call(), layout(parameters.items())
             try:
-                own = make()
+                own = make(parameters)
             except NoPosesError:
-                return None
+                return *head, None
             made.append(own)
-            return own.predictions.cpu(), own.used
+            return *head, (own.predictions.cpu(), own.used)
 
-        everyone = ranks.together("read a Jacobian", told)
+        numbers, layouts, everyone = zip(*ranks.together("read a Jacobian", told), strict=True)
+        if len(set(layouts)) > 1:
+            raise RankError(
+                f"The ranks differentiate by different parameters: {list(layouts)}.\n"
+                f"Their gradients are added up, so the same must be trained, or named by params=, "
+                f"on all."
+            )
+        ranks = ranks.in_call(numbers)
         present = [one for one in everyone if one is not None]
-        _check_alike([predictions for predictions, _ in present])
+        check_alike([predictions for predictions, _ in present])
         start = sum(len(one[0]) for one in everyone[: ranks.own] if one is not None)
         device = next((p.device for p in parameters.values()), torch.device("cpu"))
         self.predictions = torch.cat([predictions for predictions, _ in present]).to(device)
@@ -126,7 +141,10 @@ class SharedJacobian:
         Note:
             Each rank multiplies its own rows; the results, of parameter size, are summed once.
         """
-        first = self._ranks.together("combine rows", lambda: self._checked(weights).cpu())[0]
+        return self._combined(lambda: self._checked(weights))
+
+    def _combined(self, weights: Callable[[], Tensor]) -> dict[str, Tensor]:
+        first = self._ranks.together("combine rows", lambda: weights().cpu())[0]
         own: dict[str, Tensor] = {}
 
         def work() -> list[bool]:
@@ -134,9 +152,12 @@ class SharedJacobian:
             return [name in self._own.used for name in own]
 
         has = self._ranks.together("multiply rows", work)
-        sums = self._ranks.sum(list(own.values()), has, list(self._parameters.values()))
-        pairs = zip(own.items(), sums, strict=True)
-        return {name: mine if total is None else total for (name, mine), total in pairs}
+        held: list[Tensor | None] = list(own.values())
+        own.clear()
+        parameters = self._parameters
+        sums = self._ranks.sum(held, has, list(parameters.values()))
+        pairs = zip(parameters.items(), sums, strict=True)
+        return {n: torch.zeros_like(p) if total is None else total for (n, p), total in pairs}
 
     def backward(
         self, rule: Tensor | AnyRule, *, scaler: torch.amp.GradScaler | None = None
@@ -154,10 +175,27 @@ class SharedJacobian:
             RankError: if another rank failed, or a rule that draws random numbers of its own made
                 different gradients on different ranks; no `.grad` is touched.
         """
-        gradients, weights = step_of(as_gradient_rule(rule), self, scaler)
-        self._check_same(gradients)
+        found: list[tuple[dict[str, Tensor], Tensor | None, dict[str, nn.Parameter]]] = []
+
+        def applied() -> tuple[float, float, Tensor | None, Grams]:
+            made = as_gradient_rule(rule)
+            trained = {n: p for n, p in made.named_parameters() if p.requires_grad}
+            with grad_apart(trained) as of_rule:
+                gradients, weights = step_of(made, self, scaler)
+            found.append((gradients, weights, trained))
+            sums = [float(g.sum(dtype=torch.float64)) for g in gradients.values()]
+            sizes = [float(g.abs().sum(dtype=torch.float64)) for g in gradients.values()]
+            shown = None if weights is None else weights.cpu()
+            return sum(sums), sum(sizes), shown, {n: g.cpu() for n, g in of_rule.items()}
+
+        told = self._ranks.together("apply the rule", applied)
+        check_same([total for total, *_ in told], [size for _, size, *_ in told])
+        gradients, weights, trained = found[0]
+        means = {n: torch.stack([each[n] for *_, each in told]).mean(dim=0) for n in told[0][3]}
         deposit(gradients, self._parameters)
-        return weights
+        deposit(means, trained)
+        first = told[0][2]
+        return None if weights is None or first is None else first.to(weights.device)
 
     def gramian(self, dtype: torch.dtype | None = None, *, per_parameter: bool = False) -> Any:
         """The inner products of all rows, on every rank; as `PoseJacobian.gramian`.
@@ -169,13 +207,13 @@ class SharedJacobian:
         names = [name for name in self.shapes if name in self.used or per_parameter]
         grams: Grams = {}
         failure: Exception | None = None
-        for number, layer in enumerate(_layers(names)):
+        for number, layer in enumerate(layers(names)):
             to = number % self._ranks.count
             try:
-                packed = _packed({name: self._own.blocks[name].to("cpu") for name in layer})
+                sent = packed({name: self._own.blocks[name].to("cpu") for name in layer})
             except Exception as error:  # told to the others below: they wait for this one's rows
-                packed, failure = b"", failure or error
-            found = self._ranks.sent(packed, to)
+                sent, failure = b"", failure or error
+            found = self._ranks.sent(sent, to)
             if found and all(found):
                 try:
                     grams |= self._of_layer(layer, found, dtype)
@@ -196,7 +234,7 @@ class SharedJacobian:
 
     def __getitem__(self, index: Any) -> dict[str, Tensor]:
         """The gradient of one number of the output; as `PoseJacobian.__getitem__`."""
-        return self.combine(one_at(index, self.predictions))
+        return self._combined(lambda: one_at(index, self.predictions))
 
     def block(self, name: str) -> Tensor:
         """The rows of one parameter, `[*output_shape, *parameter.shape]`, on every rank."""
@@ -257,24 +295,11 @@ class SharedJacobian:
             )
         return weights.detach()
 
-    def _check_same(self, gradients: Mapping[str, Tensor]) -> None:
-        """Refuses gradients that ranks do not agree on: the models would drift apart."""
-        total = sum((float(g.double().sum()) for g in gradients.values()), 0.0)
-        size = sum((float(g.double().abs().sum()) for g in gradients.values()), 0.0)
-        found = self._ranks.together("compare gradients", lambda: (total, size))
-        bound = 1e-5 * max(size for _, size in found)
-        if any(abs(other - found[0][0]) > bound for other, _ in found):
-            raise RankError(
-                f"The rule made different gradients of the same rows on different ranks: their "
-                f"sums are {[total for total, _ in found]}.\n"
-                f"It draws random numbers, or has a state, of its own on each rank, and the ranks' "
-                f"parameters would drift apart; no .grad was touched.\n"
-                f"Seed the rule's generator alike on all ranks."
-            )
-
 
 def of_all(
-    make: Callable[[], PoseJacobian], parameters: Mapping[str, Tensor], ranks: Ranks | None
+    make: Callable[[Any], PoseJacobian],
+    trainable: Callable[[], Mapping[str, Tensor]],
+    ranks: Ranks | None,
 ) -> PoseJacobian | SharedJacobian:
     """The Jacobian of all poses, be they of this process or of several ranks.
 
@@ -288,42 +313,4 @@ def of_all(
             "Use combine() with a rule of the predictions, or wrap the model by "
             "DistributedDataParallel for rules that look at gradients."
         )
-    return make() if ranks is None else SharedJacobian(make, parameters, ranks)
-
-
-def _layers(names: Sequence[str]) -> Iterator[list[str]]:
-    """The names of parameters, module by module: weight and bias have a cotangent in common."""
-    for _, own in groupby(names, key=lambda name: name.rpartition(".")[0]):
-        yield list(own)
-
-
-class _Packer(pickle.Pickler):
-    """Sends of a tensor what it shows, not all of the storage that it is a view of."""
-
-    def reducer_override(self, found: Any) -> Any:
-        if isinstance(found, Tensor):
-            shown = found.numel() * found.element_size()
-            if found.untyped_storage().nbytes() > shown:
-                return found.clone().__reduce_ex__(pickle.HIGHEST_PROTOCOL)  # type: ignore[no-untyped-call]
-        return NotImplemented
-
-
-def _packed(blocks: Mapping[str, Block]) -> bytes:
-    file = BytesIO()
-    _Packer(file, pickle.HIGHEST_PROTOCOL).dump(blocks)
-    return file.getvalue()
-
-
-def _check_alike(predictions: Sequence[Tensor]) -> None:
-    if not predictions:
-        raise NoPosesError(
-            "No rank has predictions: there is nothing to differentiate.\n"
-            "Leave empty batches out of the loop, on all ranks."
-        )
-    kinds = [(tuple(one.shape[1:]), one.dtype) for one in predictions]
-    if len(set(kinds)) > 1 or predictions[0].ndim == 0:
-        raise ShapeMismatchError(
-            f"The outputs of the ranks are {[list(one.shape) for one in predictions]} of "
-            f"{[one.dtype for one in predictions]}; they are joined along dimension 0, which "
-            f"counts poses, and must agree in the rest."
-        )
+    return make(trainable()) if ranks is None else SharedJacobian(make, trainable, ranks)

@@ -1,6 +1,6 @@
 """What a call asks for: how an engine runs poses, the poses, the rule, the caller's wishes."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, replace
 from itertools import chain, islice
 from typing import Any
@@ -8,13 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from posegrad.capture import check_no_talk
 from posegrad.combination import Combination
 from posegrad.combination._base import Rule
 from posegrad.combination._groups import Grouped, Groups
 from posegrad.errors import NoPosesError, RankError, ShapeMismatchError, listed
-from posegrad.ranks import Ranks
+from posegrad.ranks import Ranks, layout
 from posegrad.schedule._chunks import ChunkSize, checked, in_chunks
-from posegrad.schedule._plan import Plan, Request, chunks_in, count_of, describe
+from posegrad.schedule._plan import Plan, Request, choose, chunks_in, count_of, describe
 from posegrad.schedule._poses import Pose, each_pose
 from posegrad.schedule._replay import scales_float16
 from posegrad.schedule._session import Scorer
@@ -32,12 +33,16 @@ class Call:
         chunks: The poses of this rank.
         request: What the choice of a schedule looks at; its rule is that for all groups.
         groups: Of this rank's poses, if there are several groups.
+        named: The model's parameters.
+        ranks: Who make this call together, if the group is shared.
     """
 
     scorer: Scorer
     chunks: Iterator[list[Pose]]
     request: Request
     groups: Groups | None
+    named: Mapping[str, nn.Parameter]
+    ranks: Ranks | None = None
 
 
 class Setting:
@@ -49,6 +54,7 @@ class Setting:
         collate: Joins poses into what it takes.
         chunk_size: How many are joined.
         ranks: Who share every group of poses, if anyone does.
+        named: Looks up the model's parameters; raises what forbids a call, such as a closed engine.
 
     Raises:
         ValueError: if there are several modules without `predict`, or a `chunk_size` below 1.
@@ -61,6 +67,7 @@ class Setting:
         collate: Callable[[list[Pose]], Any] | None,
         chunk_size: ChunkSize,
         ranks: Ranks | None,
+        named: Callable[[], Mapping[str, nn.Parameter]],
     ) -> None:
         if predict is None and len(modules) > 1:
             raise ValueError(
@@ -72,6 +79,7 @@ class Setting:
         self._collate = collate
         self._chunk_size = checked(chunk_size)
         self._ranks = ranks
+        self._named = named
 
     def call(
         self,
@@ -91,11 +99,15 @@ class Setting:
         ranks, alone = self._ranks, self._ranks is None
 
         def own() -> Call:
+            named = self._named()
+            if ranks is not None:
+                check_no_talk(self._modules, sharded=ranks.sharded)
             scorer = self.scorer(poses)
             count, chunks = self.chunks(poses, may_be_none=not alone)
             of_own = _groups_of(groups, poses, all_here=alone)
             whole = _rule_of(rule, of_own if alone else None)
-            return Call(scorer, chunks, self._request(whole, schedule, skip_below, count), of_own)
+            request = self._request(whole, schedule, skip_below, count)
+            return Call(scorer, chunks, request, of_own, named)
 
         return own() if ranks is None else _together(ranks, own)
 
@@ -111,7 +123,7 @@ class Setting:
         """What such a call would do, for poses that have a length."""
         count = count_of(poses)
         chunks = chunks_in(poses, count, self._chunk_size)
-        whole = _rule_of(rule, _groups_of(groups, poses))
+        whole = _rule_of(rule, _groups_of(groups, poses, all_here=self._ranks is None))
         request = self._request(whole, schedule, skip_below, chunks)
         return describe(request, count, chunks, parameters)
 
@@ -161,30 +173,42 @@ class Setting:
         return len(opening), chain(opening, chunks)
 
     def _request(self, rule: Combination, schedule: str, skip_below: float, chunks: int) -> Request:
-        scales = scales_float16(self._modules)
-        return Request(rule, schedule, skip_below, one_chunk=chunks == 1, scales_float16=scales)
+        return Request(
+            rule,
+            schedule,
+            skip_below,
+            one_chunk=chunks == 1,
+            scales_float16=scales_float16(self._modules),
+            shared=self._ranks is not None,
+            sharded=self._ranks is not None and self._ranks.sharded,
+        )
 
 
 def _together(ranks: Ranks, make: Callable[[], Call]) -> Call:
     """The call that all ranks make; `make` makes this rank's, with the rule for one group."""
     calls: list[Call] = []
 
-    def told() -> tuple[dict[str, object], Groups | None]:
+    def told() -> tuple[int, dict[str, object], Groups | None]:
         call = make()
         calls.append(call)
-        given = {"groups": "none" if call.groups is None else "given"}
-        return call.request.outline() | given, call.groups
+        outline = call.request.outline() | {
+            "chosen schedule": choose(call.request)[0],
+            "groups": "none" if call.groups is None else "given",
+            "trained parameters": layout(call.named.items()),
+            "trained parameters of the rule": layout(call.request.rule.named_parameters()),
+        }
+        return ranks.next_call(), outline, call.groups
 
-    outlines, groups = zip(*ranks.together("combine", told), strict=True)
+    numbers, outlines, groups = zip(*ranks.together("combine", told), strict=True)
     _check_agreed(outlines)
     (call,) = calls
-    request = replace(call.request, shared=True, sharded=ranks.sharded)
+    call = replace(call, ranks=ranks.in_call(numbers))
     if call.groups is None:
-        return replace(call, request=request)
+        return call
     joined = Groups.joined(groups)
     return replace(
         call,
-        request=replace(request, rule=Grouped(request.rule, joined)),
+        request=replace(call.request, rule=Grouped(call.request.rule, joined)),
         groups=replace(call.groups, count=joined.count),
     )
 

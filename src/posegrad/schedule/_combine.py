@@ -1,14 +1,11 @@
 """One call of combine: from poses and a rule to the schedule that runs."""
 
-from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import torch
-from torch import Tensor
 
 from posegrad.capture import Gatherer, check_no_talk
 from posegrad.combination._groups import ungrouped
-from posegrad.ranks import Ranks
 from posegrad.schedule._call import Call
 from posegrad.schedule._inputs import Inputs
 from posegrad.schedule._plan import Request, choose
@@ -21,20 +18,11 @@ from posegrad.schedule.stream import stream
 __all__ = ["run"]
 
 
-def run(
-    call: Call,
-    named: Callable[[], Mapping[str, Tensor]],
-    ranks: Ranks | None,
-    gatherer: Gatherer,
-    *,
-    wary: bool,
-) -> tuple[Combined, bool]:
+def run(call: Call, gatherer: Gatherer, *, wary: bool) -> tuple[Combined, bool]:
     """Scores poses under the schedule the call leads to.
 
     Args:
         call: The poses, the rule, and the caller's wishes.
-        named: The model's parameters.
-        ranks: Who share the group, if anyone does.
         gatherer: Reads Jacobians for `store`.
         wary: Whether to score all poses with graphs.
 
@@ -44,12 +32,13 @@ def run(
     Raises:
         UnsupportedModuleError: if processes talk to each other in a forward.
     """
-    request = call.request
+    request, ranks = call.request, call.ranks
     name, _ = choose(request)
     if name == "retain" or not (torch.is_grad_enabled() or request.sharded):
         return retain(call.scorer, call.chunks, request.rule, ranks, call.groups), False
-    check_no_talk(call.scorer.modules, sharded=request.sharded)
-    inputs = Inputs(named(), ranks)
+    if ranks is None:
+        check_no_talk(call.scorer.modules, sharded=False)
+    inputs = Inputs(call.named, ranks, call.scorer.modules)
     session = Session(call.scorer, call.chunks, inputs, wary=wary, ranks=ranks, groups=call.groups)
     if name in ("stream", "store"):
         name, _ = choose(_informed(request, session))

@@ -4,9 +4,9 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from posegrad.capture import failures_named, grad_set_aside, leaf_hooks_off
+from posegrad.capture import failures_named, grad_set_aside, is_row_of_leaf, leaf_hooks_off
 from posegrad.errors import StaleParametersError, UntrackedTensorError, listed
 from posegrad.jacobian import no_autocast
 from posegrad.ranks import Ranks
@@ -27,9 +27,15 @@ class Inputs:
         ranks: Those over which gradients are summed, if there are any. Those of pose tensors are
             not, so such a tensor then must be a leaf: the parameters of an encoder upstream would
             be left with the gradient of this rank alone.
+        modules: The models.
     """
 
-    def __init__(self, parameters: Mapping[str, Tensor], ranks: Ranks | None = None) -> None:
+    def __init__(
+        self,
+        parameters: Mapping[str, Tensor],
+        ranks: Ranks | None = None,
+        modules: Sequence[nn.Module] = (),
+    ) -> None:
         # By identity: a weight tied across two modules has two names and one gradient.
         trained = {id(p): (name, p) for name, p in parameters.items() if p.requires_grad}
         self.parameters = frozenset(id(p) for p in parameters.values())
@@ -38,6 +44,7 @@ class Inputs:
         self.names = [name for name, _ in trained.values()]
         self._index = {id(tensor): i for i, tensor in enumerate(self.tensors)}
         self.ranks = ranks
+        self.modules = [part for module in modules for part in module.modules()]
         self._marks: list[tuple[int, int, bool]] | None = None
 
     def cut(self, poses: Sequence[Pose]) -> tuple[list[Pose], dict[int, Tensor]]:
@@ -52,7 +59,7 @@ class Inputs:
         def leaf_of(tensor: Tensor) -> Tensor:
             if not tensor.requires_grad or id(tensor) in self.parameters:
                 return tensor
-            if self.ranks is not None and not tensor.is_leaf:
+            if self.ranks is not None and not (tensor.is_leaf or is_row_of_leaf(tensor)):
                 raise UntrackedTensorError(_upstream_message(tensor))
             number = self._number_of(tensor)
             if number is None:

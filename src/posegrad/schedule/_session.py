@@ -183,6 +183,14 @@ class Session:
         predictions, self.own = shared_predictions(self.ranks, self.groups, score)
         return predictions.to(self.scorer.device)
 
+    def apply(self, rule: Callable[[], Tensor]) -> Tensor:
+        """The result of a rule, once it has been applied on all ranks."""
+        if self.ranks is None:
+            return rule()
+        found: list[Tensor] = []
+        self.ranks.together("apply the rule", lambda: found.append(rule()))
+        return found[0]
+
     def first(self) -> Chunk | None:
         """The first chunk, always scored with its graph; None if this rank has no pose.
 

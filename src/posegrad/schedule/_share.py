@@ -16,9 +16,10 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from posegrad.capture import check_tracked, graph_clock
+from posegrad.capture import check_tracked, graph_clock, in_fsdp_backward
 from posegrad.combination import Combination
-from posegrad.errors import UntrackedTensorError
+from posegrad.errors import UnsupportedModuleError, UntrackedTensorError
+from posegrad.jacobian import wide
 from posegrad.ranks import Ranks
 from posegrad.schedule._attach import Gradients, Pullback, attach
 from posegrad.schedule._inputs import Inputs
@@ -76,11 +77,16 @@ def _sealed(
     """As `combined`, with the rule inside: the gradients of its own parameters are shared too."""
     inputs = session.inputs
     clock = graph_clock()
-    with torch.enable_grad():
-        leaf = predictions.detach().requires_grad_()
-        prediction = rule(leaf)
+    leaf = predictions.detach().requires_grad_()
     trained = [p for p in rule.parameters() if p.requires_grad]
-    _check_known(prediction, [leaf, *trained], clock)
+
+    def applied() -> Tensor:
+        with torch.enable_grad():
+            found: Tensor = rule(leaf)
+        _check_known(found, [leaf, *trained], clock)
+        return found
+
+    prediction = session.apply(applied)
     numbers = inputs.joined(trained)
 
     def through_rule(cotangents: Gradients) -> Gradients:
@@ -111,14 +117,32 @@ def _means(
 
     def told() -> Gradients:
         inputs.check_fresh()
+        check_no_outer_backward(inputs)
         return [None if g is None else g.detach().cpu() for g in work()]
 
     means: list[Tensor | None] = []
     for tensor, each in zip(like, zip(*ranks.together("backward", told), strict=True), strict=True):
         present = [g for g in each if g is not None]
-        total = sum(present[1:], present[0]) / ranks.count if present else None
-        means.append(None if total is None else total.to(tensor.device))
+        if not present:
+            means.append(None)
+            continue
+        mean = torch.stack([wide(g) for g in present]).sum(dim=0) / ranks.count
+        means.append(mean.to(tensor.device, present[0].dtype))
     return means
+
+
+def check_no_outer_backward(inputs: Inputs) -> None:
+    """Refuses to replay inside a backward of the sharded model itself, which FSDP2 is not made for.
+
+    Raises:
+        UnsupportedModuleError: if one is under way.
+    """
+    if inputs.is_sharded() and in_fsdp_backward(inputs.modules):
+        raise UnsupportedModuleError(
+            "A backward of the sharded model itself is under way, and the poses would be "
+            "differentiated inside it: FSDP2 would lose their gradients.\n"
+            "Call backward() for that loss and for the combined prediction one after the other."
+        )
 
 
 def _summed(
@@ -133,7 +157,9 @@ def _summed(
         return [gradient is not None for gradient in gradients[:count]]
 
     has = ranks.together("differentiate poses", work)
-    return [*ranks.sum(gradients[:count], has, inputs.tensors[:count]), *gradients[count:]]
+    own, rest = gradients[:count], gradients[count:]
+    gradients.clear()
+    return [*ranks.sum(own, has, inputs.tensors[:count]), *rest]
 
 
 def _added(a: Tensor | None, b: Tensor | None) -> Tensor | None:

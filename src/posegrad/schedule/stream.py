@@ -38,7 +38,7 @@ def stream(session: Session, rule: Combination) -> Combined:
 
     per_pose = session.group(scored)
     with torch.no_grad():
-        prediction = rule(per_pose)
+        prediction = session.apply(lambda: rule(per_pose))
 
     def pullback(saved: Gradients, cotangents: Gradients) -> Gradients:
         on_prediction, on_poses = cotangents

@@ -1,0 +1,90 @@
+"""What ranks that share a Jacobian exchange, and what must be alike on all of them."""
+
+import math
+import pickle
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from io import BytesIO
+from itertools import groupby
+from typing import Any
+
+from torch import Tensor
+
+from posegrad.errors import NoPosesError, RankError, ShapeMismatchError
+from posegrad.jacobian._block import Block
+
+__all__ = ["check_alike", "check_same", "grad_apart", "layers", "packed"]
+
+
+@contextmanager
+def grad_apart(parameters: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
+    """What is added to the `.grad` of a rule's parameters meanwhile, which then is as before."""
+    before = {name: p.grad for name, p in parameters.items()}
+    found: dict[str, Tensor] = {}
+    for p in parameters.values():
+        p.grad = None
+    try:
+        yield found
+    finally:
+        for name, p in parameters.items():
+            if p.grad is not None:
+                found[name] = p.grad
+            p.grad = before[name]
+
+
+def check_same(sums: Sequence[float], sizes: Sequence[float]) -> None:
+    """Refuses gradients that ranks do not agree on: the models would drift apart."""
+    alike = all(abs(one - sums[0]) <= 1e-5 * max(sizes) for one in sums)
+    if not alike and not all(map(math.isnan, sums)):
+        raise RankError(
+            f"The rule made different gradients of the same rows on different ranks: their sums "
+            f"are {list(sums)}.\n"
+            f"It draws random numbers, or has a state, of its own on each rank, and the ranks' "
+            f"parameters would drift apart; no .grad was touched.\n"
+            f"Seed the rule's generator alike on all ranks."
+        )
+
+
+def layers(names: Sequence[str]) -> Iterator[list[str]]:
+    """The names of parameters, module by module: weight and bias have a cotangent in common."""
+    for _, own in groupby(names, key=lambda name: name.rpartition(".")[0]):
+        yield list(own)
+
+
+class _Packer(pickle.Pickler):
+    """Sends of a tensor what it shows, not all of the storage that it is a view of."""
+
+    def reducer_override(self, found: Any) -> Any:
+        if isinstance(found, Tensor):
+            shown = found.numel() * found.element_size()
+            if found.untyped_storage().nbytes() > shown:
+                return found.clone().__reduce_ex__(pickle.HIGHEST_PROTOCOL)  # type: ignore[no-untyped-call]
+        return NotImplemented
+
+
+def packed(blocks: Mapping[str, Block]) -> bytes:
+    """Rows of a layer as they travel."""
+    file = BytesIO()
+    _Packer(file, pickle.HIGHEST_PROTOCOL).dump(blocks)
+    return file.getvalue()
+
+
+def check_alike(predictions: Sequence[Tensor]) -> None:
+    """Refuses outputs that are not parts of one.
+
+    Raises:
+        NoPosesError: if no rank has any.
+        ShapeMismatchError: if they disagree.
+    """
+    if not predictions:
+        raise NoPosesError(
+            "No rank has predictions: there is nothing to differentiate.\n"
+            "Leave empty batches out of the loop, on all ranks."
+        )
+    kinds = [(tuple(one.shape[1:]), one.dtype) for one in predictions]
+    if len(set(kinds)) > 1 or predictions[0].ndim == 0:
+        raise ShapeMismatchError(
+            f"The outputs of the ranks are {[list(one.shape) for one in predictions]} of "
+            f"{[one.dtype for one in predictions]}; they are joined along dimension 0, which "
+            f"counts poses, and must agree in the rest."
+        )
