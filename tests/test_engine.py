@@ -330,6 +330,7 @@ def test_unknown_options_are_refused(options: dict[str, Any], message: str) -> N
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning")  # from torch 2.15 on
 def test_a_scripted_model_is_served_before_and_after_it_is_optimised() -> None:
     model = torch.jit.script(nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 1))).double()
     poses, engine = torch.randn(6, 3, dtype=torch.float64), Engine(model)

@@ -20,7 +20,10 @@ from posegrad.testing import assert_matches_autograd
 from tests.reference import rows, trainable
 
 # Scripted modules are still in use, in older releases of e3nn too.
-pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning"),  # from torch 2.15 on
+]
 
 SIZES = [5, 9, 3, 12, 7, 4, 20, 2]
 BY_ATOMS = Budget(16, lambda pose: pose.num_nodes)
