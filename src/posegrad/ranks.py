@@ -8,7 +8,7 @@ waiting: they raise too, and name it.
 import hashlib
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import count
 from typing import Any, NamedTuple, Self, TypeVar
 
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from posegrad.errors import RankError, listed
 
-__all__ = ["Ranks", "layout"]
+__all__ = ["Ranks"]
 
 T = TypeVar("T")
 
@@ -48,6 +48,41 @@ class _Told(NamedTuple):
     failure: str | None
 
 
+class Fingerprint:
+    """What ranks that sum gradients must have in common of their parameters, in a few characters.
+
+    Names, shapes and dtypes of the trained ones in every call; in an engine's first one, whose cost
+    is a pass over them, the values of all, to the last bit.
+    """
+
+    def __init__(self) -> None:
+        self._first = True
+
+    def of(self, named: Iterable[tuple[str, Tensor]]) -> str:
+        """The fingerprint of some parameters."""
+        held = list(named)
+        trained = [(name, tuple(p.shape), str(p.dtype)) for name, p in held if p.requires_grad]
+        values = [_byte_sum(p) for _, p in held] if self._first else []
+        return f"{len(trained)} tensors, names and shapes {_digest(trained)}" + (
+            f", values {_digest(values)}" if values else ""
+        )
+
+    def agreed(self) -> None:
+        """Notes that all ranks have found the same."""
+        self._first = False
+
+
+def _byte_sum(parameter: Tensor) -> int:
+    """A sum that no order of addition changes; that of a sharded parameter is each rank's own."""
+    if hasattr(parameter, "device_mesh"):
+        return 0
+    return int(parameter.detach().reshape(-1).contiguous().view(torch.uint8).sum())
+
+
+def _digest(found: object) -> str:
+    return hashlib.sha256(repr(found).encode()).hexdigest()[:8]
+
+
 @dataclass(frozen=True)
 class Ranks:
     """The ranks of a process group.
@@ -57,11 +92,13 @@ class Ranks:
         sharded: Whether FSDP2 has spread the parameters over them.
         call: The number of the call that they make, if they have agreed on one: steps of different
             calls are different steps.
+        fingerprint: Compares the parameters whose gradients they sum.
     """
 
     group: Any
     sharded: bool = False
     call: int | None = None
+    fingerprint: Fingerprint = field(default_factory=Fingerprint)
 
     @property
     def count(self) -> int:
@@ -80,6 +117,7 @@ class Ranks:
     def in_call(self, numbers: Iterable[int]) -> Self:
         """The ranks in the call that each would have given a number; from now on they agree."""
         number = max(numbers)
+        self.fingerprint.agreed()
         _CALLS_AGREED[self.group.group_name] = number
         return replace(self, call=number)
 
@@ -191,13 +229,6 @@ class Ranks:
         except RuntimeError:  # who keeps the store is gone
             return -1, "not to be asked"
         return int(call), f"last seen at {step!r}"
-
-
-def layout(named: Iterable[tuple[str, Tensor]]) -> str:
-    """The trained parameters in a few characters, which ranks that sum gradients must share."""
-    trained = [(name, tuple(p.shape), str(p.dtype)) for name, p in named if p.requires_grad]
-    digest = hashlib.sha256(repr(trained).encode()).hexdigest()[:8]
-    return f"{len(trained)} tensors, names and shapes {digest}"
 
 
 def _key(rank: int) -> str:

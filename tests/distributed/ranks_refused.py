@@ -170,6 +170,27 @@ def test_ranks_that_train_different_parameters_are_refused() -> None:
         engine.jacobian(model(mine(X)).squeeze(1), params=params)
 
 
+def test_models_with_other_values_are_refused() -> None:
+    """Seeded by the rank, as a model that no wrapper made alike."""
+    torch.manual_seed(dist.get_rank())
+    model, X = nn.Linear(FEATURES, 1).double(), poses()
+    for use in (
+        lambda engine: engine.combine(list(mine(X)), Mean()),
+        lambda engine: engine.gather(list(mine(X))),
+    ):
+        with pytest.raises(RankError, match=r"parameters.*values"):
+            use(Engine(model, process_group=dist.group.WORLD))
+
+
+@pytest.mark.parametrize("schedule", ["auto", "stream"])
+def test_rules_that_weigh_otherwise_are_refused(schedule: str) -> None:
+    """Their running sums would be added up."""
+    engine = Engine(network(), process_group=dist.group.WORLD)
+    rule = Min(scale=3.0) if dist.get_rank() == 0 else Min(scale=5.0)
+    with pytest.raises(RankError, match=r"weights of the rule .*3\.0.*5\.0"):
+        engine.combine(list(mine(poses())), rule, schedule=schedule)
+
+
 def test_backward_in_another_order_is_refused() -> None:
     model, X = network(), poses()
     engine = Engine(model, process_group=dist.group.WORLD)

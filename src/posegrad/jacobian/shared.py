@@ -35,7 +35,7 @@ from posegrad.jacobian._exchange import (
 from posegrad.jacobian._parts import one_at
 from posegrad.jacobian._precision import wide
 from posegrad.jacobian.operator import PoseJacobian
-from posegrad.ranks import Ranks, layout
+from posegrad.ranks import Ranks
 from posegrad.weighting._rules import AnyRule, as_gradient_rule
 
 __all__ = ["SharedJacobian", "of_all"]
@@ -75,7 +75,7 @@ class SharedJacobian:
 
         def told() -> tuple[int, str, tuple[Tensor, list[str]] | None]:
             parameters.update(trainable())
-            head = ranks.next_call(), layout(parameters.items())
+            head = ranks.next_call(), ranks.fingerprint.of(parameters.items())
             try:
                 own = make(parameters)
             except NoPosesError:
@@ -258,7 +258,7 @@ class SharedJacobian:
 
     def _of_layer(self, names: list[str], found: list[bytes], dtype: torch.dtype | None) -> Grams:
         """The Gramians of one layer's parameters, from the rows of all ranks."""
-        parts = [pickle.loads(packed) for packed in found]
+        parts = [pickle.loads(rows) for rows in found]
         device = self.predictions.device
         blocks = {n: Block.joined([part[n] for part in parts]).to(device) for n in names}
         own = {name: self._parameters[name] for name in names}
@@ -270,21 +270,18 @@ class SharedJacobian:
     ) -> Any:
         """The Gramians of layers, wherever they were computed, added up."""
         shape = (*self.output_shape, *reversed(self.output_shape))
-        kinds = [
-            wide(torch.empty(0, dtype=p.dtype, device="cpu")).dtype
-            for p in self._parameters.values()
-        ]
-        kind = dtype or max(kinds, key=lambda one: one.itemsize, default=torch.float32)
+        kinds = {name: dtype or wide(p.new_empty(0)).dtype for name, p in self._parameters.items()}
 
-        def added(own: Sequence[Tensor]) -> Tensor:
+        def added(own: Sequence[Tensor], kind: torch.dtype) -> Tensor:
             total = torch.zeros(shape, dtype=kind, device=self.predictions.device)
             for gram in own:
                 total += gram
             return self._ranks.added(total)
 
         if per_parameter:
-            return {name: added([grams[name]] if name in grams else []) for name in names}
-        return added(list(grams.values()))
+            return {n: added([grams[n]] if n in grams else [], kinds[n]) for n in names}
+        widest = max(kinds.values(), key=lambda kind: kind.itemsize, default=torch.float32)
+        return added(list(grams.values()), widest)
 
     def _checked(self, weights: Tensor) -> Tensor:
         if weights.shape != self.output_shape:

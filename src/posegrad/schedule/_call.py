@@ -13,7 +13,7 @@ from posegrad.combination import Combination
 from posegrad.combination._base import Rule
 from posegrad.combination._groups import Grouped, Groups
 from posegrad.errors import NoPosesError, RankError, ShapeMismatchError, listed
-from posegrad.ranks import Ranks, layout
+from posegrad.ranks import Ranks
 from posegrad.schedule._chunks import ChunkSize, checked, in_chunks
 from posegrad.schedule._plan import Plan, Request, choose, chunks_in, count_of, describe
 from posegrad.schedule._poses import Pose, each_pose
@@ -194,8 +194,11 @@ def _together(ranks: Ranks, make: Callable[[], Call]) -> Call:
         outline = call.request.outline() | {
             "chosen schedule": choose(call.request)[0],
             "groups": "none" if call.groups is None else "given",
-            "trained parameters": layout(call.named.items()),
-            "trained parameters of the rule": layout(call.request.rule.named_parameters()),
+            "weights of the rule": _weights(call.request),
+            "trained parameters": ranks.fingerprint.of(call.named.items()),
+            "trained parameters of the rule": ranks.fingerprint.of(
+                call.request.rule.named_parameters()
+            ),
         }
         return ranks.next_call(), outline, call.groups
 
@@ -211,6 +214,12 @@ def _together(ranks: Ranks, make: Callable[[], Call]) -> Call:
         request=replace(call.request, rule=Grouped(call.request.rule, joined)),
         groups=replace(call.groups, count=joined.count),
     )
+
+
+def _weights(request: Request) -> str:
+    """How the rule's weights separate: running sums of ranks add up only if they do alike."""
+    form = request.form()
+    return "found at the end" if form is None else f"{type(form).__name__} {vars(form)}"
 
 
 def _check_agreed(outlines: Sequence[dict[str, object]]) -> None:

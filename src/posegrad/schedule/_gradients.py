@@ -3,10 +3,10 @@
 from collections.abc import Mapping, Sequence
 from typing import Self
 
-import torch
 from torch import Tensor
 
 from posegrad.capture import add_each
+from posegrad.jacobian import wide
 
 __all__ = ["GradientSum"]
 
@@ -29,7 +29,7 @@ class GradientSum:
         totals: list[Tensor] = []
         terms: list[Tensor] = []
         for number, term in items.items():
-            gradient = _widened(term)
+            gradient = wide(term)
             if number in self._owned and not (gradient.is_sparse or self._sums[number].is_sparse):
                 totals.append(self._sums[number])
                 terms.append(gradient)
@@ -74,7 +74,3 @@ class GradientSum:
             gradient * factor if total is None else total.add(gradient, alpha=factor)
         )
         self._owned.add(number)
-
-
-def _widened(gradient: Tensor) -> Tensor:
-    return gradient.float() if gradient.dtype in (torch.float16, torch.bfloat16) else gradient

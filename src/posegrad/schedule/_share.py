@@ -117,7 +117,7 @@ def _means(
 
     def told() -> Gradients:
         inputs.check_fresh()
-        check_no_outer_backward(inputs)
+        _check_no_outer_backward(inputs)
         return [None if g is None else g.detach().cpu() for g in work()]
 
     means: list[Tensor | None] = []
@@ -131,7 +131,7 @@ def _means(
     return means
 
 
-def check_no_outer_backward(inputs: Inputs) -> None:
+def _check_no_outer_backward(inputs: Inputs) -> None:
     """Refuses to replay inside a backward of the sharded model itself, which FSDP2 is not made for.
 
     Raises:
