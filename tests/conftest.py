@@ -1,4 +1,8 @@
-"""Profiles of the property tests, one thread, and a fixed seed."""
+"""Profiles of the property tests, one thread, a fixed seed, and the device.
+
+`POSEGRAD_TEST_DEVICE=cuda pytest` makes every tensor of the tests there; what starts processes of
+its own stays on the CPU.
+"""
 
 import os
 
@@ -8,6 +12,10 @@ import torch._functorch.config
 from hypothesis import HealthCheck, settings
 
 torch.set_num_threads(1)
+
+if device := os.environ.get("POSEGRAD_TEST_DEVICE"):
+    torch.set_default_device(device)
+torch.backends.cudnn.allow_tf32 = False  # as it is off for products, or convolutions lose digits
 
 # Reference rows take several backwards through one graph. Whether an ahead-of-time compiled one can
 # be used again depends on which test compiled it first; test_traps.py has the default.

@@ -95,7 +95,8 @@ def _process_group() -> Iterator[None]:
 
 def _environment() -> dict[str, str]:
     """This process's, with one thread, its import path, and nothing of an outer pytest."""
-    inherited = {name: v for name, v in os.environ.items() if not name.startswith("PYTEST")}
+    left_out = ("PYTEST", "POSEGRAD_TEST_DEVICE")
+    inherited = {name: v for name, v in os.environ.items() if not name.startswith(left_out)}
     path = os.pathsep.join([str(ROOT), *filter(None, sys.path)])
     return inherited | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTHONPATH": path}
 

@@ -1,6 +1,5 @@
 """Where tensors are: nothing of ours goes to the default device, whatever that is."""
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,8 +23,8 @@ from posegrad import (
     TopK,
     TrimmedMean,
 )
-
-DEVICE = os.environ.get("POSEGRAD_TEST_DEVICE", "cpu")
+from posegrad.testing._seeded import seeded
+from tests.device import DEVICE
 
 
 def _images() -> nn.Module:
@@ -53,9 +52,7 @@ RULES: dict[str, Callable[[], Combination]] = {
 
 GRADIENT_RULES: dict[str, Callable[[], object]] = {
     "Clip": lambda: Clip(0.5),
-    "Clip with noise": lambda: Clip(
-        0.5, noise_multiplier=1.0, generator=torch.Generator(DEVICE).manual_seed(0)
-    ),
+    "Clip with noise": lambda: Clip(0.5, noise_multiplier=1.0, generator=seeded(0)),
     "TrimmedMean": lambda: TrimmedMean(1),
     "Median": Median,
     "SignAgreement": lambda: SignAgreement(0.5),
@@ -90,7 +87,7 @@ def test_combine_stays_where_the_model_is(
     with elsewhere():
         prediction, per_pose = Engine(model).combine(X, made, schedule=schedule, groups=groups)
         prediction.sum().backward()
-    assert prediction.device.type == per_pose.device.type == torch.device(DEVICE).type
+    assert prediction.device.type == per_pose.device.type == DEVICE.type
     assert all(p.grad is not None and p.grad.device == p.device for p in model.parameters())
 
 
@@ -104,7 +101,7 @@ def test_a_jacobian_stays_where_the_output_is(network: str) -> None:
         found = [J.gramian(), J.norms(), J.matrix(), *J.combine(w).values(), *J[2].values()]
         found += [*J.gramian(per_parameter=True).values()]
         assert engine.plan(list(X), Mean()).poses == 6
-    assert {tensor.device.type for tensor in found} == {torch.device(DEVICE).type}
+    assert {tensor.device.type for tensor in found} == {DEVICE.type}
 
 
 @pytest.mark.parametrize("rule", GRADIENT_RULES)
@@ -120,7 +117,7 @@ def test_gather_and_a_module_form() -> None:
     with elsewhere():
         J = Engine(model).gather(X, loss=lambda predictions, i: predictions * i)
         MultiPose(model, Mean())(X).prediction.backward()
-    assert J.matrix().device.type == torch.device(DEVICE).type
+    assert J.matrix().device.type == DEVICE.type
     assert all(p.grad is not None for p in model.parameters())
 
 

@@ -21,6 +21,7 @@ from posegrad import (
     TopK,
 )
 from posegrad.testing import assert_matches_autograd
+from tests.device import DEVICE
 from tests.models import FEATURES, MODELS
 from tests.reference import rows, trainable
 
@@ -176,8 +177,8 @@ def test_float16_with_a_gradient_scaler() -> None:
     gradients = []
     for combined in (True, False):
         model.zero_grad()
-        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**14)
-        with torch.autocast("cpu", dtype=torch.float16):
+        scaler = torch.amp.GradScaler(DEVICE.type, init_scale=2.0**14)
+        with torch.autocast(DEVICE.type, dtype=torch.float16):
             if combined:
                 prediction = Engine(model).combine(batch, Mean()).prediction
             else:

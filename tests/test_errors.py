@@ -29,11 +29,13 @@ from posegrad import (
     UnsupportedModuleError,
     UntrackedTensorError,
 )
+from posegrad.testing._seeded import seeded
+from tests.device import DEVICE
 from tests.models import FEATURES, MODELS, Checkpointed
 
 
 def _poses(count: int = 4) -> Tensor:
-    return torch.randn(count, FEATURES, generator=torch.Generator().manual_seed(1))
+    return torch.randn(count, FEATURES, generator=seeded(1))
 
 
 def _predicting(function: Callable[[nn.Module, Tensor], Any]) -> dict[str, Any]:
@@ -343,7 +345,7 @@ def test_a_loss_that_multiplies_per_pose_by_zero_streams() -> None:
 def test_float16_is_refused_where_the_loss_is_not_scaled_yet(schedule: str) -> None:
     model = MODELS["mlp"]()
     with (
-        torch.autocast("cpu", dtype=torch.float16),
+        torch.autocast(DEVICE.type, dtype=torch.float16),
         pytest.raises(ValueError, match=r"float16 gradients would underflow"),
     ):
         Engine(model).combine(_poses(), Mean(), schedule=schedule)

@@ -17,6 +17,7 @@ from torch_geometric.nn.models import ViSNet
 from examples.docked_poses.network import AllNeighbours, schnet
 from posegrad import Boltzmann, Budget, Engine, Min
 from posegrad.testing import assert_matches_autograd
+from posegrad.testing._seeded import seeded
 from tests.reference import rows, trainable
 
 # Scripted modules are still in use, in older releases of e3nn too.
@@ -30,7 +31,7 @@ BY_ATOMS = Budget(16, lambda pose: pose.num_nodes)
 
 
 def _poses(sizes: list[int] = SIZES, dtype: torch.dtype = torch.float64) -> list[Data]:
-    generator = torch.Generator().manual_seed(0)
+    generator = seeded(0)
     kinds = [torch.randint(1, 10, (size,), generator=generator) for size in sizes]
     xyz = [1.5 * torch.randn(size, 3, generator=generator, dtype=dtype) for size in sizes]
     return [Data(z=z, pos=x, x=_features(z).to(dtype)) for z, x in zip(kinds, xyz, strict=True)]

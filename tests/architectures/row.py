@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from posegrad.testing._seeded import seeded
+
 __all__ = ["Architecture", "M", "Output", "batch", "draw", "score", "steps", "tokens"]
 
 M = 6
@@ -59,12 +61,12 @@ class Architecture:
 
 def draw(seed: int, *shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
     """Normal numbers that depend on the seed and the shape only."""
-    return torch.randn(shape, dtype=dtype, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(shape, dtype=dtype, generator=seeded(seed))
 
 
 def tokens(seed: int, *shape: int, below: int = 7) -> Tensor:
     """Whole numbers from 0."""
-    return torch.randint(below, shape, generator=torch.Generator().manual_seed(seed))
+    return torch.randint(below, shape, generator=seeded(seed))
 
 
 def score(y: Tensor, dim: int = 0) -> Tensor:

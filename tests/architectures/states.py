@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from posegrad import Engine
 from tests.architectures.models import WIDTH, mlp
 from tests.architectures.row import M, batch, draw, score, steps
+from tests.device import DEVICE
 
 PLAIN = batch(WIDTH)
 
@@ -142,7 +143,7 @@ class InPart(nn.Module):
 
 
 def under_autocast(model: nn.Module, seed: int) -> Tensor:
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
         y = model(draw(seed, M, WIDTH, dtype=torch.float32))
     return y.float().squeeze(1)
 

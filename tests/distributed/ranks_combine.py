@@ -16,6 +16,7 @@ from posegrad import (
     Mean,
     Min,
 )
+from posegrad.testing._seeded import seeded
 from tests.distributed.setting import (
     FEATURES,
     IDS,
@@ -144,7 +145,7 @@ def test_a_rule_may_draw_random_numbers_on_each_rank() -> None:
     model, X, count = network(), poses(), dist.get_world_size()
 
     def masked(predictions: Tensor, seed: int) -> Tensor:
-        draws = torch.rand(M, generator=torch.Generator().manual_seed(seed))
+        draws = torch.rand(M, generator=seeded(seed))
         return (predictions * draws).sum()
 
     def shared() -> None:

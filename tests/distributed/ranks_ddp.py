@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from posegrad import Engine, Mean, Min, MultiPose, UnsupportedModuleError
+from posegrad.testing._seeded import seeded
 from tests.distributed.setting import gradients, mine, network, poses, same_everywhere
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -60,7 +61,7 @@ def test_it_accumulates_beside_the_wrappers_own_steps(view: bool) -> None:
     wrapped = DistributedDataParallel(model, gradient_as_bucket_view=view)
     engine = Engine(wrapped)
     rank, count = dist.get_rank(), dist.get_world_size()
-    batches = [torch.randn(4, 5, generator=torch.Generator().manual_seed(i)).double()
+    batches = [torch.randn(4, 5, generator=seeded(i)).double()
                for i in range(2 * count)]  # fmt: skip
 
     def steps() -> None:
@@ -84,7 +85,7 @@ def test_one_loss_of_the_group_and_of_a_batch() -> None:
     model, X = network(), poses()
     wrapped = DistributedDataParallel(model)
     engine, count = Engine(wrapped), dist.get_world_size()
-    batch = torch.randn(4, 5, generator=torch.Generator().manual_seed(dist.get_rank())).double()
+    batch = torch.randn(4, 5, generator=seeded(dist.get_rank())).double()
 
     def step() -> None:
         prediction, _ = engine.combine(list(mine(X)), Min(scale=3.0))
@@ -93,7 +94,7 @@ def test_one_loss_of_the_group_and_of_a_batch() -> None:
     def expected() -> None:
         loss = Engine(model).combine(list(X), Min(scale=3.0)).prediction.square()
         for rank in range(count):
-            generator = torch.Generator().manual_seed(rank)
+            generator = seeded(rank)
             loss = loss + model(torch.randn(4, 5, generator=generator).double()).sum() / count
         loss.backward()
 

@@ -25,6 +25,7 @@ from posegrad import (
 )
 from posegrad.jacobian import SharedJacobian
 from posegrad.testing import peak_live_bytes
+from posegrad.testing._seeded import seeded
 from tests.distributed.setting import M, gradients, mine, network, same_everywhere
 
 
@@ -49,7 +50,7 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 
 def made(name: str, *, in_chunks: bool = False) -> tuple[nn.Module, SharedJacobian, PoseJacobian]:
     make, shape = NETWORKS[name]
-    model, generator = make(), torch.Generator().manual_seed(1)
+    model, generator = make(), seeded(1)
     X = torch.randn(M, *shape, generator=generator, dtype=torch.float64)
     engine = Engine(model, chunk_size=3, process_group=dist.group.WORLD)
     shared = engine.gather(mine(X)) if in_chunks else engine.jacobian(model(mine(X)).squeeze(1))
@@ -60,7 +61,7 @@ def made(name: str, *, in_chunks: bool = False) -> tuple[nn.Module, SharedJacobi
 @pytest.mark.parametrize("name", NETWORKS)
 def test_products_are_those_of_one_process(name: str, in_chunks: bool) -> None:
     _, shared, alone = made(name, in_chunks=in_chunks)
-    w = torch.randn(M, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    w = torch.randn(M, generator=seeded(2), dtype=torch.float64)
     close = torch.testing.assert_close
     close(shared.predictions, alone.predictions)
     close(shared.gramian(), alone.gramian())
@@ -83,9 +84,7 @@ RULES: dict[str, Callable[[], Any]] = {
     "weights": lambda: torch.arange(M, dtype=torch.float64),
     "Mean": Mean,
     "Clip": lambda: Clip(0.5),
-    "Clip with noise": lambda: Clip(
-        0.5, noise_multiplier=1.0, generator=torch.Generator().manual_seed(3)
-    ),
+    "Clip with noise": lambda: Clip(0.5, noise_multiplier=1.0, generator=seeded(3)),
     "TrimmedMean": lambda: TrimmedMean(2),
     "Median": Median,
     "SignAgreement": lambda: SignAgreement(0.5),
@@ -140,7 +139,7 @@ def test_a_trained_rule_that_draws_has_one_gradient() -> None:
 
 def test_noise_of_ones_own_on_each_rank_is_refused() -> None:
     model, shared, _ = made("MLP")
-    own = torch.Generator().manual_seed(dist.get_rank())
+    own = seeded(dist.get_rank())
     with pytest.raises(RankError, match="different gradients of the same rows"):
         shared.backward(Clip(0.5, noise_multiplier=1.0, generator=own))
     assert all(p.grad is None for p in model.parameters())
@@ -148,7 +147,7 @@ def test_noise_of_ones_own_on_each_rank_is_refused() -> None:
 
 def test_engine_backward_and_gramian() -> None:
     model = network()
-    X = torch.randn(M, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    X = torch.randn(M, 5, generator=seeded(1), dtype=torch.float64)
     engine = Engine(model, process_group=dist.group.WORLD)
     output = model(mine(X)).squeeze(1)
     gramian = engine.compute_gramian(output)
@@ -164,7 +163,7 @@ def test_engine_backward_and_gramian() -> None:
 def test_several_numbers_a_pose() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 2)).double()
-    X = torch.randn(M, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    X = torch.randn(M, 5, generator=seeded(1), dtype=torch.float64)
     shared = Engine(model, process_group=dist.group.WORLD).jacobian(model(mine(X)))
     alone = Engine(model).jacobian(model(X))
     torch.testing.assert_close(shared.gramian(), alone.gramian())
@@ -177,7 +176,7 @@ def test_several_numbers_a_pose() -> None:
 def test_a_parameter_that_only_one_rank_uses() -> None:
     torch.manual_seed(0)
     model = nn.ModuleList([nn.Linear(5, 1), nn.Linear(5, 1), nn.Linear(5, 1)]).double()
-    X = torch.randn(M, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    X = torch.randn(M, 5, generator=seeded(1), dtype=torch.float64)
     number = min(dist.get_rank(), 1)
     engine = Engine(model, process_group=dist.group.WORLD)
     shared = engine.jacobian(model[number](mine(X)).squeeze(1))

@@ -6,6 +6,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from posegrad.testing._seeded import seeded
+
 __all__ = [
     "FEATURES",
     "IDS",
@@ -36,7 +38,7 @@ def network() -> nn.Module:
 
 def poses() -> Tensor:
     """Those of all ranks, `[11, 5]`."""
-    generator = torch.Generator().manual_seed(1)
+    generator = seeded(1)
     return torch.randn(M, FEATURES, generator=generator, dtype=torch.float64)
 
 

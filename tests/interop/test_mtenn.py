@@ -30,6 +30,7 @@ from posegrad.interop.mtenn import (
     join_grad_dict,
     split_grad_dict,
 )
+from posegrad.testing._seeded import seeded
 from tests.interop import mtenn_standin as standin
 
 
@@ -66,7 +67,7 @@ class Scores(nn.Module):
 
     def __init__(self, count: int, seed: int = 0, spread: float = 2.0) -> None:
         super().__init__()
-        generator = torch.Generator().manual_seed(seed)
+        generator = seeded(seed)
         draw = torch.randn(count + 1, 2, 3, generator=generator, dtype=torch.float64)
         self.weight = nn.Parameter(draw[0])
         self.bias = nn.Parameter(draw[0, 0, :1].clone())

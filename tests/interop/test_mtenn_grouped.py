@@ -34,6 +34,8 @@ from posegrad.interop.mtenn import (
     grouped,
 )
 from posegrad.testing import assert_combination, peak_live_bytes
+from posegrad.testing._seeded import seeded
+from tests.device import DEVICE
 from tests.interop import mtenn_standin as standin
 from tests.interop.mtenn_standin import Combination, PIC50Readout, Pose
 
@@ -55,7 +57,7 @@ def _theirs(combination: Any, pred_readout: Any = None, comb_readout: Any = None
 
 
 def _poses(count: int, seed: int = 0, *, trained: bool = False) -> list[Pose]:
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
     draws = [torch.randn(6, 3, generator=generator, dtype=torch.float64) for _ in range(count)]
     side = torch.tensor([True, True, False, False, False, False])
     return [{"pos": draw.requires_grad_(trained), "lig": side} for draw in draws]
@@ -288,9 +290,9 @@ def test_scaled_losses_keep_float16_gradients() -> None:
     (expected,) = torch.autograd.grad(per_pose.mean(), weight)
     errors = []
     for network in (model, grouped(model)):
-        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**14)
+        scaler = torch.amp.GradScaler(DEVICE.type, init_scale=2.0**14)
         optimizer = torch.optim.SGD(network.parameters())
-        with torch.autocast("cpu", torch.float16):
+        with torch.autocast(DEVICE.type, torch.float16):
             combined, _ = network(poses)
         scaler.scale(combined).backward()
         scaler.unscale_(optimizer)

@@ -17,6 +17,7 @@ from posegrad.testing import peak_live_bytes
 from tests import reference
 from tests.architectures import ARCHITECTURES
 from tests.architectures.row import draw
+from tests.device import DEVICE
 from tests.interop.torchjd_table import (
     REFUSED,
     RULES,
@@ -62,7 +63,7 @@ def test_steps_are_those_of_torchjd(name: str, dtype: torch.dtype) -> None:
         expected, expected_weights, size = of_autojac(row, its, model)
 
         torch.manual_seed(step)
-        weights = J.to("cpu").backward(ours)
+        weights = J.to(DEVICE).backward(ours)
 
         close(gradient_of(model), expected, tolerance * size)
         assert (weights is not None) == row.weights
@@ -143,7 +144,7 @@ def _case(output: str) -> Case:
 @pytest.mark.parametrize("name", RULES)
 def test_rows_of_every_kind(name: str, output: str) -> None:
     row, case = RULES[name], _case(output)
-    J = case.jacobian.to("cpu")  # one of its own: blocks are kept in another form once used
+    J = case.jacobian.to(DEVICE)  # one of its own: blocks are kept in another form once used
     torch.manual_seed(0)
     expected_weights, expected = by_hand(row, row.new(), case.rows)
     parameters = reference.trainable(case.model)
@@ -205,7 +206,7 @@ def test_half_precisions_reach_rules_as_float32(dtype: torch.dtype) -> None:
         _, expected = by_hand(row, row.new(torch.float32), rows)
 
         torch.manual_seed(0)
-        weights = J.to("cpu").backward(row.new(torch.float32))
+        weights = J.to(DEVICE).backward(row.new(torch.float32))
 
         assert weights is None or weights.dtype == torch.float32
         found = gradient_of(model)

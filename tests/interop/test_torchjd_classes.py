@@ -28,6 +28,7 @@ from posegrad import (
 )
 from posegrad.interop.torchjd import adapted
 from tests import reference
+from tests.device import DEVICE
 from tests.interop.torchjd_table import (
     REFUSED,
     RULES,
@@ -135,7 +136,7 @@ def test_classes_of_ones_own_and_hooks(name: str) -> None:
     row = OWN[name]
     model, J = step_of(torch.float64, 0)
     expected, expected_weights, size = of_autojac(row, row.new(), model)
-    weights = J.to("cpu").backward(row.new())
+    weights = J.to(DEVICE).backward(row.new())
     close(gradient_of(model), expected, 1e-9 * size)
     assert (weights is not None) == row.weights
     if weights is not None:

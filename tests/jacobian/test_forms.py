@@ -25,6 +25,8 @@ from posegrad.jacobian.layers import (
     Repeat,
     Vector,
 )
+from posegrad.testing._seeded import seeded
+from tests.device import DEVICE
 
 F64 = torch.float64
 
@@ -182,7 +184,7 @@ def test_rows_are_the_products_with_one_poses_cotangents(
 @pytest.mark.parametrize("name", CASES)
 def test_a_form_moves_with_its_factors(name: str) -> None:
     case = CASES[name](6)
-    moved = case.form.to("cpu")
+    moved = case.form.to(DEVICE)
     assert torch.equal(moved.vjp(case.cotangent), case.form.vjp(case.cotangent))
 
 
@@ -196,7 +198,7 @@ def test_a_factor_changed_in_place_is_refused(name: str) -> None:
     with pytest.raises(StaleFactorError, match="expected 0"):
         case.form.rows(case.cotangent, layout)
     with pytest.raises(StaleFactorError, match="change a clone"):
-        case.form.to("cpu")
+        case.form.to(DEVICE)
 
 
 @pytest.mark.parametrize("on_left", [False, True])
@@ -336,7 +338,7 @@ def _cotangent(owner: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _found(pieces: Sequence[tuple[Tensor, Tensor]], count: int, seed: int) -> Layout | None:
     """What the probes say of a cotangent that is a sum of pieces with owners."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
     base = sum(piece for piece, _ in pieces)
     assert isinstance(base, Tensor)
     probes = make_probes(count, base.dtype, generator)

@@ -11,6 +11,7 @@ from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
 
 from posegrad import ReentrantCheckpointError
+from tests.device import DEVICE
 from tests.modes.run import FEATURES, Mode, mlp
 from tests.modes.ways import JACOBIAN, WAYS
 
@@ -65,7 +66,7 @@ def _compiled_inside(backend: str) -> nn.Module:
 
 
 def _autocast(dtype: torch.dtype) -> Callable[[], Any]:
-    return partial(torch.autocast, "cpu", dtype=dtype)
+    return partial(torch.autocast, DEVICE.type, dtype=dtype)
 
 
 BACKENDS = ("eager", "aot_eager")

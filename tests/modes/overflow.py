@@ -2,6 +2,7 @@
 
 import torch
 
+from tests.device import DEVICE
 from tests.modes.run import Mode, Run
 from tests.modes.ways import Way
 
@@ -22,7 +23,7 @@ def step(run: Run, way: Way) -> tuple[float, float]:
     Returns:
         The scale before and after it.
     """
-    run.scaler = torch.amp.GradScaler("cpu", **_SCALES)
+    run.scaler = torch.amp.GradScaler(DEVICE.type, **_SCALES)
     optimizer = torch.optim.SGD(run.model.parameters(), lr=1e-2)
     before = run.scaler.get_scale()
     way.ours(run)

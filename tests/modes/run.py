@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from posegrad import Engine
+from posegrad.testing._seeded import seeded
+from tests.device import DEVICE
 
 __all__ = ["FEATURES", "POSES", "Found", "Mode", "Run", "Step", "mlp", "rows_of", "wide"]
 
@@ -82,12 +84,12 @@ class Run:
     def __init__(self, mode: Mode, model: nn.Module) -> None:
         self.mode = mode
         self.model = model.to(mode.dtype)
-        self.scaler = None if mode.scale is None else torch.amp.GradScaler("cpu", mode.scale)
+        self.scaler = None if mode.scale is None else torch.amp.GradScaler(DEVICE.type, mode.scale)
         self.have(POSES)
 
     def have(self, count: int) -> None:
         """Draws that many poses, their targets, and weights of mixed signs."""
-        numbers = torch.Generator().manual_seed(7)
+        numbers = seeded(7)
         shapes = ((count, FEATURES), (count,), (count,))
         poses, self.targets, weights = (torch.randn(s, generator=numbers).double() for s in shapes)
         self.poses = poses.to(self.mode.dtype)

@@ -21,6 +21,7 @@ from posegrad import (
     UnsupportedModuleError,
     Weighting,
 )
+from tests.device import DEVICE
 from tests.modes.run import FEATURES, mlp
 
 EPS = torch.finfo(torch.float16).eps
@@ -34,7 +35,7 @@ class CastsItself(nn.Module):
         self.layers, self.always = mlp(), always
 
     def forward(self, x: Tensor) -> Tensor:
-        with torch.autocast("cpu", torch.float16, enabled=self.always or bool(x[0] > 0)):
+        with torch.autocast(DEVICE.type, torch.float16, enabled=self.always or bool(x[0] > 0)):
             return self.layers(x).float() * 1e-6
 
 
@@ -113,7 +114,7 @@ def test_a_jacobian_does_not_underflow_in_float16(name: str, keep: bool) -> None
         poses = draw(5)
         expected = _rows(model.double()(_as(poses, torch.float64)).squeeze(1) * size, model)
         model.float()
-        with torch.autocast("cpu", torch.float16):
+        with torch.autocast(DEVICE.type, torch.float16):
             output = model(poses).squeeze(1).float() * size
         J = engine.jacobian(output, retain_graph=keep)
         assert _error(J.matrix(), expected) < 4 * EPS
@@ -134,14 +135,14 @@ def test_rows_of_nan_are_nan_in_float16_too() -> None:
     model, poses = mlp(), _poses()
     engine = Engine(model)
     poses[2] = torch.nan
-    with torch.autocast("cpu", torch.float16):
+    with torch.autocast(DEVICE.type, torch.float16):
         losses = model(poses).squeeze(1).float()
     J = engine.jacobian(losses)
     assert J.norms().isnan().tolist() == [False, False, True, False, False, False]
     with pytest.raises(NonFiniteGradientError, match=r"rows 2\.\n.*\n.*scaler=scaler"):
         J.backward(Clip(1.0))
     assert all(p.grad is None for p in model.parameters())
-    weights = J.backward(Clip(1.0), scaler=torch.amp.GradScaler("cpu"))
+    weights = J.backward(Clip(1.0), scaler=torch.amp.GradScaler(DEVICE.type))
     assert weights.isnan().all()
     assert _gradient(model).isnan().all()
 
@@ -162,9 +163,9 @@ def test_a_rule_under_a_scaler_sees_true_gradients(name: str) -> None:
     engine.backward(model(poses).squeeze(1) * 1e-6, RULES[name]())
     expected = _gradient(model)
     for scale in (2.0**4, 2.0**16, 2.0**30):
-        scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+        scaler = torch.amp.GradScaler(DEVICE.type, init_scale=scale)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-        with torch.autocast("cpu", torch.float16):
+        with torch.autocast(DEVICE.type, torch.float16):
             losses = model(poses).squeeze(1).float() * 1e-6
         engine.backward(losses, RULES[name](), scaler=scaler)
         scaler.unscale_(optimizer)
@@ -175,7 +176,7 @@ def test_a_trained_rule_is_scaled_like_the_model() -> None:
     model, poses, scale = mlp(), _poses(), nn.Parameter(torch.tensor(2.0))
     Engine(model).backward(model(poses).squeeze(1), Min(scale))
     expected, scale.grad = scale.grad, None
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    scaler = torch.amp.GradScaler(DEVICE.type, init_scale=2.0**10)
     Engine(model).backward(model(poses).squeeze(1), Min(scale), scaler=scaler)
     scaler.unscale_(torch.optim.SGD([scale, *model.parameters()], lr=0.0))
     torch.testing.assert_close(scale.grad, expected)
@@ -184,7 +185,7 @@ def test_a_trained_rule_is_scaled_like_the_model() -> None:
 def test_a_scaler_that_is_switched_off_skips_nothing() -> None:
     model, poses = mlp(), _poses()
     poses[2] = torch.nan
-    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    scaler = torch.amp.GradScaler(DEVICE.type, enabled=False)
     with pytest.raises(NonFiniteGradientError, match="rows 2"):
         Engine(model).backward(model(poses).squeeze(1), Clip(1.0), scaler=scaler)
     assert all(p.grad is None for p in model.parameters())
@@ -196,8 +197,8 @@ def test_losses_scaled_by_hand_do_not_overflow() -> None:
     engine = Engine(model)
     weights = engine.backward(model(poses).squeeze(1), UPGrad())
     expected = _gradient(model)
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**24)  # plain autograd would overflow
-    with torch.autocast("cpu", torch.float16):
+    scaler = torch.amp.GradScaler(DEVICE.type, init_scale=2.0**24)  # plain autograd would overflow
+    with torch.autocast(DEVICE.type, torch.float16):
         losses = model(poses).squeeze(1).float()
     found = engine.backward(scaler.scale(losses), UPGrad())
     torch.testing.assert_close(found, weights, rtol=8 * EPS, atol=8 * EPS)
@@ -208,9 +209,9 @@ def test_losses_scaled_by_hand_do_not_overflow() -> None:
 def test_an_overflow_in_float16_is_the_scalers(schedule: str) -> None:
     model, poses = mlp(), _poses()
     before = [p.clone() for p in model.parameters()]
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**24)
+    scaler = torch.amp.GradScaler(DEVICE.type, init_scale=2.0**24)
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-    with torch.autocast("cpu", torch.float16):
+    with torch.autocast(DEVICE.type, torch.float16):
         prediction = Engine(model).combine(poses, Min(1.0), schedule=schedule).prediction
     scaler.scale(prediction.float()).backward()
     scaler.step(optimizer)
@@ -234,18 +235,18 @@ class Products(Weighting):
 
 def test_autocast_does_not_reach_into_a_rule() -> None:
     model, poses, rule = mlp(), _poses(), Products()
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE.type, torch.bfloat16):
         losses = model(poses).squeeze(1).float()
         Engine(model).backward(losses, rule)
-        assert torch.get_autocast_dtype("cpu") == torch.bfloat16
-        assert torch.is_autocast_enabled("cpu")
+        assert torch.get_autocast_dtype(DEVICE.type) == torch.bfloat16
+        assert torch.is_autocast_enabled(DEVICE.type)
     assert rule.seen == [torch.float32, torch.float32]
 
 
 def test_a_forward_without_graph_in_the_same_autocast_block() -> None:
     model, poses = mlp(), _poses()
     for schedule in ("retain", "store", "stream", "recompute"):
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(DEVICE.type, torch.bfloat16):
             with torch.no_grad():
                 model(poses)
             prediction = Engine(model).combine(poses, Mean(), schedule=schedule).prediction
@@ -269,7 +270,7 @@ def test_dropout_in_a_checkpoint_in_a_replay_outside_of_autocast() -> None:
     model, poses, found = Everything(), _poses(), {}
     for schedule in ("retain", "recompute"):
         torch.manual_seed(3)
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(DEVICE.type, torch.bfloat16):
             prediction = Engine(model).combine(poses, Min(1.0), schedule=schedule).prediction
         torch.manual_seed(4)  # whatever the user draws in between
         prediction.float().backward()

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from posegrad import Mean
+from tests.device import DEVICE
 from tests.modes.columns import MODES, REFUSED
 from tests.modes.distributed import OUTCOMES
 from tests.modes.overflow import OVERFLOWING, step
@@ -96,7 +97,7 @@ def test_a_step_that_overflows_is_skipped_and_training_goes_on(way: str) -> None
     assert second < first
     states = run.model.state_dict(), plain.model.state_dict()
     torch.testing.assert_close(*states, rtol=0, atol=0)
-    run.scaler = torch.amp.GradScaler("cpu", init_scale=second)
+    run.scaler = torch.amp.GradScaler(DEVICE.type, init_scale=second)
     errors = _error(run.taken(WAYS[way].ours), plain.taken(WAYS[way].plain))
     assert max(errors.values()) < 1e-5  # of float32
 

@@ -14,6 +14,7 @@ from posegrad import Boltzmann, Budget, Combination, Engine, Mean, Min, MultiPos
 from posegrad.errors import NoPosesError
 from posegrad.schedule._chunks import in_chunks
 from posegrad.testing import assert_matches_autograd, peak_live_bytes, rules
+from posegrad.testing._seeded import seeded
 
 SCHEDULES = ["retain", "store", "stream", "recompute"]
 
@@ -42,7 +43,7 @@ class AtomSum(nn.Module):
 
 
 def _poses(sizes: list[int], seed: int = 0, dtype: torch.dtype = torch.float64) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
     return [torch.randn(size, 3, generator=generator, dtype=dtype) for size in sizes]
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from posegrad import AttentionPooling, Combination, Engine, Mean, Min
 from posegrad.testing import assert_matches_autograd, poses, rules
 from tests.combination.test_laws import RULES
+from tests.device import DEVICE
 from tests.models import BATCHED_ONLY, FEATURES, MODELS
 
 SCHEDULES = ["retain", "store", "stream", "recompute"]
@@ -123,13 +124,13 @@ def test_bfloat16_autocast_agrees_with_plain_autograd(
 ) -> None:
     model, batch = MODELS["mlp"](), torch.randn(8, FEATURES)
     chunks = batch.unbind() if chunk_size == 1 else batch.split(chunk_size)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
         rows = torch.cat([model(chunk).reshape(-1) for chunk in chunks])
     Min(1.0)(rows).float().square().backward()
     expected = _flat(model)
 
     model.zero_grad()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
         engine = Engine(model, chunk_size=chunk_size)
         prediction, _ = engine.combine(batch, Min(1.0), schedule=schedule)
         if inside:
@@ -143,7 +144,7 @@ def test_bfloat16_autocast_agrees_with_plain_autograd(
 
 def test_no_cast_made_without_graph_survives_in_the_autocast_cache() -> None:
     model, batch = MODELS["mlp"](), torch.randn(3, FEATURES)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
         Engine(model).combine(batch, Min(), schedule="recompute")
         model(batch).float().sum().backward()
     assert all(p.grad is not None for p in model.parameters())

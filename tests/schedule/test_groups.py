@@ -18,6 +18,7 @@ from posegrad import (
     TopK,
 )
 from posegrad.testing import assert_matches_autograd, rules
+from posegrad.testing._seeded import seeded
 from tests.models import BATCHED_ONLY, FEATURES, MODELS
 
 SIZES = [3, 1, 4, 2]
@@ -26,7 +27,7 @@ SCHEDULES = ["retain", "store", "stream", "recompute"]
 
 def _shuffled(sizes: list[int], seed: int) -> Tensor:
     ids = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
-    return ids[torch.randperm(len(ids), generator=torch.Generator().manual_seed(seed))]
+    return ids[torch.randperm(len(ids), generator=seeded(seed))]
 
 
 @pytest.mark.parametrize("name", sorted(set(MODELS) - BATCHED_ONLY))

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from posegrad import Engine, Mean, Min, ReplayError, UntrackedTensorError
 from posegrad.testing import assert_matches_autograd
+from tests.device import DEVICE
 from tests.models import FEATURES, MODELS
 
 
@@ -51,11 +52,26 @@ def test_autocast_is_replayed_outside_its_block() -> None:
     model, batch = MODELS["mlp"](), torch.randn(6, FEATURES)
     dtypes = []
     model[0].register_forward_hook(lambda module, args, out: dtypes.append(out.dtype))
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
         prediction, _ = Engine(model).combine(batch, Mean(), schedule="recompute")
     prediction.backward()
     assert len(dtypes) == 12
     assert set(dtypes) == {torch.bfloat16}
+
+
+def test_the_default_device_is_replayed() -> None:
+    """A backward knows nothing of it, not even inside its block."""
+    model, batch = MODELS["mlp"](), torch.randn(6, FEATURES)
+    seen = []
+
+    def predict(model: nn.Module, pose: Tensor) -> Tensor:
+        seen.append(torch.empty(0).device.type)
+        return model(pose).sum()
+
+    with torch.device("meta"):
+        prediction, _ = Engine(model, predict=predict).combine(batch, Mean(), schedule="recompute")
+        prediction.backward()
+    assert seen == ["meta"] * 12
 
 
 @pytest.mark.parametrize("name", ["batch norm, training", "counting", "spectral norm"])

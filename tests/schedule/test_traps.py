@@ -17,6 +17,7 @@ from posegrad import (
     UntrackedTensorError,
 )
 from posegrad.testing import assert_matches_autograd
+from tests.device import DEVICE
 from tests.models import FEATURES, MODELS
 
 DEFERRED = ["store", "stream", "recompute"]
@@ -133,7 +134,7 @@ class Island(nn.Module):
         self.out = nn.Linear(8, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        with torch.autocast("cpu", enabled=False):
+        with torch.autocast(DEVICE.type, enabled=False):
             return self.out(torch.tanh(self.linear(x.float())))
 
 
@@ -141,7 +142,7 @@ class Island(nn.Module):
 def test_a_float32_island_is_differentiated_in_float32(schedule: str) -> None:
     model, batch = Island(), _poses()
     expected = torch.autograd.grad(Min(1.0)(model(batch)[:, 0]), list(model.parameters()))
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
         prediction, _ = Engine(model).combine(batch, Min(1.0), schedule=schedule)
     prediction.backward()
     torch.testing.assert_close([p.grad for p in model.parameters()], list(expected))

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from posegrad import Best, Boltzmann, Combination, Engine, Mean, Min, TopK
+from posegrad.testing._seeded import seeded
 
 
 class _Tally(torch.autograd.Function):
@@ -38,7 +39,7 @@ class Tallied(nn.Module):
 
 
 DESCENDING = torch.linspace(0, -31, 32)  # each pose is better than all before it
-SHUFFLED = DESCENDING[torch.randperm(32, generator=torch.Generator().manual_seed(1))]
+SHUFFLED = DESCENDING[torch.randperm(32, generator=seeded(1))]
 
 
 def _work(

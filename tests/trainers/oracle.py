@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from posegrad import Boltzmann, Combination, Mean, Min
+from posegrad.testing._seeded import seeded
 
 FEATURES = 6
 Compound = tuple[Tensor, Tensor]
@@ -38,7 +39,7 @@ RULES: dict[str, tuple[str, Callable[[], Combination]]] = {
 
 def network() -> nn.Module:
     """Small, smooth, in double precision, and always the same."""
-    generator = torch.Generator().manual_seed(7)
+    generator = seeded(7)
     model = nn.Sequential(nn.Linear(FEATURES, 8), nn.Tanh(), nn.Linear(8, 1)).double()
     with torch.no_grad():
         for p in model.parameters():
@@ -48,7 +49,7 @@ def network() -> nn.Module:
 
 def compounds(count: int, seed: int = 0, most: int = 6) -> list[Compound]:
     """Compounds of two poses and more, no two alike."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
     sizes = torch.randint(2, most + 1, (count,), generator=generator).tolist()
     return [
         (

@@ -26,13 +26,14 @@ from posegrad import (
     TrimmedMean,
     Weighting,
 )
+from posegrad.testing._seeded import seeded
 from tests.models import FEATURES, MODELS
 
 Scores = Callable[[nn.Module], Tensor]
 
 
 def _poses() -> Tensor:
-    return torch.randn(6, FEATURES, generator=torch.Generator().manual_seed(1))
+    return torch.randn(6, FEATURES, generator=seeded(1))
 
 
 def _scores(model: nn.Module) -> Tensor:
@@ -83,7 +84,7 @@ class Unrelated(nn.Module):
 
 
 def _noisy() -> Clip:
-    return Clip(1.0, noise_multiplier=1.0, generator=torch.Generator().manual_seed(0))
+    return Clip(1.0, noise_multiplier=1.0, generator=seeded(0))
 
 
 @dataclass

@@ -12,6 +12,7 @@ from posegrad import Aggregation, Clip, Engine, Median, Min, PoseJacobian, Trimm
 from tests import reference
 from tests.architectures import ARCHITECTURES
 from tests.architectures.row import draw
+from tests.device import DEVICE
 from tests.models import FEATURES, MODELS
 from tests.weighting.table import RULES
 
@@ -61,7 +62,7 @@ def _case(architecture: str) -> Case:
 @pytest.mark.parametrize(("name", "architecture"), CASES)
 def test_gradients_are_the_formulas_on_plain_rows(name: str, architecture: str) -> None:
     rule, case = RULES[name], _case(architecture)
-    J = case.jacobian.to("cpu")  # one of its own: blocks are kept in another form once used
+    J = case.jacobian.to(DEVICE)  # one of its own: blocks are kept in another form once used
     expected = rule.formula(case.rows, J.predictions.reshape(-1).double())
 
     weights = J.backward(rule.make())

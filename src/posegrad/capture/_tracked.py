@@ -7,7 +7,8 @@ walk costs 0.05 to 0.5 ms; nothing is kept.
 """
 
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -20,12 +21,18 @@ from posegrad.errors import UntrackedTensorError
 __all__ = ["check_tracked", "graph_clock", "is_row_of_leaf"]
 
 
-def graph_clock() -> int:
-    """A time stamp: graph nodes made on this thread from now on carry a number at least as high."""
+@contextmanager
+def graph_clock() -> Iterator[int]:
+    """A time stamp: the graph nodes that are made inside carry a number at least as high.
+
+    Numbers are counted by thread, and an accelerator's backward has one of its own. So what a model
+    differentiates inside its forward (forces) is differentiated on this thread.
+    """
     with torch.enable_grad():
         node = torch.zeros((), requires_grad=True, device="cpu").view(()).grad_fn
     assert node is not None
-    return node._sequence_nr()
+    with torch.autograd.set_multithreading_enabled(False):
+        yield node._sequence_nr()
 
 
 def check_tracked(output: Tensor, known: Collection[int], since: int) -> bool:
@@ -34,7 +41,7 @@ def check_tracked(output: Tensor, known: Collection[int], since: int) -> bool:
     Args:
         output: Predictions with their graph.
         known: `id` of every leaf that is allowed to appear.
-        since: The `graph_clock()` before the forward; older nodes were computed elsewhere.
+        since: That of the `graph_clock()` around the forward; older nodes were computed elsewhere.
 
     Returns:
         Whether gradients pass through float16.

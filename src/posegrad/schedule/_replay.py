@@ -1,9 +1,9 @@
 """Scoring a pose again exactly as it was scored before.
 
 A forward depends on more than its arguments: on random state, on buffers, on which modules are in
-training, on autocast. `Surroundings` writes down what it was; a `Moment` is the part that changes
-from chunk to chunk. Random state (5 kB on a CPU) and buffers are kept only for chunks that drew or
-changed them. Without this, a replay under dropout would be 110 % wrong.
+training, on autocast, on the default device. `Surroundings` writes down what it was; a `Moment` is
+the part that changes from chunk to chunk. Random state (5 kB on a CPU) and buffers are kept only
+for chunks that drew or changed them. Without this, a replay under dropout would be 110 % wrong.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -47,6 +47,7 @@ class Surroundings:
         self._training = {m: m.training for module in modules for m in module.modules()}
         self._devices = _accelerators(modules)
         self._autocast = _autocast_state(self._devices)
+        self._default_device = torch.get_default_device()
         self._holders = [
             m for m in self._training if next(m.buffers(recurse=False), None) is not None
         ]
@@ -70,9 +71,10 @@ class Surroundings:
 
     @contextmanager
     def restored(self) -> Iterator[None]:
-        """Training flags and autocast as in the first pass; afterwards nothing has changed.
+        """Flags, autocast and default device as in the first pass; afterwards nothing has changed.
 
-        The global random state is put back too, whatever the replays draw.
+        The global random state is put back too, whatever the replays draw. The backward of a model
+        on an accelerator runs on a thread of its own, which knows nothing of what was set here.
         """
         now = {m: m.training for m in self._training}
         random = self.random_state()
@@ -80,6 +82,8 @@ class Surroundings:
             with ExitStack() as stack:
                 for arguments in self._autocast:
                     stack.enter_context(torch.autocast(**arguments))
+                if torch.get_default_device() != self._default_device:
+                    stack.enter_context(self._default_device)
                 _set_training(self._training)
                 yield
         finally:

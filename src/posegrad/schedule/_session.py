@@ -273,10 +273,9 @@ class Session:
 
     def score_again(self, poses: list[Pose], start: int) -> tuple[Tensor, dict[int, Tensor]]:
         """Scores poses on detached leaves; checks the graph, if there is one."""
-        clock = graph_clock()
         plain = [t for pose in poses for t in tensors_of(pose) if not t.requires_grad]
-        cut, leaves = self.inputs.cut(poses)
-        with _flags_kept(plain):
+        with _flags_kept(plain), graph_clock() as clock:
+            cut, leaves = self.inputs.cut(poses)
             predictions = self.scorer(cut, start)
         if not torch.is_grad_enabled():  # a model may enable it for itself
             return predictions.detach(), leaves

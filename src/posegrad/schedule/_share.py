@@ -76,12 +76,11 @@ def _sealed(
 ) -> Combined:
     """As `combined`, with the rule inside: the gradients of its own parameters are shared too."""
     inputs = session.inputs
-    clock = graph_clock()
     leaf = predictions.detach().requires_grad_()
     trained = [p for p in rule.parameters() if p.requires_grad]
 
     def applied() -> Tensor:
-        with torch.enable_grad():
+        with torch.enable_grad(), graph_clock() as clock:
             found: Tensor = rule(leaf)
         _check_known(found, [leaf, *trained], clock)
         return found

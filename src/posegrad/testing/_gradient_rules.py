@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
+from posegrad.testing._seeded import seeded
 from posegrad.weighting import Aggregation, Weighting
 from posegrad.weighting._rules import AnyRule, as_gradient_rule
 
@@ -103,14 +104,14 @@ def assert_aggregation(
 
 
 def _rows(least: int) -> Iterator[Tensor]:
-    generator = torch.Generator("cpu").manual_seed(20)
+    generator = seeded(20)
     for count in sorted({least, *(count for count in _COUNTS if count > least)}):
-        draw = torch.randn(count, _COLUMNS, generator=generator, dtype=torch.float64, device="cpu")
+        draw = torch.randn(count, _COLUMNS, generator=generator, dtype=torch.float64)
         some = draw.clone()
         some[0] = 0
         opposed = draw.clone()
         opposed[1::2] = -draw[: count // 2]
-        alike = draw[torch.arange(count, device="cpu") // 2]
+        alike = draw[torch.arange(count) // 2]
         yield from (draw, 1e-6 * draw, 1e6 * draw)
         yield from (draw[:, :2], alike, opposed, some, torch.zeros_like(draw))
 
@@ -121,15 +122,15 @@ def _blocks(least: int) -> Iterator[Tensor]:
 
 
 def _predictions(count: int) -> Tensor:
-    generator = torch.Generator("cpu").manual_seed(count)
-    return 4 * torch.randn(count, generator=generator, dtype=torch.float64, device="cpu") - 8
+    generator = seeded(count)
+    return 4 * torch.randn(count, generator=generator, dtype=torch.float64) - 8
 
 
 def _orders(count: int) -> list[Tensor]:
-    generator = torch.Generator("cpu").manual_seed(count)
+    generator = seeded(count)
     return [
-        torch.arange(count, device="cpu").flip(0),
-        torch.randperm(count, generator=generator, device="cpu"),
+        torch.arange(count).flip(0),
+        torch.randperm(count, generator=generator),
     ]
 
 

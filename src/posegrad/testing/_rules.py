@@ -9,6 +9,7 @@ from torch import Tensor
 
 from posegrad.combination import Combination, OnlineForm
 from posegrad.combination._base import Rule, as_combination
+from posegrad.testing._seeded import seeded
 
 __all__ = ["assert_combination"]
 
@@ -61,12 +62,10 @@ def assert_combination(
 
 
 def _draws(components: tuple[int, ...]) -> Iterator[Tensor]:
-    generator = torch.Generator("cpu").manual_seed(20)
+    generator = seeded(20)
     for m in (1, 2, 3, 5, 8, 16):
         for spread in (0.5, 50.0):
-            noise = torch.rand(
-                m, *components, generator=generator, dtype=torch.float64, device="cpu"
-            )
+            noise = torch.rand(m, *components, generator=generator, dtype=torch.float64)
             yield spread * (noise - 0.7)
 
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from posegrad.combination import Best, Boltzmann, Combination, Max, Mean, Min, Sum, TopK
 from posegrad.errors import MissingExtraError
+from posegrad.testing._seeded import seeded
 from posegrad.testing.table import RULES
 
 if TYPE_CHECKING:
@@ -35,9 +36,9 @@ def predictions(
     st: Any = _hypothesis()
 
     def build(m: int, seed: int, width: float, offset: float) -> Tensor:
-        generator = torch.Generator("cpu").manual_seed(seed)
-        order = torch.rand(m, *components, generator=generator, device="cpu").argsort(dim=0)
-        steps = torch.rand(m, *components, generator=generator, dtype=torch.float64, device="cpu")
+        generator = seeded(seed)
+        order = torch.rand(m, *components, generator=generator).argsort(dim=0)
+        steps = torch.rand(m, *components, generator=generator, dtype=torch.float64)
         return offset + width * (order + 0.5 * steps) / m
 
     strategy: SearchStrategy[Tensor] = st.builds(
@@ -69,8 +70,8 @@ def poses(
     st: Any = _hypothesis()
 
     def build(m: int, seed: int) -> Tensor:
-        generator = torch.Generator("cpu").manual_seed(seed)
-        return torch.randn(m, features, generator=generator, dtype=dtype, device="cpu")
+        generator = seeded(seed)
+        return torch.randn(m, features, generator=generator, dtype=dtype)
 
     strategy: SearchStrategy[Tensor] = st.builds(
         build, m=st.integers(1, max_poses), seed=st.integers(0, 2**31)
