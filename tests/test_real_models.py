@@ -7,16 +7,22 @@ from torch_geometric.data import Batch, Data
 from torch_geometric.nn import SchNet
 from torchjd.aggregation import UPGradWeighting
 
-from examples.docked_poses.arrays import by_ligand, load, load_all
+from examples.docked_poses.arrays import Pose, by_ligand, load, load_all
 from examples.docked_poses.network import AllNeighbours, schnet
 from posegrad import Boltzmann, Combination, Engine, Mean, Min
 from posegrad.testing import assert_matches_autograd, peak_live_bytes
+from tests.device import DEVICE
 from tests.reference import rows, trainable
 
 
 def _poses(count: int, *, forces: bool = False) -> list[Data]:
     ligand = by_ligand(load("tyk2", cutoff=3.0))[0]
-    return [Data(z=pose.z, pos=pose.xyz.clone().requires_grad_(forces)) for pose in ligand[:count]]
+    return [_data(pose, forces=forces) for pose in ligand[:count]]
+
+
+def _data(pose: Pose, *, forces: bool = False) -> Data:
+    pos = pose.xyz.to(DEVICE, copy=True).requires_grad_(forces)
+    return Data(z=pose.z.to(DEVICE), pos=pos)
 
 
 def _schnet() -> SchNet:
@@ -93,7 +99,7 @@ def test_gathering_poses_one_by_one_is_the_same() -> None:
 def test_upgrad_on_64_docked_poses_takes_little_more_memory_than_on_8() -> None:
     """The full network, four poses a chunk: a chunk's graph is most of it, 64 rows the rest."""
     poses = [pose for ligand in by_ligand(load_all()) for pose in ligand][:64]
-    data = [Data(z=pose.z, pos=pose.xyz) for pose in poses]
+    data = [_data(pose) for pose in poses]
     model = schnet()
     engine = Engine(model, predict=_score, collate=Batch.from_data_list, chunk_size=4)
 

@@ -68,7 +68,7 @@ def _embedded(molecule: Chem.Mol, count: int, seed: int) -> list[Data]:
     rdDistGeom.EmbedMultipleConfs(full, count, options)
     heavy = Chem.RemoveHs(full)
     z = torch.tensor([atom.GetAtomicNum() for atom in heavy.GetAtoms()])
-    found = [torch.from_numpy(c.GetPositions()).float() for c in heavy.GetConformers()]
+    found = [torch.tensor(c.GetPositions(), dtype=torch.float32) for c in heavy.GetConformers()]
     if not found:
         raise ValueError(f"ETKDG found no conformer of {Chem.MolToSmiles(molecule)}.")
     return [Data(z=z, pos=xyz) for xyz in found]

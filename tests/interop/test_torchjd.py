@@ -19,6 +19,7 @@ from tests.architectures import ARCHITECTURES
 from tests.architectures.row import draw
 from tests.device import DEVICE
 from tests.interop.torchjd_table import (
+    ON_CPU_ONLY,
     REFUSED,
     RULES,
     M,
@@ -45,7 +46,9 @@ def test_the_table_has_every_rule_of_torchjd() -> None:
         for name, kind in vars(theirs).items()
         if inspect.isclass(kind) and issubclass(kind, kinds)
     }
-    assert public - BASES == {name for name in RULES if hasattr(theirs, name)} | {*REFUSED}
+    assert public - BASES == {name for name in (*RULES, *ON_CPU_ONLY) if hasattr(theirs, name)} | {
+        *REFUSED
+    }
     assert public <= {*theirs.__all__}
 
 

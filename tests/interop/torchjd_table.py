@@ -14,8 +14,10 @@ from torchjd.linalg import QuadprogProjector
 from posegrad import Engine, PoseJacobian
 from tests import reference
 from tests.architectures.row import draw
+from tests.device import DEVICE
 
 __all__ = [
+    "ON_CPU_ONLY",
     "REFUSED",
     "RULES",
     "M",
@@ -124,6 +126,12 @@ RULES: dict[str, Rule] = {
     ),
     "Mean of a composition": Rule(lambda: theirs.MeanWeighting() << _cosines),
 }
+
+ON_CPU_ONLY = ("GradVac", "GradVacWeighting")
+"""Their state is made on the default device, their sums on the CPU."""
+
+if DEVICE.type != "cpu":
+    RULES = {name: row for name, row in RULES.items() if name not in ON_CPU_ONLY}
 
 REFUSED = ["MoDoWeighting", "SDMGradWeighting"]
 

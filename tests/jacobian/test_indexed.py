@@ -441,7 +441,7 @@ def _by_sorting(p: Parts) -> Tensor:
     order = OWNER.argsort()
     h = p.rows(7)[order]
     ends = torch.bincount(OWNER).cumsum(0)
-    return torch.stack([p.energy(part).sum() for part in h.tensor_split(ends[:-1])])
+    return torch.stack([p.energy(part).sum() for part in h.tensor_split(ends[:-1].tolist())])
 
 
 def _repeated(p: Parts) -> Tensor:

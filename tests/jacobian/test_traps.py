@@ -20,6 +20,7 @@ from posegrad import (
 )
 from posegrad.capture._rungs import Reading
 from posegrad.capture._verify import Reference
+from tests.device import DEVICE
 from tests.reference import rows, trainable
 
 
@@ -335,7 +336,7 @@ def test_threads_leave_gradients_alone() -> None:
     def work() -> None:
         try:
             for _ in range(20):
-                engine.jacobian(model(torch.randn(4, 3)).squeeze(1))
+                engine.jacobian(model(torch.randn(4, 3, device=DEVICE)).squeeze(1))
         except Exception as error:
             failures.append(error)
 

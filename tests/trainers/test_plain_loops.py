@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from posegrad import Min, MultiPose
+from tests.device import DEVICE
 from tests.trainers.oracle import RULES, Compound, assert_same, compounds, network, plain_step
 
 
@@ -52,12 +53,12 @@ def test_float16_with_a_scaler_that_backs_off() -> None:
     """The first scale overflows, so that a step is skipped; auto takes `recompute`."""
     module, plain = MultiPose(network().float(), Min(2.0)), network().float()
     optimizers = [torch.optim.SGD(m.parameters(), lr=0.1) for m in (module.model, plain)]
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
+    scaler = torch.amp.GradScaler(DEVICE.type, init_scale=2.0**16)
     taken = 0
     for poses, target in compounds(6):
         poses, target = poses.float(), target.float()
         optimizers[0].zero_grad()
-        with torch.autocast("cpu", torch.float16):
+        with torch.autocast(DEVICE.type, torch.float16):
             loss = _loss(module, (poses, target))
         scaler.scale(loss).backward()
         scaler.unscale_(optimizers[0])

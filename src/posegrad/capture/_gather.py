@@ -167,7 +167,7 @@ class Gatherer:
         def read(scaled: Tensor) -> Parts:
             return self._parts_of(EdgeRegistry(scaled), scaled, asked, keep_graph=True)
 
-        with undisturbed(registry, output.device.type, used), failures_named():
+        with undisturbed(registry, used), failures_named():
             parts = self._scaling.parts(output, used, read)
             if not keep_graph:
                 leaves = [registry.leaves[id(p)] for p in used.values()]
@@ -201,13 +201,13 @@ class Gatherer:
         keep_graph: bool,
         quiet: bool,
     ) -> Parts:
-        registry, kind = subject.registry, subject.output.device.type
-        special = is_cast(kind) or torch.is_inference_mode_enabled()
+        registry = subject.registry
+        special = is_cast() or torch.is_inference_mode_enabled()
         if known.routine is not None and not special:
             parts = known.routine.parts(registry, subject.output, parameters, keep_graph)
             if parts is not None:
                 return parts
-        with undisturbed(registry, kind, parameters):
+        with undisturbed(registry, parameters):
             reading = Reading(subject, parameters, self.block_bytes)
             recipe, parts = self._read(reading, known.recipe, quiet)
             if not keep_graph:

@@ -42,15 +42,13 @@ def grad_set_aside(parameters: Mapping[str, Tensor]) -> Iterator[None]:
 
 
 @contextmanager
-def undisturbed(
-    registry: EdgeRegistry, device_type: str, parameters: Mapping[str, Tensor]
-) -> Iterator[None]:
+def undisturbed(registry: EdgeRegistry, parameters: Mapping[str, Tensor]) -> Iterator[None]:
     """No graph is made, nothing is cast, and no `.grad` is written."""
     with ExitStack() as stack:
         if torch.is_inference_mode_enabled():
             stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.no_grad())
-        stack.enter_context(no_autocast(device_type))
+        stack.enter_context(no_autocast())
         if registry.has_python():  # torch's own functions deposit nothing
             stack.enter_context(grad_set_aside(parameters))
         yield

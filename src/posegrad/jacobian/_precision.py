@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from functools import wraps
+from functools import cache, wraps
 from typing import ParamSpec, TypeVar
 
 import torch
@@ -14,21 +14,23 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
-def is_cast(device_type: str = "cuda") -> bool:
-    """Whether autocast is on, on the CPU or on a device of another kind."""
-    return torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled(device_type)
+@cache
+def _kinds() -> tuple[str, ...]:
+    """The kinds of device that this machine has."""
+    accelerator = torch.accelerator.current_accelerator()
+    return ("cpu",) if accelerator is None else ("cpu", accelerator.type)
+
+
+def is_cast() -> bool:
+    """Whether autocast is on, for the CPU or for an accelerator."""
+    return any(map(torch.is_autocast_enabled, _kinds()))
 
 
 @contextmanager
-def no_autocast(device_type: str = "cuda") -> Iterator[None]:
-    """Turns autocast off: products of gradients stay in the precision they have.
-
-    Args:
-        device_type: A kind of device besides the CPU.
-    """
-    kinds = [kind for kind in {"cpu", device_type} if torch.is_autocast_enabled(kind)]
+def no_autocast() -> Iterator[None]:
+    """Turns autocast off: products of gradients stay in the precision they have."""
     with ExitStack() as stack:
-        for kind in kinds:
+        for kind in filter(torch.is_autocast_enabled, _kinds()):
             stack.enter_context(torch.autocast(kind, enabled=False))
         yield
 

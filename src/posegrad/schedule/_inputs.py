@@ -98,8 +98,7 @@ class Inputs:
         # Only a graph that is used again fails where plain autograd would not.
         named = failures_named() if keep_graph else nullcontext()
         guard = nullcontext() if self._marks is not None else grad_set_aside(own)
-        device = predictions.device.type
-        with guard, leaf_hooks_off(sources), no_autocast(device), named:
+        with guard, leaf_hooks_off(sources), no_autocast(), named:
             found = torch.autograd.grad(
                 predictions, sources, cotangent, retain_graph=keep_graph, allow_unused=True
             )
@@ -118,7 +117,7 @@ class Inputs:
         by their number.
         """
         assert self.ranks is not None
-        with no_autocast(predictions.device.type):
+        with no_autocast():
             predictions.backward(cotangent * self.ranks.count)  # type: ignore[no-untyped-call]
         found = {i: leaf.grad for i, leaf in leaves.items()}
         return {i: g / self.ranks.count for i, g in found.items() if g is not None}

@@ -51,7 +51,7 @@ def store(session: Session, rule: Combination, gatherer: Gatherer) -> Combined:
             filled: list[Rows] = map_tensors(lambda _: cast("Tensor", next(tensors)), shells)
             own = cotangent[session.own.start : session.own.stop]
             pieces = torch.split(own.reshape(-1), sizes)
-            with no_autocast(cotangent.device.type):
+            with no_autocast():
                 for weights, blocks in zip(pieces, filled, strict=True):
                     if bool(weights.any()):
                         _add(total, blocks, Weights(weights))
