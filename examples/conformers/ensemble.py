@@ -119,7 +119,7 @@ def predict(model: nn.Module, groups: Sequence[list[Data]], rule: Combination) -
     poses = [conformer for group in groups for conformer in group]
     with torch.no_grad():
         prediction, _ = engine_of(model).combine(poses, rule, groups=[len(g) for g in groups])
-    return prediction.numpy()
+    return prediction.numpy(force=True)
 
 
 def cross_validate(

@@ -127,8 +127,8 @@ RULES: dict[str, Rule] = {
     "Mean of a composition": Rule(lambda: theirs.MeanWeighting() << _cosines),
 }
 
-ON_CPU_ONLY = ("GradVac", "GradVacWeighting")
-"""Their state is made on the default device, their sums on the CPU."""
+ON_CPU_ONLY = ("GradVac", "GradVacWeighting", "PCD", "PCDWeighting")
+"""They make tensors on the default device for sums that they take on the CPU."""
 
 if DEVICE.type != "cpu":
     RULES = {name: row for name, row in RULES.items() if name not in ON_CPU_ONLY}
