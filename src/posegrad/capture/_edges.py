@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from typing import Any
 
 import torch
@@ -59,27 +60,23 @@ class EdgeRegistry:
         if root is None:
             root = get_gradient_edge(output).node  # the output is a parameter itself
         self.root: Edge = (0, output.output_nr)
-        self.nodes: list[Node] = []
-        self.names: list[str] = []
-        self.sources: list[tuple[Edge | None, ...]] = []
+        self.nodes, self.sources = _reachable(root)
+        self.names = [_NAMES.get(type(node)) or _name(node) for node in self.nodes]
         self.shapes: list[Shapes] = []
         self.dtypes: list[Dtypes] = []
         self.facts: list[Facts] = []
         self.leaves: dict[int, int] = {}
-        for node, sources in _reachable(root):
-            name = _name(node)
-            outputs: tuple[Shapes, Dtypes]
+        for number, (node, name) in enumerate(zip(self.nodes, self.names, strict=True)):
+            shapes: Shapes
+            dtypes: Dtypes
             if name == LEAF_NAME:
                 leaf: Tensor = node.variable  # type: ignore[attr-defined]
-                self.leaves[id(leaf)] = len(self.nodes)
-                outputs = (leaf.shape,), (leaf.dtype,)
+                self.leaves[id(leaf)] = number
+                shapes, dtypes = (leaf.shape,), (leaf.dtype,)
             else:
-                outputs = outputs_of(node)
-            self.nodes.append(node)
-            self.names.append(name)
-            self.sources.append(sources)
-            self.shapes.append(outputs[0])
-            self.dtypes.append(outputs[1])
+                shapes, dtypes = outputs_of(node)
+            self.shapes.append(shapes)
+            self.dtypes.append(dtypes)
             self.facts.append(facts_of(node, FACTS[name]) if name in FACTS else ())
 
     @cached_property
@@ -115,16 +112,14 @@ class EdgeRegistry:
 
     def has_python(self) -> bool:
         """Whether functions written in Python are in it."""
-        kinds = dict(zip(map(type, self.nodes), self.nodes, strict=True))  # a node of each
-        return any(map(is_python, kinds.values()))
+        return any(is_python(node) for node in self.nodes if type(node) not in _NAMES)
 
     def has_float16(self) -> bool:
         """Whether gradients pass through float16 on the way."""
-        if any(torch.float16 in dtypes for dtypes in set(self.dtypes)):
+        if torch.float16 in chain.from_iterable(self.dtypes):
             return True
-        return self.has_python() and any(
-            carries_float16(node) for node in self.nodes if is_python(node)
-        )
+        unnamed = [node for node in self.nodes if type(node) not in _NAMES]
+        return any(carries_float16(node) for node in unnamed if is_python(node))
 
     def in_order(self) -> Iterator[int]:
         """All nodes, each after everything that was computed from it."""
@@ -194,9 +189,10 @@ def walk(root: Node) -> Iterator[Node]:
                 nodes.append(parent)
 
 
-def _reachable(root: Node) -> Iterator[tuple[Node, tuple[Edge | None, ...]]]:
-    """Nodes with the edges they were computed from, each node by its place in this order."""
+def _reachable(root: Node) -> tuple[list[Node], list[tuple[Edge | None, ...]]]:
+    """Nodes, and the edges each was computed from, by the places of nodes in this order."""
     nodes, places = [root], {root: 0}
+    found: list[tuple[Edge | None, ...]] = []
     for node in nodes:  # grows on the way
         sources: list[Edge | None] = []
         for parent, number in node.next_functions:
@@ -207,7 +203,8 @@ def _reachable(root: Node) -> Iterator[tuple[Node, tuple[Edge | None, ...]]]:
             if place == len(nodes):
                 nodes.append(parent)
             sources.append((place, number))
-        yield node, tuple(sources)
+        found.append(tuple(sources))
+    return nodes, found
 
 
 _NAMES: dict[type, str] = {LEAF: LEAF_NAME}  # of kinds of node that have one name

@@ -154,10 +154,18 @@ class Gatherer:
     ) -> Parts:
         used, index = asked.parameters, asked.pose_index
         known = self._structure(registry, used, output, stated=bool(index))
-        inferred = known.inferred if known.is_fixed else {}
-        subject = Subject(output, registry, index, asked.dim, self._generator, inferred)
+        special = is_cast() or torch.is_inference_mode_enabled()
         with failures_named():
-            return self._parts(subject, used, known, keep_graph, asked.quiet)
+            if known.routine is not None and not special:
+                parts = known.routine.parts(registry, output, used, keep_graph)
+                if parts is not None:
+                    return parts
+            inferred = known.inferred if known.is_fixed else {}
+            subject = Subject(output, registry, index, asked.dim, self._generator, inferred)
+            recipe, parts = self._parts(subject, used, known, keep_graph, asked.quiet)
+        if known.is_fixed and not special and not self._is_due(recipe, used):
+            known.routine = Routine.of(subject, recipe, parts, known.slots)
+        return parts
 
     def _parts_in_float16(
         self, registry: EdgeRegistry, output: Tensor, asked: _Asked, keep_graph: bool
@@ -200,21 +208,13 @@ class Gatherer:
         known: _Structure,
         keep_graph: bool,
         quiet: bool,
-    ) -> Parts:
-        registry = subject.registry
-        special = is_cast() or torch.is_inference_mode_enabled()
-        if known.routine is not None and not special:
-            parts = known.routine.parts(registry, subject.output, parameters, keep_graph)
-            if parts is not None:
-                return parts
-        with undisturbed(registry, parameters):
+    ) -> tuple[Recipe, Parts]:
+        with undisturbed(subject.registry, parameters):
             reading = Reading(subject, parameters, self.block_bytes)
             recipe, parts = self._read(reading, known.recipe, quiet)
             if not keep_graph:
-                release(registry, known.slots)
-        if known.is_fixed and not special and not self._is_due(recipe, parameters):
-            known.routine = Routine.of(subject, recipe, parts, known.slots)
-        return parts
+                release(subject.registry, known.slots)
+        return recipe, parts
 
     def _read(self, reading: Reading, key: int, quiet: bool) -> tuple[Recipe, Parts]:
         subject, parameters = reading.subject, reading.parameters

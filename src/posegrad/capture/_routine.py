@@ -23,7 +23,7 @@ from posegrad.capture._rungs import Parts, by_size, entry_of, operator_at
 from posegrad.capture._sites import Site
 from posegrad.capture._trial import Subject
 from posegrad.capture._vjp import cotangents_at
-from posegrad.jacobian import Arrangement, Factors, Layout
+from posegrad.jacobian import Arrangement, Factors, Layout, Rows
 
 __all__ = ["Routine"]
 
@@ -38,6 +38,8 @@ class _Use(NamedTuple):
         reader: How its closed form is read.
         place: The number of its cotangent.
         layout: Whose the cotangent's rows are.
+        path: How it is named in a report.
+        shrinks: Whether its rows are held, as less than the cotangent.
         last: Whether no other use needs the cotangent after this one.
     """
 
@@ -47,6 +49,8 @@ class _Use(NamedTuple):
     reader: Reader
     place: int
     layout: Layout
+    path: str
+    shrinks: bool
     last: bool
 
 
@@ -81,24 +85,29 @@ class Routine:
         plain = all(_is_plain(registry, site, axes) for site in recipe.sites)
         if not several or not plain or recipe.by_rows or registry.has_python():
             return None
-        found = [part.path for own in parts.values() for part in own]
-        if len(found) < len(recipe.sites) or not all(path.startswith("closed") for path in found):
+        found = [part for own in parts.values() for part in own]
+        closed = all(part.path.startswith("closed") for part in found)
+        if len(found) < len(recipe.sites) or not closed:
             return None
+        read = {name: iter(own) for name, own in parts.items()}  # in the order of the sites below
         edges = list(dict.fromkeys(edge for site in recipe.sites for edge in site.edges))
         layouts = {edge: axes[edge].layout(device_of(registry.nodes[edge[0]])) for edge in edges}
         sites = by_size(registry, recipe.sites)
-        uses = [
-            _Use(
+        uses = []
+        for i, site in enumerate(sites):
+            part = next(read[site.parameter])
+            use = _Use(
                 site.parameter,
                 site.node,
                 entry_of(registry, site),
                 reader_of(registry.names[site.node], site.argument),
                 edges.index(site.edges[0]),
                 layouts[site.edges[0]],
+                part.path,
+                shrinks=isinstance(part, Rows),
                 last=all(site.edges != other.edges for other in sites[i + 1 :]),
             )
-            for i, site in enumerate(sites)
-        ]
+            uses.append(use)
         read_at = {site.node for site in sites}
         freed = {*registry.above(read_at)}
         first = {node: name for node, name in reversed(slots) if node in read_at}
@@ -127,8 +136,8 @@ class Routine:
         for use, form in zip(self.uses, forms, strict=True):
             value = values[use.place]
             if value is not None and form is not None:
-                part = Factors.direct(form, use.layout, self.arrangement, (value,))
-                found[use.parameter].append(part)
+                part = Factors(use.path, 0, form, use.layout, self.arrangement, (value,))
+                found[use.parameter].append(part.as_rows() if use.shrinks else part)
             if use.last:
                 values[use.place] = None
         return found

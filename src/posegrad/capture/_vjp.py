@@ -10,6 +10,7 @@ from torch.autograd.graph import GradientEdge, Node
 
 from posegrad.capture._compat import (
     apply_node,
+    backward_to,
     dtype_of,
     leaf_hooks_off,
     shape_of,
@@ -30,9 +31,7 @@ def cotangents_at(
 
     No parameter's gradient is computed on the way.
     """
-    found = torch.autograd.grad(
-        output, edges, cotangent, retain_graph=keep_graph, allow_unused=True
-    )
+    found = backward_to(output, edges, cotangent, keep_graph=keep_graph)
     return [None if g is None else dense(g) for g in found]
 
 

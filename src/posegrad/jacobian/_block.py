@@ -78,7 +78,8 @@ class Block:
         total, *others = [part.combine(weights) for part in self.parts]
         for other in others:
             total = total + other
-        return total.to(self.dtype).contiguous()
+        total = total if total.dtype == self.dtype else total.to(self.dtype)
+        return total if total.is_contiguous() else total.contiguous()
 
     def bytes(self) -> int:
         """The size of what is held."""

@@ -132,8 +132,8 @@ class Layout:
     def weigh(self, tensor: Tensor, weights: Tensor) -> Tensor:
         """`tensor` with every row multiplied by the weight `[m]` of its owner."""
         values = self.spread(weights.to(tensor.device, tensor.dtype))
-        if self.dims == (0,):
-            return tensor * values.view(-1, *[1] * (tensor.ndim - 1))
+        if self.dims == (0,) and tensor.ndim == 2:
+            return tensor * values.unsqueeze(1)
         shape = [size if dim in self.dims else 1 for dim, size in enumerate(tensor.shape)]
         return tensor * values.reshape(shape)
 

@@ -175,8 +175,12 @@ class Factors(Part):
         )
         if form.has_small_rows and layout.dims:
             shrinks = arrangement.poses * form.shape.numel() < cotangents[0].numel()
-            return Rows(factors.path, 0, factors.rows()) if shrinks else factors
+            return factors.as_rows() if shrinks else factors
         return factors
+
+    def as_rows(self) -> Rows:
+        """The part with its rows in place of the factors."""
+        return Rows(self.path, self.start, self.rows())
 
     @property
     def count(self) -> int:

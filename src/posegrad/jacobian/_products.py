@@ -78,7 +78,7 @@ def inner_products(rows: Tensor) -> Tensor:
 
 def added(terms: Iterable[Tensor], device: torch.device) -> Tensor | None:
     """What parameters contribute, summed in the widest of their dtypes; None if none does."""
-    placed = [term.to(device) for term in terms]
+    placed = [term if term.device == device else term.to(device) for term in terms]
     return reduce(torch.add, placed) if placed else None
 
 

@@ -39,7 +39,11 @@ class Broadcast(ClosedForm):
         return all(self.aligned[dim] == 1 for dim in layout.dims)
 
     def vjp(self, cotangent: Tensor) -> Tensor:
-        return self.contribution(cotangent).sum_to_size(self.aligned).reshape(self.shape)
+        parts = self.contribution(cotangent)
+        repeated = parts.ndim - len(self.shape)
+        if repeated and parts.shape[repeated:] == self.aligned[repeated:] == self.shape:
+            return parts.sum(tuple(range(repeated)))
+        return parts.sum_to_size(self.aligned).reshape(self.shape)
 
     def rows(self, cotangent: Tensor, layout: Layout) -> Tensor:
         parts = self.contribution(cotangent)
