@@ -1,7 +1,7 @@
 """Parts of a block: how the rows of one parameter's Jacobian are held."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from operator import is_
 from typing import Any, Self, final
@@ -47,10 +47,6 @@ class Arrangement:
             return flat.unsqueeze(1)
         shaped = flat.reshape(*self.shape, *flat.shape[1:])
         return shaped.movedim(self.dim, 0).reshape(self.poses, self.components, *flat.shape[1:])
-
-    def columns(self, flat: Tensor) -> Sequence[Tensor]:
-        """The K components of `[m K]`, each `[m]`."""
-        return [flat] if self.dim is None else self.split(flat).unbind(1)
 
     def join(self, split: Tensor) -> Tensor:
         """The inverse of `split`."""
@@ -210,7 +206,9 @@ class Factors(Part):
 
     def weighed(self, weights: Tensor) -> Tensor:
         """The cotangents times the weights `[count]` of their owners, over all components."""
-        columns = self.arrangement.columns(weights)
+        if self.arrangement.dim is None:
+            return self.layout.weigh(wide(self.cotangents[0]), weights)
+        columns = self.arrangement.split(weights).unbind(1)  # K of [m]
         total = self.layout.weigh(wide(self.cotangents[0]), columns[0])
         for cotangent, column in zip(self.cotangents[1:], columns[1:], strict=True):
             total += self.layout.weigh(wide(cotangent), column)

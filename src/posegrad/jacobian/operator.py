@@ -123,7 +123,10 @@ class PoseJacobian:
             {'weight': tensor([[ 1., 10.]]), 'bias': tensor([11.])}
         """
         flat = Weights(self._flat(weights))
-        return {name: block.combine(flat) for name, block in self._blocks.items()}
+        # Backwards: a bias before its weight, whose product sweeps from the processor's cache the
+        # weighed cotangents that both need.
+        found = {name: self._blocks[name].combine(flat) for name in reversed(self._blocks)}
+        return {name: found[name] for name in self._blocks}
 
     def backward(
         self, rule: Tensor | AnyRule, *, scaler: torch.amp.GradScaler | None = None
