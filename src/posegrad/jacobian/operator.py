@@ -28,14 +28,24 @@ class PoseJacobian:
     of their output are held, from which products with J are taken.
     Made by `Engine.jacobian` and `Engine.gather`. Immutable; keeps no graph of the model.
 
+    Attributes:
+        predictions: The output, of `output_shape`, detached.
+
     Example:
-        >>> model = nn.Linear(3, 1)
-        >>> J = Engine(model).jacobian(model(torch.ones(4, 3)).squeeze(1))
+        >>> model = nn.Linear(2, 1)
+        >>> J = Engine(model).jacobian(model(torch.eye(2)).squeeze(1))  # of two poses
+        >>> J.matrix()  # columns: two of the weight, one of the bias
+        tensor([[1., 0., 1.],
+                [0., 1., 1.]])
         >>> J.gramian()
-        tensor([[4., 4., 4., 4.],
-                [4., 4., 4., 4.],
-                [4., 4., 4., 4.],
-                [4., 4., 4., 4.]])
+        tensor([[2., 1.],
+                [1., 2.]])
+        >>> J.norms()
+        tensor([1.4142, 1.4142])
+        >>> J[0]
+        {'weight': tensor([[1., 0.]]), 'bias': tensor([1.])}
+        >>> J.block("weight").shape
+        torch.Size([2, 1, 2])
     """
 
     def __init__(
@@ -169,8 +179,8 @@ class PoseJacobian:
             per_parameter: Return one Gramian for each parameter instead of their sum.
 
         Returns:
-            G of shape `output_shape + reversed(output_shape)`: `[m, m]` for predictions `[m]`; or
-            a dict of those, by parameter.
+            G, of shape `output_shape + reversed(output_shape)`, which for `[m]` is `[m, m]`; or a
+            dict of those, by parameter.
 
         Note:
             Time and memory, for R rows of a linear layer of d inputs and p outputs: the lesser of
@@ -227,7 +237,7 @@ class PoseJacobian:
 
     @exact
     def block(self, name: str) -> Tensor:
-        """The rows of one parameter, `[*output_shape, *parameter.shape]`.
+        """The rows of one parameter, `[*output_shape, *parameter.shape]`; memory: these numbers.
 
         Raises:
             KeyError: if no trainable parameter has that name.
