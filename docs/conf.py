@@ -83,10 +83,9 @@ def public_names() -> dict[str, str]:
 def link_public_name(
     app: Sphinx, env: BuildEnvironment, node: pending_xref, contnode: nodes.TextElement
 ) -> Any:
-    """Resolves what annotations say, where a class is defined, to what it is documented under."""
-    name = public_names().get(node["reftarget"])
-    if name is None:
-        return None
+    """Links annotations, which say where a class is defined, and `Mean` from any of our modules."""
+    target = node["reftarget"]
+    name = public_names().get(target, f"{project}.{target}")
     python = env.get_domain("py")
     return python.resolve_xref(env, node["refdoc"], app.builder, "obj", name, node, contnode)
 
@@ -99,7 +98,7 @@ class Name(PyXRefRole):
     ) -> tuple[str, str]:
         """Unlike the role for Python objects it leaves a leading dot alone, as of `.grad`."""
         super().process_link(env, refnode, explicit, title, target)
-        refnode["refspecific"] = False
+        refnode.attributes.pop("refspecific", None)
         return title, target
 
 

@@ -100,8 +100,8 @@ class Engine:
     ) -> Combined:
         r"""Scores the poses of one group, or of several, and combines their predictions.
 
-        Both results carry gradients for any loss: `backward()` adds them to `.grad` as usual, for
-        the model's parameters, the rule's, and tensors inside the poses that require grad.
+        Both results carry gradients for any loss: `loss.backward()` adds them to `.grad` as usual,
+        for the model's parameters, the rule's, and tensors inside the poses that require grad.
 
         Args:
             poses: A list, tuple, generator or other iterable of poses, or a stacked tensor whose

@@ -45,40 +45,42 @@ class PosegradError(Exception):
 class NoPosesError(PosegradError, ValueError):
     """A group without poses: nothing can be combined.
 
-    Raised by `combine`, `plan`, `gather` and `jacobian` for an iterable, a group or an output that
-    is empty.
+    Raised by `Engine.combine`, `Engine.plan`, `Engine.gather` and `Engine.jacobian` for poses, a
+    group or an output that are none.
     """
 
 
 class NonFinitePredictionError(PosegradError, FloatingPointError):
     """Some predictions are nan or infinite; so would be the combination and its gradient.
 
-    Raised by `combine`, and where a combination rule weighs rows of a Jacobian; names the poses.
+    Raised by `Engine.combine`, and where a combination rule weighs the rows of a Jacobian; names
+    the poses.
     """
 
 
 class NonFiniteGradientError(PosegradError, FloatingPointError):
     """Gradients of some poses are nan or infinite, and a rule is asked to weigh them.
 
-    Raised by `backward` of an engine or a Jacobian for a rule that looks at gradients, without
-    `scaler=`; also if the rule's own weights are not finite. Names the rows.
+    Raised by `Engine.backward` and `PoseJacobian.backward` for a rule that looks at gradients,
+    without `scaler=`; also if the rule's own weights are not finite. Names the rows.
     """
 
 
 class ShapeMismatchError(PosegradError, ValueError):
     """Predictions, weights or groups that do not fit the poses, each other, or the rule.
 
-    Raised by `combine` and `gather` for predictions that are not one row a pose or not all of one
-    shape, and for `groups` of another number of poses; by products with a Jacobian for weights
-    that are not of its output's shape; for what a rule returns, if that is not of the shape that
-    its base class asks for.
+    Raised by `Engine.combine` and `Engine.gather` for predictions that are not one row a pose or not
+    all of one shape, and for `groups` of another number of poses; by products with a Jacobian for
+    weights that are not of its output's shape; for what a rule returns, if that is not of the shape
+    that its base class asks for.
     """
 
 
 class NotDifferentiableError(PosegradError, RuntimeError):
     """Predictions that carry no gradient: not floating point, or cut from every parameter.
 
-    Raised by `combine` (under `recompute` the latter in backward), `gather` and `jacobian`.
+    Raised by `Engine.combine` (under `recompute` the latter in backward), `Engine.gather` and
+    `Engine.jacobian`.
     """
 
 
@@ -107,14 +109,14 @@ class StaleParametersError(PosegradError, RuntimeError):
 class StaleFactorError(PosegradError, RuntimeError):
     """A tensor the forward saved was changed in place before the Jacobian was used.
 
-    Raised by `jacobian`, `gather` and every product with a Jacobian.
+    Raised by `Engine.jacobian`, `Engine.gather` and every product with a Jacobian.
     """
 
 
 class UntrackedTensorError(PosegradError, RuntimeError):
     """A tensor that requires grad is neither a parameter of the engine nor part of a pose.
 
-    Raised by `combine` and `gather`: its gradient would be lost.
+    Raised by `Engine.combine` and `Engine.gather`: its gradient would be lost.
     """
 
 
@@ -133,8 +135,8 @@ class RankError(PosegradError, RuntimeError):
 class ReentrantCheckpointError(PosegradError, RuntimeError):
     """Reentrant checkpointing inside the model: no path but plain `backward` can serve it.
 
-    Raised by `combine`, `gather` and `jacobian`, for any function whose backward deposits gradients
-    by itself.
+    Raised by `Engine.combine`, `Engine.gather` and `Engine.jacobian`, for any function whose backward
+    deposits gradients by itself.
     """
 
 
@@ -149,7 +151,7 @@ class UnsupportedModuleError(PosegradError, TypeError):
     """A module the engine must not run: its gradients would be silently wrong.
 
     Raised when an engine is made (one module inside another, parts wrapped by DDP, FSDP1), in
-    `combine` (lazy parameters, a compiled graph that can be used once), and for rules that cannot
+    `Engine.combine` (lazy parameters, a compiled graph that can be used once), and for rules that cannot
     work on such a model.
     """
 
@@ -157,7 +159,7 @@ class UnsupportedModuleError(PosegradError, TypeError):
 class ClosedEngineError(PosegradError, RuntimeError):
     """An engine used after `close()`.
 
-    Raised by every method but `close`.
+    Raised by every method but `Engine.close`.
     """
 
 

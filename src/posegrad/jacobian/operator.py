@@ -142,8 +142,8 @@ class PoseJacobian:
 
         Args:
             rule: The weights w of `output_shape`, for :math:`w^\top J`; a `Weighting` of the
-                Gramian; an `Aggregation` of the rows, parameter by parameter; TorchJD's `Weighting`
-                or `Aggregator`; or a combination rule h, for which
+                Gramian; an `Aggregation` of the rows, parameter by parameter; a weighting or an
+                aggregator of TorchJD's; or a combination rule h, for which
                 :math:`w = \partial h(\hat y) / \partial \hat y`; its own parameters get theirs.
             scaler: If `scaler.step` comes next: the gradient is multiplied by the scale that it
                 divides by, and is nan, so that it skips the step, if rows are nan or infinite.
@@ -156,7 +156,9 @@ class PoseJacobian:
             NonFiniteGradientError: if such rows meet a rule that looks at them, without a scaler.
             StaleFactorError: as for `combine`. No `.grad` is touched by any of these.
 
-        Hooks on the parameters run, once. Where autograd would leave `.grad` None, so does it.
+        Note:
+            Time: what the rule looks at, then `combine`. Hooks on the parameters run, once. Where
+            autograd would leave `.grad` None, so does it.
 
         Example:
             >>> model = nn.Linear(2, 1)
@@ -225,7 +227,7 @@ class PoseJacobian:
         return total.sqrt().reshape(self.output_shape)
 
     def __getitem__(self, index: Any) -> dict[str, Tensor]:
-        """The gradient of one number of the output, by parameter.
+        """The gradient of one number of the output, by parameter; as long as one `combine`.
 
         Args:
             index: As into a tensor of `output_shape`; must pick one number.

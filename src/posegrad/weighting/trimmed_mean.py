@@ -33,8 +33,8 @@ class TrimmedMean(Aggregation):
         ShapeMismatchError: if nothing would be left.
 
     Note:
-        Memory: the rows of one parameter. Time: sorting them. TorchJD's `TrimmedMean` gives the
-        same from the whole matrix.
+        Memory: the rows of one parameter. Time: sorting them.
+        `torchjd.aggregation.TrimmedMean` gives the same from the whole matrix.
 
     References:
         Yin et al., "Byzantine-robust distributed learning", ICML 2018, definition 2.
