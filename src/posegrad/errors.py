@@ -45,8 +45,8 @@ class PosegradError(Exception):
 class NoPosesError(PosegradError, ValueError):
     """A group without poses: nothing can be combined.
 
-    Raised by `Engine.combine`, `Engine.plan`, `Engine.gather` and `Engine.jacobian` for poses, a
-    group or an output that are none.
+    Raised by `Engine.combine`, `Engine.plan`, `Engine.gather` and `Engine.jacobian` for an empty
+    iterable of poses, an empty group, an empty output.
     """
 
 
@@ -69,10 +69,10 @@ class NonFiniteGradientError(PosegradError, FloatingPointError):
 class ShapeMismatchError(PosegradError, ValueError):
     """Predictions, weights or groups that do not fit the poses, each other, or the rule.
 
-    Raised by `Engine.combine` and `Engine.gather` for predictions that are not one row a pose or not
-    all of one shape, and for `groups` of another number of poses; by products with a Jacobian for
-    weights that are not of its output's shape; for what a rule returns, if that is not of the shape
-    that its base class asks for.
+    Raised by `Engine.combine` and `Engine.gather` for predictions that are not one row a pose or
+    not all of one shape, and for `groups` of another number of poses; by products with a Jacobian
+    for weights that are not of its output's shape; for what a rule returns, if that is not of the
+    shape that its base class asks for.
     """
 
 
@@ -135,8 +135,8 @@ class RankError(PosegradError, RuntimeError):
 class ReentrantCheckpointError(PosegradError, RuntimeError):
     """Reentrant checkpointing inside the model: no path but plain `backward` can serve it.
 
-    Raised by `Engine.combine`, `Engine.gather` and `Engine.jacobian`, for any function whose backward
-    deposits gradients by itself.
+    Raised by `Engine.combine`, `Engine.gather` and `Engine.jacobian`, for any function whose
+    backward deposits gradients by itself.
     """
 
 
@@ -151,8 +151,8 @@ class UnsupportedModuleError(PosegradError, TypeError):
     """A module the engine must not run: its gradients would be silently wrong.
 
     Raised when an engine is made (one module inside another, parts wrapped by DDP, FSDP1), in
-    `Engine.combine` (lazy parameters, a compiled graph that can be used once), and for rules that cannot
-    work on such a model.
+    `Engine.combine` and `Engine.jacobian` (lazy or complex parameters, a compiled graph that can be
+    used once), and for rules that cannot work on such a model.
     """
 
 
