@@ -60,8 +60,7 @@ class Engine:
 
     Example:
         >>> model = nn.Linear(3, 1)
-        >>> engine = Engine(model)
-        >>> prediction, per_pose = engine.combine(torch.randn(5, 3), Min(scale=1000.0))
+        >>> prediction, per_pose = Engine(model).combine(torch.randn(5, 3), Min(scale=1000.0))
         >>> prediction.shape, per_pose.shape
         (torch.Size([]), torch.Size([5]))
         >>> (prediction - 1.0).square().backward()  # adds to model.weight.grad, as usual
@@ -220,7 +219,9 @@ class Engine:
             J with the rows of all poses.
 
         Raises:
-            ShapeMismatchError: as `combine`, whose other errors it has too; for rows of the loss.
+            NoPosesError: if there are none.
+            ShapeMismatchError: if predictions, or rows of the loss, are not one for each pose.
+            NotDifferentiableError: if none depends on a parameter. Other errors are `jacobian`'s.
 
         Note:
             Time: m forwards, and `jacobian` for each chunk. Memory: one chunk's graph, and m rows
@@ -293,8 +294,7 @@ class Engine:
         """What `combine` or `backward` would do, without doing any of it.
 
         Args:
-            poses_or_output: Poses as for `combine`, but with a length; or an output as for
-                `backward`, with its graph.
+            poses_or_output: Poses as for `combine`, but with a length; or an output with its graph.
             rule: As for those.
             groups: As for `combine`.
             schedule: As for `combine`.

@@ -116,7 +116,7 @@ class StaleFactorError(PosegradError, RuntimeError):
 class UntrackedTensorError(PosegradError, RuntimeError):
     """A tensor that requires grad is neither a parameter of the engine nor part of a pose.
 
-    Raised by `Engine.combine` and `Engine.gather`: its gradient would be lost.
+    Raised by `Engine.combine`: its gradient would be lost.
     """
 
 

@@ -227,7 +227,7 @@ class PoseJacobian:
         return total.sqrt().reshape(self.output_shape)
 
     def __getitem__(self, index: Any) -> dict[str, Tensor]:
-        """The gradient of one number of the output, by parameter; as long as one `combine`.
+        """The gradient of one number of the output, by parameter; takes one `combine`.
 
         Args:
             index: As into a tensor of `output_shape`; must pick one number.
