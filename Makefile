@@ -17,12 +17,13 @@ INSTALL := $(RUN) -m pip install --disable-pip-version-check -c constraints.txt
 TUNABLES := glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=4294967296
 HEAP := GLIBC_TUNABLES=$(TUNABLES):glibc.malloc.top_pad=268435456
 
-.PHONY: help demo test lint bench clean
+.PHONY: help demo test lint docs bench clean
 
 help:
 	@echo "make demo   fine-tune a pretrained network on docked poses"
 	@echo "make test   run the tests"
 	@echo "make lint   check format, style and types"
+	@echo "make docs   build the documentation as a site, docs/_build/index.html"
 	@echo "make bench  measure posegrad beside its peers"
 	@echo "make clean  remove caches and outputs, not the environment"
 
@@ -37,6 +38,9 @@ lint: $(VENV)/.lint-ready
 	$(RUN) -m ruff check .
 	$(RUN) -m mypy
 
+docs: $(VENV)/.docs-ready
+	$(RUN) -m sphinx -W --keep-going -n docs docs/_build
+
 bench: $(VENV)/.bench-ready
 	$(RUN) -m benchmarks --suite multipose
 	$(RUN) -m benchmarks --suite scaling --rounds 1
@@ -46,7 +50,8 @@ bench: $(VENV)/.bench-ready
 	$(RUN) -m benchmarks.report
 
 clean:
-	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis dist examples/docked_poses/out
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis dist docs/_build
+	rm -rf examples/docked_poses/out
 	find . -name __pycache__ -type d -not -path './.*' -prune -exec rm -rf {} +
 
 $(VENV)/bin/python:
@@ -61,6 +66,11 @@ $(VENV)/.test-ready: pyproject.toml constraints.txt | $(VENV)/bin/python
 
 $(VENV)/.lint-ready: $(VENV)/.test-ready
 	$(INSTALL) -e '.[lint]'
+	@touch $@
+
+$(VENV)/.docs-ready: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(INSTALL) torch
+	$(INSTALL) -e '.[docs]'
 	@touch $@
 
 $(VENV)/.bench-ready: $(VENV)/.demo-ready

@@ -60,13 +60,10 @@ class Engine:
 
     Example:
         >>> model = nn.Linear(3, 1)
-        >>> engine = Engine(model)
-        >>> prediction, per_pose = engine.combine(torch.randn(5, 3), Min(scale=1000.0))
+        >>> prediction, per_pose = Engine(model).combine(torch.randn(5, 3), Min(scale=1000.0))
         >>> prediction.shape, per_pose.shape
         (torch.Size([]), torch.Size([5]))
-        >>> (prediction - 1.0).square().backward()
-        >>> model.weight.grad.shape
-        torch.Size([1, 3])
+        >>> (prediction - 1.0).square().backward()  # adds to model.weight.grad, as usual
     """
 
     def __init__(
@@ -102,8 +99,8 @@ class Engine:
     ) -> Combined:
         r"""Scores the poses of one group, or of several, and combines their predictions.
 
-        Both results carry gradients for any loss: `backward()` adds them to `.grad` as usual, for
-        the model's parameters, the rule's, and tensors inside the poses that require grad.
+        Both results carry gradients for any loss: `loss.backward()` adds them to `.grad` as usual,
+        for the model's parameters, the rule's, and tensors inside the poses that require grad.
 
         Args:
             poses: A list, tuple, generator or other iterable of poses, or a stacked tensor whose
@@ -179,7 +176,7 @@ class Engine:
             retain_graph: Leave the graph for another backward.
 
         Returns:
-            J as a linear operator.
+            J as a linear operator; a `SharedJacobian` if several processes share the poses.
 
         Raises:
             NoPosesError: if the output is empty.
@@ -203,12 +200,7 @@ class Engine:
             torch.Size([6, 6])
         """
         index = [pose_index] if isinstance(pose_index, Tensor) else list(pose_index or ())
-
-        def own(parameters: Mapping[str, nn.Parameter]) -> PoseJacobian:
-            return self._gatherer.gather(
-                output, parameters, pose_index=index, keep_graph=retain_graph
-            )
-
+        own = partial(self._gatherer.gather, output, pose_index=index, keep_graph=retain_graph)
         return of_all(own, partial(self._trainable, params), self._ranks)
 
     def gather(
@@ -227,10 +219,13 @@ class Engine:
             J with the rows of all poses.
 
         Raises:
-            NoPosesError, ShapeMismatchError: as `combine`; the latter also for rows of the loss.
+            NoPosesError: if there are none.
+            ShapeMismatchError: if predictions, or rows of the loss, are not one for each pose.
+            NotDifferentiableError: if none depends on a parameter. Other errors are `jacobian`'s.
 
         Note:
-            Memory: one chunk's graph, and m rows in the form that was asked for.
+            Time: m forwards, and `jacobian` for each chunk. Memory: one chunk's graph, and m rows
+            in the form that was asked for.
 
         Example:
             >>> targets = torch.zeros(5)
@@ -249,7 +244,10 @@ class Engine:
         """The Gramian of an output's gradients, as by TorchJD's engine; the graph is kept.
 
         Returns:
-            Of shape `output.shape + reversed(output.shape)`: `[m, m]` for `[m]`. TorchJD flattens.
+            Of shape `output.shape + reversed(output.shape)`, which for `[m]` is `[m, m]`.
+
+        Note:
+            Outputs, time, memory and errors: those of `jacobian`, then of `PoseJacobian.gramian`.
 
         Example:
             >>> model = nn.Linear(3, 1)
@@ -274,6 +272,9 @@ class Engine:
         Returns:
             The weights, in the output's shape; None if the rule has none.
 
+        Note:
+            Time, memory and errors: those of `jacobian`, then of `PoseJacobian.backward`.
+
         Example:
             >>> model = nn.Linear(3, 1)
             >>> Engine(model).backward(model(torch.ones(2, 3)).squeeze(1), Mean())
@@ -293,8 +294,7 @@ class Engine:
         """What `combine` or `backward` would do, without doing any of it.
 
         Args:
-            poses_or_output: Poses as for `combine`, but with a length; or an output as for
-                `backward`, with its graph.
+            poses_or_output: Poses as for `combine`, but with a length; or an output with its graph.
             rule: As for those.
             groups: As for `combine`.
             schedule: As for `combine`.
@@ -316,8 +316,7 @@ class Engine:
             holds      1 running sum: 0.00 MiB
         """
         parameters = self._trainable()
-        paths = self._gatherer.paths(poses_or_output, parameters)
-        if paths:
+        if paths := self._gatherer.paths(poses_or_output, parameters):
             return ReadingPlan(poses_or_output.numel(), paths)  # type: ignore[union-attr]
         return self._setting.plan(
             poses_or_output, rule, groups, schedule, skip_below, parameters.values()
@@ -326,7 +325,8 @@ class Engine:
     def close(self) -> None:
         """Ends the engine's life, as `with Engine(model) as engine:` does; nothing is to be undone.
 
-        >>> Engine(nn.Linear(3, 1)).close()
+        Example:
+            >>> Engine(nn.Linear(3, 1)).close()
         """
         self._closed = True
 

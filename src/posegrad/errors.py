@@ -36,51 +36,94 @@ def listed(found: Sequence[object]) -> str:
 
 
 class PosegradError(Exception):
-    """Base of every exception of this library."""
+    """Base of every exception of this library.
+
+    Never raised itself.
+    """
 
 
 class NoPosesError(PosegradError, ValueError):
-    """A group without poses: nothing can be combined."""
+    """A group without poses: nothing can be combined.
+
+    Raised by `Engine.combine`, `Engine.plan`, `Engine.gather` and `Engine.jacobian` for an empty
+    iterable of poses, an empty group, an empty output.
+    """
 
 
 class NonFinitePredictionError(PosegradError, FloatingPointError):
-    """Some predictions are nan or infinite; so would be the combination and its gradient."""
+    """Some predictions are nan or infinite; so would be the combination and its gradient.
+
+    Raised by `Engine.combine`, and where a combination rule weighs the rows of a Jacobian; names
+    the poses.
+    """
 
 
 class NonFiniteGradientError(PosegradError, FloatingPointError):
-    """Gradients of some poses are nan or infinite, and a rule is asked to weigh them."""
+    """Gradients of some poses are nan or infinite, and a rule is asked to weigh them.
+
+    Raised by `Engine.backward` and `PoseJacobian.backward` for a rule that looks at gradients,
+    without `scaler=`; also if the rule's own weights are not finite. Names the rows.
+    """
 
 
 class ShapeMismatchError(PosegradError, ValueError):
-    """Predictions that do not fit the poses, each other, or the rule."""
+    """Predictions, weights or groups that do not fit the poses, each other, or the rule.
+
+    Raised by `Engine.combine` and `Engine.gather` for predictions that are not one row a pose or
+    not all of one shape, and for `groups` of another number of poses; by products with a Jacobian
+    for weights that are not of its output's shape; for what a rule returns, if that is not of the
+    shape that its base class asks for.
+    """
 
 
 class NotDifferentiableError(PosegradError, RuntimeError):
-    """Predictions that carry no gradient: not floating point, or cut from every parameter."""
+    """Predictions that carry no gradient: not floating point, or cut from every parameter.
+
+    Raised by `Engine.combine` (under `recompute` the latter in backward), `Engine.gather` and
+    `Engine.jacobian`.
+    """
 
 
 class PerPoseLossError(PosegradError, RuntimeError):
-    """A loss of `per_pose` reached a schedule that kept only the combined gradient."""
+    """A loss of `per_pose` reached a schedule that kept only the combined gradient.
+
+    Raised in backward, under `stream`; names the schedules that serve such a loss.
+    """
 
 
 class ReplayError(PosegradError, RuntimeError):
-    """A pose scored again gave another prediction: its gradient would belong to another model."""
+    """A pose scored again gave another prediction: its gradient would belong to another model.
+
+    Raised in backward, under `recompute`, if they differ by more than 64 units of rounding, or
+    if the pose was changed in place.
+    """
 
 
 class StaleParametersError(PosegradError, RuntimeError):
-    """A parameter changed between `combine` and `backward`."""
+    """A parameter changed between `combine` and `backward`.
+
+    Raised in backward, by the version that autograd counts; names the parameters.
+    """
 
 
 class StaleFactorError(PosegradError, RuntimeError):
-    """A tensor the forward saved was changed in place before the Jacobian was used."""
+    """A tensor the forward saved was changed in place before the Jacobian was used.
+
+    Raised by `Engine.jacobian`, `Engine.gather` and every product with a Jacobian.
+    """
 
 
 class UntrackedTensorError(PosegradError, RuntimeError):
-    """A tensor that requires grad is neither a parameter of the engine nor part of a pose."""
+    """A tensor that requires grad is neither a parameter of the engine nor part of a pose.
+
+    Raised by `Engine.combine`: its gradient would be lost.
+    """
 
 
 class RankError(PosegradError, RuntimeError):
     """Another process of the group failed or did not come, so this one cannot go on.
+
+    Raised by every call that ranks make together, and in its backward; names the ranks.
 
     Attributes:
         known_at: The step at which the other failed, after which it tells nothing more.
@@ -90,20 +133,39 @@ class RankError(PosegradError, RuntimeError):
 
 
 class ReentrantCheckpointError(PosegradError, RuntimeError):
-    """Reentrant checkpointing inside the model: no path but plain `backward` can serve it."""
+    """Reentrant checkpointing inside the model: no path but plain `backward` can serve it.
+
+    Raised by `Engine.combine`, `Engine.gather` and `Engine.jacobian`, for any function whose
+    backward deposits gradients by itself.
+    """
 
 
 class HigherOrderError(PosegradError, RuntimeError):
-    """A second derivative through a schedule that keeps no graph."""
+    """A second derivative through a schedule that keeps no graph.
+
+    Raised in the second backward, except under `retain`.
+    """
 
 
 class UnsupportedModuleError(PosegradError, TypeError):
-    """A module the engine must not run: its gradients would be silently wrong."""
+    """A module the engine must not run: its gradients would be silently wrong.
+
+    Raised when an engine is made (one module inside another, parts wrapped by DDP, FSDP1), in
+    `Engine.combine` and `Engine.jacobian` (lazy or complex parameters, a compiled graph that can be
+    used once), and for rules that cannot work on such a model.
+    """
 
 
 class ClosedEngineError(PosegradError, RuntimeError):
-    """An engine used after `close()`."""
+    """An engine used after `close()`.
+
+    Raised by every method but `Engine.close`.
+    """
 
 
 class MissingExtraError(PosegradError, ImportError):
-    """An optional package is not installed; the message holds the exact pip line."""
+    """An optional package is not installed; the message holds the exact pip line.
+
+    Raised by what needs the package: the strategies of `posegrad.testing`, the import of
+    `posegrad.interop.torchjd`. `import posegrad` never raises it.
+    """

@@ -62,7 +62,15 @@ class MultiPose(nn.Module):
         poses: Iterable[Pose] | Tensor,
         groups: Tensor | Sequence[int] | None = None,
     ) -> Combined:
-        """Scores the poses of one group, or of several, and combines them: `Engine.combine`."""
+        """Scores the poses of one group, or of several, and combines them.
+
+        Args:
+            poses: As for `Engine.combine`.
+            groups: Likewise.
+
+        Returns:
+            `(prediction, per_pose)`, of the shapes there; errors and cost are those there too.
+        """
         if self.engine.given != (self.model,):  # another model was put in its place
             self.engine = Engine(self.model, **self.engine_options)
         return self.engine.combine(

@@ -29,10 +29,23 @@ SHARP = 100.0
 
 
 class OnlineForm(ABC):
-    """The separated weights of a rule that acts on each trailing component by itself.
+    r"""The separated weights of a rule that acts on each trailing component by itself.
+
+    .. math::
+        w_i = \sum_{k=1}^{K} a_k \, \varphi_k(\hat y_i; L)
 
     Law: `(coefficients * features).sum(0)` are the rule's weights, for any order and chunking of
-    the predictions and any level at least as high as theirs.
+    the predictions and any level L at least as high as theirs.
+
+    Note:
+        Memory under `stream`: K sums of parameter size. All else is a few numbers for each pose, in
+        float64 on the host.
+
+    Example:
+        >>> form, y = Boltzmann(kT=0.593).online(), torch.tensor([-9.0, -8.0, -4.0])
+        >>> level = form.level(y)
+        >>> (form.coefficients(y, level) * form.features(y, level)).sum(0)
+        tensor([ 1.0671, -0.0658, -0.0013])
     """
 
     count: int

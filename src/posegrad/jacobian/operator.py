@@ -28,14 +28,24 @@ class PoseJacobian:
     of their output are held, from which products with J are taken.
     Made by `Engine.jacobian` and `Engine.gather`. Immutable; keeps no graph of the model.
 
+    Attributes:
+        predictions: The output, of `output_shape`, detached.
+
     Example:
-        >>> model = nn.Linear(3, 1)
-        >>> J = Engine(model).jacobian(model(torch.ones(4, 3)).squeeze(1))
+        >>> model = nn.Linear(2, 1)
+        >>> J = Engine(model).jacobian(model(torch.eye(2)).squeeze(1))  # of two poses
+        >>> J.matrix()  # columns: two of the weight, one of the bias
+        tensor([[1., 0., 1.],
+                [0., 1., 1.]])
         >>> J.gramian()
-        tensor([[4., 4., 4., 4.],
-                [4., 4., 4., 4.],
-                [4., 4., 4., 4.],
-                [4., 4., 4., 4.]])
+        tensor([[2., 1.],
+                [1., 2.]])
+        >>> J.norms()
+        tensor([1.4142, 1.4142])
+        >>> J[0]
+        {'weight': tensor([[1., 0.]]), 'bias': tensor([1.])}
+        >>> J.block("weight").shape
+        torch.Size([2, 1, 2])
     """
 
     def __init__(
@@ -135,8 +145,8 @@ class PoseJacobian:
 
         Args:
             rule: The weights w of `output_shape`, for :math:`w^\top J`; a `Weighting` of the
-                Gramian; an `Aggregation` of the rows, parameter by parameter; TorchJD's `Weighting`
-                or `Aggregator`; or a combination rule h, for which
+                Gramian; an `Aggregation` of the rows, parameter by parameter; a weighting or an
+                aggregator of TorchJD's; or a combination rule h, for which
                 :math:`w = \partial h(\hat y) / \partial \hat y`; its own parameters get theirs.
             scaler: If `scaler.step` comes next: the gradient is multiplied by the scale that it
                 divides by, and is nan, so that it skips the step, if rows are nan or infinite.
@@ -149,7 +159,9 @@ class PoseJacobian:
             NonFiniteGradientError: if such rows meet a rule that looks at them, without a scaler.
             StaleFactorError: as for `combine`. No `.grad` is touched by any of these.
 
-        Hooks on the parameters run, once. Where autograd would leave `.grad` None, so does it.
+        Note:
+            Time: what the rule looks at, then `combine`. Hooks on the parameters run, once. Where
+            autograd would leave `.grad` None, so does it.
 
         Example:
             >>> model = nn.Linear(2, 1)
@@ -172,8 +184,8 @@ class PoseJacobian:
             per_parameter: Return one Gramian for each parameter instead of their sum.
 
         Returns:
-            G of shape `output_shape + reversed(output_shape)`: `[m, m]` for predictions `[m]`; or
-            a dict of those, by parameter.
+            G, of shape `output_shape + reversed(output_shape)`, which for `[m]` is `[m, m]`; or a
+            dict of those, by parameter.
 
         Note:
             Time and memory, for R rows of a linear layer of d inputs and p outputs: the lesser of
@@ -218,7 +230,7 @@ class PoseJacobian:
         return total.sqrt().reshape(self.output_shape)
 
     def __getitem__(self, index: Any) -> dict[str, Tensor]:
-        """The gradient of one number of the output, by parameter.
+        """The gradient of one number of the output, by parameter; takes one `combine`.
 
         Args:
             index: As into a tensor of `output_shape`; must pick one number.
@@ -230,7 +242,7 @@ class PoseJacobian:
 
     @exact
     def block(self, name: str) -> Tensor:
-        """The rows of one parameter, `[*output_shape, *parameter.shape]`.
+        """The rows of one parameter, `[*output_shape, *parameter.shape]`; memory: these numbers.
 
         Raises:
             KeyError: if no trainable parameter has that name.

@@ -51,7 +51,12 @@ class SharedJacobian:
     Gramians are those of all rows, in the order of the ranks. All ranks call its methods together,
     in the same order, and each has the same result. A rank without poses calls them too.
 
-    Made by `Engine.jacobian` and `Engine.gather` of an engine with a process group.
+    Made by `Engine.jacobian` and `Engine.gather` of an engine with a process group. Results have
+    the shapes and units of `PoseJacobian`'s.
+
+    Attributes:
+        predictions: Those of all ranks, of `output_shape`, detached.
+        used: The parameters that the predictions of any rank depend on.
 
     Args:
         make: Makes the rows of this rank by parameters; raises NoPosesError if it has no poses.
@@ -62,6 +67,19 @@ class SharedJacobian:
         NoPosesError: if no rank has poses.
         ShapeMismatchError: if ranks disagree in the shape of a row.
         RankError: if another rank failed.
+
+    Note:
+        Memory: each rank holds its own rows. What travels is said at each method.
+
+    Example:
+        >>> from torch import distributed as dist
+        >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        >>> model = nn.Linear(2, 1)
+        >>> engine = Engine(model, process_group=dist.group.WORLD)
+        >>> J = engine.jacobian(model(torch.eye(2)).squeeze(1))
+        >>> J, J.norms()
+        (SharedJacobian(output_shape=[2], own_rows=2, ranks=1), tensor([1.4142, 1.4142]))
+        >>> dist.destroy_process_group()
     """
 
     def __init__(
@@ -135,7 +153,8 @@ class SharedJacobian:
             As `PoseJacobian.combine`, the same on every rank.
 
         Raises:
-            ShapeMismatchError, StaleFactorError: as there.
+            ShapeMismatchError: as there.
+            StaleFactorError: likewise.
             RankError: if another rank failed.
 
         Note:

@@ -146,6 +146,11 @@ class Plan:
         backwards: Backwards in all, likewise.
         holds: What is kept between combine and backward.
         bytes_held: Its size for scalar predictions, or None if it depends on the model's graphs.
+
+    Example:
+        >>> plan = Engine(nn.Linear(3, 1)).plan(torch.zeros(64, 3), Min(scale=1000.0))
+        >>> plan.schedule, plan.backwards, plan.bytes_held
+        ('recompute', '1 to 64', 256)
     """
 
     schedule: str

@@ -44,6 +44,11 @@ class Combined(NamedTuple):
     Args:
         prediction: The rule's combined prediction, `[...]`.
         per_pose: The predictions of the poses, `[m, ...]`.
+
+    Example:
+        >>> combined = Engine(nn.Linear(3, 1)).combine(torch.zeros(5, 3), Mean())
+        >>> combined.prediction.shape, combined.per_pose.shape
+        (torch.Size([]), torch.Size([5]))
     """
 
     prediction: Tensor

@@ -20,6 +20,12 @@ class PeakBytes:
     Args:
         bytes: The largest size, at any one time, of all tensors made inside the block.
         live: Their size when the block ended.
+
+    Example:
+        >>> with peak_live_bytes() as peak:
+        ...     a = torch.ones(256) + 1
+        >>> peak
+        PeakBytes(bytes=2048, live=1024)
     """
 
     bytes: int = 0

@@ -32,6 +32,13 @@ def predictions(
 
     Raises:
         MissingExtraError: if hypothesis is not installed.
+
+    Example:
+        >>> from hypothesis import given
+        >>> @given(y=predictions(max_poses=4), rule=rules())
+        ... def no_nan(y, rule):
+        ...     assert rule(y).isfinite()
+        >>> no_nan()
     """
     st: Any = _hypothesis()
 
@@ -66,6 +73,14 @@ def poses(
 
     Raises:
         MissingExtraError: if hypothesis is not installed.
+
+    Example:
+        >>> from hypothesis import given
+        >>> model = nn.Linear(3, 1).double()
+        >>> @given(group=poses(features=3, max_poses=4))
+        ... def one_each(group):
+        ...     assert len(Engine(model).combine(group, Mean()).per_pose) == len(group)
+        >>> one_each()
     """
     st: Any = _hypothesis()
 
@@ -82,8 +97,18 @@ def poses(
 def rules() -> "SearchStrategy[Combination]":
     """Every combination rule of the library that takes predictions of any shape.
 
+    Returns:
+        A strategy.
+
     Raises:
         MissingExtraError: if hypothesis is not installed.
+
+    Example:
+        >>> from hypothesis import given
+        >>> @given(rule=rules())
+        ... def of_one_pose(rule):
+        ...     assert rule(torch.tensor([-9.0])) == -9
+        >>> of_one_pose()
     """
     st: Any = _hypothesis()
     scale = st.sampled_from([0.3, 1.0, 1.7, 20.0, 1000.0])

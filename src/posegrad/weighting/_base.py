@@ -85,12 +85,23 @@ class Weighting(GradientRule):
 
     Shape:
         gramian `[M, M]`, symmetric, in float32 at least; predictions `[M]`, in the dtype they have;
-        to weights `[M]`. An output of another shape is flattened.
+        to weights `[M]`. An output of another shape is flattened. G has the unit of the squared
+        prediction per squared parameter.
+
+    Note:
+        Time and memory: G, as of `PoseJacobian.gramian`, and one product with J.
+
+    Example:
+        >>> class Normalized(Weighting):
+        ...     def forward(self, gramian, predictions):
+        ...         return gramian.diagonal().clamp(min=1e-12).rsqrt()
+        >>> Normalized()(torch.tensor([[4.0, 0.0], [0.0, 25.0]]), torch.zeros(2))
+        tensor([0.5000, 0.2000])
     """
 
     @abstractmethod
     def forward(self, gramian: Tensor, predictions: Tensor) -> Tensor:
-        """The weight of each row."""
+        """The weight of each row, `[M]`, from the Gramian `[M, M]` and the predictions `[M]`."""
 
     def weights(self, jacobian: Jacobian) -> Tensor:
         """The weights of a Jacobian's rows, in the shape of the output.
@@ -124,11 +135,18 @@ class Aggregation(GradientRule):
 
     Note:
         Memory: the rows of one parameter.
+
+    Example:
+        >>> class Largest(Aggregation):
+        ...     def forward(self, block):
+        ...         return block.amax(0)
+        >>> Largest()(torch.tensor([[1.0, 0.0], [3.0, -9.0]]))
+        tensor([3., 0.])
     """
 
     @abstractmethod
     def forward(self, block: Tensor) -> Tensor:
-        """The gradient of one parameter."""
+        """The gradient of one parameter, `[...]`, from its rows `[M, ...]`."""
 
     @final
     def step(self, jacobian: Jacobian) -> Step:

@@ -32,6 +32,9 @@ class Clip(Weighting):
         noise_multiplier: :math:`\sigma`; 0 for none.
         generator: Where the noise is drawn from; needed if there is any.
 
+    Shape:
+        gramian `[M, M]`, of which the diagonal is read; to weights `[M]`.
+
     Raises:
         ValueError: if `max_norm` is not positive and finite, `noise_multiplier` not zero or more,
             or noise is wanted without a generator.

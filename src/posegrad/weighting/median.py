@@ -12,13 +12,16 @@ __all__ = ["Median"]
 
 @final
 class Median(Aggregation):
-    """Column by column, the median of the gradients; of two in the middle, their mean.
+    r"""Column by column, the median of the gradients; of two in the middle, their mean.
+
+    .. math::
+        g_c = \operatorname{median}_i g_{ic}
 
     Shape:
         block `[M, ...]` to `[...]`.
 
     Note:
-        Memory: the rows of one parameter.
+        Memory: the rows of one parameter. Time: sorting them.
 
     References:
         Yin et al., "Byzantine-robust distributed learning", ICML 2018, definition 1.

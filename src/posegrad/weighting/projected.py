@@ -33,6 +33,9 @@ class Projected(Weighting):
         weighting: Called with `pref_vector=` :math:`w_0` in every step; it gives a rule from a
             Gramian to weights. TorchJD's class, or one with options by `functools.partial`.
 
+    Shape:
+        gramian `[M, M]` and predictions `[M]` to weights `[M]`.
+
     Raises:
         TypeError: if `weighting` is an instance.
 

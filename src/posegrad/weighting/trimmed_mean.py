@@ -14,8 +14,12 @@ __all__ = ["TrimmedMean"]
 
 @final
 class TrimmedMean(Aggregation):
-    """Column by column, the mean of the gradients without the lowest and the highest few.
+    r"""Column by column, the mean of the gradients without the lowest and the highest few.
 
+    .. math::
+        g_c = \frac{1}{m - 2 q} \sum_{r=q+1}^{m-q} g_{(r)c}
+
+    with the trim q and the gradients of a column in order, :math:`g_{(1)c} \le \dots \le g_{(m)c}`.
     A few poses whose gradients are wildly off cannot move the parameters far.
 
     Args:
@@ -29,8 +33,8 @@ class TrimmedMean(Aggregation):
         ShapeMismatchError: if nothing would be left.
 
     Note:
-        Memory: the rows of one parameter. TorchJD's `TrimmedMean` gives the same from the whole
-        matrix.
+        Memory: the rows of one parameter. Time: sorting them.
+        `torchjd.aggregation.TrimmedMean` gives the same from the whole matrix.
 
     References:
         Yin et al., "Byzantine-robust distributed learning", ICML 2018, definition 2.

@@ -172,6 +172,11 @@ class MeanCombination(WithMtennSignature):
 
     References:
         Equations 3 and 4 of mtenn's documentation of its combinations.
+
+    Example:
+        >>> from posegrad.interop.mtenn import MeanCombination
+        >>> MeanCombination().rule(torch.tensor([-9.0, -8.0, -4.0]))
+        tensor(-7.)
     """
 
     def __init__(self) -> None:
@@ -191,6 +196,11 @@ class MaxCombination(WithMtennSignature):
 
     References:
         Equations 5 to 9 of mtenn's documentation of its combinations.
+
+    Example:
+        >>> from posegrad.interop.mtenn import MaxCombination
+        >>> MaxCombination(pred_scale=1.0).rule(torch.tensor([-9.0, -8.0, -4.0]))
+        tensor(-9.3182)
     """
 
     def __init__(self, negate_preds: bool = True, pred_scale: float = 1000.0) -> None:
@@ -201,7 +211,13 @@ class MaxCombination(WithMtennSignature):
 
 @final
 class BoltzmannCombination(WithMtennSignature):
-    """mtenn's thermal average of energies in kT; `Boltzmann(kT=1)` inside."""
+    """mtenn's thermal average of energies in kT; `Boltzmann(kT=1)` inside.
+
+    Example:
+        >>> from posegrad.interop.mtenn import BoltzmannCombination
+        >>> BoltzmannCombination().rule(torch.tensor([-9.0, -8.0, -4.0]))
+        tensor(-8.7079)
+    """
 
     def __init__(self) -> None:
         super().__init__(Boltzmann(kT=1.0))

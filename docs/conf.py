@@ -1,0 +1,109 @@
+"""The documentation as a site: `make docs`, or `sphinx-build docs docs/_build`."""
+
+import importlib
+import inspect
+import re
+import sys
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from docutils import nodes
+from docutils.nodes import Element
+from sphinx.addnodes import pending_xref
+from sphinx.application import Sphinx
+from sphinx.domains.python import PyXRefRole
+from sphinx.environment import BuildEnvironment
+
+ROOT = Path(__file__).parents[1]
+SOURCE = ROOT / "src"
+sys.path.insert(0, str(SOURCE))  # the docstrings of this checkout, whatever is installed
+
+project = "posegrad"
+author = copyright = "The posegrad developers"
+[release] = re.findall(
+    r'^__version__ = "(.*)"', (SOURCE / project / "__init__.py").read_text(), re.MULTILINE
+)
+
+extensions = [
+    "myst_parser",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.autosummary",
+    "sphinx.ext.mathjax",
+    "sphinx.ext.napoleon",
+]
+exclude_patterns = ["_build"]
+html_theme = "furo"
+html_title = f"{project} {release}"
+html_show_sourcelink = False
+html_copy_source = False
+
+myst_enable_extensions = ["dollarmath"]
+myst_fence_as_directive = ["math"]  # GitHub's way to set maths apart
+myst_heading_anchors = 4
+
+default_role = "py:name"  # `Min` in a docstring is a link; what is no name of ours stays code
+nitpick_ignore_regex = [
+    ("py:name", ".*"),
+    # Classes of others, whose lists of names are not fetched, and those in annotations alone.
+    ("py:class", r"(torch|collections)\..*|Tensor|SearchStrategy"),
+    ("py:class", r"posegrad\.\w+\._.*"),
+]
+napoleon_custom_sections = ["Shape", ("In backward", "params_style")]
+autosummary_generate = False  # the pages of docs/api/ name what they show
+autodoc_member_order = "bysource"
+autodoc_typehints_format = "short"
+autodoc_preserve_defaults = True
+python_maximum_signature_line_length = 80
+
+PAGES = {"../CONTRIBUTING.md": "contributing.md", "../CHANGELOG.md": "changelog.md"}
+"""Files outside of this folder, and the pages that include them."""
+
+
+def link_files(app: Sphinx, docname: str, content: list[str]) -> None:
+    """Has links to files outside of this folder lead to their page here, or else to a download."""
+    for file, page in PAGES.items():
+        content[0] = content[0].replace(f"]({file}", f"]({page}")
+    content[0] = content[0].replace("](../", "](path:../")
+
+
+@cache
+def public_names() -> dict[str, str]:
+    """Names that classes are documented under, by those of where they are defined."""
+    found: dict[str, str] = {}
+    for path in ("posegrad", "posegrad.testing", "posegrad.interop.mtenn"):
+        module = importlib.import_module(path)
+        for name in module.__all__:
+            kind = getattr(module, name)
+            if inspect.isclass(kind):
+                found[f"{kind.__module__}.{name}"] = f"{path}.{name}"
+    return found
+
+
+def link_public_name(
+    app: Sphinx, env: BuildEnvironment, node: pending_xref, contnode: nodes.TextElement
+) -> Any:
+    """Links annotations, which say where a class is defined, and `Mean` from any of our modules."""
+    target = node["reftarget"]
+    name = public_names().get(target, f"{project}.{target}")
+    python = env.get_domain("py")
+    return python.resolve_xref(env, node["refdoc"], app.builder, "obj", name, node, contnode)
+
+
+class Name(PyXRefRole):
+    """Text between single backticks: a name of ours, or code as it stands."""
+
+    def process_link(
+        self, env: BuildEnvironment, refnode: Element, explicit: bool, title: str, target: str
+    ) -> tuple[str, str]:
+        """Unlike the role for Python objects it leaves a leading dot alone, as of `.grad`."""
+        super().process_link(env, refnode, explicit, title, target)
+        refnode.attributes.pop("refspecific", None)
+        return title, target
+
+
+def setup(app: Sphinx) -> None:
+    """Connects these."""
+    app.add_role_to_domain("py", "name", Name())
+    app.connect("source-read", link_files)
+    app.connect("missing-reference", link_public_name)
