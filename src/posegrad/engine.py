@@ -293,8 +293,7 @@ class Engine:
         """What `combine` or `backward` would do, without doing any of it.
 
         Args:
-            poses_or_output: Poses as for `combine`, but with a length; or an output as for
-                `backward`, with its graph.
+            poses_or_output: Poses as for `combine`, with a length; or an output with its graph.
             rule: As for those.
             groups: As for `combine`.
             schedule: As for `combine`.
@@ -313,7 +312,8 @@ class Engine:
             poses      64 in 64 chunks
             forwards   64
             backwards  1 to 64
-            holds      1 running sum: 0.00 MiB
+            graphs     1 at a time
+            holds      1 running sum: 16 B
         """
         parameters = self._trainable()
         paths = self._gatherer.paths(poses_or_output, parameters)
