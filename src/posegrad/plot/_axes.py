@@ -12,7 +12,7 @@ INK, QUIET, PALE = "#22272e", "#7c8590", "#eceef1"
 FOR, AGAINST = "#3d7fb0", "#e9a15f"
 """Blue and orange: told apart by every kind of sight, and in grey, where orange is the lighter."""
 
-_LABELLED = 24  # more poses than this, and their numbers run into each other
+_LABELLED = 32  # more poses than this, and their numbers run into each other even when small
 
 
 def axes_of(ax: Axes | None, *, size: tuple[float, float] = (5.6, 3.4)) -> Axes:
@@ -45,5 +45,6 @@ def bars(ax: Axes, places: Sequence[float], values: Tensor, *, light: bool = Fal
 def label_poses(ax: Axes, places: Sequence[float], numbers: Sequence[int]) -> None:
     """The poses' numbers below their bars, if there is room for them."""
     few = len(numbers) <= _LABELLED
+    ax.tick_params(axis="x", labelsize=9 if len(numbers) <= _LABELLED / 2 else 6)
     ax.set_xticks(places if few else [], labels=[str(n) for n in numbers] if few else [])
     ax.axhline(0, color=QUIET, linewidth=0.8)

@@ -34,7 +34,7 @@ def contributions(gramian: Tensor, weights: Tensor | None, *, ax: Axes | None = 
         ax: Where to draw; default: a new figure.
 
     Returns:
-        The axes. Poses are numbered below the bars where there are no more than 24.
+        The axes. Poses are numbered below the bars where there are no more than 32.
 
     Raises:
         TypeError: if there are no weights, as of an `Aggregation`.
@@ -44,10 +44,10 @@ def contributions(gramian: Tensor, weights: Tensor | None, *, ax: Axes | None = 
         ValueError: if the combined gradient is zero, or the matrix is no Gramian.
 
     Example:
-        >>> G = torch.tensor([[4.0, -1.0], [-1.0, 1.0]])
+        >>> G = torch.tensor([[4.0, -1.0], [-1.0, 0.5]])
         >>> ax = plot.contributions(G, torch.tensor([0.5, 0.5]))
-        >>> [bar.get_height() for bar in ax.patches]
-        [1.0, 0.0]
+        >>> [f"{bar.get_height():.1f}" for bar in ax.patches]
+        ['1.2', '-0.2']
     """
     squares, values = gramian_of(gramian), weights_of(weights)
     if len(values) != len(squares):

@@ -92,5 +92,5 @@ def _draw_norms(ax: Axes, norms: Tensor) -> None:
     plain(beside)
     beside.tick_params(left=False, labelleft=False)
     beside.spines["left"].set_visible(False)
-    beside.set_xticks([0, float(norms.amax())], labels=["0", f"{float(norms.amax()):.2g}"])
+    beside.set_xticks([0, float(norms.amax())], labels=["0", f"{float(norms.amax()):.3g}"])
     beside.set_xlabel("norm", color=INK)

@@ -34,8 +34,8 @@ def memory(plans: Plan | Sequence[Plan], *, ax: Axes | None = None) -> Axes:
         >>> poses = torch.zeros(64, 255)
         >>> schedules = ("retain", "store", "stream", "recompute")
         >>> ax = plot.memory([engine.plan(poses, Mean(), schedule=name) for name in schedules])
-        >>> [bar.get_width() for bar in ax.patches]
-        [0.0, 65536.0, 1024.0, 256.0]
+        >>> [int(bar.get_width()) for bar in ax.patches]
+        [0, 65536, 1024, 256]
     """
     plans = _checked(plans)
     ax = axes_of(ax, size=(7.6, 0.7 + 0.55 * len(plans)))

@@ -32,7 +32,7 @@ def weights(
         ax: Where to draw; default: a new figure.
 
     Returns:
-        The axes. Poses are numbered below the bars where there are no more than 24.
+        The axes. Poses are numbered below the bars where there are no more than 32.
 
     Raises:
         TypeError: if there are no weights, as of an `Aggregation`.
