@@ -61,6 +61,8 @@ def weights(
             _name(ax, group, (here[0] + here[-1]) / 2)
         places += here
         numbers += ordered.tolist()
+    if len(members) > 1:
+        ax.margins(y=0.12)  # for the names
     label_poses(ax, places, numbers)
     plain(ax)
     carrying = int((values != 0).sum())
