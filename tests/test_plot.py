@@ -26,6 +26,7 @@ from posegrad import (
     ShapeMismatchError,
     plot,
 )
+from posegrad.testing._seeded import seeded
 
 SCHEDULES = ("retain", "store", "stream", "recompute")
 
@@ -43,12 +44,12 @@ def _untouched() -> Iterator[None]:
 
 
 def _gramian(m: int, seed: int = 0) -> Tensor:
-    rows = torch.randn(m, 5, generator=torch.Generator().manual_seed(seed))
+    rows = torch.randn(m, 5, generator=seeded(seed))
     return rows @ rows.mT
 
 
 def _weights(m: int, seed: int = 0) -> Tensor:
-    return torch.randn(m, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(m, generator=seeded(seed))
 
 
 def _plans(m: int) -> list[Plan]:
@@ -133,7 +134,7 @@ def test_the_title_counts_weights_that_are_not_zero() -> None:
 def test_the_map_is_the_cosines(m: int) -> None:
     rows = torch.randn(m, 6, dtype=torch.float64)
     ax = plot.gramian(rows @ rows.mT)
-    shown = torch.from_numpy(ax.images[0].get_array().filled())
+    shown = torch.tensor(ax.images[0].get_array().filled())
     expected = torch.cosine_similarity(rows[:, None], rows[None], dim=2)
     torch.testing.assert_close(shown, expected)
     assert ax.images[0].norm.vmin == -ax.images[0].norm.vmax == -1.0  # centred on zero

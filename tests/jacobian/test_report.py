@@ -120,7 +120,7 @@ def test_poses_that_mix_are_the_reason() -> None:
 
 def test_rows_that_were_asked_for_say_so() -> None:
     rows = _rows(_jacobian(nn.Linear(4, 1), torch.randn(6, 4), batch_dim=None).report())
-    assert rows["weight"][-1] == "rows of the whole graph: batch_dim=None"
+    assert rows["weight"] == ["all", "rows", "96 B", "rows of the whole graph: batch_dim=None"]
 
 
 @pytest.mark.filterwarnings("ignore:The per-pose gradients read off the graph")

@@ -208,10 +208,9 @@ class Reading:
             return cotangent.reshape(output.shape)
 
         found = rows_of_graph(output, unit, sources, output.numel(), self._most(held))
+        rung = "rows of the whole graph"
         return {
-            name: []
-            if rows is None
-            else [Rows(f"rows of the whole graph: {reasons[name]}", 0, rows)]
+            name: [] if rows is None else [Rows(f"{rung}: {reasons[name]}", 0, rows)]
             for name, rows in zip(names, found, strict=True)
         }
 

@@ -27,7 +27,7 @@ class Block:
         device: Where the parts are.
         count: M, the number of rows.
         parts: None for a parameter that nothing depends on.
-        uses: In how many places of one graph it enters, however the rows are held now.
+        uses: In how many places of one graph its rows were read, however they are held now.
     """
 
     shape: torch.Size

@@ -32,7 +32,8 @@ def _line(name: str, block: Block) -> Line:
         return Line(name, ("0", "", "", "unused"))
     kinds = {"factors" if isinstance(part, Factors) else "rows" for part in block.parts}
     path = " + ".join(dict.fromkeys(part.path for part in block.parts))
-    return Line(name, (str(block.uses), ", ".join(sorted(kinds)), size(block.bytes()), path))
+    uses = "all" if path.startswith("rows of the whole graph") else str(block.uses)
+    return Line(name, (uses, ", ".join(sorted(kinds)), size(block.bytes()), path))
 
 
 def _kept(blocks: Mapping[str, Block]) -> int:
