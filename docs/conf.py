@@ -46,7 +46,7 @@ default_role = "py:name"  # `Min` in a docstring is a link; what is no name of o
 nitpick_ignore_regex = [
     ("py:name", ".*"),
     # Classes of others, whose lists of names are not fetched, and those in annotations alone.
-    ("py:class", r"(torch|collections)\..*|Tensor|SearchStrategy"),
+    ("py:class", r"(torch|collections|matplotlib)\..*|Tensor|SearchStrategy"),
     ("py:class", r"posegrad\.\w+\._.*"),
 ]
 napoleon_custom_sections = ["Shape", ("In backward", "params_style")]

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import posegrad
+import posegrad.plot
 import posegrad.testing
 from benchmarks import report
 from benchmarks.exact import largest_difference
@@ -102,7 +103,7 @@ def _examples() -> Iterator[Any]:
 @pytest.mark.parametrize("example", list(_examples()))
 def test_examples_in_docstrings_print_what_they_say(example: doctest.DocTest) -> None:
     torch.manual_seed(0)
-    names = {"torch": torch, "nn": nn, "Tensor": Tensor}
+    names = {"torch": torch, "nn": nn, "Tensor": Tensor, "plot": posegrad.plot}
     for package in (posegrad, posegrad.testing):
         names |= {name: getattr(package, name) for name in package.__all__}
     _check(example, names)
@@ -110,7 +111,7 @@ def test_examples_in_docstrings_print_what_they_say(example: doctest.DocTest) ->
 
 PUBLIC = [
     f"{package.__name__}.{name}"
-    for package in (posegrad, posegrad.testing)
+    for package in (posegrad, posegrad.testing, posegrad.plot)
     for name in package.__all__
     if name != "__version__"
 ]

@@ -201,7 +201,7 @@ def test_overflow_reaches_the_scaler() -> None:
 PLANS: dict[str, tuple[dict[str, Any], str]] = {
     "soft": ({"rule": Mean()}, r"stream .*\n.*64 in 64 chunks\nforwards   64\nbackwards  1 to 64"),
     "sharp": ({"rule": Min()}, r"recompute .*sharp.*\n.*\nforwards   64, then 1 to 64"),
-    "two sums": ({"rule": Boltzmann(1.0)}, r"2 running sums: 0.00 MiB"),
+    "two sums": ({"rule": Boltzmann(1.0)}, r"2 running sums: \S+ (KiB|B)$"),
     "best": ({"rule": Best()}, r"recompute .*do not separate"),
     "top": ({"rule": TopK(3), "schedule": "store"}, r"store \(asked for\)(.|\n)*64 gradients"),
     "one chunk": ({"rule": Mean(), "chunk_size": 64}, r"retain .*one graph(.|\n)*64 in 1 chunk\n"),
@@ -296,10 +296,10 @@ def test_a_plan_for_an_output_says_how_its_rows_would_be_read() -> None:
 
     plan = str(engine.plan(output, Mean()))
 
-    assert plan.splitlines()[0] == "5 rows, from one backward to the activations"
-    assert "0.0.weight  closed form (AddmmBackward0)" in plan
-    assert "0.1.weight  operator vjp (PowBackward1)" in plan
-    assert "1.weight    unused" in plan
+    assert plan.startswith("5 rows, from one backward to the activations")
+    assert "0.0.weight  1     closed form (Addmm)" in plan
+    assert "0.1.weight  1     operator vjp (Pow): no closed form" in plan
+    assert "1.weight    0     unused" in plan
     assert "64 chunks" not in plan
     assert "poses      5 in 5 chunks" in str(engine.plan(batch, Mean()))  # poses, though with grad
     output.sum().backward()  # nothing was run or freed

@@ -11,14 +11,16 @@ matplotlib.use("Agg")  # a file, not a window
 import matplotlib.pyplot as plt
 import torch
 from matplotlib.axes import Axes
+from torch import Tensor
 
 from examples.docked_poses.compounds import NATIVE, Compound
 from examples.docked_poses.report import rmse
-from posegrad import Combination
+from posegrad import Combination, plot
 
 __all__ = ["draw"]
 
 BEFORE, AFTER, VINA, GUIDE = "#9AA5B1", "#0B6E99", "#D9480F", "#5C6670"
+SHOWN = 4  # compounds whose weights are shown pose by pose
 STYLE: dict[Any, Any] = {
     "font.size": 10,
     "axes.spines.top": False,
@@ -35,7 +37,7 @@ PerPose = Mapping[int, Sequence[float]]
 def draw(
     compounds: Sequence[Compound], before: PerPose, after: PerPose, rule: Combination, path: Path
 ) -> None:
-    """Writes a PNG of two panels.
+    """Writes a PNG of three panels.
 
     Args:
         compounds: What was predicted.
@@ -45,19 +47,26 @@ def draw(
         path: Where to; its folder is made.
     """
     with plt.rc_context(STYLE):
-        figure, (left, right) = plt.subplots(1, 2, figsize=(10.5, 4.8), layout="constrained")
-        _weights(left, compounds, after, rule)
-        _predictions(right, compounds, before, after, rule)
+        figure, axes = plt.subplots(1, 3, figsize=(15.5, 4.8), layout="constrained")
+        weights = [rule.weights(torch.tensor(after[i])) for i in range(len(compounds))]
+        _poses(axes[0], compounds[:SHOWN], weights[:SHOWN])
+        _weights(axes[1], compounds, weights)
+        _predictions(axes[2], compounds, before, after, rule)
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=160)
         plt.close(figure)
 
 
-def _weights(
-    axes: Axes, compounds: Sequence[Compound], per_pose: PerPose, rule: Combination
-) -> None:
-    groups = [rule.weights(torch.tensor(per_pose[i])) for i in range(len(compounds))]
-    weights, rmsd = torch.cat(groups), torch.cat([c.rmsd for c in compounds])  # [poses]
+def _poses(axes: Axes, compounds: Sequence[Compound], groups: Sequence[Tensor]) -> None:
+    plot.weights(torch.cat([*groups]), groups=[len(own) for own in groups], ax=axes)
+    for name, compound in zip(axes.texts, compounds, strict=True):
+        name.set_text(compound.name)
+    axes.set(ylabel="weight of the pose")
+    axes.set_title(f"Weights of the poses of {len(compounds)} compounds", loc="left")
+
+
+def _weights(axes: Axes, compounds: Sequence[Compound], groups: Sequence[Tensor]) -> None:
+    weights, rmsd = torch.cat([*groups]), torch.cat([c.rmsd for c in compounds])  # [poses]
     share = float(weights[rmsd < NATIVE].sum() / len(compounds))
 
     axes.axvspan(0, NATIVE, color=AFTER, alpha=0.08, lw=0)

@@ -31,9 +31,8 @@ class Engine:
     of J the gradient of :math:`\hat y_i`. The engine finds w first and differentiates only what w
     needs, one pose at a time, so that m graphs are never alive together.
 
-    Where a rule looks at the gradients themselves, the engine reads J off the graph of a batch:
-    `jacobian`, `gather`, `compute_gramian`, `backward`.
-    Nothing is added to the model, and nothing drawn from the global random generators.
+    Where a rule looks at gradients, the engine reads J off a batch's graph: `jacobian`, `gather`,
+    `compute_gramian`, `backward`. Nothing is added to the model, no global random number drawn.
 
     Args:
         modules: The model; or several modules, none inside another, together with `predict`.
@@ -294,7 +293,7 @@ class Engine:
         """What `combine` or `backward` would do, without doing any of it.
 
         Args:
-            poses_or_output: Poses as for `combine`, but with a length; or an output with its graph.
+            poses_or_output: Poses as for `combine`, with a length; or an output with its graph.
             rule: As for those.
             groups: As for `combine`.
             schedule: As for `combine`.
@@ -313,7 +312,8 @@ class Engine:
             poses      64 in 64 chunks
             forwards   64
             backwards  1 to 64
-            holds      1 running sum: 0.00 MiB
+            graphs     1 at a time
+            holds      1 running sum: 16 B
         """
         parameters = self._trainable()
         if paths := self._gatherer.paths(poses_or_output, parameters):

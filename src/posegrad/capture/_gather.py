@@ -33,6 +33,9 @@ __all__ = ["Gatherer"]
 
 CHECKS = ("first", "always", "never")
 
+Paths = dict[str, tuple[str, ...]]
+"""For each parameter the path of each of its uses."""
+
 _REMEMBERED = 256  # structures of graph
 
 
@@ -96,8 +99,8 @@ class Gatherer:
                 f"batch_dim={dim!r} is unknown; it is 'auto', None, or a dimension from 0."
             )
 
-    def paths(self, output: object, parameters: Mapping[str, Tensor]) -> dict[str, str]:
-        """How each parameter's rows would be read if no poses mix; empty for anything else."""
+    def paths(self, output: object, parameters: Mapping[str, Tensor]) -> Paths:
+        """How the rows of each use would be read if no poses mix; empty for anything else."""
         if not isinstance(output, Tensor) or output.grad_fn is None:
             return {}
         registry = EdgeRegistry(output)
@@ -250,7 +253,7 @@ class Gatherer:
         self, subject: Subject, parameters: Mapping[str, Tensor]
     ) -> tuple[Recipe, Trial]:
         if self.batch_dim is None:
-            return Recipe(None, (), frozenset(parameters)), Trial({}, {})
+            return Recipe(None, (), dict.fromkeys(parameters, "batch_dim=None")), Trial({}, {})
         return resolve(subject, parameters)
 
 
@@ -294,7 +297,8 @@ def _verified(
         still, _ = reference.disagreeing(reading.parameters, parts, wrong)
         if still:
             sites = tuple(site for site in recipe.sites if site.parameter not in still)
-            recipe = replace(recipe, sites=sites, by_rows=recipe.by_rows | still)
+            lost = {**recipe.by_rows, **dict.fromkeys(still, "disagreed with autograd")}
+            recipe = replace(recipe, sites=sites, by_rows=lost)
             parts = reading.parts(recipe, _tried(reading.subject, recipe))
     return replace(recipe, verified=recipe.verified | (sure & _live(parts))), parts
 

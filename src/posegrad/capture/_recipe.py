@@ -1,5 +1,6 @@
 """Finding out where every parameter's rows can be read."""
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -11,7 +12,7 @@ from posegrad.capture._sites import Site, beyond, carries_data, meets_itself, si
 from posegrad.capture._trial import Subject, Trial, attempt
 from posegrad.jacobian import Arrangement
 
-__all__ = ["Recipe", "outlook", "resolve", "slow_parameters"]
+__all__ = ["Recipe", "named", "outlook", "resolve", "slow_parameters"]
 
 _MOST_CLIMBED = 512  # sites beyond a parameter's own that are looked at together
 
@@ -25,14 +26,14 @@ class Recipe:
     Args:
         dim: The output's dimension that counts poses, None if every number is a pose.
         sites: Where rows are read.
-        by_rows: Parameters that take a backward through the whole graph for each row.
+        by_rows: Parameters that take a backward through the whole graph for each row, and why.
         activations: Numbers of nodes that rows are pulled back from and that data flows through.
         verified: Parameters whose rows were compared with autograd's gradient.
     """
 
     dim: int | None
     sites: tuple[Site, ...]
-    by_rows: frozenset[str]
+    by_rows: Mapping[str, str]
     activations: frozenset[int] = frozenset()
     verified: frozenset[str] = frozenset()
 
@@ -46,7 +47,7 @@ def resolve(subject: Subject, parameters: Mapping[str, Tensor]) -> tuple[Recipe,
     """
     registry, shape = subject.registry, subject.output.shape
     if registry.is_nested():
-        return Recipe(None, (), frozenset(parameters)), Trial({}, {})
+        return Recipe(None, (), dict.fromkeys(parameters, "tensors are nested")), Trial({}, {})
     sites = [
         site
         for name, parameter in parameters.items()
@@ -65,7 +66,8 @@ def resolve(subject: Subject, parameters: Mapping[str, Tensor]) -> tuple[Recipe,
             break
     assert best is not None
     _, arrangement, trial = best
-    lost = {name for name in parameters if not any(site.parameter == name for site in sites)}
+    entering = {site.parameter for site in sites}
+    lost = {name: "no operator takes it" for name in parameters if name not in entering}
     mixed_sites = [site for site in sites if not trial.serves(site)]
     if mixed_sites:
         further = _further(registry, mixed_sites, parameters)
@@ -73,34 +75,39 @@ def resolve(subject: Subject, parameters: Mapping[str, Tensor]) -> tuple[Recipe,
     settled = _settled(registry, sites, trial, lost)
     for name in parameters:
         if meets_itself(registry, [site for site in settled if site.parameter == name]):
-            lost.add(name)
+            lost[name] = "its own uses meet"
     kept = tuple(site for site in settled if site.parameter not in lost)
     far = {site.source[0] for site in kept if not site.light}
     activations = frozenset(node for node in far if carries_data(registry, node))
-    return Recipe(arrangement.dim, kept, frozenset(lost), activations), trial
+    return Recipe(arrangement.dim, kept, lost, activations), trial
 
 
-def outlook(registry: EdgeRegistry, name: str, parameter: Tensor) -> str:
-    """How a parameter's rows would be read, as far as the graph alone can tell."""
+def outlook(registry: EdgeRegistry, name: str, parameter: Tensor) -> tuple[str, ...]:
+    """How the rows of each use of a parameter would be read, as far as the graph alone can tell."""
     leaf = registry.leaves.get(id(parameter))
     if leaf is None:
-        return "unused"
-    kinds: dict[str, int] = {}
-    for site in sites_of(registry, name, (leaf, 0), direct=True, light=True):
-        rung = "closed form" if site.closed else "operator vjp"
-        kind = f"{rung} ({registry.names[site.node]})"
-        kinds[kind] = kinds.get(kind, 0) + 1
-    return ", ".join(f"{count} x {kind}" if count > 1 else kind for kind, count in kinds.items())
+        return ()
+    sites = sites_of(registry, name, (leaf, 0), direct=True, light=True)
+    kinds = [(named(registry.names[site.node]), site.closed) for site in sites]
+    return tuple(
+        f"closed form ({kind})" if closed else f"operator vjp ({kind}): no closed form"
+        for kind, closed in kinds
+    )
+
+
+def named(kind: str) -> str:
+    """An operator by the name of its node: `Addmm` of `AddmmBackward0`."""
+    return re.sub(r"Backward\d*$", "", kind)
 
 
 def slow_parameters(recipe: Recipe) -> list[str]:
     """The parameters that take a backward, or a part of one, for each row."""
     far = {site.parameter for site in recipe.sites if site.source[0] in recipe.activations}
-    return sorted(recipe.by_rows | far)
+    return sorted(recipe.by_rows.keys() | far)
 
 
 def _settled(
-    registry: EdgeRegistry, sites: Sequence[Site], trial: Trial, lost: set[str]
+    registry: EdgeRegistry, sites: Sequence[Site], trial: Trial, lost: dict[str, str]
 ) -> list[Site]:
     """The nearest sites to the parameters whose rows have owners; the rest is added to `lost`."""
     settled: dict[Site, None] = {}
@@ -116,7 +123,7 @@ def _settled(
             continue
         further = beyond(registry, site) if trial.knows(site) else None
         if further is None:
-            lost.add(site.parameter)
+            lost[site.parameter] = "poses mix"
         else:
             pending += further
     return [site for site in settled if site.parameter not in lost]

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from posegrad.capture._compat import dtype_of, in_backward, is_packed
 from posegrad.capture._edges import Edge, EdgeRegistry
-from posegrad.capture._read import Entry, Operator, read
-from posegrad.capture._recipe import Recipe
+from posegrad.capture._read import Entry, Operator, is_readable, read
+from posegrad.capture._recipe import Recipe, named
 from posegrad.capture._sites import Site
 from posegrad.capture._trial import Subject, Trial
 from posegrad.capture._vjp import cotangents_at, node_rows, rows_of_graph
@@ -53,7 +53,7 @@ class Reading:
                 if not waiting[edge]:
                     for component in cotangents:
                         component.pop(edge)
-        found.update(self._by_rows(sorted(recipe.by_rows)))
+        found.update(self._by_rows(recipe.by_rows))
         return found
 
     def _forms(self, sites: Sequence[Site]) -> dict[Site, ClosedForm | None]:
@@ -109,7 +109,8 @@ class Reading:
             or layout is None
             or (present and layout.dims and not form.accepts(present[0].shape, layout))
         ):
-            return self._operator_rows(site, arrangement, trial, cotangents)
+            why = self._why_not_closed(site, form, recipe)
+            return self._operator_rows(site, arrangement, trial, cotangents, why)
         if not present:
             return None
         each = tuple(torch.zeros_like(present[0]) if v is None else v for v in values)
@@ -118,7 +119,7 @@ class Reading:
         path = f"closed form ({type(form).__name__})"
         if not site.light:
             computed = site.source[0] in recipe.activations
-            path = "rows of activations" if computed else f"{path} of a computed weight"
+            path = "rows of activations: poses mix" if computed else f"{path} of a computed weight"
         factors = Factors(path, 0, form, layout, arrangement, each, self._pull(site))
         return factors if site.light else Rows(path, 0, self._narrow(site, factors.rows()))
 
@@ -128,6 +129,7 @@ class Reading:
         arrangement: Arrangement,
         trial: Trial,
         cotangents: Cotangents,
+        why: str,
     ) -> Part | None:
         """The rows of one operator's own vjp, one masked cotangent for each."""
         node = self.registry.nodes[site.node]
@@ -161,7 +163,17 @@ class Reading:
             rows = rows.mT
         pull = self._pull(site)
         rows = rows if pull is None else pull(rows)
-        return Rows(f"operator vjp ({node.name()})", 0, self._narrow(site, rows))
+        path = f"operator vjp ({named(node.name())}): {why}"
+        return Rows(path, 0, self._narrow(site, rows))
+
+    def _why_not_closed(self, site: Site, form: ClosedForm | None, recipe: Recipe) -> str:
+        if site.source[0] in recipe.activations and not site.light:
+            return "poses mix"
+        if form is not None:
+            return "no closed form for this layout"
+        if not is_readable(self.registry.names[site.node], site.argument):
+            return "no closed form"
+        return "no closed form of this use" if site.closed else "disagreed with autograd"
 
     def _pull(self, site: Site) -> Pull | None:
         """From rows of the tensor that entered to rows of the parameter it was computed from."""
@@ -180,11 +192,11 @@ class Reading:
 
         return pull
 
-    def _by_rows(self, names: Sequence[str]) -> Parts:
+    def _by_rows(self, reasons: Mapping[str, str]) -> Parts:
         """One backward through the whole graph for every number of the output."""
-        if not names:
+        if not reasons:
             return {}
-        output = self.subject.output
+        names, output = sorted(reasons), self.subject.output
         sources = [self.parameters[name] for name in names]
         held = sum(p.numel() for p in sources)
         if not self.registry.is_nested():
@@ -196,9 +208,9 @@ class Reading:
             return cotangent.reshape(output.shape)
 
         found = rows_of_graph(output, unit, sources, output.numel(), self._most(held))
-        path = "rows of the whole graph"
+        rung = "rows of the whole graph"
         return {
-            name: [] if rows is None else [Rows(path, 0, rows)]
+            name: [] if rows is None else [Rows(f"{rung}: {reasons[name]}", 0, rows)]
             for name, rows in zip(names, found, strict=True)
         }
 

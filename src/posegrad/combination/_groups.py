@@ -142,8 +142,8 @@ def _check_filled(owners: Tensor, count: int) -> None:
         raise NoPosesError(
             f"Group(s) without poses: {listed(empty) or 'all, there are no groups'}. A combination "
             f"of no predictions is undefined.\n"
-            f"Leave compounds without poses out, and number the others from 0 on. A tensor holds the "
-            f"group of each pose; sizes go into a list."
+            f"Leave compounds without poses out, and number the others from 0 on. A tensor holds "
+            f"the group of each pose; sizes go into a list."
         )
 
 

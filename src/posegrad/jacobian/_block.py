@@ -27,6 +27,7 @@ class Block:
         device: Where the parts are.
         count: M, the number of rows.
         parts: None for a parameter that nothing depends on.
+        uses: In how many places of one graph its rows were read, however they are held now.
     """
 
     shape: torch.Size
@@ -34,11 +35,13 @@ class Block:
     device: torch.device
     count: int
     parts: Sequence[Part] = ()
+    uses: int = 0
 
     @classmethod
     def of(cls, parameter: Tensor, count: int, parts: Sequence[Part]) -> Self:
         """The block of a parameter."""
-        return cls(parameter.shape, parameter.dtype, parameter.device, count, parts)
+        device, uses = parameter.device, len(parts)
+        return cls(parameter.shape, parameter.dtype, device, count, parts, uses)
 
     @classmethod
     def joined(cls, blocks: Sequence[Self]) -> Self:
@@ -48,7 +51,8 @@ class Block:
         for block in blocks:
             parts += [part.shifted(count) for part in block.parts]
             count += block.count
-        return replace(blocks[0], count=count, parts=parts)
+        uses = max(block.uses for block in blocks)
+        return replace(blocks[0], count=count, parts=parts, uses=uses)
 
     def rows(self) -> Tensor:
         """`[M, *shape]`, in float32 at least."""

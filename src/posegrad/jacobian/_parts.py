@@ -9,11 +9,21 @@ from typing import Any, Self, final
 import torch
 from torch import Tensor
 
+from posegrad.errors import ShapeMismatchError
 from posegrad.jacobian._form import ClosedForm
 from posegrad.jacobian._layout import Layout
 from posegrad.jacobian._precision import wide
 
-__all__ = ["Arrangement", "Factors", "Part", "Pull", "Rows", "Weights", "one_at"]
+__all__ = [
+    "Arrangement",
+    "Factors",
+    "Part",
+    "Pull",
+    "Rows",
+    "Weights",
+    "checked_weights",
+    "one_at",
+]
 
 Pull = Callable[[Tensor], Tensor]
 """From gradients `[N, ...]` of a tensor computed from the parameter to those of the parameter."""
@@ -296,6 +306,21 @@ class Weights:
         weighed = part.weighed(self.of(part))
         self._last = part, weighed
         return weighed
+
+
+def checked_weights(weights: Tensor, shape: torch.Size) -> Tensor:
+    """Weights without their graph.
+
+    Raises:
+        ShapeMismatchError: if there is not one for each number of an output of that shape.
+    """
+    if weights.shape != shape:
+        raise ShapeMismatchError(
+            f"The weights have shape {list(weights.shape)}, the output, of all ranks if several "
+            f"share it, {list(shape)}; there must be one weight for each of its numbers.\n"
+            f"Reshape the weights, or the output before jacobian()."
+        )
+    return weights.detach()
 
 
 def one_at(index: Any, predictions: Tensor) -> Tensor:

@@ -3,17 +3,45 @@
 from collections.abc import Mapping
 
 from posegrad.jacobian._block import Block
+from posegrad.jacobian._parts import Factors
+from posegrad.jacobian._table import Line, size, table
 
 __all__ = ["report"]
 
+HEADER = ("parameter", "uses", "held as", "each", "path")
 
-def report(blocks: Mapping[str, Block]) -> str:
-    """A line for each parameter: the paths its rows came by, its uses, and the size held."""
-    rows = [("parameter", "path", "uses", "MiB")]
-    for name, block in blocks.items():
-        path = " + ".join(dict.fromkeys(part.path for part in block.parts)) or "unused"
-        rows.append((name, path, str(len(block.parts)), f"{block.bytes() / 2**20:.2f}"))
-    first, second = (max(len(row[i]) for row in rows) for i in (0, 1))
-    return "\n".join(
-        f"{name:<{first}}  {path:<{second}}  {uses:>4}  {size}" for name, path, uses, size in rows
+
+def report(count: int, blocks: Mapping[str, Block]) -> str:
+    """What J and its matrix take, then a line for each parameter, or for several that are alike.
+
+    Args:
+        count: M, the number of rows.
+        blocks: By parameter.
+    """
+    numbers = sum(block.shape.numel() for block in blocks.values())
+    whole = sum(block.shape.numel() * block.dtype.itemsize for block in blocks.values())
+    first = (
+        f"{count} rows of {numbers} numbers, held in {size(_kept(blocks))}; "
+        f"as a matrix {size(count * whole)}"
     )
+    return "\n".join([first, table(HEADER, [_line(*item) for item in blocks.items()])])
+
+
+def _line(name: str, block: Block) -> Line:
+    if not block.parts:
+        return Line(name, ("0", "", "", "unused"))
+    kinds = {"factors" if isinstance(part, Factors) else "rows" for part in block.parts}
+    path = " + ".join(dict.fromkeys(part.path for part in block.parts))
+    uses = "all" if path.startswith("rows of the whole graph") else str(block.uses)
+    return Line(name, (uses, ", ".join(sorted(kinds)), size(block.bytes()), path))
+
+
+def _kept(blocks: Mapping[str, Block]) -> int:
+    """The memory that is kept alive: what several parameters have in common counts once."""
+    storages = {
+        (storage.device, storage.data_ptr()): storage.nbytes()
+        for block in blocks.values()
+        for part in block.parts
+        for storage in (tensor.untyped_storage() for tensor in part.held())
+    }
+    return sum(storages.values())

@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from posegrad.errors import (
     NoPosesError,
     RankError,
-    ShapeMismatchError,
     UnsupportedModuleError,
 )
 from posegrad.jacobian._block import Block
@@ -32,7 +31,7 @@ from posegrad.jacobian._exchange import (
     layers,
     packed,
 )
-from posegrad.jacobian._parts import one_at
+from posegrad.jacobian._parts import checked_weights, one_at
 from posegrad.jacobian._precision import wide
 from posegrad.jacobian.operator import PoseJacobian
 from posegrad.ranks import Ranks
@@ -160,7 +159,7 @@ class SharedJacobian:
         Note:
             Each rank multiplies its own rows; the results, of parameter size, are summed once.
         """
-        return self._combined(lambda: self._checked(weights))
+        return self._combined(lambda: checked_weights(weights, self.output_shape))
 
     def _combined(self, weights: Callable[[], Tensor]) -> dict[str, Tensor]:
         first = self._ranks.together("combine rows", lambda: weights().cpu())[0]
@@ -301,15 +300,6 @@ class SharedJacobian:
             return {n: added([grams[n]] if n in grams else [], kinds[n]) for n in names}
         widest = max(kinds.values(), key=lambda kind: kind.itemsize, default=torch.float32)
         return added(list(grams.values()), widest)
-
-    def _checked(self, weights: Tensor) -> Tensor:
-        if weights.shape != self.output_shape:
-            raise ShapeMismatchError(
-                f"The weights have shape {list(weights.shape)}, the output of all ranks "
-                f"{list(self.output_shape)}; there must be one weight for each of its numbers.\n"
-                f"Pass the weights of all ranks' rows, in the order of the ranks."
-            )
-        return weights.detach()
 
 
 def of_all(

@@ -10,6 +10,7 @@ from torch import Tensor
 from posegrad.combination import Combination, OnlineForm
 from posegrad.combination._groups import groups_of, ungrouped
 from posegrad.errors import NoPosesError, UnsupportedModuleError
+from posegrad.jacobian._table import Line, size, table
 from posegrad.schedule._chunks import Budget, ChunkSize, in_chunks
 from posegrad.schedule._poses import each_pose
 
@@ -144,8 +145,9 @@ class Plan:
         poses: m, and `chunks`, in how many forwards they are scored.
         forwards: Forwards in all; a range where it depends on the weights.
         backwards: Backwards in all, likewise.
-        holds: What is kept between combine and backward.
-        bytes_held: Its size for scalar predictions, or None if it depends on the model's graphs.
+        graphs: How many graphs of a chunk are alive at once.
+        holds: What else is kept between combine and backward.
+        bytes_held: Its size for scalar predictions; None where it is graphs, which are the model's.
 
     Example:
         >>> plan = Engine(nn.Linear(3, 1)).plan(torch.zeros(64, 3), Min(scale=1000.0))
@@ -159,21 +161,19 @@ class Plan:
     chunks: int
     forwards: str
     backwards: str
+    graphs: int
     holds: str
     bytes_held: int | None
 
     def __str__(self) -> str:
-        size = (
-            "the model's to say"
-            if self.bytes_held is None
-            else f"{self.bytes_held / 2**20:.2f} MiB"
-        )
+        held = "" if self.bytes_held is None else f": {size(self.bytes_held)}"
         rows = {
             "schedule": f"{self.schedule} ({self.reason})",
             "poses": f"{self.poses} in {self.chunks} chunk" + "s" * (self.chunks != 1),
             "forwards": self.forwards,
             "backwards": self.backwards,
-            "holds": f"{self.holds}: {size}",
+            "graphs": f"{self.graphs} at a time",
+            "holds": f"{self.holds}{held}",
         }
         return "\n".join(f"{name:<10} {text}" for name, text in rows.items())
 
@@ -184,16 +184,19 @@ class ReadingPlan:
 
     Args:
         rows: The number of its rows.
-        paths: For each parameter how its rows are read, unless poses turn out to mix.
+        paths: For each parameter how the rows of each use are read, unless poses turn out to mix.
     """
 
     rows: int
-    paths: Mapping[str, str]
+    paths: Mapping[str, tuple[str, ...]]
 
     def __str__(self) -> str:
-        width = max(len(name) for name in self.paths)
-        lines = [f"{name:<{width}}  {path}" for name, path in self.paths.items()]
-        return "\n".join([f"{self.rows} rows, from one backward to the activations", *lines])
+        lines = [
+            Line(name, (str(len(paths)), " + ".join(dict.fromkeys(paths)) or "unused"))
+            for name, paths in self.paths.items()
+        ]
+        first = f"{self.rows} rows, from one backward to the activations (more where poses mix)"
+        return "\n".join([first, table(("parameter", "uses", "path"), lines)])
 
 
 def count_of(poses: object) -> int:
@@ -228,19 +231,21 @@ def describe(request: Request, poses: int, chunks: int, parameters: Iterable[Ten
     groups = groups_of(request.rule)
     sums = (form.count if form is not None else 1) * (1 if groups is None else groups.count)
     passes = chunks if poses == chunks else chunks * sums
-    costs: dict[str, tuple[str, str, str, int | None]] = {
-        "retain": (f"{chunks}", "1, through all graphs", f"{poses} graphs", None),
-        "store": (f"{chunks}", f"{poses}", f"{poses} gradients", poses * parameter_bytes),
+    costs: dict[str, tuple[str, str, int, str, int | None]] = {
+        "retain": (f"{chunks}", "1, through all graphs", chunks, "nothing beside the graphs", None),
+        "store": (f"{chunks}", f"{poses}", 1, f"{poses} gradients", poses * parameter_bytes),
         "stream": (
             f"{chunks}",
             f"1 to {passes}",
+            1,
             f"{sums} running sum" + "s" * (sums > 1),
             sums * parameter_bytes,
         ),
         "recompute": (
             f"{chunks}, then 1 to {chunks}",
             f"1 to {chunks}",
-            "the poses and their predictions",
+            1,
+            "the predictions, beside the poses",
             4 * poses,
         ),
     }

@@ -1,0 +1,140 @@
+"""Tables of a Jacobian: exact where lines are folded, honest about sizes, uses and reasons."""
+
+import re
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from posegrad import Engine, PoseJacobian
+from posegrad.jacobian._table import Line, size, table
+
+
+def _jacobian(model: nn.Module, batch: Tensor, **options: object) -> PoseJacobian:
+    return Engine(model, **options).jacobian(model(batch).reshape(len(batch)))
+
+
+def _rows(text: str) -> dict[str, list[str]]:
+    """The cells of every parameter."""
+    lines = [re.split(r"  +", line) for line in text.splitlines()[2:]]
+    return {name: cells for name, *cells in lines}
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [
+        (0, "0 B"),
+        (999, "999 B"),
+        (1000, "0.977 KiB"),
+        (1024**2, "1 MiB"),
+        (3 * 2**50, "3145728 GiB"),
+    ],
+)
+def test_sizes_have_three_digits_and_a_unit(count: int, text: str) -> None:
+    assert size(count) == text
+
+
+@pytest.mark.parametrize(
+    ("numbers", "name"),
+    [
+        (range(4), "{0-3}"),
+        ((0, 2, 4, 6), "{0-6 by 2}"),
+        ((0, 1, 2, 4, 5, 9), "{0-2,4-5,9}"),
+        ((10, 9, 8, 7), "{10,9,8,7}"),
+    ],
+)
+def test_folded_numbers_are_those_of_the_lines(numbers: range, name: str) -> None:
+    text = table(("parameter", "uses"), [Line(f"layers.{i}.weight", ("1",)) for i in numbers])
+    assert text.splitlines()[1].startswith(f"layers.{name}.weight (x {len(numbers)})  1")
+
+
+def test_lines_that_differ_are_not_folded() -> None:
+    lines = [Line(f"{i}.weight", (str(i // 4),)) for i in range(7)]
+    names = [row.split("  ")[0] for row in table(("parameter", "uses"), lines).splitlines()[1:]]
+    assert names == ["{0-3}.weight (x 4)", "4.weight", "5.weight", "6.weight"]
+
+
+def test_folds_within_folds() -> None:
+    lines = [Line(f"a.{i}.b.{j}", ("1",)) for i in range(5) for j in range(6)]
+    assert table(("parameter", "uses"), lines).splitlines()[1:] == ["a.{0-4}.b.{0-5} (x 30)  1"]
+
+
+def test_a_deep_model_takes_a_line_for_each_kind_of_parameter() -> None:
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    model = nn.Sequential(
+        nn.TransformerEncoder(layer, 20, enable_nested_tensor=False), nn.Flatten(), nn.Linear(24, 1)
+    )
+    rows = _rows(_jacobian(model, torch.randn(3, 3, 8)).report())
+    assert len(rows) == 12 + 2
+    assert "0.layers.{0-19}.linear1.weight (x 20)" in rows
+
+
+def test_what_parameters_share_is_held_once() -> None:
+    model, batch = nn.Linear(8, 4), torch.randn(16, 8)
+    J = Engine(model).jacobian(model(batch).square().sum(1))
+    own = 16 * (8 + 4) * 4  # the inputs, and the cotangents that weight and bias share
+    assert J.report().startswith(f"16 rows of 36 numbers, held in {size(own)}; as a matrix")
+    assert _rows(J.report())["weight"][2] == size(own)
+
+
+class Tied(nn.Module):
+    """A weight with two uses, one behind an operator without a closed form, and one unused."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(5, 3)
+        self.power = nn.Parameter(torch.ones(3))
+        self.unused = nn.Linear(1, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ((self.table(x).abs() ** self.power) @ self.table.weight.T).sum((1, 2))
+
+
+def test_uses_and_reasons_are_told() -> None:
+    rows = _rows(_jacobian(Tied(), torch.randint(5, (4, 6))).report())
+    assert rows["table.weight"][0] == "2"
+    assert rows["table.weight"][3] == "closed form (Embedding) + closed form (Linear)"
+    assert rows["power"] == ["1", "rows", "48 B", "operator vjp (Pow): no closed form"]
+    assert rows["unused.weight"] == ["0", "unused"]
+
+
+@pytest.mark.parametrize("form", ["factors", "dense", "auto"])
+def test_uses_do_not_grow_with_chunks_nor_shrink_with_the_form(form: str) -> None:
+    J = Engine(Tied(), chunk_size=2).gather(torch.randint(5, (6, 6)), form=form)
+    J.gramian()
+    rows = _rows(J.report())
+    assert (rows["table.weight"][0], rows["power"][0], rows["unused.bias"][0]) == ("2", "1", "0")
+    assert rows["power"][1] == "rows"
+
+
+@pytest.mark.filterwarnings("ignore:The predictions of different poses depend")
+def test_poses_that_mix_are_the_reason() -> None:
+    model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Tanh(), nn.Linear(3, 1))
+    rows = _rows(_jacobian(model, torch.randn(6, 4)).report())
+    assert rows["0.weight"][-1] == "operator vjp (NativeBatchNorm): poses mix"
+    centred = nn.Linear(4, 1)
+    output = centred(torch.randn(6, 4)).squeeze(1)
+    rows = _rows(Engine(centred).jacobian(output - output.mean()).report())
+    assert rows["weight"][-1].endswith(": poses mix")
+
+
+def test_rows_that_were_asked_for_say_so() -> None:
+    rows = _rows(_jacobian(nn.Linear(4, 1), torch.randn(6, 4), batch_dim=None).report())
+    assert rows["weight"] == ["all", "rows", "96 B", "rows of the whole graph: batch_dim=None"]
+
+
+@pytest.mark.filterwarnings("ignore:The per-pose gradients read off the graph")
+def test_a_path_that_disagreed_says_so() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1))
+    hidden = model[1](model[0](torch.randn(4, 3)))
+    hidden.register_hook(lambda cotangent: cotangent.flip(0))
+    rows = _rows(Engine(model).jacobian(model[2](hidden).squeeze(1)).report())
+    assert rows["0.weight"][-1] == "rows of the whole graph: disagreed with autograd"
+    assert rows["2.weight"][-1] == "closed form (Linear)"
+
+
+def test_a_plan_of_a_reading_folds_too() -> None:
+    model = nn.Sequential(*(nn.Linear(3, 3) for _ in range(30)), nn.Linear(3, 1))
+    plan = str(Engine(model).plan(model(torch.randn(5, 3)).squeeze(1), lambda p: p.mean(0)))
+    assert len(plan.splitlines()) == 2 + 2
+    assert "{0-30}.weight (x 31)  1     closed form (Addmm)" in plan
