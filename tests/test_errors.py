@@ -69,6 +69,13 @@ IN_COMBINE = {
     "no poses": Bad(NoPosesError, r"no poses: a combination of none", poses=[]),
     "empty tensor": Bad(NoPosesError, r"no poses", poses=torch.zeros(0, FEATURES)),
     "empty generator": Bad(NoPosesError, r"no poses", poses=iter(())),
+    "a mapping": Bad(TypeError, r"poses is a dict.*\n.*\[pose\]", poses={"x": torch.ones(2)}),
+    "a rule that returns no tensor": Bad(
+        TypeError,
+        r"rule made torch.return_types.min.*\n?.*min\(dim=0\)",
+        rule=lambda y: y.min(dim=0),
+    ),
+    "a rule that returns a number": Bad(TypeError, r"rule made", rule=lambda y: float(y.detach().min())),
     "a pose without dimensions": Bad(
         ShapeMismatchError, r"without dimensions", poses=torch.ones(())
     ),
@@ -380,6 +387,16 @@ BAD_ENGINES: dict[str, tuple[type[Exception], str, Callable[[], Engine]]] = {
         lambda: Engine(nn.Linear(1, 1), nn.Linear(1, 1)),
     ),
     "chunk_size": (ValueError, r"chunk_size is 0", lambda: Engine(nn.Linear(1, 1), chunk_size=0)),
+    "no chunk_size": (
+        ValueError,
+        r"chunk_size is None.*Budget",
+        lambda: Engine(nn.Linear(1, 1), chunk_size=None),  # type: ignore[arg-type]
+    ),
+    "a loss that takes numbers for targets": (
+        TypeError,
+        r"loss is a MSELoss.*targets\.\n.*targets\[i\]",
+        lambda: Engine(nn.Linear(FEATURES, 1)).gather(_poses(), loss=nn.MSELoss(reduction="none")),
+    ),
     "one inside another": (
         UnsupportedModuleError,
         r"Module 1 is inside module 0 \(as 0\)",

@@ -221,8 +221,15 @@ BAD: dict[str, tuple[Callable[[], Axes], type[Exception], str]] = {
         "poses cancel",
     ),
     "no plans": (lambda: plot.memory([]), NoPosesError, "no plans"),
+    "a Jacobian": (lambda: plot.gramian(_jacobian()), TypeError, r"Pass J\.gramian\(\)"),
+    "a reading alone": (lambda: plot.memory(_reading()), TypeError, "is a ReadingPlan"),
     "a reading": (lambda: plot.memory([_reading()]), TypeError, "is a ReadingPlan"),
 }  # fmt: skip
+
+
+def _jacobian() -> Any:
+    model = nn.Linear(3, 1)
+    return Engine(model).jacobian(model(torch.ones(2, 3)).squeeze(1))
 
 
 def _reading() -> Any:

@@ -36,12 +36,12 @@ class Engine:
 
     Args:
         modules: The model; or several modules, none inside another, together with `predict`.
-        predict: Called as `predict(*modules, pose)` to score a pose. Default: `model(pose)`.
+        predict: Called as `predict(*modules, pose)` to score a pose. Default: `model(pose)`,
+            dicts and tuples as they are: `lambda model, pose: model(**pose)` unpacks.
         collate: Joins a list of poses into what the model takes, e.g. `torch.stack` or PyG's
             `Batch.from_data_list`. The model must then return one row per pose, `[c, ...]`.
-        chunk_size: How many poses are scored together, and so how many graphs are alive at once.
-            A `Budget` makes chunks by the poses' sizes instead, e.g. by atoms. A stacked tensor
-            needs no `collate`; a list does.
+        chunk_size: How many poses are scored together, in one graph; a `Budget` makes chunks by
+            their sizes instead, e.g. by atoms. A stacked tensor needs no `collate`; a list does.
         check: When a Jacobian is compared with a plain backward: on the `"first"` gather of every
             structure of graph, `"always"`, or `"never"`. What disagrees is taken by slower ways.
         batch_dim: `"auto"` finds out which dimension of an output counts poses; a number is trusted
@@ -209,8 +209,8 @@ class Engine:
 
         Args:
             poses: As for `combine`.
-            loss: From the predictions `[c, ...]` of a chunk and the numbers `[c]` of its poses to
-                `[c, ...]`: J has the rows of these instead.
+            loss: From the predictions `[c, ...]` of a chunk and the numbers `[c]` of its poses, to
+                pick targets by, to `[c, ...]`: J has the rows of these instead.
             form: How each parameter's rows are held: as `"factors"`, `"dense"`, or as the smaller
                 of the two, `"auto"`.
 
@@ -295,9 +295,9 @@ class Engine:
         Args:
             poses_or_output: Poses as for `combine`, with a length; or an output with its graph.
             rule: As for those.
-            groups: As for `combine`.
-            schedule: As for `combine`.
-            skip_below: As for `combine`.
+            groups: As for `combine`; not for an output.
+            schedule: Likewise.
+            skip_below: Likewise.
 
         Returns:
             Something to print. It supposes that a pose's prediction is one number.

@@ -140,6 +140,8 @@ def test_evaluation_takes_groups_too() -> None:
         (torch.tensor([-1] + [0] * 9), NoPosesError, "below 0"),
         ([5, 6], ShapeMismatchError, "assigns 11 poses to 2 groups, and there are 10 poses"),
         ([5.5, 4.5], ShapeMismatchError, "whole numbers"),
+        (10, ShapeMismatchError, "groups is 10, but .* as a list"),
+        (["a", "b"], ShapeMismatchError, r"groups is \['a', 'b'\], but .* whole"),
         (torch.zeros(10), ShapeMismatchError, "number of each pose's group"),
     ],
 )

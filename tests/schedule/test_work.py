@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from posegrad import Best, Boltzmann, Combination, Engine, Mean, Min, TopK
 from posegrad.testing._seeded import seeded
+from tests.models import FEATURES
+from tests.reference import rows, trainable
 
 
 class _Tally(torch.autograd.Function):
@@ -142,3 +144,30 @@ def test_every_gradient_left_out_is_bounded() -> None:
         light = weights < share * weights.max()
         bound = share * weights.max() * batch[light].abs().sum()
         assert (gradient(share) - gradient(0.0)).abs() <= bound
+
+
+@pytest.mark.parametrize("silent", [False, True], ids=["every group", "one without gradient"])
+def test_the_jacobian_of_groups_replays_each_pose_once(silent: bool) -> None:
+    """Of all parameters together, by as many replays as one backward takes."""
+    sizes, scored = [2, 5, 1, 4], []
+    model = nn.Sequential(nn.Linear(FEATURES, 4), nn.Tanh(), nn.Linear(4, 1)).double()
+
+    def predict(model: nn.Module, pose: Tensor) -> Tensor:
+        scored.append(pose)
+        return model(pose).sum()
+
+    engine = Engine(model, predict=predict)
+    poses = torch.randn(sum(sizes), FEATURES, dtype=torch.float64)
+
+    def losses() -> Tensor:
+        found = engine.combine(poses, Min(2.0), groups=sizes, schedule="recompute").prediction
+        factors = torch.tensor([1.0, 0.0, 2.0, 3.0] if silent else [1.0, 4.0, 2.0, 3.0])
+        return found.square() * factors
+
+    expected = rows(losses(), trainable(model))
+    engine.jacobian(losses())  # the first is compared with a backward
+    output = losses()
+    scored.clear()
+    J = engine.jacobian(output)
+    assert len(scored) == sum(sizes) - (sizes[1] if silent else 0)
+    torch.testing.assert_close(J.matrix(), expected, rtol=1e-12, atol=1e-12)

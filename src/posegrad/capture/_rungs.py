@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -37,6 +37,7 @@ class Reading:
     subject: Subject
     parameters: Mapping[str, Tensor]
     block_bytes: int
+    _answers: dict[int, dict[int, Tensor | None]] = field(default_factory=dict)  # node, argument
 
     def parts(self, recipe: Recipe, trial: Trial) -> Parts:
         """Reads all sites, then takes the rows that cannot be read; uses the trial up."""
@@ -45,12 +46,14 @@ class Reading:
         found: Parts = {name: [] for name in self.parameters}
         cotangents = self._cotangents(arrangement, recipe.sites, trial)
         waiting = Counter(edge for site in recipe.sites for edge in site.edges)
+        self._answers.clear()
         for site in by_size(self.registry, recipe.sites):
             part = self._part(site, forms.pop(site), recipe, trial, cotangents)
             found[site.parameter] += [] if part is None else [part]
             waiting.subtract(site.edges)
             for edge in site.edges:
                 if not waiting[edge]:
+                    self._answers.pop(site.node, None)
                     for component in cotangents:
                         component.pop(edge)
         found.update(self._by_rows(recipe.by_rows))
@@ -110,7 +113,7 @@ class Reading:
             or (present and layout.dims and not form.accepts(present[0].shape, layout))
         ):
             why = self._why_not_closed(site, form, recipe)
-            return self._operator_rows(site, arrangement, trial, cotangents, why)
+            return self._operator_rows(site, recipe, trial, cotangents, why)
         if not present:
             return None
         each = tuple(torch.zeros_like(present[0]) if v is None else v for v in values)
@@ -126,12 +129,13 @@ class Reading:
     def _operator_rows(
         self,
         site: Site,
-        arrangement: Arrangement,
+        recipe: Recipe,
         trial: Trial,
         cotangents: Cotangents,
         why: str,
     ) -> Part | None:
         """The rows of one operator's own vjp, one masked cotangent for each."""
+        arrangement = Arrangement(self.subject.output.shape, recipe.dim)
         node = self.registry.nodes[site.node]
         edges, sizes = site.edges, self.registry.shapes[site.node]
 
@@ -150,11 +154,16 @@ class Reading:
                     )
             return values
 
-        held = (
-            sum(sizes[i].numel() for _, i in edges) + 2 * self.registry.shape(site.source).numel()
-        )
-        count = arrangement.shape.numel()
-        rows = node_rows(node, site.argument, masked, count, self._most(held))
+        answers = self._answers.setdefault(site.node, {})
+        if site.argument not in answers:
+            alike = [s for s in recipe.sites if s.node == site.node and not s.closed]
+            sources = {s.argument: s.source for s in (site, *alike)}
+            held = sum(sizes[i].numel() for _, i in edges)
+            held += 2 * sum(self.registry.shape(source).numel() for source in sources.values())
+            count = arrangement.shape.numel()
+            found = node_rows(node, [*sources], masked, count, self._most(held))
+            answers.update({argument: found.get(argument) for argument in sources})
+        rows = answers[site.argument]
         if rows is None:
             return None
         each = rows.reshape(arrangement.poses, arrangement.components, *rows.shape[1:])

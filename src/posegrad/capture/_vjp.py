@@ -11,6 +11,7 @@ from torch.autograd.graph import GradientEdge, Node
 from posegrad.capture._compat import (
     apply_node,
     backward_to,
+    device_of,
     dtype_of,
     leaf_hooks_off,
     shape_of,
@@ -37,64 +38,68 @@ def cotangents_at(
 
 def node_rows(
     node: Node,
-    argument: int,
+    arguments: Sequence[int],
     cotangents: Callable[[int], list[Tensor | None]],
     count: int,
     most: int,
-) -> Tensor | None:
-    """One operator's gradients for one argument, one for each of `count` cotangents.
+) -> dict[int, Tensor]:
+    """One operator's gradients for some arguments, one for each of `count` cotangents.
+
+    An operator computes all of them together, whichever is asked for.
 
     Args:
         node: The operator.
-        argument: The argument.
+        arguments: The arguments.
         cotangents: Row number to the cotangents of the operator's outputs, None where unused.
         count: The number of rows.
         most: How many rows may be computed at once.
 
     Returns:
-        `[count, *shape]`, or None if no gradient flows.
+        `[count, *shape]` by argument; none where no gradient flows.
     """
-    rows: list[Tensor] = []
+    live: set[int] = set()  # arguments that some row's gradient flows to
+    chunks: list[dict[int, Tensor]] = []
     for start in range(0, count, most):
         group = [cotangents(i) for i in range(start, min(start + most, count))]
-        part = _node_group(node, argument, group)
-        if part is None:
-            return None
-        rows.append(part)
-    return torch.cat(rows) if len(rows) != 1 else rows[0]
+        chunks.append(_node_group(node, arguments, group, live))
+    found = {i: [chunk[i] for chunk in chunks] for i in arguments if i in live}
+    return {i: torch.cat(rows) if len(rows) > 1 else rows[0] for i, rows in found.items()}
 
 
-def _node_group(node: Node, argument: int, group: list[list[Tensor | None]]) -> Tensor | None:
+def _node_group(
+    node: Node, arguments: Sequence[int], group: list[list[Tensor | None]], live: set[int]
+) -> dict[int, Tensor]:
     present = [i for i, value in enumerate(group[0]) if value is not None]
     rows = [[value for value in row if value is not None] for row in group]
+
+    def gradients(*values: Tensor) -> dict[int, Tensor]:
+        places = dict(zip(present, values, strict=True))
+        answers = apply_node(node, [places.get(i) for i in range(len(group[0]))])
+        live.update(i for i in arguments if answers[i] is not None)
+        return {i: _as_source(node, i, answers[i]) for i in arguments}
+
+    if len(group) > 1:
+        batches = [torch.stack(column) for column in zip(*rows, strict=True)]
+        try:
+            with _quiet():
+                batch: dict[int, Tensor] = torch.func.vmap(gradients)(*batches)
+            last = gradients(*rows[-1])
+            if all(_alike(batch[i][-1], last[i]) for i in arguments):  # cdist's rule is wrong
+                return batch
+        except RuntimeError:
+            pass  # an operator without a batching rule, or one that looks at values
+    each = [gradients(*row) for row in rows]
+    return {i: torch.stack([one[i] for one in each]) for i in arguments}
+
+
+def _as_source(node: Node, argument: int, gradient: Tensor | None) -> Tensor:
+    """A gradient in the shape and the dtype of what it is of, as between two operators."""
     source, number = node.next_functions[argument]
     assert source is not None
     shape, dtype = shape_of(source)[number], dtype_of(source)[number]
-
-    def gradient(*values: Tensor) -> Tensor:
-        places = dict(zip(present, values, strict=True))
-        found = apply_node(node, [places.get(i) for i in range(len(group[0]))])[argument]
-        if found is None:
-            raise _NothingFlowsError
-        return dense(found).sum_to_size(shape).to(dtype)  # as the engine does between operators
-
-    try:
-        if len(group) > 1:
-            batches = [torch.stack(column) for column in zip(*rows, strict=True)]
-            try:
-                with _quiet():
-                    batch: Tensor = torch.func.vmap(gradient)(*batches)
-                if _alike(batch[-1], gradient(*rows[-1])):  # cdist's batching rule is wrong
-                    return batch
-            except RuntimeError:
-                pass  # an operator without a batching rule, or one that looks at values
-        return torch.stack([gradient(*row) for row in rows])
-    except _NothingFlowsError:
-        return None
-
-
-class _NothingFlowsError(Exception):
-    """An operator gave no gradient for the argument."""
+    if gradient is None:
+        return torch.zeros(shape, dtype=dtype, device=device_of(source))
+    return dense(gradient).sum_to_size(shape).to(dtype)
 
 
 def rows_of_graph(

@@ -103,7 +103,13 @@ class _Function(Combination):
         self.function = function
 
     def forward(self, predictions: Tensor) -> Tensor:
-        return self.function(predictions)
+        found = self.function(predictions)
+        if not isinstance(found, Tensor):
+            raise TypeError(
+                f"The rule made {found!r} of the predictions, but a combined prediction is one "
+                f"tensor, with its graph.\nReturn a tensor, as predictions.min(dim=0).values is."
+            )
+        return found
 
 
 def as_combination(rule: Rule) -> Combination:

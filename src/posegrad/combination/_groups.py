@@ -51,8 +51,9 @@ class Groups:
             NoPosesError: if a group is below 0.
         """
         if not isinstance(groups, Tensor):
-            owners = torch.arange(len(groups), device="cpu").repeat_interleave(_sizes(groups))
-            return cls(owners, len(groups))
+            sizes = _sizes(groups)
+            owners = torch.arange(len(sizes), device="cpu").repeat_interleave(sizes)
+            return cls(owners, len(sizes))
         if groups.ndim != 1 or groups.is_floating_point() or groups.dtype == torch.bool:
             raise ShapeMismatchError(
                 f"groups is {groups.dtype} {list(groups.shape)}, but it holds the number of each "
@@ -126,13 +127,13 @@ class Grouped(Combination):
 
 
 def _sizes(groups: Sequence[int]) -> Tensor:
-    sizes = [int(size) for size in groups]
-    if any(size < 0 for size in sizes) or sizes != list(groups):
+    sizes = groups if isinstance(groups, list | tuple) else [groups]
+    if sizes is not groups or not all(type(size) is int and size >= 0 for size in sizes):
         raise ShapeMismatchError(
-            f"groups is {list(groups)[:8]}, but a list holds the sizes of groups, whole numbers.\n"
-            f"Pass ids [m] as a tensor: torch.tensor(ids)."
+            f"groups is {str(groups)[:80]}, but it holds the sizes of groups, whole numbers, as a "
+            f"list.\nPass ids [m] as a tensor: torch.tensor(ids)."
         )
-    return torch.tensor(sizes, dtype=torch.long, device="cpu")
+    return torch.tensor(groups, dtype=torch.long, device="cpu")
 
 
 def _check_filled(owners: Tensor, count: int) -> None:

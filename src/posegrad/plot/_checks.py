@@ -39,11 +39,17 @@ def gramian_of(gramian: Tensor) -> Tensor:
     """A Gramian `[m, m]` in float64 on the CPU.
 
     Raises:
+        TypeError: if it is no tensor.
         NoPosesError: if it is empty.
         ShapeMismatchError: if it is of another shape.
         NonFiniteGradientError: if rows of it are nan or infinite.
         ValueError: if it cannot be a Gramian.
     """
+    if not isinstance(gramian, Tensor):
+        raise TypeError(
+            f"The Gramian is a {type(gramian).__name__}, but must be a tensor [m, m].\n"
+            f"Pass J.gramian()."
+        )
     if gramian.ndim != 2 or gramian.shape[0] != gramian.shape[1]:
         raise ShapeMismatchError(
             f"The Gramian has shape {list(gramian.shape)}, but a picture shows one row for each "

@@ -66,7 +66,7 @@ def _said(plan: Plan) -> str:
 
 
 def _checked(plans: Plan | Sequence[Plan]) -> Sequence[Plan]:
-    plans = [plans] if isinstance(plans, Plan) else list(plans)
+    plans = list(plans) if isinstance(plans, Sequence) else [plans]
     if not plans:
         raise NoPosesError("There are no plans to draw.\nPass engine.plan(poses, rule).")
     other = next((plan for plan in plans if not isinstance(plan, Plan)), None)

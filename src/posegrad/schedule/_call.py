@@ -131,9 +131,15 @@ class Setting:
         """How these poses are scored.
 
         Raises:
+            TypeError: if they are a mapping.
             ShapeMismatchError: if they are a tensor without rows.
             ValueError: if they must be joined and nobody said how.
         """
+        if isinstance(poses, Mapping):
+            raise TypeError(
+                f"poses is a {type(poses).__name__}, whose keys would be scored one by one.\n"
+                f"Pass [pose] if it is one pose, or poses.values() if it holds several."
+            )
         if isinstance(poses, Tensor) and poses.ndim == 0:
             raise ShapeMismatchError(
                 "The poses are a tensor without dimensions; its rows would be the poses.\n"
@@ -168,7 +174,8 @@ class Setting:
         if not opening and not may_be_none:
             raise NoPosesError(
                 "There are no poses: a combination of none is undefined.\n"
-                "Leave compounds without poses out of the loop."
+                "Leave compounds without poses out of the loop. A generator that was used once is "
+                "empty: make a list of it."
             )
         return len(opening), chain(opening, chunks)
 

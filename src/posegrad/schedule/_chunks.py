@@ -105,9 +105,12 @@ def checked(chunk_size: ChunkSize) -> ChunkSize:
     """
     if isinstance(chunk_size, Budget):
         return chunk_size
-    if isinstance(chunk_size, bool) or int(chunk_size) != chunk_size or chunk_size < 1:
-        raise ValueError(f"chunk_size is {chunk_size}, but it must be a whole number from 1.")
-    return int(chunk_size)
+    whole = isinstance(chunk_size, int) and not isinstance(chunk_size, bool)
+    if not whole or chunk_size < 1:
+        raise ValueError(
+            f"chunk_size is {chunk_size!r}, but it must be a whole number from 1, or a Budget."
+        )
+    return chunk_size
 
 
 def in_chunks(poses: Iterator[Pose], chunk_size: ChunkSize) -> Iterator[list[Pose]]:

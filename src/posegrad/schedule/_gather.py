@@ -59,13 +59,20 @@ def gather(
 
 
 def _of_loss(loss: Loss, predictions: Tensor, start: int) -> Tensor:
+    if type(loss).__module__ == "torch.nn.modules.loss":
+        raise TypeError(
+            f"loss is a {type(loss).__name__}, which would take the numbers of the poses, its "
+            f"second argument, for their targets.\n"
+            f"Pass lambda predictions, i: loss(predictions, targets[i]), with reduction='none'."
+        )
     count = len(predictions)
     rows = loss(predictions, torch.arange(start, start + count, device=predictions.device))
     rows = rows.reshape(1) if count == 1 and rows.ndim == 0 else rows
     if rows.ndim == 0 or len(rows) != count:
         raise ShapeMismatchError(
             f"The loss returned shape {list(rows.shape)} for {count} poses, but dimension 0 must "
-            f"hold one row for each.\nLeave out the reduction: reduction='none'."
+            f"hold one row for each.\nLeave out the reduction: "
+            f"lambda predictions, i: (predictions - targets[i]).square()."
         )
     return rows
 
