@@ -184,7 +184,7 @@ def test_errors_of_the_benchmarks_do_not_hide_a_nan() -> None:
 
 def test_the_table_of_the_rules_is_that_of_the_kit() -> None:
     page = (ROOT / "docs" / "rules.md").read_text(encoding="utf-8")
-    assert table.markdown() in page, "Paste `python -m posegrad.testing.table` into docs/rules.md."
+    assert table.markdown() in page, "Paste `python -m posegrad.testing` into docs/rules.md."
 
 
 def test_the_table_of_the_kit_has_every_rule() -> None:

@@ -75,7 +75,9 @@ IN_COMBINE = {
         r"rule made torch.return_types.min.*\n?.*min\(dim=0\)",
         rule=lambda y: y.min(dim=0),
     ),
-    "a rule that returns a number": Bad(TypeError, r"rule made", rule=lambda y: float(y.detach().min())),
+    "a rule that returns a number": Bad(
+        TypeError, r"rule made", rule=lambda y: float(y.detach().min())
+    ),
     "a pose without dimensions": Bad(
         ShapeMismatchError, r"without dimensions", poses=torch.ones(())
     ),
@@ -387,6 +389,17 @@ BAD_ENGINES: dict[str, tuple[type[Exception], str, Callable[[], Engine]]] = {
         lambda: Engine(nn.Linear(1, 1), nn.Linear(1, 1)),
     ),
     "chunk_size": (ValueError, r"chunk_size is 0", lambda: Engine(nn.Linear(1, 1), chunk_size=0)),
+    "block_bytes": (
+        ValueError,
+        r"block_bytes is -1",
+        lambda: Engine(nn.Linear(1, 1), block_bytes=-1),
+    ),
+    "batch_dim": (
+        ValueError,
+        r"batch_dim=1.5 is unknown",
+        lambda: Engine(nn.Linear(1, 1), batch_dim=1.5),  # type: ignore[arg-type]
+    ),
+    "infinite k": (ValueError, r"k is inf", lambda: TopK(float("inf"))),  # type: ignore[arg-type]
     "no chunk_size": (
         ValueError,
         r"chunk_size is None.*Budget",

@@ -181,13 +181,35 @@ def test_rows_are_the_products_with_one_poses_cotangents(
 
 
 @pytest.mark.parametrize("name", CASES)
+@given(owned=owners())
+def test_what_else_a_form_offers_is_of_its_rows(name: str, owned: tuple[int, Tensor]) -> None:
+    count, owner = owned
+    case, size = CASES[name](len(owner)), len(owner)
+    stated = Layout.along(count, case.dim, owner)
+    one_each = Layout.regular(size, case.dim, size, 1, DEVICE)
+    for layout in (stated, one_each):
+        cotangent = _alive(case.cotangent, layout)
+        rows = case.form.rows(cotangent, layout)
+        flat, into = rows.reshape(len(rows), -1), torch.full_like(rows, torch.nan)
+        case.form.write_rows(cotangent, layout, into)
+        torch.testing.assert_close(into, rows, rtol=1e-12, atol=1e-12)
+        squares = case.form.squares(cotangent, layout, Products())
+        if squares is not None:  # else rows are cheaper, or cancel
+            torch.testing.assert_close(squares, flat.square().sum(1), rtol=1e-9, atol=1e-9)
+        if case.form.prefers_pairs(cotangent.shape, layout, 1):
+            gram = case.form.inner(cotangent, cotangent, layout, Products())
+            if gram is not None:
+                torch.testing.assert_close(gram, flat @ flat.mT, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", CASES)
 def test_a_form_moves_with_its_factors(name: str) -> None:
     case = CASES[name](6)
     moved = case.form.to(DEVICE)
     assert torch.equal(moved.vjp(case.cotangent), case.form.vjp(case.cotangent))
 
 
-@pytest.mark.parametrize("name", [n for n in CASES if n not in ("bias", "repeat")])
+@pytest.mark.parametrize("name", [n for n, case in CASES.items() if case(6).form.factors()])
 def test_a_factor_changed_in_place_is_refused(name: str) -> None:
     case = CASES[name](6)
     case.form.factors()[0].tensor.add_(1)

@@ -1,5 +1,6 @@
 """Laws 1 and 2: every schedule, rule, model and chunking gives plain autograd's numbers."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from posegrad import AttentionPooling, Combination, Engine, Mean, Min
 from posegrad.testing import assert_matches_autograd, poses, rules
+from posegrad.testing.table import RULES as TABLE
 from tests.combination.test_laws import RULES
 from tests.device import DEVICE
 from tests.models import BATCHED_ONLY, FEATURES, MODELS
@@ -27,6 +29,18 @@ def test_every_model_matches_autograd(name: str, rule: str, chunk_size: int) -> 
     count = 8 if chunk_size == 2 else 9
     assert_matches_autograd(
         MODELS[name](), torch.randn(count, FEATURES), RULES[rule], chunk_size=chunk_size
+    )
+
+
+@pytest.mark.parametrize("chunk_size", [1, 4])
+@pytest.mark.parametrize("name", [n for n, row in TABLE.items() if row.kind == "predictions"])
+def test_every_rule_of_the_table_matches_autograd(name: str, chunk_size: int) -> None:
+    row = TABLE[name]
+    width = math.prod(row.components)
+    model = nn.Sequential(nn.Linear(FEATURES, 5), nn.Tanh(), nn.Linear(5, width))
+    model.append(nn.Unflatten(-1, row.components or (1,)))
+    assert_matches_autograd(
+        model, torch.randn(9, FEATURES), row.make(), chunk_size=chunk_size, tolerance=1e-9
     )
 
 

@@ -94,10 +94,12 @@ class Gatherer:
         if self.check not in CHECKS:
             raise ValueError(f"check={self.check!r} is unknown; it is one of {', '.join(CHECKS)}.")
         dim = self.batch_dim
-        if dim != "auto" and dim is not None and (isinstance(dim, bool | str) or dim < 0):
+        if dim != "auto" and dim is not None and (type(dim) is not int or dim < 0):
             raise ValueError(
                 f"batch_dim={dim!r} is unknown; it is 'auto', None, or a dimension from 0."
             )
+        if type(self.block_bytes) is not int or self.block_bytes < 1:
+            raise ValueError(f"block_bytes is {self.block_bytes!r}, but it is a number of bytes.")
 
     def paths(self, output: object, parameters: Mapping[str, Tensor]) -> Paths:
         """How the rows of each use would be read if no poses mix; empty for anything else."""

@@ -107,6 +107,7 @@ class Roster:
         if wanted is None:
             return trainable
         names = {id(parameter): name for name, parameter in trainable.items()}
+        wanted = [wanted] if isinstance(wanted, str) else wanted
         keys = {key if isinstance(key, str) else names.get(id(key), "?") for key in wanted}
         missing = sorted(keys - trainable.keys())
         if missing:

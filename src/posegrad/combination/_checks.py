@@ -21,7 +21,7 @@ def positive(name: str, value: float | Tensor) -> float | Tensor:
     """
     if isinstance(value, Tensor) and value.numel() != 1:
         raise ValueError(
-            f"{name} has shape {list(value.shape)}, but one number scales every prediction. "
+            f"{name} has shape {list(value.shape)}, but it is one number. "
             f"Pass a float or a tensor with one element."
         )
     found = number(value)
@@ -36,6 +36,6 @@ def whole(name: str, value: int) -> int:
     Raises:
         ValueError: if it is anything else.
     """
-    if isinstance(value, bool | torch.Tensor) or int(value) != value or value < 1:
+    if isinstance(value, bool | torch.Tensor) or not float(value).is_integer() or value < 1:
         raise ValueError(f"{name} is {value}, but it must be a whole number of at least 1.")
     return int(value)

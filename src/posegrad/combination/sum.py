@@ -21,8 +21,8 @@ class Sum(Combination):
         predictions `[m, ...]` to `[...]`.
 
     Note:
-        Streams with one accumulator of parameter size. Time: m forwards, m backwards. The one rule
-        that is not shift equivariant: adding c to every prediction adds m c.
+        Streams with one accumulator of parameter size. Time: m forwards, m backwards. Not shift
+        equivariant: adding c to every prediction adds m c.
 
     Example:
         >>> Sum()(torch.tensor([-9.0, -8.0, -4.0]))

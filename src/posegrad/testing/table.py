@@ -1,7 +1,7 @@
 """Every rule of the library, a line each.
 
 A rule that has its line here has its tests (the laws of its kind, and every schedule against plain
-autograd), its line in the docs (`python -m posegrad.testing.table` prints them), and its row in the
+autograd), its line in the docs (`python -m posegrad.testing` prints them), and its row in the
 benchmark suite `rules`.
 """
 
@@ -93,7 +93,3 @@ def _lines() -> Iterator[str]:
     yield "| rule | looks at | result | for |\n|---|---|---|---|"
     for label, row in RULES.items():
         yield f"| `{label}` | {row.kind} | {row.result} | {row.use} |"
-
-
-if __name__ == "__main__":
-    print(markdown())
