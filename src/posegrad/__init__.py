@@ -35,7 +35,7 @@ from posegrad.errors import (
 from posegrad.jacobian import PoseJacobian, SharedJacobian
 from posegrad.multipose import MultiPose
 from posegrad.schedule._chunks import Budget
-from posegrad.schedule._plan import Plan
+from posegrad.schedule._plan import Plan, ReadingPlan
 from posegrad.schedule._session import Combined
 from posegrad.weighting import (
     Aggregation,
@@ -78,6 +78,7 @@ __all__ = [
     "PosegradError",
     "Projected",
     "RankError",
+    "ReadingPlan",
     "ReentrantCheckpointError",
     "ReplayError",
     "ShapeMismatchError",

@@ -185,6 +185,14 @@ class ReadingPlan:
     Args:
         rows: The number of its rows.
         paths: For each parameter how the rows of each use are read, unless poses turn out to mix.
+
+    Example:
+        >>> model = nn.Linear(3, 1)
+        >>> print(Engine(model).plan(model(torch.ones(4, 3)), Clip(1.0)))
+        4 rows, from one backward to the activations (more where poses mix)
+        parameter  uses  path
+        weight     1     closed form (Addmm)
+        bias       1     closed form (Addmm)
     """
 
     rows: int

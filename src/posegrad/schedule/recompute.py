@@ -152,7 +152,8 @@ def _replay_message(poses: range, expected: Tensor, found: Tensor) -> str:
         f"Scored again in backward, pose(s) {listed(poses)} gave {found.flatten()[:5].tolist()} "
         f"instead of {expected.flatten()[:5].tolist()}.\n"
         f"The model depends on something that neither its parameters, buffers, training flags, "
-        f"autocast nor torch's random state hold: another random generator, a counter, a file.\n"
+        f"autocast nor torch's random state hold: another random generator, a counter, a file; or "
+        f"the pose was changed.\n"
         f"Register such state as a buffer, draw from torch's generators, or use "
         f"schedule='stream', 'store' or 'retain', which score each pose once."
     )
