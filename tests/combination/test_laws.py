@@ -132,7 +132,7 @@ def test_scales_must_be_positive_and_finite(value: float | Tensor) -> None:
 
 
 def test_scales_must_be_one_number() -> None:
-    with pytest.raises(ValueError, match=r"scale has shape \[2\], but one number"):
+    with pytest.raises(ValueError, match=r"scale has shape \[2\], but it is one number"):
         Min(torch.ones(2))
 
 
