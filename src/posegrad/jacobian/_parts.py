@@ -308,7 +308,7 @@ class Weights:
         return weighed
 
 
-def checked_weights(weights: Tensor, shape: torch.Size) -> Tensor:
+def checked_weights(weights: Tensor, shape: torch.Size, of: str = "the output") -> Tensor:
     """Weights without their graph.
 
     Raises:
@@ -316,8 +316,8 @@ def checked_weights(weights: Tensor, shape: torch.Size) -> Tensor:
     """
     if weights.shape != shape:
         raise ShapeMismatchError(
-            f"The weights have shape {list(weights.shape)}, the output, of all ranks if several "
-            f"share it, {list(shape)}; there must be one weight for each of its numbers.\n"
+            f"The weights have shape {list(weights.shape)}, {of} {list(shape)}; there must be one "
+            f"weight for each of its numbers.\n"
             f"Reshape the weights, or the output before jacobian()."
         )
     return weights.detach()

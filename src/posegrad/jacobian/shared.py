@@ -159,7 +159,8 @@ class SharedJacobian:
         Note:
             Each rank multiplies its own rows; the results, of parameter size, are summed once.
         """
-        return self._combined(lambda: checked_weights(weights, self.output_shape))
+        whole = "the output of all ranks"
+        return self._combined(lambda: checked_weights(weights, self.output_shape, whole))
 
     def _combined(self, weights: Callable[[], Tensor]) -> dict[str, Tensor]:
         first = self._ranks.together("combine rows", lambda: weights().cpu())[0]
