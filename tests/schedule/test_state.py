@@ -182,6 +182,13 @@ def test_a_failing_pose_is_named() -> None:
     assert any("while scoring pose 2" in note for note in caught.value.__notes__)
 
 
+@pytest.mark.parametrize("pose", [{"x": torch.ones(3)}, [torch.ones(3), torch.ones(3)]])
+def test_a_pose_that_the_model_cannot_take_says_how_it_was_called(pose: object) -> None:
+    with pytest.raises(TypeError) as caught:
+        Engine(nn.Linear(3, 1)).combine([pose], Mean())
+    assert any("predict=" in note and "groups=" in note for note in caught.value.__notes__)
+
+
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_nothing_survives_a_step(schedule: str) -> None:
     graphs: list[weakref.ref[object]] = []

@@ -77,6 +77,12 @@ class Scorer:
             output = self.predict(*self.modules, argument)
         except Exception as error:
             error.add_note(f"This was raised while scoring {_span(start, len(poses))}.")
+            if self.collate is None and isinstance(poses[0], list | tuple | dict):
+                error.add_note(
+                    f"The pose is a {type(poses[0]).__name__}, and the model was called with it as "
+                    f"it is. Unpack it by Engine(model, predict=...); or, if it holds the poses of "
+                    f"one compound, join these lists and pass groups=."
+                )
             raise
         return self._rows(output, len(poses), start)
 
