@@ -48,6 +48,7 @@ def _nan_at_two_poses() -> Tensor:
     return poses
 
 
+LINEAR = nn.Linear(FEATURES, 1)
 OUTSIDE = nn.Parameter(torch.ones(FEATURES))
 CHANGING_SHAPE = iter([1, 1, 2, 2] * 10)
 
@@ -400,6 +401,16 @@ BAD_ENGINES: dict[str, tuple[type[Exception], str, Callable[[], Engine]]] = {
         lambda: Engine(nn.Linear(1, 1), batch_dim=1.5),  # type: ignore[arg-type]
     ),
     "infinite k": (ValueError, r"k is inf", lambda: TopK(float("inf"))),  # type: ignore[arg-type]
+    "a schedule for an output": (
+        ValueError,
+        r"shape \[4, 1\] was computed from the engine's parameters.*\n.*detach",
+        lambda: Engine(LINEAR).plan(LINEAR(_poses()), Mean(), schedule="store"),
+    ),
+    "no rule for an output": (
+        TypeError,
+        r"rule",
+        lambda: Engine(LINEAR).plan(LINEAR(_poses()), 5),  # type: ignore[arg-type]
+    ),
     "no chunk_size": (
         ValueError,
         r"chunk_size is None.*Budget",

@@ -15,7 +15,7 @@ from posegrad.schedule._call import Setting
 from posegrad.schedule._chunks import ChunkSize
 from posegrad.schedule._combine import run
 from posegrad.schedule._gather import Loss, gather
-from posegrad.schedule._plan import Plan, ReadingPlan
+from posegrad.schedule._plan import Plan, ReadingPlan, reading_plan
 from posegrad.schedule._poses import Pose
 from posegrad.schedule._session import Combined
 from posegrad.weighting._rules import AnyRule
@@ -295,7 +295,7 @@ class Engine:
         Args:
             poses_or_output: Poses as for `combine`, with a length; or an output with its graph.
             rule: As for those.
-            groups: As for `combine`; not for an output.
+            groups: As for `combine`; refused (ValueError) for an output.
             schedule: Likewise.
             skip_below: Likewise.
 
@@ -317,7 +317,7 @@ class Engine:
         """
         parameters = self._trainable()
         if paths := self._gatherer.paths(poses_or_output, parameters):
-            return ReadingPlan(poses_or_output.numel(), paths)  # type: ignore[union-attr]
+            return reading_plan(poses_or_output, paths, rule, groups, schedule, skip_below)
         return self._setting.plan(
             poses_or_output, rule, groups, schedule, skip_below, parameters.values()
         )

@@ -13,6 +13,7 @@ from posegrad.errors import NoPosesError, UnsupportedModuleError
 from posegrad.jacobian._table import Line, size, table
 from posegrad.schedule._chunks import Budget, ChunkSize, in_chunks
 from posegrad.schedule._poses import each_pose
+from posegrad.weighting._rules import AnyRule, as_gradient_rule
 
 __all__ = [
     "SCHEDULES",
@@ -205,6 +206,30 @@ class ReadingPlan:
         ]
         first = f"{self.rows} rows, from one backward to the activations (more where poses mix)"
         return "\n".join([first, table(("parameter", "uses", "path"), lines)])
+
+
+def reading_plan(
+    output: Any,
+    paths: Mapping[str, tuple[str, ...]],
+    rule: Tensor | AnyRule,
+    groups: object,
+    schedule: str,
+    skip_below: float,
+) -> ReadingPlan:
+    """How the Jacobian of an output would be read for a rule.
+
+    Raises:
+        TypeError: if the rule is none.
+        ValueError: if options are given that only poses have.
+    """
+    as_gradient_rule(rule)
+    if groups is not None or schedule != "auto" or skip_below:
+        raise ValueError(
+            f"The tensor of shape {list(output.shape)} was computed from the engine's parameters, "
+            f"so it is an output for backward(), which has no groups, schedule or skip_below.\n"
+            f"Leave these out; or detach the tensor, if its rows are poses."
+        )
+    return ReadingPlan(output.numel(), paths)
 
 
 def count_of(poses: object) -> int:
