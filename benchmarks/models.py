@@ -108,10 +108,17 @@ def _score_pignet(network: nn.Module, pose: Data) -> Tensor:
 
 
 def _complexes(m: int) -> list[Data]:
-    """Graphs of the first `m` docked poses of TYK2."""
+    """Graphs of the first `m` docked poses of TYK2, the target whose molecules the data hold.
+
+    Raises:
+        ValueError: if the data hold fewer poses.
+    """
     from examples.docked_poses.compounds import graphs
 
-    return [graph for _, graph in islice(graphs("tyk2"), m)]
+    found = [graph for _, graph in islice(graphs("tyk2"), m)]
+    if len(found) < m:
+        raise ValueError(f"{m} distinct poses asked for, the data of TYK2 hold {len(found)}")
+    return found
 
 
 def _graph_to(graph: Data, device: str, dtype: torch.dtype) -> Data:
@@ -127,10 +134,10 @@ MODELS: dict[str, Model] = {
         _schnet, score, distinct_poses, _atoms_to, (4, 16, 64, 256),
     ),
     "PIGNet2": Model(
-        "PIGNet2, pretrained", _pignet, _score_pignet, _complexes, _graph_to, (16, 64)
+        "PIGNet2, pretrained", _pignet, _score_pignet, _complexes, _graph_to, (4, 16, 64, 255)
     ),
     "ViSNet": Model(
         "PyG ViSNet, 64 channels, 3 layers, 5 Å",
-        _visnet, _score_visnet, distinct_poses, _atoms_to, (16, 64),
+        _visnet, _score_visnet, distinct_poses, _atoms_to, (4, 16, 64, 256),
     ),
 }  # fmt: skip

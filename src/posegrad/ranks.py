@@ -6,6 +6,7 @@ waiting: they raise too, and name it.
 """
 
 import hashlib
+import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from posegrad.errors import RankError, listed
 
-__all__ = ["Ranks"]
+__all__ = ["Ranks", "shown"]
 
 T = TypeVar("T")
 
@@ -70,6 +71,11 @@ class Fingerprint:
     def agreed(self) -> None:
         """Notes that all ranks have found the same."""
         self._first = False
+
+
+def shown(rule: object) -> str:
+    """A rule and its settings in one line, the same in every process that made it alike."""
+    return " ".join(re.sub(r" at 0x\w+", "", repr(rule)).split())
 
 
 def _byte_sum(parameter: Tensor) -> int:

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from posegrad import (
+    Clip,
     ClosedEngineError,
     Engine,
     Mean,
@@ -20,6 +21,7 @@ from posegrad import (
     RankError,
     ShapeMismatchError,
     StaleParametersError,
+    TopK,
     UntrackedTensorError,
     Weighting,
 )
@@ -86,8 +88,13 @@ def test_what_differs_between_ranks_is_named() -> None:
     engine = Engine(model, process_group=dist.group.WORLD)
     with pytest.raises(RankError, match="schedule \\(stream, recompute"):
         engine.combine(list(mine(X)), Mean(), schedule="stream" if first else "recompute")
-    with pytest.raises(RankError, match="rule \\(Mean, Min"):
+    with pytest.raises(RankError, match=r"rule \(Mean\(\), Min\(scale=1\)"):
         engine.combine(list(mine(X)), Mean() if first else Min(scale=1.0))
+    with pytest.raises(RankError, match=r"rule \(TopK\(k=2.*TopK\(k=3"):
+        engine.combine(list(mine(X)), TopK(2) if first else TopK(3))
+    with pytest.raises(RankError, match=r"rules .*Clip\(max_norm=1,.*Clip\(max_norm=2,"):
+        engine.gather(list(mine(X))).backward(Clip(1.0) if first else Clip(2.0))
+    assert all(p.grad is None for p in model.parameters())
     with pytest.raises(RankError, match="groups \\(given, none"):
         engine.combine(list(mine(X)), Mean(), groups=mine(IDS) if first else None)
     with pytest.raises(RankError, match="no_grad"), torch.set_grad_enabled(first):

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from posegrad.errors import NoPosesError, RankError, ShapeMismatchError
 from posegrad.jacobian._block import Block
+from posegrad.ranks import shown
 
-__all__ = ["check_alike", "check_same", "grad_apart", "layers", "packed"]
+__all__ = ["check_alike", "check_same", "grad_apart", "layers", "made_of", "packed"]
 
 
 @contextmanager
@@ -32,8 +33,18 @@ def grad_apart(parameters: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
             p.grad = before[name]
 
 
-def check_same(sums: Sequence[float], sizes: Sequence[float]) -> None:
-    """Refuses gradients that ranks do not agree on: the models would drift apart."""
+def made_of(rule: object) -> str:
+    """What a rule is; of weights, those of the first rank count anyway."""
+    return "weights" if isinstance(rule, Tensor) else shown(rule)
+
+
+def check_same(rules: Sequence[str], sums: Sequence[float], sizes: Sequence[float]) -> None:
+    """Refuses rules, and gradients, that ranks do not agree on: the models would drift apart."""
+    if len(set(rules)) > 1:
+        raise RankError(
+            f"The ranks apply different rules to the rows they share: {', '.join(rules)}.\n"
+            f"They make one gradient, so the rule must be the same on all; no .grad was touched."
+        )
     alike = all(abs(one - sums[0]) <= 1e-5 * max(sizes) for one in sums)
     if not alike and not all(map(math.isnan, sums)):
         raise RankError(

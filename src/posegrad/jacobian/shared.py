@@ -29,6 +29,7 @@ from posegrad.jacobian._exchange import (
     check_same,
     grad_apart,
     layers,
+    made_of,
     packed,
 )
 from posegrad.jacobian._parts import checked_weights, one_at
@@ -196,7 +197,7 @@ class SharedJacobian:
         """
         found: list[tuple[dict[str, Tensor], Tensor | None, dict[str, nn.Parameter]]] = []
 
-        def applied() -> tuple[float, float, Tensor | None, Grams]:
+        def applied() -> tuple[str, float, float, Tensor | None, Grams]:
             made = as_gradient_rule(rule)
             trained = {n: p for n, p in made.named_parameters() if p.requires_grad}
             with grad_apart(trained) as of_rule:
@@ -204,16 +205,17 @@ class SharedJacobian:
             found.append((gradients, weights, trained))
             sums = [float(g.sum(dtype=torch.float64)) for g in gradients.values()]
             sizes = [float(g.abs().sum(dtype=torch.float64)) for g in gradients.values()]
-            shown = None if weights is None else weights.cpu()
-            return sum(sums), sum(sizes), shown, {n: g.cpu() for n, g in of_rule.items()}
+            told = None if weights is None else weights.cpu()
+            own = {n: g.cpu() for n, g in of_rule.items()}
+            return made_of(rule), sum(sums), sum(sizes), told, own
 
         told = self._ranks.together("apply the rule", applied)
-        check_same([total for total, *_ in told], [size for _, size, *_ in told])
+        check_same(*zip(*(one[:3] for one in told), strict=True))
         gradients, weights, trained = found[0]
-        means = {n: torch.stack([each[n] for *_, each in told]).mean(dim=0) for n in told[0][3]}
+        means = {n: torch.stack([each[n] for *_, each in told]).mean(dim=0) for n in told[0][4]}
         deposit(gradients, self._parameters)
         deposit(means, trained)
-        first = told[0][2]
+        first = told[0][3]
         return None if weights is None or first is None else first.to(weights.device)
 
     def gramian(self, dtype: torch.dtype | None = None, *, per_parameter: bool = False) -> Any:

@@ -11,6 +11,7 @@ from posegrad.combination import Combination, OnlineForm
 from posegrad.combination._groups import groups_of, ungrouped
 from posegrad.errors import NoPosesError, UnsupportedModuleError
 from posegrad.jacobian._table import Line, size, table
+from posegrad.ranks import shown
 from posegrad.schedule._chunks import Budget, ChunkSize, in_chunks
 from posegrad.schedule._poses import each_pose
 from posegrad.weighting._rules import AnyRule, as_gradient_rule
@@ -56,7 +57,7 @@ class Request:
     def outline(self) -> dict[str, object]:
         """What ranks that share a group must have in common, by the name users know it by."""
         return {
-            "rule": type(self.rule).__name__,
+            "rule": shown(self.rule),
             "schedule": self.schedule,
             "skip_below": self.skip_below,
             "float16": self.scales_float16,
