@@ -1,10 +1,10 @@
 """Gradients that were computed elsewhere, handed to parameters as a backward would."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.variable import Variable
 
 from posegrad.errors import NonFiniteGradientError
 from posegrad.weighting._base import GradientRule, Jacobian
@@ -58,27 +58,22 @@ def deliver(parameters: Sequence[Tensor], gradients: list[Tensor]) -> None:
     """Adds gradients to the `.grad` of parameters; their hooks run, once.
 
     `torch.autograd.backward(parameters, gradients)` would do the same and copy every one, because
-    its caller still holds them. A node's backward lets go of what it returns, and autograd keeps
-    that itself where there is no `.grad` yet.
+    its caller still holds them. What the node of a view hands on is another tensor of the same
+    numbers, which nobody holds: where there is no `.grad` yet, autograd keeps that itself.
 
     Args:
         parameters: Leaves that require grad.
         gradients: One for each, of its shape, dtype and device; the list is emptied.
     """
-    if parameters:
-        with torch.enable_grad():
-            end = _Delivery.apply(gradients, *parameters)  # type: ignore[no-untyped-call]
-        torch.autograd.backward(end)
-
-
-class _Delivery(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, gradients: list[Tensor], *parameters: Tensor) -> Tensor:
-        ctx.gradients = gradients
-        return torch.zeros((), device=parameters[0].device)
-
-    @staticmethod
-    def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
-        found = (None, *ctx.gradients)
-        ctx.gradients.clear()
-        return found
+    if not parameters:
+        return
+    for i, p in enumerate(parameters):
+        if gradients[i].stride() != p.stride():  # autograd would copy it while it is held here
+            gradients[i] = torch.empty_like(p).copy_(gradients[i])
+    with torch.enable_grad():
+        views = tuple([p.view_as(p) for p in parameters])
+    given = tuple(gradients)
+    gradients.clear()
+    Variable._execution_engine.run_backward(  # torch.autograd.backward without its checks
+        views, given, False, False, (), True, accumulate_grad=True
+    )
