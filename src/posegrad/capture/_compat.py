@@ -88,12 +88,12 @@ def device_of(node: Node) -> torch.device:
     return device
 
 
-def outputs_of(node: Node) -> tuple[tuple[torch.Size, ...], tuple[torch.dtype, ...]]:
-    """The shapes and the dtypes of a node's outputs."""
+def outputs_of(node: Node) -> tuple[tuple[tuple[int, ...], ...], tuple[torch.dtype, ...]]:
+    """The sizes and the dtypes of a node's outputs."""
     data = node._input_metadata
     if len(data) == 1:
-        return (torch.Size(data[0].shape),), (data[0].dtype,)
-    return tuple([torch.Size(d.shape) for d in data]), tuple([d.dtype for d in data])
+        return (tuple(data[0].shape),), (data[0].dtype,)
+    return tuple([tuple(d.shape) for d in data]), tuple([d.dtype for d in data])
 
 
 def facts_of(node: Node, names: Iterable[str]) -> tuple[Any, ...]:

@@ -24,7 +24,7 @@ LEAF_NAME = "AccumulateGrad"
 Edge = tuple[int, int]
 """A tensor of the graph: the number of the node that computed it, and which of its outputs."""
 
-Shapes = tuple[torch.Size, ...]
+Sizes = tuple[tuple[int, ...], ...]
 Dtypes = tuple[torch.dtype, ...]
 
 
@@ -62,20 +62,20 @@ class EdgeRegistry:
         self.root: Edge = (0, output.output_nr)
         self.nodes, self.sources = _reachable(root)
         self.names = [_NAMES.get(type(node)) or _name(node) for node in self.nodes]
-        self.shapes: list[Shapes] = []
+        self.sizes: list[Sizes] = []  # as `torch.Size` when one asks for a shape
         self.dtypes: list[Dtypes] = []
         self.facts: list[Facts] = []
         self.leaves: dict[int, int] = {}
         for number, (node, name) in enumerate(zip(self.nodes, self.names, strict=True)):
-            shapes: Shapes
+            sizes: Sizes
             dtypes: Dtypes
             if name == LEAF_NAME:
                 leaf: Tensor = node.variable  # type: ignore[attr-defined]
                 self.leaves[id(leaf)] = number
-                shapes, dtypes = (leaf.shape,), (leaf.dtype,)
+                sizes, dtypes = (leaf.shape,), (leaf.dtype,)
             else:
-                shapes, dtypes = outputs_of(node)
-            self.shapes.append(shapes)
+                sizes, dtypes = outputs_of(node)
+            self.sizes.append(sizes)
             self.dtypes.append(dtypes)
             self.facts.append(facts_of(node, FACTS[name]) if name in FACTS else ())
 
@@ -90,7 +90,7 @@ class EdgeRegistry:
 
     def shape(self, edge: Edge) -> torch.Size:
         """The shape of a tensor of the graph."""
-        return self.shapes[edge[0]][edge[1]]
+        return torch.Size(self.sizes[edge[0]][edge[1]])
 
     def uses(self, source: Edge) -> list[Use]:
         """The places where a tensor enters; empty if it is the output itself."""
@@ -98,16 +98,13 @@ class EdgeRegistry:
 
     def outputs(self, node: int) -> list[int]:
         """The numbers of a node's outputs that something depends on."""
-        edges = [(node, i) for i in range(len(self.shapes[node]))]
+        edges = [(node, i) for i in range(len(self.sizes[node]))]
         return [edge[1] for edge in edges if edge in self._consumers or edge == self.root]
 
     def is_nested(self) -> bool:
         """Whether there are nested tensors in it, whose shapes are no numbers."""
         return any(
-            not isinstance(size, int)
-            for shapes in self.shapes
-            for shape in shapes
-            for size in shape
+            not isinstance(size, int) for sizes in self.sizes for shape in sizes for size in shape
         )
 
     def has_python(self) -> bool:

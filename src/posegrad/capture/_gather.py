@@ -4,7 +4,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -45,6 +45,8 @@ class _Structure:
 
     Args:
         recipe: The key of the recipe, which serves other shapes too.
+        has_float16: Whether gradients pass through float16; None if only the numbers of a function
+            written in Python tell.
         slots: Where nodes above the parameters hold saved tensors.
         is_fixed: Whether that decides where poses lie: no numbers pick rows.
         inferred: Where poses lie, as far as it follows, by the output's dimension of poses.
@@ -52,14 +54,14 @@ class _Structure:
     """
 
     recipe: int
+    has_float16: bool | None
     slots: list[Slot]
     is_fixed: bool
     inferred: dict[int | None, dict[Edge, Axis]] = field(default_factory=dict)
     routine: Routine | None = None
 
 
-@dataclass(frozen=True)
-class _Asked:
+class _Asked(NamedTuple):
     """What a caller said besides the output; see `Gatherer.gather`."""
 
     parameters: Mapping[str, Tensor]
@@ -145,8 +147,11 @@ class Gatherer:
             check_index(pose_index)
             if used:
                 asked = _Asked(used, pose_index, dim, quiet)
-                read = self._parts_in_float16 if registry.has_float16() else self._parts_of
-                parts = read(registry, output, asked, keep_graph)
+                known = self._structure(registry, asked, output)
+                scale = known.has_float16
+                scale = registry.has_float16() if scale is None else scale
+                read = self._parts_in_float16 if scale else self._parts_of
+                parts = read(known, registry, output, asked, keep_graph)
         if not parts and must_depend:
             raise NotDifferentiableError(unrelated_message(output, len(parameters)))
         blocks = {
@@ -155,10 +160,14 @@ class Gatherer:
         return PoseJacobian(output.detach().clone(), parameters, blocks)
 
     def _parts_of(
-        self, registry: EdgeRegistry, output: Tensor, asked: _Asked, keep_graph: bool
+        self,
+        known: _Structure,
+        registry: EdgeRegistry,
+        output: Tensor,
+        asked: _Asked,
+        keep_graph: bool,
     ) -> Parts:
         used, index = asked.parameters, asked.pose_index
-        known = self._structure(registry, used, output, stated=bool(index))
         special = is_cast() or torch.is_inference_mode_enabled()
         with failures_named():
             if known.routine is not None and not special:
@@ -173,33 +182,36 @@ class Gatherer:
         return parts
 
     def _parts_in_float16(
-        self, registry: EdgeRegistry, output: Tensor, asked: _Asked, keep_graph: bool
+        self,
+        known: _Structure,
+        registry: EdgeRegistry,
+        output: Tensor,
+        asked: _Asked,
+        keep_graph: bool,
     ) -> Parts:
-        used = asked.parameters
-
         def read(scaled: Tensor) -> Parts:
-            return self._parts_of(EdgeRegistry(scaled), scaled, asked, keep_graph=True)
+            own = EdgeRegistry(scaled)
+            return self._parts_of(self._structure(own, asked, scaled), own, scaled, asked, True)
 
-        with undisturbed(registry, used), failures_named():
-            parts = self._scaling.parts(output, used, read)
+        with undisturbed(registry, asked.parameters), failures_named():
+            parts = self._scaling.parts(output, asked.parameters, read)
             if not keep_graph:
-                leaves = [registry.leaves[id(p)] for p in used.values()]
-                release(registry, slots_above(registry, leaves))
+                release(registry, known.slots)
         return parts
 
-    def _structure(
-        self, registry: EdgeRegistry, used: Mapping[str, Tensor], output: Tensor, *, stated: bool
-    ) -> _Structure:
+    def _structure(self, registry: EdgeRegistry, asked: _Asked, output: Tensor) -> _Structure:
+        used, stated = asked.parameters, bool(asked.pose_index)
         numbers = {id(p): i for i, p in enumerate(used.values())}
-        kinds, shapes = registry.structure(numbers), tuple(registry.shapes)
+        kinds, sizes = registry.structure(numbers), tuple(registry.sizes)
         rest = tuple(used), stated, output.device
-        key = hash((kinds, shapes, rest))
+        key = hash((kinds, sizes, rest))
         if key not in self._structures:
-            ranks = tuple(len(shape) for node in shapes for shape in node)
+            ranks = tuple(len(shape) for node in sizes for shape in node)
             several = tuple(min(size, 2) for size in output.shape)
             leaves = [registry.leaves[id(p)] for p in used.values()]
             self._structures[key] = _Structure(
                 hash((kinds, ranks, rest, several)),
+                None if registry.has_python() else registry.has_float16(),
                 slots_above(registry, leaves),
                 not follows_numbers(registry),
             )

@@ -54,17 +54,20 @@ def undisturbed(registry: EdgeRegistry, parameters: Mapping[str, Tensor]) -> Ite
         yield
 
 
-@contextmanager
-def failures_named() -> Iterator[None]:
+class failures_named:  # noqa: N801
     """Gives torch's own failures of a backward a name, and says what to do.
 
     Raises:
         StaleFactorError: if a saved tensor was changed in place.
         UnsupportedModuleError: if a compiled graph can be used only once.
     """
-    try:
-        yield
-    except RuntimeError as error:
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
+        if not isinstance(error, RuntimeError):
+            return
         if "modified by an inplace operation" in str(error):
             raise StaleFactorError(
                 f"A tensor saved in the forward was changed in place before its Jacobian was read; "
@@ -76,4 +79,3 @@ def failures_named() -> Iterator[None]:
                 "this needs it more often.\nSet torch._functorch.config.donated_buffer = False "
                 "before the model is compiled."
             ) from error
-        raise

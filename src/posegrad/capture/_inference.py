@@ -16,8 +16,6 @@ move it with their dimensions (`_axis.py`).
 
 from math import prod
 
-import torch
-
 from posegrad.capture._axis import RULES, Axis, agreed, axis_in
 from posegrad.capture._compat import is_python
 from posegrad.capture._edges import Edge, EdgeRegistry
@@ -67,8 +65,7 @@ def _moved(
     axis, name, operator = found.get((node, number)), registry.names[node], registry.nodes[node]
     if axis is None or is_python(operator):
         return None
-    out: torch.Size = registry.shapes[node][number]
-    inside: torch.Size = registry.shapes[edge[0]][edge[1]]
+    out, inside = registry.shape((node, number)), registry.shape(edge)
     if name in INDEXED:
         return INDEXED[name](operator, argument, axis, out, inside)
     rule = RULES.get(name)

@@ -34,11 +34,11 @@ class Operator(NamedTuple):
 
     Args:
         node: The node.
-        shape: The shape of what it computed first, and `dtype`, its dtype.
+        sizes: Those of what it computed first, and `dtype`, its dtype.
     """
 
     node: Node
-    shape: torch.Size
+    sizes: tuple[int, ...]
     dtype: torch.dtype
 
     def saved(self, name: str) -> Any:
@@ -133,7 +133,7 @@ def _denominator(op: Operator, entry: Entry) -> ClosedForm | None:
 
 
 def _elementwise(op: Operator, entry: Entry, factor: Factor | float) -> ClosedForm | None:
-    missing = len(op.shape) - len(entry.shape)
+    missing = len(op.sizes) - len(entry.shape)
     if entry.transposed or missing < 0:
         return None
     return Elementwise(entry.shape, torch.Size((1,) * missing + entry.shape), factor)
@@ -149,7 +149,7 @@ def _kernel(op: Operator, entry: Entry) -> ClosedForm | None:
 
 
 def _channel_bias(op: Operator, entry: Entry) -> ClosedForm | None:
-    spatial = len(op.shape) - 2
+    spatial = len(op.sizes) - 2
     return Elementwise(entry.shape, torch.Size([1, *entry.shape, *[1] * spatial]), 1.0)
 
 
@@ -206,7 +206,7 @@ def _bags(op: Operator, entry: Entry) -> ClosedForm | None:
     if op.saved("scale_grad_by_freq") or entry.transposed or mode not in (_SUM, _MEAN):
         return None
     indices, offsets, sizes = (op.saved(name) for name in ("indices", "offsets", "result2"))
-    count = op.shape[0]
+    count = op.sizes[0]
     places = torch.arange(len(indices), device=indices.device)
     starts = offsets[:count].to(places.dtype)
     bags = torch.searchsorted(starts, places, right=True) - 1

@@ -138,8 +138,7 @@ def _further(
     while pending and len(found) < _MOST_CLIMBED:
         for site in beyond(registry, pending.pop()) or ():
             # What a weight enters may be of any size, as a network on the edges of all poses.
-            node, number = site.source
-            size = registry.shapes[node][number].numel()
+            size = registry.shape(site.source).numel()
             small = size <= _LARGEST_CLIMBED * max(parameters[site.parameter].numel(), 64)
             if site not in found and small:
                 found[site] = None

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from math import prod
 
 import torch
 from torch import Tensor
@@ -137,7 +138,7 @@ class Reading:
         """The rows of one operator's own vjp, one masked cotangent for each."""
         arrangement = Arrangement(self.subject.output.shape, recipe.dim)
         node = self.registry.nodes[site.node]
-        edges, sizes = site.edges, self.registry.shapes[site.node]
+        edges, sizes = site.edges, self.registry.sizes[site.node]
 
         def masked(row: int) -> list[Tensor | None]:
             pose, k = divmod(row, arrangement.components)
@@ -158,7 +159,7 @@ class Reading:
         if site.argument not in answers:
             alike = [s for s in recipe.sites if s.node == site.node and not s.closed]
             sources = {s.argument: s.source for s in (site, *alike)}
-            held = sum(sizes[i].numel() for _, i in edges)
+            held = sum(prod(sizes[i]) for _, i in edges)
             held += 2 * sum(self.registry.shape(source).numel() for source in sources.values())
             count = arrangement.shape.numel()
             found = node_rows(node, [*sources], masked, count, self._most(held))
@@ -209,7 +210,7 @@ class Reading:
         sources = [self.parameters[name] for name in names]
         held = sum(p.numel() for p in sources)
         if not self.registry.is_nested():
-            held += sum(s.numel() for shapes in self.registry.shapes for s in shapes)
+            held += sum(prod(shape) for sizes in self.registry.sizes for shape in sizes)
 
         def unit(row: int) -> Tensor:
             cotangent = torch.zeros_like(output).reshape(-1)
@@ -238,7 +239,7 @@ class Reading:
 
 def operator_at(registry: EdgeRegistry, node: int) -> Operator:
     """The operator of a node, as its forms are read from it."""
-    return Operator(registry.nodes[node], registry.shapes[node][0], registry.dtypes[node][0])
+    return Operator(registry.nodes[node], registry.sizes[node][0], registry.dtypes[node][0])
 
 
 def entry_of(registry: EdgeRegistry, site: Site) -> Entry:

@@ -89,11 +89,11 @@ def sites_of(
             kind = registry.names[use.node]
             outputs = tuple((use.node, number) for number in registry.outputs(use.node))
             closed = is_readable(kind, use.argument)
-            same = registry.shapes[use.node] == (registry.shapes[edge[0]][edge[1]],)
+            same = registry.sizes[use.node] == (registry.shape(edge),)
             if kind in _KEEPING and same:
                 stack.append(((use.node, 0), transposed))
             elif kind in TRANSPARENT and _is_transparent(registry, edge, use.node):
-                turned = kind == "TBackward0" and len(registry.shapes[use.node][0]) == 2
+                turned = kind == "TBackward0" and len(registry.sizes[use.node][0]) == 2
                 stack.append(((use.node, 0), transposed ^ turned))
             elif kind in _REARRANGING and not closed:
                 for output in outputs:

@@ -1,7 +1,7 @@
 """The Jacobian of one parameter."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import product
 from typing import Self
 
@@ -10,11 +10,12 @@ from torch import Tensor
 
 from posegrad.jacobian._parts import Factors, Part, Rows, Weights
 from posegrad.jacobian._products import Products
+from posegrad.jacobian._record import record
 
 __all__ = ["Block"]
 
 
-@dataclass(frozen=True)
+@record
 class Block:
     """The rows `[M, *shape]` of one parameter, as the sum of its uses.
 

@@ -1,7 +1,7 @@
 """What a closed form is."""
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from typing import Any, ClassVar, Self
 
 import torch
@@ -10,11 +10,12 @@ from torch import Tensor
 from posegrad.errors import StaleFactorError
 from posegrad.jacobian._layout import Layout
 from posegrad.jacobian._products import Products
+from posegrad.jacobian._record import record
 
 __all__ = ["ClosedForm", "Factor"]
 
 
-@dataclass(frozen=True)
+@record
 class Factor:
     """A tensor the forward saved, and the version it had then.
 
@@ -69,7 +70,7 @@ class Factor:
         return Factor.of(self.value.to(device), self.beside)
 
 
-@dataclass(frozen=True)
+@record
 class ClosedForm(ABC):
     """How a parameter enters one operator, and what that makes of a cotangent.
 

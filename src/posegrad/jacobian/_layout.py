@@ -87,6 +87,11 @@ class Layout:
                 return stride
         return None
 
+    @cached_property
+    def is_one_each(self) -> bool:
+        """Whether row i of a matrix is that of pose i, and there is no other."""
+        return self.dims == (0,) and self.size == self.count and self.stride == 1
+
     def by_pose(self, tensor: Tensor) -> Tensor:
         """The rows of each pose together, `[m, R / m, ...]`; for regular layouts."""
         assert self.stride is not None
@@ -131,9 +136,10 @@ class Layout:
 
     def weigh(self, tensor: Tensor, weights: Tensor) -> Tensor:
         """`tensor` with every row multiplied by the weight `[m]` of its owner."""
-        values = self.spread(weights.to(tensor.device, tensor.dtype))
-        if self.dims == (0,) and tensor.ndim == 2:
-            return tensor * values.unsqueeze(1)
+        weights = weights.to(tensor.device, tensor.dtype)
+        if self.is_one_each and tensor.ndim == 2:
+            return tensor * weights.unsqueeze(1)
+        values = self.spread(weights)
         shape = [size if dim in self.dims else 1 for dim, size in enumerate(tensor.shape)]
         return tensor * values.reshape(shape)
 

@@ -13,6 +13,7 @@ from posegrad.errors import ShapeMismatchError
 from posegrad.jacobian._form import ClosedForm
 from posegrad.jacobian._layout import Layout
 from posegrad.jacobian._precision import wide
+from posegrad.jacobian._record import record
 
 __all__ = [
     "Arrangement",
@@ -67,7 +68,7 @@ class Arrangement:
         return shaped.movedim(0, self.dim).flatten(0, len(self.shape) - 1)
 
 
-@dataclass(frozen=True)
+@record
 class Part(ABC):
     """Some rows of a block, or a summand of them.
 
@@ -122,7 +123,7 @@ class Part(ABC):
 
 
 @final
-@dataclass(frozen=True)
+@record
 class Rows(Part):
     """Rows as they are."""
 
@@ -149,7 +150,7 @@ class Rows(Part):
 
 
 @final
-@dataclass(frozen=True)
+@record
 class Factors(Part):
     """A closed form and its cotangents, one for each component of the output.
 

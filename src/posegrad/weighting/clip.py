@@ -100,7 +100,7 @@ class Clip(Weighting):
         return Step({name: g + self._noise(g) for name, g in gradients.items()}, weights)
 
     def _shortening(self, norms: Tensor) -> Tensor:
-        return (self.max_norm / norms).clamp(max=1)  # 1 also for a norm of zero
+        return norms.div(self.max_norm).clamp_(min=1).reciprocal_()  # 1 also for a norm of zero
 
     def _noise(self, gradient: Tensor) -> Tensor:
         assert self.generator is not None

@@ -1,6 +1,6 @@
 """Products of a batch of matrices with a batch of weights: ensembles, experts, einsum."""
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import final
 
 import torch
@@ -10,12 +10,13 @@ from posegrad.jacobian._form import ClosedForm, Factor
 from posegrad.jacobian._layout import Layout
 from posegrad.jacobian._precision import wide
 from posegrad.jacobian._products import Products, pairs_are_cheaper, summed_pairs
+from posegrad.jacobian._record import record
 
 __all__ = ["BatchedLinear"]
 
 
 @final
-@dataclass(frozen=True)
+@record
 class BatchedLinear(ClosedForm):
     r"""The weights W of :math:`Y_e = A_e W_e` for e of an ensemble, poses in the rows of A and Y.
 

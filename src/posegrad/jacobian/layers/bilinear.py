@@ -1,6 +1,5 @@
 """Forms that are linear in each of two inputs."""
 
-from dataclasses import dataclass
 from typing import final
 
 import torch
@@ -9,12 +8,13 @@ from torch import Tensor
 from posegrad.jacobian._form import ClosedForm, Factor
 from posegrad.jacobian._layout import Layout
 from posegrad.jacobian._products import Products
+from posegrad.jacobian._record import record
 
 __all__ = ["Bilinear"]
 
 
 @final
-@dataclass(frozen=True)
+@record
 class Bilinear(ClosedForm):
     r"""The weights W `[p, d, e]` of :math:`y_{rk} = \sum_{ij} x_{ri} W_{kij} z_{rj}`.
 

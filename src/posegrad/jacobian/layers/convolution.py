@@ -1,6 +1,5 @@
 """Convolutions, transposed ones included."""
 
-from dataclasses import dataclass
 from typing import Any, final
 
 import torch
@@ -8,12 +7,13 @@ from torch import Tensor
 
 from posegrad.jacobian._form import ClosedForm, Factor
 from posegrad.jacobian._layout import Layout
+from posegrad.jacobian._record import record
 
 __all__ = ["Convolution"]
 
 
 @final
-@dataclass(frozen=True)
+@record
 class Convolution(ClosedForm):
     """The kernel of a convolution of any kind over `[N, C, ...]`.
 

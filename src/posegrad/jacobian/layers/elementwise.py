@@ -1,6 +1,5 @@
 """Parameters that are added to, or multiplied with, every row alike: biases and scales."""
 
-from dataclasses import dataclass
 from typing import final
 
 import torch
@@ -9,11 +8,12 @@ from torch import Tensor
 from posegrad.jacobian._form import ClosedForm, Factor
 from posegrad.jacobian._layout import Layout
 from posegrad.jacobian._products import Products
+from posegrad.jacobian._record import record
 
 __all__ = ["Broadcast", "Elementwise"]
 
 
-@dataclass(frozen=True)
+@record
 class Broadcast(ClosedForm):
     r"""A parameter :math:`\theta` broadcast over Y, where it acts element by element.
 
@@ -53,7 +53,7 @@ class Broadcast(ClosedForm):
 
 
 @final
-@dataclass(frozen=True)
+@record
 class Elementwise(Broadcast):
     """A bias (factor 1), a difference (factor -1), a scale (the factor is the other operand).
 
@@ -65,8 +65,8 @@ class Elementwise(Broadcast):
 
     def prefers_pairs(self, cotangent: torch.Size, layout: Layout, components: int) -> bool:
         """For a bias with one row a pose: its rows are the cotangent."""
-        plain = self.factor == 1 and layout.dims == (0,) and len(self.shape) == 1
-        return plain and cotangent == (layout.count, *self.shape) and layout.stride == 1
+        plain = self.factor == 1 and layout.is_one_each and len(self.shape) == 1
+        return plain and cotangent == (layout.count, *self.shape)
 
     def squares(self, cotangent: Tensor, layout: Layout, products: Products) -> Tensor | None:
         plain = self.prefers_pairs(cotangent.shape, layout, 1)

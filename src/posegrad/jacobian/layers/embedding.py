@@ -1,7 +1,6 @@
 """Lookup tables."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import final
 
 import torch
@@ -11,11 +10,12 @@ from posegrad.jacobian._form import ClosedForm, Factor
 from posegrad.jacobian._layout import NOBODY, Layout
 from posegrad.jacobian._precision import wide
 from posegrad.jacobian._products import Products, cancels
+from posegrad.jacobian._record import record
 
 __all__ = ["Embedding", "EmbeddingBag"]
 
 
-@dataclass(frozen=True)
+@record
 class Table(ClosedForm):
     """A table `[V, ...]`: cotangents are added up where their indices point.
 
@@ -74,7 +74,7 @@ class Table(ClosedForm):
 
 
 @final
-@dataclass(frozen=True)
+@record
 class Embedding(Table):
     """A table whose rows were looked up.
 
@@ -113,7 +113,7 @@ class Embedding(Table):
 
 
 @final
-@dataclass(frozen=True)
+@record
 class EmbeddingBag(Table):
     """A table whose rows were looked up and summed bag by bag.
 

@@ -1,6 +1,5 @@
 """Matrix products with a weight: linear layers, projections, weights on either side."""
 
-from dataclasses import dataclass
 from typing import final
 
 import torch
@@ -10,12 +9,13 @@ from posegrad.jacobian._form import ClosedForm, Factor
 from posegrad.jacobian._layout import Layout
 from posegrad.jacobian._precision import wide
 from posegrad.jacobian._products import Products, as_rows, cancels, pairs_are_cheaper, summed_pairs
+from posegrad.jacobian._record import record
 
 __all__ = ["Linear"]
 
 
 @final
-@dataclass(frozen=True)
+@record
 class Linear(ClosedForm):
     r"""The weight W of :math:`Y = A W^\top`, for A `[R, d]` and Y `[R, p]`.
 
@@ -75,9 +75,7 @@ class Linear(ClosedForm):
         a = self.input.like(wide(first))
         if self.on_left:
             a, first, second = a.mT, first.mT, second.mT  # rows first
-        pairs = products.of(a, a) * products.of(first, second)  # [R, R]
-        if self.scale != 1:
-            pairs = pairs * self.scale**2
+        pairs = self._scaled_twice(products.of(a, a) * products.of(first, second))  # [R, R]
         if len(pairs) == layout.count and layout.pattern:
             return pairs  # one row a pose, in order
         return summed_pairs(pairs, self._flat(first.shape[:-1], layout), alike=alike)
@@ -88,16 +86,16 @@ class Linear(ClosedForm):
         They take :math:`T^2 (d + p)` multiplications a pose. The gradient takes :math:`T d p`, but
         then `combine` has it already, and otherwise does it once more.
         """
+        if layout.is_one_each and cotangent.ndim == 2:
+            a = self.input.like(wide(cotangent))
+            return self._scaled_twice(products.squares(a) * products.squares(cotangent))
         if not layout.is_regular():
             return None
-        if layout.pattern == (layout.count, 1) and layout.dims == (0,) and cotangent.ndim == 2:
-            a = self.input.like(wide(cotangent))  # one row a pose, in order
-            return products.squares(a) * products.squares(cotangent) * self.scale**2
         a, b = self._by_pose(cotangent, layout)  # [m, T, d], [m, T, p]
         length, (height, width) = a.shape[1], self.shape
         if length**2 * (height + width) > 2 * height * width:
             return None
-        pairs = ((a @ a.mT) * (b @ b.mT)).flatten(1) * self.scale**2  # [m, T T]
+        pairs = self._scaled_twice((a @ a.mT) * (b @ b.mT)).flatten(1)  # [m, T T]
         squares = pairs.sum(1)
         return None if cancels(pairs.abs().sum(1), squares) else squares
 
@@ -130,3 +128,6 @@ class Linear(ClosedForm):
 
     def _scaled(self, gradient: Tensor) -> Tensor:
         return gradient if self.scale == 1 else gradient.mul_(self.scale)
+
+    def _scaled_twice(self, products: Tensor) -> Tensor:
+        return products if self.scale == 1 else products.mul_(self.scale**2)

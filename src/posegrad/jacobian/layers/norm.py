@@ -1,18 +1,18 @@
 """The scale of a normalisation: layer, group, batch."""
 
-from dataclasses import dataclass
 from typing import final
 
 from torch import Tensor
 
 from posegrad.jacobian._form import Factor
+from posegrad.jacobian._record import record
 from posegrad.jacobian.layers.elementwise import Broadcast
 
 __all__ = ["NormScale"]
 
 
 @final
-@dataclass(frozen=True)
+@record
 class NormScale(Broadcast):
     r"""The scale of :math:`y = \gamma \circ (x - \mu)\,\rho + \beta`, from the saved statistics.
 

@@ -1,6 +1,6 @@
 """Parameters that are laid out several times, as instance normalisation does for its images."""
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import final
 
 import torch
@@ -8,12 +8,13 @@ from torch import Tensor
 
 from posegrad.jacobian._form import ClosedForm
 from posegrad.jacobian._layout import Layout
+from posegrad.jacobian._record import record
 
 __all__ = ["Repeat"]
 
 
 @final
-@dataclass(frozen=True)
+@record
 class Repeat(ClosedForm):
     """A parameter whose copies stand behind each other: `y = theta.repeat(...)`.
 

@@ -1,6 +1,5 @@
 """Products of a matrix with a vector of weights."""
 
-from dataclasses import dataclass
 from typing import final
 
 import torch
@@ -8,12 +7,13 @@ from torch import Tensor
 
 from posegrad.jacobian._form import ClosedForm, Factor
 from posegrad.jacobian._layout import Layout
+from posegrad.jacobian._record import record
 
 __all__ = ["Vector"]
 
 
 @final
-@dataclass(frozen=True)
+@record
 class Vector(ClosedForm):
     r"""The weights w of :math:`y = A w`, for A `[R, d]`.
 
