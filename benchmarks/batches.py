@@ -17,7 +17,7 @@ from typing import Any
 from tqdm import tqdm
 
 from benchmarks.cases import CASES, described
-from benchmarks.per_pose import PLAIN, Bind, plain
+from benchmarks.per_pose import PLAIN, Bind
 from benchmarks.settings import Memory, Row, Settings
 from benchmarks.side_by_side import Key, side_by_side
 from benchmarks.tasks import TASKS, missing
@@ -60,7 +60,8 @@ def run(suite: str, cases: Sequence[str], settings: Settings) -> dict[str, Any]:
 
 def _of(case: str, tasks: Sequence[str], absent: dict[str, str], settings: Settings) -> list[Row]:
     problem, kind = CASES[case].make(CASES[case].m).to(settings.device), CASES[case].kind
-    ways: dict[Key, Bind] = {(PLAIN, PLAIN): plain}
+    (unit,) = {TASKS[task].unit for task in tasks}
+    ways: dict[Key, Bind] = {(PLAIN, PLAIN): unit}
     unfit: list[Row] = []
     for task in tasks:
         for name, method in TASKS[task].ways.items():

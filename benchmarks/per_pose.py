@@ -26,6 +26,7 @@ __all__ = [
     "named",
     "of_rows",
     "plain",
+    "plain_step",
     "posegrad",
     "posegrad_clipped",
     "posegrad_matrix",
@@ -47,6 +48,17 @@ def plain(network: nn.Module) -> Step:
     def step(problem: Problem) -> Found:
         total = network(*problem.inputs).sum()
         return None, named(parameters, torch.autograd.grad(total, list(parameters.values())))
+
+    return step
+
+
+def plain_step(network: nn.Module) -> Step:
+    """As `plain`, in `.grad`, as a training step leaves it."""
+
+    def step(problem: Problem) -> Found:
+        network.zero_grad()
+        network(*problem.inputs).sum().backward()
+        return None, gradients(network)
 
     return step
 

@@ -25,6 +25,8 @@ from benchmarks.per_pose import (
     autograd_rows,
     joined,
     of_rows,
+    plain,
+    plain_step,
     posegrad,
     posegrad_clipped,
     posegrad_matrix,
@@ -60,11 +62,13 @@ class Task:
         text: What, in words.
         errors: How far what was found is from what is exact.
         ways: How.
+        unit: What their time is divided by.
     """
 
     text: str
     errors: Callable[[Found, Exact], Row]
     ways: Mapping[str, Method]
+    unit: Bind = plain
 
 
 def _products(found: Found, exact: Exact) -> Row:
@@ -134,13 +138,15 @@ TASKS: dict[str, Task] = {
         {"posegrad": Method(posegrad_matrix), **_of(joined)},
     ),
     "clipping": Task(
-        "Forward, the sum of the per-pose gradients, each clipped",
+        "Forward, the sum of the per-pose gradients, each clipped, in .grad; the unit is a plain "
+        "step that leaves its own there",
         _clipped,
         {
             "posegrad": Method(posegrad_clipped),
             "Opacus, ghost clipping": Method(clipped_ghost, "opacus", _ONE_ROW),
             "Opacus, flat clipping": Method(clipped_flat, "opacus", _ONE_ROW),
         },
+        plain_step,
     ),
 }
 

@@ -43,10 +43,17 @@ def _factor(tensor: Tensor) -> Factor:
     return Factor.of(tensor, "The input")
 
 
-def _linear(rows: int, *, flipped: bool = False, on_left: bool = False, scale: float = 1.0) -> Case:
-    a, b = torch.randn(rows, 3, dtype=F64), torch.randn(rows, 2, dtype=F64)
+def _linear(
+    rows: int,
+    *,
+    flipped: bool = False,
+    on_left: bool = False,
+    scale: float = 1.0,
+    width: int = 2,
+) -> Case:
+    a, b = torch.randn(rows, 3, dtype=F64), torch.randn(rows, width, dtype=F64)
     a, b = (a.mT, b.mT) if on_left else (a, b)
-    shape = torch.Size((3, 2) if flipped else (2, 3))
+    shape = torch.Size((3, width) if flipped else (width, 3))
     return Case(Linear(shape, _factor(a), flipped, on_left, scale), b, int(on_left))
 
 
@@ -56,8 +63,8 @@ def _elementwise(rows: int, shape: tuple[int, ...], aligned: tuple[int, ...], *,
     return Case(Elementwise(torch.Size(shape), torch.Size(aligned), factor), b, dim)
 
 
-def _bias(rows: int) -> Case:
-    form = Elementwise(torch.Size([4]), torch.Size([1, 4]), -2.0)
+def _bias(rows: int, factor: float) -> Case:
+    form = Elementwise(torch.Size([4]), torch.Size([1, 4]), factor)
     return Case(form, torch.randn(rows, 4, dtype=F64), 0)
 
 
@@ -119,7 +126,11 @@ CASES: dict[str, Callable[[int], Case]] = {
     "linear, flipped": lambda r: _linear(r, flipped=True),
     "linear, on the left": lambda r: _linear(r, on_left=True, scale=-0.5),
     "linear, on the left, flipped": lambda r: _linear(r, on_left=True, flipped=True),
-    "bias": _bias,
+    "linear, wide": lambda r: _linear(r, scale=-0.5, width=5),
+    "linear, wide, flipped": lambda r: _linear(r, flipped=True, width=5),
+    "linear, wide, on the left": lambda r: _linear(r, on_left=True, width=5),
+    "bias": lambda r: _bias(r, 1.0),
+    "bias, times a number": lambda r: _bias(r, -2.0),
     "scale": lambda r: _elementwise(r, (4,), (1, 1, 4), dim=0),
     "scale, pose second": lambda r: _elementwise(r, (4, 1, 4), (4, 1, 4), dim=1),
     "scale of one number": lambda r: _elementwise(r, (), (1, 1, 1), dim=2),
@@ -193,6 +204,11 @@ def test_what_else_a_form_offers_is_of_its_rows(name: str, owned: tuple[int, Ten
         flat, into = rows.reshape(len(rows), -1), torch.full_like(rows, torch.nan)
         case.form.write_rows(cotangent, layout, into)
         torch.testing.assert_close(into, rows, rtol=1e-12, atol=1e-12)
+        weights = torch.linspace(-1, 2, layout.count, dtype=cotangent.dtype)
+        combined = case.form.combine(cotangent, layout, weights)
+        if combined is not None:  # else there is no shorter way
+            expected = torch.einsum("m...,m->...", rows, weights)
+            torch.testing.assert_close(combined, expected, rtol=1e-9, atol=1e-9)
         squares = case.form.squares(cotangent, layout, Products())
         if squares is not None:  # else rows are cheaper, or cancel
             torch.testing.assert_close(squares, flat.square().sum(1), rtol=1e-9, atol=1e-9)
@@ -200,6 +216,13 @@ def test_what_else_a_form_offers_is_of_its_rows(name: str, owned: tuple[int, Ten
             gram = case.form.inner(cotangent, cotangent, layout, Products())
             if gram is not None:
                 torch.testing.assert_close(gram, flat @ flat.mT, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["linear, wide", "linear, wide, flipped", "bias"])
+def test_the_short_way_to_a_weighted_sum_is_taken(name: str) -> None:
+    case = CASES[name](4)
+    layout, weights = Layout.regular(4, 0, 4, 1, DEVICE), torch.ones(4, dtype=F64)
+    assert case.form.combine(case.cotangent, layout, weights) is not None
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -5,6 +5,7 @@ Reading nodes instead of hooking modules finds every use alike, whatever Python 
 """
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -136,7 +137,12 @@ def _elementwise(op: Operator, entry: Entry, factor: Factor | float) -> ClosedFo
     missing = len(op.sizes) - len(entry.shape)
     if entry.transposed or missing < 0:
         return None
-    return Elementwise(entry.shape, torch.Size((1,) * missing + entry.shape), factor)
+    return Elementwise(entry.shape, _aligned(entry.shape, missing), factor)
+
+
+@cache
+def _aligned(shape: torch.Size, missing: int) -> torch.Size:
+    return torch.Size((1,) * missing + shape)
 
 
 def _kernel(op: Operator, entry: Entry) -> ClosedForm | None:

@@ -62,13 +62,15 @@ class Routine:
         uses: In the order in which they are read.
         edges: Where cotangents are needed.
         arrangement: The poses in the output.
-        first_slots: One slot of each operator that is read, to see whether it is packed.
+        read_at: The operators that are read.
+        first_slots: One slot of each, if it has any, to see whether it is packed.
         other_slots: The slots that a backward to the edges does not free.
     """
 
     uses: list[_Use]
     edges: list[Edge]
     arrangement: Arrangement
+    read_at: list[int]
     first_slots: list[Slot]
     other_slots: list[Slot]
 
@@ -112,7 +114,7 @@ class Routine:
         freed = {*registry.above(read_at)}
         first = {node: name for node, name in reversed(slots) if node in read_at}
         left = [slot for slot in slots if slot[0] not in freed]
-        return cls(uses, edges, arrangement, [*first.items()], left)
+        return cls(uses, edges, arrangement, [*read_at], [*first.items()], left)
 
     def parts(
         self, registry: EdgeRegistry, output: Tensor, names: Iterable[str], keep_graph: bool
@@ -125,7 +127,8 @@ class Routine:
         nodes = registry.nodes
         if any(is_packed_at(nodes[number], name) for number, name in self.first_slots):
             return None  # by a checkpoint, which had better be read in one go
-        forms = [use.reader(operator_at(registry, use.node), use.entry) for use in self.uses]
+        operators = {node: operator_at(registry, node) for node in self.read_at}
+        forms = [use.reader(operators[use.node], use.entry) for use in self.uses]
         if None in forms:
             return None
         ones = torch.ones_like(output)  # not kept: a hook may write to it

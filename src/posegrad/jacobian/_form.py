@@ -127,6 +127,13 @@ class ClosedForm(ABC):
         """
         return None
 
+    def combine(self, cotangent: Tensor, layout: Layout, weights: Tensor) -> Tensor | None:
+        """The sum of the poses' gradients times weights `[m]`; None if there is no shorter way.
+
+        *Law:* it is `vjp(layout.weigh(cotangent, weights))`.
+        """
+        return None
+
     def factors(self) -> list[Factor]:
         """The tensors of the forward that this form holds."""
         values = [getattr(self, field.name) for field in fields(self)]

@@ -209,6 +209,10 @@ class Factors(Part):
             super().write(into)
 
     def combine(self, weights: "Weights") -> Tensor:
+        if self.arrangement.dim is None and self.pull is None:
+            shorter = self.form.combine(wide(self.cotangents[0]), self.layout, weights.of(self))
+            if shorter is not None:
+                return shorter
         weighed = weights.times_cotangents(self)
         total = self.form.vjp(weighed)
         if total.data_ptr() == weighed.data_ptr():  # nothing was summed
@@ -297,7 +301,7 @@ class Weights:
     def of(self, part: Part) -> Tensor:
         """Those of a part's rows, `[count]`."""
         values, count = self.values, part.count
-        return values if count == len(values) else values[part.start : part.start + count]
+        return values if count == values.shape[0] else values[part.start : part.start + count]
 
     def times_cotangents(self, part: Factors) -> Tensor:
         """The cotangents of a part with each row times the weight of its owner."""

@@ -40,11 +40,15 @@ def exact(method: Callable[P, T]) -> Callable[P, T]:
 
     @wraps(method)
     def inner(*args: P.args, **kwargs: P.kwargs) -> T:
-        with torch.no_grad():
+        before = torch.is_grad_enabled()
+        torch.set_grad_enabled(False)  # torch.no_grad() takes twice as long
+        try:
             if not is_cast():
                 return method(*args, **kwargs)
             with no_autocast():
                 return method(*args, **kwargs)
+        finally:
+            torch.set_grad_enabled(before)
 
     return inner
 

@@ -1,7 +1,6 @@
 """Inner products of rows."""
 
 from collections.abc import Iterable
-from functools import reduce
 
 import torch
 from torch import Tensor
@@ -78,8 +77,17 @@ def inner_products(rows: Tensor) -> Tensor:
 
 def added(terms: Iterable[Tensor], device: torch.device) -> Tensor | None:
     """What parameters contribute, summed in the widest of their dtypes; None if none does."""
-    placed = [term if term.device == device else term.to(device) for term in terms]
-    return reduce(torch.add, placed) if placed else None
+    total: Tensor | None = None
+    is_own = False  # to be written to
+    for term in terms:
+        placed = term if term.device == device else term.to(device)
+        if total is None:
+            total = placed
+        elif is_own and total.dtype == placed.dtype:
+            total.add_(placed)
+        else:
+            total, is_own = total + placed, True
+    return total
 
 
 def pairs_are_cheaper(rows: int, numbers: int, height: int, width: int) -> bool:

@@ -133,7 +133,7 @@ class PoseJacobian:
         """
         flat = Weights(checked_weights(weights, self.output_shape).to(self._device).reshape(-1))
         # Backwards: a bias before its weight, whose product sweeps from the processor's cache the
-        # weighed cotangents that both need.
+        # cotangents that both need.
         found = {name: self._blocks[name].combine(flat) for name in reversed(self._blocks)}
         return {name: found[name] for name in self._blocks}
 

@@ -75,6 +75,10 @@ class Elementwise(Broadcast):
     def inner(self, first: Tensor, second: Tensor, layout: Layout, products: Products) -> Tensor:
         return products.of(first, second)
 
+    def combine(self, cotangent: Tensor, layout: Layout, weights: Tensor) -> Tensor | None:
+        plain = self.prefers_pairs(cotangent.shape, layout, 1)
+        return weights.to(cotangent) @ cotangent if plain else None
+
     def contribution(self, cotangent: Tensor) -> Tensor:
         if isinstance(self.factor, Factor):
             return cotangent * self.factor.value.to(cotangent.dtype)

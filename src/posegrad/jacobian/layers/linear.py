@@ -76,7 +76,7 @@ class Linear(ClosedForm):
         if self.on_left:
             a, first, second = a.mT, first.mT, second.mT  # rows first
         pairs = self._scaled_twice(products.of(a, a) * products.of(first, second))  # [R, R]
-        if len(pairs) == layout.count and layout.pattern:
+        if pairs.shape[0] == layout.count and layout.pattern:
             return pairs  # one row a pose, in order
         return summed_pairs(pairs, self._flat(first.shape[:-1], layout), alike=alike)
 
@@ -98,6 +98,15 @@ class Linear(ClosedForm):
         pairs = self._scaled_twice((a @ a.mT) * (b @ b.mT)).flatten(1)  # [m, T T]
         squares = pairs.sum(1)
         return None if cancels(pairs.abs().sum(1), squares) else squares
+
+    def combine(self, cotangent: Tensor, layout: Layout, weights: Tensor) -> Tensor | None:
+        """With one row a pose, the weights go to the smaller of its two factors."""
+        a = self.input.like(cotangent)
+        shorter = not self.on_left and a.numel() < cotangent.numel()
+        if not shorter or not layout.is_one_each or cotangent.ndim != 2:
+            return None
+        left, right = self._sides(layout.weigh(a, weights), cotangent)
+        return self._scaled(left @ right)
 
     @property
     def _features(self) -> int:
