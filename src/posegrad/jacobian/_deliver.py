@@ -1,5 +1,6 @@
 """Gradients that were computed elsewhere, handed to parameters as a backward would."""
 
+import sys
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -11,6 +12,9 @@ from posegrad.weighting._base import GradientRule, Jacobian
 from posegrad.weighting._rules import OfPredictions
 
 __all__ = ["deliver", "deposit", "step_of"]
+
+_PROBE = [object()]
+_HELD_BY_A_LIST = sys.getrefcount(_PROBE[0])
 
 
 def step_of(
@@ -59,7 +63,8 @@ def deliver(parameters: Sequence[Tensor], gradients: list[Tensor]) -> None:
 
     `torch.autograd.backward(parameters, gradients)` would do the same and copy every one, because
     its caller still holds them. What the node of a view hands on is another tensor of the same
-    numbers, which nobody holds: where there is no `.grad` yet, autograd keeps that itself.
+    numbers, which nobody holds: where there is no `.grad` yet, autograd keeps that itself. What it
+    would not keep, it would copy while the original is held here; so that is copied before.
 
     Args:
         parameters: Leaves that require grad.
@@ -68,7 +73,9 @@ def deliver(parameters: Sequence[Tensor], gradients: list[Tensor]) -> None:
     if not parameters:
         return
     for i, p in enumerate(parameters):
-        if gradients[i].stride() != p.stride():  # autograd would copy it while it is held here
+        # A rule may hold on to what it returned, or have returned it for two parameters.
+        is_held = sys.getrefcount(gradients[i]) > _HELD_BY_A_LIST
+        if is_held or gradients[i].stride() != p.stride():
             gradients[i] = torch.empty_like(p).copy_(gradients[i])
     with torch.enable_grad():
         views = tuple([p.view_as(p) for p in parameters])
