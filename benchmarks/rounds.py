@@ -50,16 +50,19 @@ def seconds(call: Callable[[], object], now: Clock, *, times: int = 1) -> float:
 
 
 def interleaved(
-    calls: Mapping[Key, Callable[[], object]], rounds: int, now: Clock
+    calls: Mapping[Key, Callable[[], object]], rounds: int, now: Clock, *, least: float = 0.0
 ) -> dict[Key, list[float]]:
     """Seconds of each call, round by round.
 
     Args:
         calls: What to time. Each is called once before the first round, to learn how long it takes.
-        rounds: How often each is timed.
+        rounds: How often each is timed, at least.
         now: One of `CLOCKS`.
+        least: For how many seconds, at least: rounds of short calls differ more, and cost less.
     """
-    times = {key: _repeats(seconds(call, now)) for key, call in calls.items()}
+    once = {key: seconds(call, now) for key, call in calls.items()}
+    times = {key: _repeats(taken) for key, taken in once.items()}
+    rounds = max(rounds, math.ceil(least / sum(times[key] * once[key] for key in calls)))
     found: dict[Key, list[float]] = {key: [] for key in calls}
     for turn in range(rounds):
         for key in shuffled(list(calls), turn):

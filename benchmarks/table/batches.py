@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from benchmarks.table.lines import Row, line, machine, median_ms, ratio, rule, values
+from benchmarks.table.lines import Row, line, machine, median_ms, ratio, rounds, rule, values
 
 __all__ = ["markdown"]
 
@@ -31,7 +31,7 @@ def _heading(result: dict[str, Any]) -> str:
     return (
         f"Gradients of single poses in one batch. {machine(result)}\n"
         f"Time ({result['clock']} clock) is the ratio to plain forward and backward within a "
-        f"round: median of {result['rounds']} rounds (least to most). Memory: a process of its own "
+        f"round: median of {rounds(result['rows'])} (least to most). Memory: a process of its own "
         "with default malloc settings, beyond network and inputs; the first call includes making "
         "the engine and its checks, or hooks. Errors: ‖G − G64‖ / ‖G64‖, and the largest over "
         "parameters of ‖g − g64‖ / ‖g64‖, against rows by autograd in float64."

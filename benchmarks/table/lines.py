@@ -4,7 +4,7 @@ import statistics
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-__all__ = ["Row", "line", "machine", "median_ms", "ratio", "relative", "rule", "values"]
+__all__ = ["Row", "line", "machine", "median_ms", "ratio", "relative", "rounds", "rule", "values"]
 
 Row = dict[str, Any]
 
@@ -32,6 +32,12 @@ def relative(seconds: Sequence[float], plain: Sequence[float]) -> float:
 
 def _ratios(seconds: Sequence[float], plain: Sequence[float]) -> list[float]:
     return [s / p for s, p in zip(seconds, plain, strict=True)]
+
+
+def rounds(rows: Iterable[Row]) -> str:
+    """How many there were; short cases have more."""
+    counts = sorted({len(row["seconds"]) for row in rows if "seconds" in row})
+    return f"{counts[0]} to {counts[-1]} rounds" if len(counts) > 1 else f"{counts[0]} rounds"
 
 
 def median_ms(seconds: Sequence[float]) -> str:

@@ -4,7 +4,7 @@ import statistics
 from collections.abc import Iterable
 from typing import Any
 
-from benchmarks.table.lines import Row, line, machine, ratio, rule, values
+from benchmarks.table.lines import Row, line, machine, ratio, rounds, rule, values
 
 __all__ = ["markdown"]
 
@@ -20,7 +20,7 @@ def _heading(result: dict[str, Any]) -> str:
     return (
         f"Distinct docked poses, one training step. {machine(result)}\n"
         f"Time ({result['clock']} clock) is the ratio to plain autograd within a round: median of "
-        f"{result['rounds']} rounds (least to most). The limit is a forward for each pose and a "
+        f"{rounds(result['rows'])} (least to most). The limit is a forward for each pose and a "
         "backward for each pose of nonzero weight. Gradient error: largest over parameters of "
         "‖g − g64‖ / ‖g64‖, against autograd in float64."
     )
