@@ -15,7 +15,7 @@ __all__ = ["Key", "side_by_side"]
 
 Key = tuple[str, str]  # task, method
 
-SHORTEST = 60.0  # seconds for a case
+LEAST = 60.0  # seconds for a case
 
 
 def side_by_side(problem: Problem, ways: Mapping[Key, Bind], settings: Settings) -> dict[Key, Row]:
@@ -38,6 +38,6 @@ def side_by_side(problem: Problem, ways: Mapping[Key, Bind], settings: Settings)
         rows[key] = {} if key[0] == PLAIN else TASKS[key[0]].errors(found, exact)
         del found
     del exact
-    for key, seconds in interleaved(calls, settings.rounds, settings.now, least=SHORTEST).items():
+    for key, seconds in interleaved(calls, settings.rounds, settings.now, least=LEAST).items():
         rows[key]["seconds"] = seconds
     return rows

@@ -70,6 +70,14 @@ class _Asked(NamedTuple):
     quiet: bool
 
 
+class _Graph(NamedTuple):
+    """The graph of an output, and what is known of those like it."""
+
+    output: Tensor
+    registry: EdgeRegistry
+    known: _Structure
+
+
 def _seeded() -> torch.Generator:
     return torch.Generator("cpu").manual_seed(0)
 
@@ -151,7 +159,7 @@ class Gatherer:
                 scale = known.has_float16
                 scale = registry.has_float16() if scale is None else scale
                 read = self._parts_in_float16 if scale else self._parts_of
-                parts = read(known, registry, output, asked, keep_graph)
+                parts = read(_Graph(output, registry, known), asked, keep_graph)
         if not parts and must_depend:
             raise NotDifferentiableError(unrelated_message(output, len(parameters)))
         blocks = {
@@ -159,14 +167,8 @@ class Gatherer:
         }
         return PoseJacobian(output.detach().clone(), parameters, blocks)
 
-    def _parts_of(
-        self,
-        known: _Structure,
-        registry: EdgeRegistry,
-        output: Tensor,
-        asked: _Asked,
-        keep_graph: bool,
-    ) -> Parts:
+    def _parts_of(self, graph: _Graph, asked: _Asked, keep_graph: bool) -> Parts:
+        output, registry, known = graph
         used, index = asked.parameters, asked.pose_index
         special = is_cast() or torch.is_inference_mode_enabled()
         with failures_named():
@@ -181,17 +183,13 @@ class Gatherer:
             known.routine = Routine.of(subject, recipe, parts, known.slots)
         return parts
 
-    def _parts_in_float16(
-        self,
-        known: _Structure,
-        registry: EdgeRegistry,
-        output: Tensor,
-        asked: _Asked,
-        keep_graph: bool,
-    ) -> Parts:
+    def _parts_in_float16(self, graph: _Graph, asked: _Asked, keep_graph: bool) -> Parts:
+        output, registry, known = graph
+
         def read(scaled: Tensor) -> Parts:
             own = EdgeRegistry(scaled)
-            return self._parts_of(self._structure(own, asked, scaled), own, scaled, asked, True)
+            seen = _Graph(scaled, own, self._structure(own, asked, scaled))
+            return self._parts_of(seen, asked, keep_graph=True)
 
         with undisturbed(registry, asked.parameters), failures_named():
             parts = self._scaling.parts(output, asked.parameters, read)
