@@ -52,7 +52,8 @@ class Step(NamedTuple):
     """What a rule makes of a Jacobian.
 
     Args:
-        gradients: What is added to `.grad`, by parameter.
+        gradients: What is added to `.grad`, by parameter. A tensor that the rule keeps is copied;
+            of a view or a detached tensor of what it keeps return a clone, as that is not seen.
         weights: The weight of each row, in the output's shape; None if the rule has none.
     """
 
