@@ -1,6 +1,7 @@
 # Each target makes the virtual environment it needs; a second call finds it ready.
 #   make test VENV=/some/where    to use another environment
 #   make test PYTHON=python3.13   to make it with another Python
+#   make bench DEVICE=cuda        to measure on a GPU
 
 VENV ?= .venv
 
@@ -8,6 +9,8 @@ VENV ?= .venv
 PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3.14 python3; do \
 	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
 	&& echo $$python && break; done)
+
+DEVICE ?= cpu
 
 RUN := $(VENV)/bin/python
 INSTALL := $(RUN) -m pip install --disable-pip-version-check -c constraints.txt
@@ -42,11 +45,11 @@ docs: $(VENV)/.docs-ready
 	$(RUN) -m sphinx -W --keep-going -n docs docs/_build
 
 bench: $(VENV)/.bench-ready
-	$(RUN) -m benchmarks --suite multipose
-	$(RUN) -m benchmarks --suite scaling --rounds 1
-	$(RUN) -m benchmarks --suite processes --rounds 7
+	$(RUN) -m benchmarks --suite multipose --device $(DEVICE)
+	$(RUN) -m benchmarks --suite scaling --device $(DEVICE) --rounds 1
+	$(if $(filter cpu,$(DEVICE)),$(RUN) -m benchmarks --suite processes --rounds 7)
 	for suite in gramian rows clipping overhead forms rules; do \
-	  $(HEAP) $(RUN) -m benchmarks --suite $$suite --rounds 5 || exit 1; done
+	  $(HEAP) $(RUN) -m benchmarks --suite $$suite --device $(DEVICE) --rounds 5 || exit 1; done
 	$(RUN) -m benchmarks.report
 
 clean:

@@ -16,11 +16,12 @@ RESULTS = Path(__file__).parent / "results"
 
 
 class _Suite(NamedTuple):
-    """A suite: how to run it, what it can be narrowed to, how its memory is measured."""
+    """A suite: how to run it, what it can be narrowed to, how its memory is measured, and where."""
 
     run: Callable[[Sequence[str], Settings], dict[str, Any]]
     names: Collection[str]
     memory: Memory | None = None
+    devices: Collection[str] = ("cpu", "cuda")
 
 
 SUITES: dict[str, _Suite] = {
@@ -32,7 +33,7 @@ SUITES: dict[str, _Suite] = {
         for suite, tasks in batches.SUITES.items()
     },
     "scaling": _Suite(scaling.run, scaling.CASES, scaling.MEMORY),
-    "processes": _Suite(processes.run, processes.CASES),
+    "processes": _Suite(processes.run, processes.CASES, devices=("cpu",)),
     "overhead": _Suite(overhead.run, overhead.NETWORKS),
     "forms": _Suite(forms.run, forms.LAYERS),
     "rules": _Suite(rules.run, rules.NETWORKS),
@@ -54,6 +55,8 @@ def _arguments() -> argparse.Namespace:
     arguments = parser.parse_args()
     if (arguments.only or arguments.no_memory) and not arguments.output:
         parser.error("a part of a suite goes to a file of its own: --output")
+    if arguments.device not in SUITES[arguments.suite].devices:
+        parser.error(f"{arguments.suite} is not for --device {arguments.device}")
     known = SUITES[arguments.suite].names
     unknown = [name for name in arguments.only or () if name not in known]
     if unknown:

@@ -39,12 +39,12 @@ def _case(case: str, task: str, method: str, threads: int, device: str) -> Peaks
     first, second = copy.deepcopy(problem.network), copy.deepcopy(problem.network)
     resident = resident_mib(partial(_first_call, bind, first, problem), device)
     steps: list[Step] = []  # the same again: watching each operation costs memory itself
-    first_live = live_mib(lambda: steps.append(_first_call(bind, second, problem)))
+    first_live = live_mib(lambda: steps.append(_first_call(bind, second, problem)), device)
     second.zero_grad()  # so that gradients are counted in both
     return {
         "resident_mib": resident,
         "first_live_mib": first_live,
-        "second_live_mib": live_mib(lambda: steps[0](problem)),
+        "second_live_mib": live_mib(lambda: steps[0](problem), device),
     }
 
 

@@ -83,7 +83,7 @@ class _Group:
 
     def __init__(self, model: Model, m: int, rules: Sequence[str], settings: Settings) -> None:
         self.model, self.rules = model, rules
-        self.now, self.device = settings.now, settings.device
+        self.stopwatch, self.device = settings.stopwatch, settings.device
         self.network = model.make().to(self.device)
         self.poses = [model.to(p, self.device, torch.float32) for p in model.poses(m)]
         # A copy for each method: nothing one of them hangs on its model slows another.
@@ -116,7 +116,7 @@ class _Group:
     def _seconds(self, name: str, rule: str) -> float:
         method, combine = self.methods[name], RULES[rule]()
         method.network.zero_grad()
-        return seconds(partial(method.step, self.poses, combine, TARGET), self.now)
+        return seconds(partial(method.step, self.poses, combine, TARGET), self.stopwatch)
 
     def _compare(self, rule: str, rows: Mapping[str, Row]) -> None:
         """Largest relative difference of each method's gradient from float64; warms all up."""
@@ -136,21 +136,14 @@ class _Group:
 
     def _floor_times(self) -> tuple[float, list[float], Tensor]:
         """Seconds of the forwards without graph, of each backward, and the predictions `[m]`."""
-        network, now = self.network, self.now
-        start = now()
+        predictions: list[Tensor] = []
         with torch.no_grad():
-            predictions = torch.stack([self._score(pose) for pose in self.poses])  # [m]
-        forwards = now() - start
+            forwards = self.stopwatch(lambda: predictions.extend(map(self._score, self.poses)))
 
-        backwards = []
-        network.zero_grad()
-        for pose in self.poses:
-            prediction = self._score(pose)
-            start = now()
-            prediction.backward()
-            backwards.append(now() - start)
-        network.zero_grad()
-        return forwards, backwards, predictions
+        self.network.zero_grad()
+        backwards = [self.stopwatch(self._score(pose).backward) for pose in self.poses]
+        self.network.zero_grad()
+        return forwards, backwards, torch.stack(predictions)
 
     def _score(self, pose: Any) -> Tensor:
         return self.model.predict(self.network, pose)

@@ -88,7 +88,7 @@ def run(networks: Sequence[str], settings: Settings) -> dict[str, Any]:
         problem = make().to(settings.device)
         libraries = {n: f for n, (f, package) in FOLLOWED.items() if package not in absent}
         steps = {library: _step(problem, follow) for library, follow in libraries.items()}
-        for library, seconds in interleaved(steps, settings.rounds, settings.now).items():
+        for library, seconds in interleaved(steps, settings.rounds, settings.stopwatch).items():
             rows.append({"network": text, "library": library, "seconds": seconds})
     return settings.result("overhead", rows, missing=absent)
 

@@ -55,19 +55,24 @@ def step_peaks(step: Callable[[], object], network: nn.Module, device: str) -> P
     """
     resident = resident_mib(step, device)
     network.zero_grad()
-    live = live_mib(step)  # a second run: watching each operation costs memory itself
+    live = live_mib(step, device)  # a second run: to watch each operation costs memory itself
     return {"live_mib": live, "resident_mib": resident}
 
 
-def live_mib(call: Callable[[], object]) -> float:
-    """Most MiB of tensors alive at once during a call, beyond those alive before it; exact."""
+def live_mib(call: Callable[[], object], device: str) -> float:
+    """Most MiB of tensors alive at once during a call, beyond those alive before it; exact.
+
+    On a GPU it is what torch's allocator has handed out at most, operators' workspaces included.
+    """
     gc.collect()
+    if device == "cuda":
+        return _allocator_peak(call, "allocated")
     with peak_live_bytes() as peak:
         call()
     return peak.bytes / MIB
 
 
-def resident_mib(call: Callable[[], object], device: str = "cpu") -> float | None:
+def resident_mib(call: Callable[[], object], device: str) -> float | None:
     """How far a call raises the process's high-water mark over its size before.
 
     This adds the allocator's own keeping. None where the system has no `/proc`. On a GPU it is what
@@ -76,14 +81,22 @@ def resident_mib(call: Callable[[], object], device: str = "cpu") -> float | Non
     gc.collect()
     if device == "cuda":
         torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_reserved()
-        call()
-        return (torch.cuda.max_memory_reserved() - before) / MIB
+        return _allocator_peak(call, "reserved")
     _give_back_freed_memory()
     baseline = _reset_high_water_mark()
     call()
     return None if baseline is None else (_status("VmHWM") - baseline) / MIB
+
+
+def _allocator_peak(call: Callable[[], object], kind: str) -> float:
+    """MiB by which a call raises torch's CUDA allocator's figure of a kind over that before it."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_stats()[f"{kind}_bytes.all.current"]
+    call()
+    torch.cuda.synchronize()
+    peak: int = torch.cuda.memory_stats()[f"{kind}_bytes.all.peak"]
+    return (peak - before) / MIB
 
 
 def _give_back_freed_memory() -> None:

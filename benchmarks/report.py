@@ -23,10 +23,11 @@ README = ("<!-- made by `python -m benchmarks.report` -->\n", "<!-- until here -
 Results = Mapping[str, dict[str, Any]]
 
 
-def load(device: str = "cpu") -> dict[str, dict[str, Any]]:
-    """The committed results, by suite."""
-    paths = {suite: RESULTS / f"{suite}-{device}.json" for suite in SUITES}
-    return {s: json.loads(path.read_text()) for s, path in paths.items() if path.exists()}
+def load() -> dict[str, dict[str, Any]]:
+    """The committed results, by suite; those of a GPU under names that say so."""
+    paths = {suite: RESULTS / f"{suite}-cpu.json" for suite in SUITES}
+    paths |= {f"{suite} on a GPU": RESULTS / f"{suite}-cuda.json" for suite in SUITES}
+    return {name: json.loads(path.read_text()) for name, path in paths.items() if path.exists()}
 
 
 def page(results: Results) -> str:

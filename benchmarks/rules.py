@@ -60,7 +60,7 @@ def _of(problem: Problem, settings: Settings) -> list[Row]:
         network = copy.deepcopy(problem.network)
         calls[name] = partial(_ours, Engine(network), network, rule, problem.inputs)
         errors[name] = largest_difference(calls[name](), _expected(rule, problem, exact))
-    found = interleaved(calls, settings.rounds, settings.now)
+    found = interleaved(calls, settings.rounds, settings.stopwatch)
     return [
         {"rule": name, "seconds": seconds}
         | ({"gradient_error": errors[name]} if name in errors else {})

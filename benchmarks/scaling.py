@@ -149,7 +149,7 @@ def _of(case: Case, settings: Settings) -> list[Row]:
         calls[name]()
         if expected is not None:
             rows[name]["gradient_error"] = largest_difference(gradients(network), expected)
-    for name, seconds in interleaved(calls, settings.rounds, settings.now).items():
+    for name, seconds in interleaved(calls, settings.rounds, settings.stopwatch).items():
         rows[name]["seconds"] = seconds
     return list(rows.values())
 

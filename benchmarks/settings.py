@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from benchmarks.environment import environment
 from benchmarks.process import Peaks, fresh
-from benchmarks.rounds import CLOCKS, Clock
+from benchmarks.rounds import CLOCKS, Stopwatch
 from benchmarks.table.lines import Row
 
 __all__ = ["Memory", "Row", "Settings"]
@@ -63,8 +63,8 @@ class Settings:
         torch.backends.cudnn.allow_tf32 = False  # as matrix products
 
     @property
-    def now(self) -> Clock:
-        """Seconds, from anywhere on."""
+    def stopwatch(self) -> Stopwatch:
+        """What takes the seconds of a call."""
         return CLOCKS[self.clock]
 
     def measure(self, rows: Sequence[Row], memory: Memory) -> None:

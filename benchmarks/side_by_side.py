@@ -38,6 +38,7 @@ def side_by_side(problem: Problem, ways: Mapping[Key, Bind], settings: Settings)
         rows[key] = {} if key[0] == PLAIN else TASKS[key[0]].errors(found, exact)
         del found
     del exact
-    for key, seconds in interleaved(calls, settings.rounds, settings.now, least=LEAST).items():
+    timed = interleaved(calls, settings.rounds, settings.stopwatch, least=LEAST)
+    for key, seconds in timed.items():
         rows[key]["seconds"] = seconds
     return rows

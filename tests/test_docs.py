@@ -146,7 +146,7 @@ def test_public_names_but_errors_show_an_example(path: str) -> None:
 
 
 def test_there_are_results_of_every_suite() -> None:
-    assert report.load().keys() == SUITES.keys()
+    assert report.load().keys() >= SUITES.keys()
 
 
 def test_the_page_of_the_benchmarks_is_made_of_the_results() -> None:
