@@ -1,6 +1,7 @@
 """Inner products of rows."""
 
 from collections.abc import Iterable
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -19,16 +20,20 @@ __all__ = [
 ]
 
 _TILE, _COLUMNS = 8, 16384  # rows of a tile, and how much of them at once: half a MiB
+_PANEL = 64  # rows of a panel
+_KEPT = 2**20  # products; of many rows they are as large as gradients
 
 
 class Products:
     """Products of all rows of two tensors, and of each row with itself, each taken once.
 
-    A weight and a bias have their cotangents in common, projections of one tensor their input.
+    A weight and a bias have their cotangents in common, projections of one tensor their input:
+    neighbours, so the last ones are kept.
     """
 
     def __init__(self) -> None:
         self._known: dict[tuple[int, int], tuple[Tensor, Tensor, Tensor]] = {}
+        self._count = 0  # of the products
         self._squares: dict[int, tuple[Tensor, Tensor]] = {}
 
     def of(self, first: Tensor, second: Tensor) -> Tensor:
@@ -36,9 +41,15 @@ class Products:
         key = first.data_ptr(), second.data_ptr()  # their own, as long as they are held here
         known = self._known.get(key)
         if known is None or not _is_same(first, known[0]) or not _is_same(second, known[1]):
+            alike = key[0] == key[1] and _is_same(first, second)
             left = wide(as_rows(first))
-            right = left if second is first else wide(as_rows(second))
-            known = self._known[key] = first, second, left @ right.mT
+            found = inner_products(left) if alike else left @ wide(as_rows(second)).mT
+            if known is not None:  # another tensor at that address
+                self._drop(key)
+            known = self._known[key] = first, second, found
+            self._count += found.numel()
+            while self._count > _KEPT and len(self._known) > 1:
+                self._drop(next(iter(self._known)))
         return known[2]
 
     def squares(self, tensor: Tensor) -> Tensor:
@@ -49,6 +60,9 @@ class Products:
             known = self._squares[tensor.data_ptr()] = tensor, norms.square()
         return known[1]
 
+    def _drop(self, key: tuple[int, int]) -> None:
+        self._count -= self._known.pop(key)[2].numel()
+
 
 def as_rows(tensor: Tensor) -> Tensor:
     """`[..., p]` as `[R, p]`."""
@@ -56,13 +70,20 @@ def as_rows(tensor: Tensor) -> Tensor:
 
 
 def inner_products(rows: Tensor) -> Tensor:
-    """The Gramian `[M, M]` of rows `[M, n]`.
+    """The Gramian `[M, M]` of rows `[M, n]`; on a CPU half of it follows by symmetry."""
+    if _is_slow_at_once(rows):
+        return _by_tiles(rows)
+    if rows.device.type == "cpu" and len(rows) >= 4 * _PANEL and rows.shape[1] >= 8 * _PANEL:
+        return _by_panels(rows)
+    return rows @ rows.mT
 
-    Gradients are few and long. On one thread, the matrix product that torch calls on a CPU slows
-    down fourfold from 16 rows on; tiles of eight rows do not, and half of them follow by symmetry.
+
+def _by_tiles(rows: Tensor) -> Tensor:
+    """The Gramian of few and long rows, as gradients are.
+
+    On one thread of an Intel processor, the matrix product that torch calls slows down fourfold
+    from 16 rows on; tiles of eight rows do not. On one of AMD's they would take twice the time.
     """
-    if not _is_slow_at_once(rows):
-        return rows @ rows.mT
     count = len(rows)
     gram = rows.new_zeros(count, count)
     places = range(0, count, _TILE)
@@ -73,6 +94,16 @@ def inner_products(rows: Tensor) -> Tensor:
                 gram[i : i + _TILE, j : j + _TILE].addmm_(first, second.mT)
     lower = gram.tril(-1)
     return lower + lower.mT + gram.diagonal().diag()
+
+
+def _by_panels(rows: Tensor) -> Tensor:
+    """The Gramian of many rows, as activations are: each panel with those before it."""
+    gram = rows.new_empty(len(rows), len(rows))
+    for i in range(0, len(rows), _PANEL):
+        end = min(i + _PANEL, len(rows))
+        panel = torch.mm(rows[i:end], rows[:end].mT, out=gram[i:end, :end])
+        gram[:i, i:end] = panel[:, :i].mT
+    return gram
 
 
 def added(terms: Iterable[Tensor], device: torch.device) -> Tensor | None:
@@ -93,9 +124,16 @@ def added(terms: Iterable[Tensor], device: torch.device) -> Tensor | None:
 def pairs_are_cheaper(rows: int, numbers: int, height: int, width: int) -> bool:
     """Whether products of R rows cost less than gradients `[height, width]` of M numbers.
 
-    R^2 (d + p) multiplications, against R d p for the gradients and M^2 d p for their products.
+    R^2 (d + p) multiplications, against R d p for the gradients and M^2 d p for their products,
+    half of which follow by symmetry. On top of that each of the M d p numbers of the gradients is
+    written and read again, which takes as long as some sixteen multiplications. But gradients that
+    are not far larger than their factors are kept, and save the weighted sum its R d p.
     """
-    return rows**2 * (height + width) <= (rows + numbers**2) * height * width
+    size = height * width
+    pairs = rows**2 * (height + width) / 2
+    if numbers * size <= 2 * rows * (height + width):
+        pairs += rows * size
+    return pairs <= (rows + 16 * numbers + numbers**2 / 2) * size
 
 
 def summed_pairs(pairs: Tensor, owners: Layout, *, alike: bool) -> Tensor | None:
@@ -128,12 +166,15 @@ def cancels(sizes: Tensor, squares: Tensor) -> bool:
 def _is_slow_at_once(rows: Tensor) -> bool:
     few_and_long = 16 <= len(rows) <= 64 and rows.shape[1] >= 8192
     narrow = rows.dtype == torch.float32 and rows.device.type == "cpu"
-    return few_and_long and narrow and torch.get_num_threads() == 1
+    return few_and_long and narrow and torch.get_num_threads() == 1 and _is_intel()
+
+
+@cache
+def _is_intel() -> bool:
+    return "Intel" in torch.cpu.get_capabilities().get("cpu_name", "")
 
 
 def _is_same(first: Tensor, second: Tensor) -> bool:
     """Whether two tensors that begin at one address are the same numbers."""
-    if first is second:
-        return True
     alike = first.shape == second.shape and first.stride() == second.stride()
     return alike and first.dtype == second.dtype

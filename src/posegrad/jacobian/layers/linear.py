@@ -81,19 +81,14 @@ class Linear(ClosedForm):
         return summed_pairs(pairs, self._flat(first.shape[:-1], layout), alike=alike)
 
     def squares(self, cotangent: Tensor, layout: Layout, products: Products) -> Tensor | None:
-        r"""Sums of :math:`(A_i A_i^\top) \circ (B_i B_i^\top)`, with the rows of pose i in both.
-
-        They take :math:`T^2 (d + p)` multiplications a pose. The gradient takes :math:`T d p`, but
-        then `combine` has it already, and otherwise does it once more.
-        """
+        r"""Sums of :math:`(A_i A_i^\top) \circ (B_i B_i^\top)`, with the rows of pose i in both."""
         if layout.is_one_each and cotangent.ndim == 2:
             a = self.input.like(wide(cotangent))
             return self._scaled_twice(products.squares(a) * products.squares(cotangent))
         if not layout.is_regular():
             return None
         a, b = self._by_pose(cotangent, layout)  # [m, T, d], [m, T, p]
-        length, (height, width) = a.shape[1], self.shape
-        if length**2 * (height + width) > 2 * height * width:
+        if not pairs_are_cheaper(a.shape[1], 1, *self.shape):
             return None
         pairs = self._scaled_twice((a @ a.mT) * (b @ b.mT)).flatten(1)  # [m, T T]
         squares = pairs.sum(1)
