@@ -1,4 +1,4 @@
-"""Imports point one way: errors, combination, weighting, jacobian, capture, schedule, engine."""
+"""Imports point one way, and names private to torch are used in one place."""
 
 import ast
 from pathlib import Path
@@ -9,12 +9,18 @@ import posegrad
 
 SRC = Path(posegrad.__file__).parent
 ORDER = [
-    "errors", "ranks", "combination", "weighting", "jacobian", "capture", "schedule", "engine",
-    "multipose", "testing", "interop", "plot",
+    "_compat", "errors", "ranks", "combination", "weighting", "jacobian", "capture", "schedule",
+    "engine", "multipose", "testing", "interop", "plot",
 ]  # fmt: skip
 FILES = sorted(
     path.relative_to(SRC) for path in SRC.rglob("*.py") if path.parent != SRC or path.stem in ORDER
 )
+COMPAT = Path("_compat.py")
+
+
+def _private_attributes(path: Path) -> set[str]:
+    nodes = ast.walk(ast.parse((SRC / path).read_text()))
+    return {n.attr for n in nodes if isinstance(n, ast.Attribute) and n.attr.startswith("_")}
 
 
 def _imports(path: Path) -> set[str]:
@@ -46,7 +52,12 @@ def test_private_torch_names_are_imported_in_compat_only(path: Path) -> None:
         for name in _imports(path)
         if name.startswith("torch.") and any(part.startswith("_") for part in name.split("."))
     }
-    assert not private or path == Path("capture/_compat.py")
+    assert not private or path == COMPAT
+
+
+@pytest.mark.parametrize("path", FILES, ids=str)
+def test_private_torch_attributes_of_compat_are_used_in_compat_only(path: Path) -> None:
+    assert path == COMPAT or not _private_attributes(path) & _private_attributes(COMPAT)
 
 
 def test_only_the_core_is_needed_to_import() -> None:

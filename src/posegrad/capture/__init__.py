@@ -1,6 +1,6 @@
 """Reading autograd's graph: the only code that touches autograd's internals."""
 
-from posegrad.capture._compat import add_each, in_fsdp_backward, in_static_ddp, leaf_hooks_off
+from posegrad._compat import add_each, in_fsdp_backward, in_static_ddp, leaf_hooks_off
 from posegrad.capture._edges import EdgeRegistry
 from posegrad.capture._gather import Gatherer
 from posegrad.capture._guard import failures_named, grad_set_aside

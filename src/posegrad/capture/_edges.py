@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
+from posegrad._compat import carries_float16, facts_of, is_python, outputs_of
 from posegrad.capture._axis import FACTS, Facts
-from posegrad.capture._compat import carries_float16, facts_of, is_python, outputs_of
 from posegrad.errors import ReentrantCheckpointError
 
 __all__ = ["LEAF", "Edge", "EdgeRegistry", "Use", "walk"]

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from posegrad.capture._compat import leaf_hooks_off
+from posegrad._compat import leaf_hooks_off
 from posegrad.capture._rungs import Parts
 from posegrad.jacobian import Factors, Part, Rows, wide
 

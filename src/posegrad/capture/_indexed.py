@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
+from posegrad._compat import is_packed, saved
 from posegrad.capture._axis import Axis, dim_of
-from posegrad.capture._compat import is_packed, saved
 from posegrad.jacobian import NOBODY
 
 __all__ = ["INDEXED", "IndexRule"]

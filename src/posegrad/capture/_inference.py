@@ -16,8 +16,8 @@ move it with their dimensions (`_axis.py`).
 
 from math import prod
 
+from posegrad._compat import is_python
 from posegrad.capture._axis import RULES, Axis, agreed, axis_in
-from posegrad.capture._compat import is_python
 from posegrad.capture._edges import Edge, EdgeRegistry
 from posegrad.capture._indexed import INDEXED
 from posegrad.jacobian import Arrangement

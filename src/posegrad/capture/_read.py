@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
-from posegrad.capture._compat import saved
+from posegrad._compat import saved
 from posegrad.jacobian import ClosedForm, Factor
 from posegrad.jacobian.layers import (
     BatchedLinear,

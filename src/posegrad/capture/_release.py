@@ -5,7 +5,7 @@ from typing import NoReturn
 
 from torch import Tensor
 
-from posegrad.capture._compat import slot_names, slots_of
+from posegrad._compat import slot_names, slots_of
 from posegrad.capture._edges import EdgeRegistry
 
 __all__ = ["Slot", "release", "slots_above"]

@@ -13,8 +13,8 @@ from typing import NamedTuple, Self
 import torch
 from torch import Tensor
 
+from posegrad._compat import device_of, is_packed_at
 from posegrad.capture._axis import Axis
-from posegrad.capture._compat import device_of, is_packed_at
 from posegrad.capture._edges import Edge, EdgeRegistry
 from posegrad.capture._read import Entry, Reader, reader_of
 from posegrad.capture._recipe import Recipe

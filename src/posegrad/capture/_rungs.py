@@ -8,7 +8,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from posegrad.capture._compat import dtype_of, in_backward, is_packed
+from posegrad._compat import dtype_of, in_backward, is_packed
 from posegrad.capture._edges import Edge, EdgeRegistry
 from posegrad.capture._read import Entry, Operator, is_readable, read
 from posegrad.capture._recipe import Recipe, named

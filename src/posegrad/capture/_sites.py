@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from posegrad.capture._compat import device_of, dtype_of
+from posegrad._compat import device_of, dtype_of
 from posegrad.capture._edges import Edge, EdgeRegistry
 from posegrad.capture._read import TRANSPARENT, is_readable
 

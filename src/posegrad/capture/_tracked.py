@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node, get_gradient_edge
 
-from posegrad.capture._compat import carries_float16
+from posegrad._compat import carries_float16
 from posegrad.capture._edges import LEAF, walk
 from posegrad.errors import UntrackedTensorError
 

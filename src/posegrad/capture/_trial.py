@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from posegrad._compat import dtype_of
 from posegrad.capture._axis import Axis
-from posegrad.capture._compat import dtype_of
 from posegrad.capture._edges import Edge, EdgeRegistry
 from posegrad.capture._inference import infer
 from posegrad.capture._owners import find_layout, make_probes

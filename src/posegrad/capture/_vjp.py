@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
-from posegrad.capture._compat import (
+from posegrad._compat import (
     apply_node,
     backward_to,
     device_of,

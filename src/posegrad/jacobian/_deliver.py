@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
-from torch.autograd.variable import Variable
 
+from posegrad._compat import backward_into_leaves
 from posegrad.errors import NonFiniteGradientError
 from posegrad.weighting._base import GradientRule, Jacobian
 from posegrad.weighting._rules import OfPredictions
@@ -81,6 +81,4 @@ def deliver(parameters: Sequence[Tensor], gradients: list[Tensor]) -> None:
         views = tuple([p.view_as(p) for p in parameters])
     given = tuple(gradients)
     gradients.clear()
-    Variable._execution_engine.run_backward(  # torch.autograd.backward without its checks
-        views, given, False, False, (), True, accumulate_grad=True
-    )
+    backward_into_leaves(views, given)

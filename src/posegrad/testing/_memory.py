@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, UntypedStorage
 
-from posegrad.capture._compat import TorchDispatchMode, tree_leaves
+from posegrad._compat import TorchDispatchMode, tree_leaves
 
 __all__ = ["PeakBytes", "peak_live_bytes"]
 

@@ -18,6 +18,7 @@ __all__ = [
     "TorchDispatchMode",
     "add_each",
     "apply_node",
+    "backward_into_leaves",
     "backward_to",
     "carries_float16",
     "device_of",
@@ -52,6 +53,13 @@ def backward_to(
         (output,), (cotangent,), keep_graph, False, tuple(edges), True, accumulate_grad=False
     )
     return found
+
+
+def backward_into_leaves(outputs: tuple[Tensor, ...], cotangents: tuple[Tensor, ...]) -> None:
+    """`torch.autograd.backward` without its checks; it holds none of the cotangents."""
+    Variable._execution_engine.run_backward(
+        outputs, cotangents, False, False, (), True, accumulate_grad=True
+    )
 
 
 @contextmanager
