@@ -1,5 +1,6 @@
 """Where tensors are: nothing of ours goes to the default device, whatever that is."""
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,21 +10,9 @@ from torch import Tensor, nn
 from torchjd.aggregation import UPGrad
 
 import posegrad
-from posegrad import (
-    Best,
-    Boltzmann,
-    Clip,
-    Combination,
-    Engine,
-    Mean,
-    Median,
-    Min,
-    MultiPose,
-    SignAgreement,
-    TopK,
-    TrimmedMean,
-)
+from posegrad import Boltzmann, Clip, Combination, Engine, Mean, MultiPose
 from posegrad.testing._seeded import seeded
+from posegrad.testing.table import RULES
 from tests.device import DEVICE
 
 
@@ -41,22 +30,9 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "PReLU": lambda: nn.Sequential(nn.Linear(5, 8), nn.PReLU(), nn.LayerNorm(8), nn.Linear(8, 1)),
 }
 
-RULES: dict[str, Callable[[], Combination]] = {
-    "Mean": Mean,
-    "Min(3)": lambda: Min(scale=3.0),
-    "Min(1000)": lambda: Min(scale=1000.0),
-    "Boltzmann": lambda: Boltzmann(kT=0.5),
-    "Best": Best,
-    "TopK": lambda: TopK(2),
-}
-
 GRADIENT_RULES: dict[str, Callable[[], object]] = {
-    "Clip": lambda: Clip(0.5),
+    **{name: row.make for name, row in RULES.items() if not row.components},
     "Clip with noise": lambda: Clip(0.5, noise_multiplier=1.0, generator=seeded(0)),
-    "TrimmedMean": lambda: TrimmedMean(1),
-    "Median": Median,
-    "SignAgreement": lambda: SignAgreement(0.5),
-    "Mean": Mean,
     "UPGrad": UPGrad,
 }
 
@@ -75,15 +51,18 @@ def elsewhere() -> torch.device:
     ("rule", "schedule"),
     [
         (rule, schedule)
-        for rule, make in RULES.items()
+        for rule, row in RULES.items()
+        if isinstance(made := row.make(), Combination)
         for schedule in ("auto", "retain", "store", "stream", "recompute")
-        if schedule != "stream" or make().online() is not None
+        if schedule != "stream" or made.online() is not None
     ],
 )
 def test_combine_stays_where_the_model_is(
     rule: str, schedule: str, groups: list[int] | Tensor | None
 ) -> None:
-    model, made, X = NETWORKS["MLP with dropout"]().to(DEVICE), RULES[rule](), poses()
+    components = math.prod(RULES[rule].components)
+    model = nn.Sequential(nn.Linear(5, 8), nn.Dropout(0.2), nn.Linear(8, components)).to(DEVICE)
+    made, X = RULES[rule].make().to(DEVICE), poses()
     with elsewhere():
         prediction, per_pose = Engine(model).combine(X, made, schedule=schedule, groups=groups)
         prediction.sum().backward()
