@@ -56,7 +56,7 @@ def backward_to(
 
 
 def backward_into_leaves(outputs: tuple[Tensor, ...], cotangents: tuple[Tensor, ...]) -> None:
-    """`torch.autograd.backward` without its checks; it holds none of the cotangents."""
+    """`torch.autograd.backward` without its checks, and without a hold on the cotangents."""
     Variable._execution_engine.run_backward(
         outputs, cotangents, False, False, (), True, accumulate_grad=True
     )

@@ -7,31 +7,30 @@ import torch
 from torch import Tensor, nn
 
 from posegrad import Engine, PoseJacobian
-from posegrad.jacobian import _products
-from posegrad.jacobian._products import Products, inner_products
+from posegrad.jacobian._products import Products, _by_panels, _by_tiles, inner_products
 from posegrad.testing import peak_live_bytes
 
 POSES, TOKENS, WIDTH = 8, 64, 512
 
 
-def _by(way: str) -> Callable[[Tensor], Tensor]:
-    found: Callable[[Tensor], Tensor] = getattr(_products, way)
-    return found
-
-
-@pytest.mark.parametrize("way", ["inner_products", "_by_tiles", "_by_panels"])
+@pytest.mark.parametrize("take", [inner_products, _by_tiles, _by_panels])
 @pytest.mark.parametrize("shape", [(1, 3), (16, 20_000), (17, 8_192), (256, 512), (321, 600)])
-def test_inner_products_are_exact(way: str, shape: tuple[int, int]) -> None:
+def test_inner_products_are_exact(take: Callable[[Tensor], Tensor], shape: tuple[int, int]) -> None:
     rows = torch.randn(shape)
-    sizes = rows.double().norm(dim=1)
-    exact = rows.double() @ rows.double().mT / torch.outer(sizes, sizes)
-    found = _by(way)(rows).double() / torch.outer(sizes, sizes)
-    torch.testing.assert_close(found, exact, rtol=0, atol=1e-6)
+    _assert_alike(take(rows), rows)
 
 
 def test_inner_products_of_columns_that_are_no_block_in_memory() -> None:
     rows = torch.randn(600, 300).mT
-    torch.testing.assert_close(inner_products(rows), rows.contiguous() @ rows.mT)
+    _assert_alike(inner_products(rows), rows)
+
+
+def _assert_alike(gram: Tensor, rows: Tensor) -> None:
+    """Compared as cosines, with float64."""
+    exact = rows.double()
+    lengths = exact.norm(dim=1)
+    scale = torch.outer(lengths, lengths)
+    torch.testing.assert_close(gram.double() / scale, exact @ exact.mT / scale, rtol=0, atol=1e-6)
 
 
 def test_products_do_not_take_one_tensor_for_another_at_its_address() -> None:
@@ -40,6 +39,16 @@ def test_products_do_not_take_one_tensor_for_another_at_its_address() -> None:
     for first in views:
         for second in (v for v in views if v.shape[1] == first.shape[1]):
             torch.testing.assert_close(products.of(first, second), first @ second.mT)
+
+
+def test_products_of_a_shared_input_are_taken_once() -> None:
+    """The queries, keys and values of an attention, with so many rows that few are kept."""
+    x, products = torch.randn(1100, 8), Products()
+    first = products.of(x, x)
+    for _ in range(3):
+        b = torch.randn(1100, 4)
+        products.of(b, b)
+        assert products.of(x, x) is first
 
 
 def _deep(layers: int) -> PoseJacobian:

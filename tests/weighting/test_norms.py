@@ -147,6 +147,19 @@ def test_norms_are_taken_in_float32(dtype: torch.dtype) -> None:
     torch.testing.assert_close(J.norms().double(), expected, rtol=1e-2, atol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_long_poses_are_multiplied_in_float32(dtype: torch.dtype) -> None:
+    layer, x = nn.Linear(512, 512, bias=False).to(dtype), torch.randn(8, 64, 512, dtype=dtype)
+    factors = torch.randn(8, 64, 512, dtype=dtype)  # and cotangents
+    J = Engine(layer, check="never").jacobian((layer(x) * factors).flatten(1).sum(1))
+    rows = factors.double().mT @ x.double()  # [m, p, d]
+    exact = rows.flatten(1) @ rows.flatten(1).mT
+    assert J.norms().dtype == J.gramian().dtype == torch.float32
+    torch.testing.assert_close(J.norms().double(), exact.diagonal().sqrt(), rtol=1e-5, atol=0)
+    size = float(exact.diagonal().max())
+    torch.testing.assert_close(J.gramian().double(), exact, rtol=0, atol=1e-5 * size)
+
+
 @pytest.mark.parametrize("length", [1, 2])
 def test_norms_of_wide_layers_need_no_rows(length: int) -> None:
     layer, x = nn.Linear(128, 128, bias=False), torch.randn(16, length, 128)

@@ -1,6 +1,5 @@
 """Reading autograd's graph: the only code that touches autograd's internals."""
 
-from posegrad._compat import add_each, in_fsdp_backward, in_static_ddp, leaf_hooks_off
 from posegrad.capture._edges import EdgeRegistry
 from posegrad.capture._gather import Gatherer
 from posegrad.capture._guard import failures_named, grad_set_aside
@@ -12,16 +11,12 @@ __all__ = [
     "EdgeRegistry",
     "Gatherer",
     "Roster",
-    "add_each",
     "check_modules",
     "check_no_talk",
     "check_tracked",
     "failures_named",
     "grad_set_aside",
     "graph_clock",
-    "in_fsdp_backward",
-    "in_static_ddp",
     "is_row_of_leaf",
-    "leaf_hooks_off",
     "unwrapped",
 ]

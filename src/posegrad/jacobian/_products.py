@@ -21,35 +21,32 @@ __all__ = [
 
 _TILE, _COLUMNS = 8, 16384  # rows of a tile, and how much of them at once: half a MiB
 _PANEL = 64  # rows of a panel
-_KEPT = 2**20  # products; of many rows they are as large as gradients
+_KEPT = 2**20  # products beyond two matrices of them: of many rows they are large
 
 
 class Products:
-    """Products of all rows of two tensors, and of each row with itself, each taken once.
+    """Products of all rows of two tensors, and of each row with itself.
 
-    A weight and a bias have their cotangents in common, projections of one tensor their input:
-    neighbours, so the last ones are kept.
+    A weight and a bias have their cotangents in common, projections of one tensor their input. They
+    are neighbours, so the latest products are kept, and taken once.
     """
 
     def __init__(self) -> None:
         self._known: dict[tuple[int, int], tuple[Tensor, Tensor, Tensor]] = {}
-        self._count = 0  # of the products
         self._squares: dict[int, tuple[Tensor, Tensor]] = {}
 
     def of(self, first: Tensor, second: Tensor) -> Tensor:
         """The products of the rows `[..., p]`, `[R, R']`, in float32 at least."""
         key = first.data_ptr(), second.data_ptr()  # their own, as long as they are held here
-        known = self._known.get(key)
+        known = self._known.pop(key, None)
         if known is None or not _is_same(first, known[0]) or not _is_same(second, known[1]):
             alike = key[0] == key[1] and _is_same(first, second)
             left = wide(as_rows(first))
             found = inner_products(left) if alike else left @ wide(as_rows(second)).mT
-            if known is not None:  # another tensor at that address
-                self._drop(key)
-            known = self._known[key] = first, second, found
-            self._count += found.numel()
-            while self._count > _KEPT and len(self._known) > 1:
-                self._drop(next(iter(self._known)))
+            known = first, second, found
+        self._known[key] = known  # as the latest
+        while len(self._known) > 2 and self._size() > _KEPT:
+            del self._known[next(iter(self._known))]
         return known[2]
 
     def squares(self, tensor: Tensor) -> Tensor:
@@ -60,8 +57,8 @@ class Products:
             known = self._squares[tensor.data_ptr()] = tensor, norms.square()
         return known[1]
 
-    def _drop(self, key: tuple[int, int]) -> None:
-        self._count -= self._known.pop(key)[2].numel()
+    def _size(self) -> int:
+        return sum(found.numel() for _, _, found in self._known.values())
 
 
 def as_rows(tensor: Tensor) -> Tensor:
@@ -73,7 +70,7 @@ def inner_products(rows: Tensor) -> Tensor:
     """The Gramian `[M, M]` of rows `[M, n]`; on a CPU half of it follows by symmetry."""
     if _is_slow_at_once(rows):
         return _by_tiles(rows)
-    if rows.device.type == "cpu" and len(rows) >= 4 * _PANEL and rows.shape[1] >= 8 * _PANEL:
+    if rows.device.type == "cpu" and _pays_in_panels(*rows.shape):
         return _by_panels(rows)
     return rows @ rows.mT
 
@@ -106,6 +103,10 @@ def _by_panels(rows: Tensor) -> Tensor:
     return gram
 
 
+def _pays_in_panels(rows: int, width: int) -> bool:
+    return rows >= 4 * _PANEL and width >= 8 * _PANEL
+
+
 def added(terms: Iterable[Tensor], device: torch.device) -> Tensor | None:
     """What parameters contribute, summed in the widest of their dtypes; None if none does."""
     total: Tensor | None = None
@@ -121,19 +122,33 @@ def added(terms: Iterable[Tensor], device: torch.device) -> Tensor | None:
     return total
 
 
-def pairs_are_cheaper(rows: int, numbers: int, height: int, width: int) -> bool:
+def pairs_are_cheaper(
+    rows: int, numbers: int, height: int, width: int, *, halved: bool = False
+) -> bool:
     """Whether products of R rows cost less than gradients `[height, width]` of M numbers.
 
-    R^2 (d + p) multiplications, against R d p for the gradients and M^2 d p for their products,
-    half of which follow by symmetry. On top of that each of the M d p numbers of the gradients is
-    written and read again, which takes as long as some sixteen multiplications. But gradients that
-    are not far larger than their factors are kept, and save the weighted sum its R d p.
+    R^2 (d + p) multiplications, against R d p for the gradients and M^2 d p for their products. On
+    top of that each of the M d p numbers of the gradients is written and read again, which takes
+    as long as some 32 multiplications. But gradients that are not far larger than their factors
+    are kept, and save the weighted sum its R d p.
+
+    Args:
+        rows: R.
+        numbers: M.
+        height: p.
+        width: d.
+        halved: Whether the products are those of `inner_products` on a CPU.
     """
     size = height * width
-    pairs = rows**2 * (height + width) / 2
+    if rows > numbers and 2 * rows**2 > numbers * size:
+        return False  # products would take more memory, too
+    pairs = sum(
+        rows**2 * side * (2 / 3 if halved and _pays_in_panels(rows, side) else 1)
+        for side in (height, width)
+    )
     if numbers * size <= 2 * rows * (height + width):
         pairs += rows * size
-    return pairs <= (rows + 16 * numbers + numbers**2 / 2) * size
+    return pairs <= (rows + 32 * numbers + numbers**2) * size
 
 
 def summed_pairs(pairs: Tensor, owners: Layout, *, alike: bool) -> Tensor | None:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-from posegrad.capture import in_static_ddp
+from posegrad._compat import in_static_ddp
 from posegrad.errors import HigherOrderError
 from posegrad.schedule._inputs import Inputs
 

@@ -6,7 +6,8 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor, nn
 
-from posegrad.capture import failures_named, grad_set_aside, is_row_of_leaf, leaf_hooks_off
+from posegrad._compat import leaf_hooks_off
+from posegrad.capture import failures_named, grad_set_aside, is_row_of_leaf
 from posegrad.errors import StaleParametersError, UntrackedTensorError, listed
 from posegrad.jacobian import no_autocast
 from posegrad.ranks import Ranks

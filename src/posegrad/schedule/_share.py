@@ -16,7 +16,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from posegrad.capture import check_tracked, graph_clock, in_fsdp_backward
+from posegrad._compat import in_fsdp_backward
+from posegrad.capture import check_tracked, graph_clock
 from posegrad.combination import Combination
 from posegrad.errors import UnsupportedModuleError, UntrackedTensorError
 from posegrad.jacobian import wide

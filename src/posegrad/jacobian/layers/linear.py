@@ -66,13 +66,13 @@ class Linear(ClosedForm):
 
     def prefers_pairs(self, cotangent: torch.Size, layout: Layout, components: int) -> bool:
         rows = components * cotangent.numel() // cotangent[self._features]
-        return pairs_are_cheaper(rows, components * layout.count, *self.shape)
+        halved = components == 1 and self.input.tensor.device.type == "cpu"
+        return pairs_are_cheaper(rows, components * layout.count, *self.shape, halved=halved)
 
     def inner(
         self, first: Tensor, second: Tensor, layout: Layout, products: Products
     ) -> Tensor | None:
-        alike = first is second
-        a = self.input.like(wide(first))
+        a, alike = self.input.value, first is second
         if self.on_left:
             a, first, second = a.mT, first.mT, second.mT  # rows first
         pairs = self._scaled_twice(products.of(a, a) * products.of(first, second))  # [R, R]
@@ -83,11 +83,11 @@ class Linear(ClosedForm):
     def squares(self, cotangent: Tensor, layout: Layout, products: Products) -> Tensor | None:
         r"""Sums of :math:`(A_i A_i^\top) \circ (B_i B_i^\top)`, with the rows of pose i in both."""
         if layout.is_one_each and cotangent.ndim == 2:
-            a = self.input.like(wide(cotangent))
-            return self._scaled_twice(products.squares(a) * products.squares(cotangent))
+            squares = products.squares(self.input.value) * products.squares(cotangent)
+            return self._scaled_twice(squares)
         if not layout.is_regular():
             return None
-        a, b = self._by_pose(cotangent, layout)  # [m, T, d], [m, T, p]
+        a, b = self._by_pose(wide(cotangent), layout)  # [m, T, d], [m, T, p]
         if not pairs_are_cheaper(a.shape[1], 1, *self.shape):
             return None
         pairs = self._scaled_twice((a @ a.mT) * (b @ b.mT)).flatten(1)  # [m, T T]
