@@ -1,11 +1,11 @@
 """`python -m benchmarks.report`: what is made of the results, and of nothing else.
 
-The page docs/benchmarks.md with all tables, the table of the README, and the plots.
+The page docs/benchmarks.md with all tables, the tables of other pages, and the plots.
 """
 
 import json
 import statistics
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,11 @@ from benchmarks.table import SUITES, markdown
 from benchmarks.table import losses as lost
 from benchmarks.table.lines import Row, line, relative, rule
 
-__all__ = ["README", "load", "main", "page", "readme"]
+__all__ = ["MARKS", "TABLES", "load", "main", "page"]
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-README = ("<!-- made by `python -m benchmarks.report` -->\n", "<!-- until here -->")
+MARKS = ("<!-- made by `python -m benchmarks.report` -->\n", "<!-- until here -->")
 
 Results = Mapping[str, dict[str, Any]]
 
@@ -46,7 +46,7 @@ def page(results: Results) -> str:
     return "\n".join(parts)
 
 
-def readme(results: Results) -> str:
+def _disciplines(results: Results) -> str:
     """The README's table: a line for each discipline."""
     head = ["one step, one CPU thread", "plain autograd", "best peer", "posegrad"]
     head += ["its memory", "peer's memory"]
@@ -99,14 +99,59 @@ def _line(name: str, rows: list[Row], ours: str, memory: str) -> list[str]:
     ]
 
 
+def _clipping(results: Results) -> str:
+    """Ratios and memory of each case of the suite `clipping`."""
+    result, rows = results["clipping"], results["clipping"]["rows"]
+    methods = [m for m in dict.fromkeys(row["method"] for row in rows) if m != "plain"]
+    lines = [line(["case", *methods]), rule(1 + len(methods))]
+    for case in result["cases"]:
+        found = {row["method"]: row for row in rows if row["case"] == case["case"]}
+        cells = (
+            f"{_ratio(found, method)}, {found[method]['second_live_mib']:.1f} MiB"
+            for method in methods
+        )
+        lines.append(line([case["text"], *cells]))
+    return "\n".join(lines) + "\n"
+
+
+def _gramian(results: Results) -> str:
+    """Ratios of the suite `gramian`: of the better of TorchJD's engines, and of the others."""
+    peers = ["TorchJD", "vmap(grad)", "rows by autograd.grad"]
+    lines = [line(["model", "posegrad", *peers]), rule(2 + len(peers))]
+    texts = {case["case"]: case for case in results["gramian"]["cases"]}
+    for case in ("mlp-64", "conv-32", "encoder-16", "large-8", "schnet-16"):
+        rows = [row for row in results["gramian"]["rows"] if row["case"] == case]
+        found = {row["method"]: row for row in rows if "seconds" in row}
+        cells = []
+        for name in ("posegrad", *peers):
+            ratios = [_ratio(found, method) for method in found if method.startswith(name)]
+            cells.append(min(ratios, key=float, default=""))
+        lines.append(line([f"{texts[case]['text']}, m = {texts[case]['poses']}", *cells]))
+    return "\n".join(lines) + "\n"
+
+
+def _ratio(rows: Mapping[str, Row], method: str) -> str:
+    return f"{relative(rows[method]['seconds'], rows['plain']['seconds']):.2f}"
+
+
+TABLES: dict[str, Callable[[Results], str]] = {
+    "README.md": _disciplines,
+    "docs/coming-from-opacus.md": _clipping,
+    "docs/jacobian.md": _gramian,
+}
+"""Pages with a table of their own, between `MARKS`."""
+
+
 def main() -> None:
-    """Write the page, the README's table and the plots."""
+    """Write the page, the tables of other pages and the plots."""
     results = load()
     (ROOT / "docs" / "benchmarks.md").write_text(page(results), encoding="utf-8")
-    path = ROOT / "README.md"
-    before, rest = path.read_text(encoding="utf-8").split(README[0])
-    after = rest.split(README[1])[1]
-    path.write_text(before + README[0] + readme(results) + README[1] + after, encoding="utf-8")
+    start, end = MARKS
+    for name, table in TABLES.items():
+        path = ROOT / name
+        before, rest = path.read_text(encoding="utf-8").split(start)
+        after = rest.split(end)[1]
+        path.write_text(before + start + table(results) + end + after, encoding="utf-8")
     draw(results, ROOT / "docs" / "figures")
 
 

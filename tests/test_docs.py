@@ -145,6 +145,11 @@ def test_public_names_but_errors_show_an_example(path: str) -> None:
     assert ">>>" in pkgutil.resolve_name(path).__doc__, f"the docstring of {path} has no Example"
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "docs" / "figures").glob("*.py")), ids=_name)
+def test_scripts_of_figures_can_be_imported(path: Path) -> None:
+    importlib.import_module(f"docs.figures.{path.stem}")
+
+
 def test_there_are_results_of_every_suite() -> None:
     assert report.load().keys() >= SUITES.keys()
 
@@ -155,10 +160,11 @@ def test_the_page_of_the_benchmarks_is_made_of_the_results() -> None:
     assert losses.UNKNOWN not in page, "Say why, in benchmarks/table/losses.py."
 
 
-def test_the_table_of_the_readme_is_made_of_the_results() -> None:
-    start, end = report.README
-    table = (ROOT / "README.md").read_text(encoding="utf-8").split(start)[1].split(end)[0]
-    assert table == report.readme(report.load()), "Run `python -m benchmarks.report`."
+@pytest.mark.parametrize("path", report.TABLES)
+def test_tables_of_figures_are_made_of_the_results(path: str) -> None:
+    start, end = report.MARKS
+    table = (ROOT / path).read_text(encoding="utf-8").split(start)[1].split(end)[0]
+    assert table == report.TABLES[path](report.load()), "Run `python -m benchmarks.report`."
 
 
 def test_where_a_peer_is_ahead_is_found() -> None:
@@ -169,7 +175,7 @@ def test_where_a_peer_is_ahead_is_found() -> None:
     [loss] = losses.losses({"suite": "gramian", "rows": rows})
     assert loss == ("gramian/mlp-64/peer/time", 0.5)
     assert not losses.losses({"suite": "gramian", "rows": rows[:1]})
-    assert losses.why(loss) == losses.UNKNOWN
+    assert losses.why(loss, "cpu") == losses.UNKNOWN
 
 
 def test_errors_of_the_benchmarks_do_not_hide_a_nan() -> None:

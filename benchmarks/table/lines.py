@@ -60,7 +60,8 @@ def machine(result: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in packages if version is not None)
     allocator = environment["allocator"]
     settings = ", ".join(f"{k}={v}" for k, v in allocator["settings"].items()) or "default"
-    gpu = f"{environment['gpu']}, " if environment["gpu"] else ""
+    peaks = "its allocator's peaks: live is what it handed out, resident what it reserved"
+    gpu = f"{environment['gpu']} ({peaks}), " if environment["gpu"] else ""
     return (
         f"{gpu}{environment['processor']}, {environment['threads']} thread(s), denormals "
         f"{'flushed' if environment['flush_denormal'] else 'not flushed'}, {allocator['libc']} "

@@ -32,8 +32,8 @@ _AFTER = (
 _ALIVE = "operands and cotangents are held at once, for whatever is asked of the Jacobian next"
 _KEPT = "the rows that were made for the norms are kept for the weighted sum"
 _NOT_KEPT = (
-    "rows six times as large as the operands are not kept, for a quarter of the memory; so the "
-    "weighted gradient is one more product"
+    "no rows are formed, for a quarter of the memory; so the weighted gradient is a product of its "
+    "own"
 )
 _ALL_LIVE = (
     "every pose has a weight, so all are differentiated, as by plain autograd; on top come the "
@@ -45,7 +45,7 @@ _CHUNKS = "one batch makes fewer and larger products of matrices than chunks of 
 _GRAPH = "the graph of a chunk of a hundred poses is held; one by one, that of one pose is"
 _SUMS = "beside the graph of a chunk, its gradient and the running sum are held"
 
-WHY = {
+CPU = {
     "clipping/encoder-*/memory": _KEPT,
     "gramian/large-*/time": _NOT_KEPT,
     "gramian/*/memory": _ALIVE,
@@ -65,7 +65,9 @@ WHY = {
     "*, poses/*/memory": _GRAPH,
     "*/memory": _SUMS,
 }
-"""Sentences by place; the first that fits is taken."""
+
+WHY: dict[str, dict[str, str]] = {"cpu": CPU, "cuda": {}}
+"""Sentences by device and place; the first that fits is taken. No GPU has been measured yet."""
 
 
 def losses(result: dict[str, Any]) -> list[Loss]:
@@ -81,14 +83,15 @@ def markdown(result: dict[str, Any]) -> str:
     found = losses(result)
     if not found:
         return ""
-    lines = [line([f"`{loss.place}`", f"{loss.share:.2f}", why(loss)]) for loss in found]
+    device = result["device"]
+    lines = [line([f"`{loss.place}`", f"{loss.share:.2f}", why(loss, device)]) for loss in found]
     head = line(["where a peer is ahead", "its share of posegrad's", "why"])
     return "\n".join([head, rule(3), *lines, ""])
 
 
-def why(loss: Loss) -> str:
+def why(loss: Loss, device: str) -> str:
     """The reason for one, or `UNKNOWN`."""
-    fitting = (text for pattern, text in WHY.items() if fnmatchcase(loss.place, pattern))
+    fitting = (text for place, text in WHY[device].items() if fnmatchcase(loss.place, place))
     return next(fitting, UNKNOWN)
 
 

@@ -7,6 +7,7 @@ parameters, scoring eight poses.
 """
 
 import time
+import weakref
 from collections.abc import Callable
 from itertools import accumulate, groupby
 from pathlib import Path
@@ -17,10 +18,10 @@ import torch
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.patches import Patch
-from torch import Tensor, nn
+from torch import Tensor, UntypedStorage, nn
 
 from posegrad import Boltzmann, Combination, Engine, Min
-from posegrad.capture._compat import StorageWeakRef, TorchDispatchMode, tree_leaves
+from posegrad._compat import TorchDispatchMode, tree_leaves
 
 POSES, ROWS, WIDTH, LAYERS, REPEATS = 8, 1024, 256, 4, 15
 SCHEDULES = ("retain", "store", "stream", "recompute")
@@ -54,7 +55,7 @@ class Recorder(TorchDispatchMode):
         self.moments: list[Moment] = []
         self.forward = False
         self._outside = outside
-        self._alive: dict[int, tuple[StorageWeakRef, int]] = {}
+        self._alive: dict[int, tuple[weakref.ref[UntypedStorage], int]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         begin = time.perf_counter()
@@ -63,8 +64,8 @@ class Recorder(TorchDispatchMode):
         for leaf in tree_leaves(out):
             if isinstance(leaf, Tensor) and leaf.untyped_storage()._cdata not in self._outside:
                 storage = leaf.untyped_storage()
-                self._alive[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
-        self._alive = {key: pair for key, pair in self._alive.items() if not pair[0].expired()}
+                self._alive[storage._cdata] = weakref.ref(storage), storage.nbytes()
+        self._alive = {key: pair for key, pair in self._alive.items() if pair[0]() is not None}
         alive = sum(size for _, size in self._alive.values())
         self.moments.append(Moment(seconds, alive, self.forward))
         return out

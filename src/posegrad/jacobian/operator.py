@@ -188,7 +188,8 @@ class PoseJacobian:
 
         Note:
             Time and memory, for R rows of a linear layer of d inputs and p outputs: the lesser of
-            `R^2 (d + p)`, without any gradient, and `(R + M^2) d p`, with rows, as other layers.
+            `R^2 (d + p)`, without any gradient, and `(R + M^2) d p`, with rows, as other layers;
+            of rows each of the M d p numbers is also written and read.
 
         References:
             Goodfellow, "Efficient per-example gradient computations" (2015), for one row a pose;
