@@ -78,6 +78,8 @@ class Settings:
             memory: How.
         """
         how = {"threads": self.threads, "device": self.device}
+        if self.device == "cuda":
+            torch.cuda.empty_cache()  # what this process keeps of the GPU, the others may need
 
         def measured(row: Row) -> Peaks:
             try:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ __all__ = [
     "is_packed_at",
     "is_python",
     "leaf_hooks_off",
+    "on_intel",
     "outputs_of",
     "saved",
     "shape_of",
@@ -78,6 +80,12 @@ def leaf_hooks_off(leaves: Iterable[Tensor]) -> Iterator[None]:
     finally:
         for table, functions in zip(hooks, held, strict=True):
             table.update(functions)
+
+
+@cache
+def on_intel() -> bool:
+    """Whether the processor is one of Intel's; False if torch does not say."""
+    return "Intel" in torch.cpu.get_capabilities().get("cpu_name", "")
 
 
 def shape_of(node: Node) -> tuple[torch.Size, ...]:

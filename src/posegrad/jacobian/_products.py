@@ -1,11 +1,11 @@
 """Inner products of rows."""
 
 from collections.abc import Iterable
-from functools import cache
 
 import torch
 from torch import Tensor
 
+from posegrad._compat import on_intel
 from posegrad.jacobian._layout import Layout
 from posegrad.jacobian._precision import wide
 
@@ -15,6 +15,7 @@ __all__ = [
     "as_rows",
     "cancels",
     "inner_products",
+    "multiplied",
     "pairs_are_cheaper",
     "summed_pairs",
 ]
@@ -107,6 +108,16 @@ def _pays_in_panels(rows: int, width: int) -> bool:
     return rows >= 4 * _PANEL and width >= 8 * _PANEL
 
 
+def multiplied(left: Tensor, right: Tensor) -> Tensor:
+    """The product of matrices `[..., p, T]` and `[..., T, d]`.
+
+    With T = 1 these are outer products. Broadcasting takes as long as their numbers take to write;
+    the matrix product a fifth less on an Intel processor, three times as long on one of AMD's.
+    """
+    is_outer = right.shape[-2] == 1 and not on_intel()
+    return left * right if is_outer else left @ right
+
+
 def added(terms: Iterable[Tensor], device: torch.device) -> Tensor | None:
     """What parameters contribute, summed in the widest of their dtypes; None if none does."""
     total: Tensor | None = None
@@ -181,12 +192,7 @@ def cancels(sizes: Tensor, squares: Tensor) -> bool:
 def _is_slow_at_once(rows: Tensor) -> bool:
     few_and_long = 16 <= len(rows) <= 64 and rows.shape[1] >= 8192
     narrow = rows.dtype == torch.float32 and rows.device.type == "cpu"
-    return few_and_long and narrow and torch.get_num_threads() == 1 and _is_intel()
-
-
-@cache
-def _is_intel() -> bool:
-    return "Intel" in torch.cpu.get_capabilities().get("cpu_name", "")
+    return few_and_long and narrow and torch.get_num_threads() == 1 and on_intel()
 
 
 def _is_same(first: Tensor, second: Tensor) -> bool:

@@ -8,7 +8,14 @@ from torch import Tensor
 from posegrad.jacobian._form import ClosedForm, Factor
 from posegrad.jacobian._layout import Layout
 from posegrad.jacobian._precision import wide
-from posegrad.jacobian._products import Products, as_rows, cancels, pairs_are_cheaper, summed_pairs
+from posegrad.jacobian._products import (
+    Products,
+    as_rows,
+    cancels,
+    multiplied,
+    pairs_are_cheaper,
+    summed_pairs,
+)
 from posegrad.jacobian._record import record
 
 __all__ = ["Linear"]
@@ -50,8 +57,7 @@ class Linear(ClosedForm):
 
     def rows(self, cotangent: Tensor, layout: Layout) -> Tensor:
         if layout.is_regular():
-            left, right = self._sides(*self._by_pose(cotangent, layout))
-            return self._scaled(left @ right)
+            return self._scaled(multiplied(*self._sides(*self._by_pose(cotangent, layout))))
         inputs = self.input.like(cotangent)
         pairs = zip(layout.segments(inputs), layout.segments(cotangent), strict=True)
         sides = [self._sides(a.flatten(0, -2), b.flatten(0, -2)) for a, b in pairs]
