@@ -20,7 +20,6 @@ from posegrad.jacobian.layers import (
     Elementwise,
     Embedding,
     EmbeddingBag,
-    GroupNormScale,
     Linear,
     NormScale,
     Repeat,
@@ -76,16 +75,6 @@ def _layer_norm(rows: int) -> Case:
         torch.Size([4]), torch.Size([1, 1, 4]), _factor(x), _factor(mean), _factor(rho)
     )
     return Case(form, torch.randn_like(x), 1)
-
-
-def _group_norm(rows: int, *, dim: int = 0) -> Case:
-    x = torch.randn([rows if d == dim else 4 for d in range(3)], dtype=F64)
-    parts = x.view(len(x), 2, -1)
-    mean, rho = parts.mean(2), parts.var(2).rsqrt()
-    form = GroupNormScale(
-        torch.Size([4]), torch.Size([1, 4, 1]), _factor(x), _factor(mean), _factor(rho)
-    )
-    return Case(form, torch.randn_like(x), dim)
 
 
 def _embedding(rows: int, *, padding: int | None = None, dim: int = 0) -> Case:
@@ -146,8 +135,6 @@ CASES: dict[str, Callable[[int], Case]] = {
     "scale, pose second": lambda r: _elementwise(r, (4, 1, 4), (4, 1, 4), dim=1),
     "scale of one number": lambda r: _elementwise(r, (), (1, 1, 1), dim=2),
     "layer norm": _layer_norm,
-    "group norm": _group_norm,
-    "group norm, positions as poses": lambda r: _group_norm(r, dim=2),
     "embedding": _embedding,
     "embedding, padding": lambda r: _embedding(r, padding=1),
     "embedding, pose second": lambda r: _embedding(r, padding=0, dim=1),

@@ -21,7 +21,6 @@ from posegrad.jacobian.layers import (
     Elementwise,
     Embedding,
     EmbeddingBag,
-    GroupNormScale,
     Linear,
     NormScale,
     Repeat,
@@ -264,11 +263,16 @@ def _root_mean_square_scale(op: Operator, entry: Entry) -> ClosedForm | None:
 
 
 def _group_scale(op: Operator, entry: Entry) -> ClosedForm | None:
-    x, mean, rho = (op.saved(name) for name in ("input", "result1", "result2"))
+    x, *statistics = (op.saved(name) for name in ("input", "result1", "result2"))
     if not isinstance(x, Tensor):
         return None
-    aligned = torch.Size([1, *entry.shape, *[1] * (x.ndim - 2)])
-    return GroupNormScale(entry.shape, aligned, *(Factor.of(t, entry.name) for t in (x, mean, rho)))
+    each = op.saved("C") // op.saved("group")
+    spatial = [1] * (x.ndim - 2)
+    mean, rho = (
+        t.repeat_interleave(each, dim=1).reshape(*x.shape[:2], *spatial) for t in statistics
+    )
+    aligned = torch.Size([1, *entry.shape, *spatial])
+    return NormScale(entry.shape, aligned, *(Factor.of(t, entry.name) for t in (x, mean, rho)))
 
 
 def _batch_scale(op: Operator, entry: Entry) -> ClosedForm | None:

@@ -6,7 +6,7 @@ from posegrad.jacobian.layers.convolution import Convolution
 from posegrad.jacobian.layers.elementwise import Elementwise
 from posegrad.jacobian.layers.embedding import Embedding, EmbeddingBag
 from posegrad.jacobian.layers.linear import Linear
-from posegrad.jacobian.layers.norm import GroupNormScale, NormScale
+from posegrad.jacobian.layers.norm import NormScale
 from posegrad.jacobian.layers.repeat import Repeat
 from posegrad.jacobian.layers.vector import Vector
 
@@ -17,7 +17,6 @@ __all__ = [
     "Elementwise",
     "Embedding",
     "EmbeddingBag",
-    "GroupNormScale",
     "Linear",
     "NormScale",
     "Repeat",
