@@ -41,6 +41,15 @@ def test_products_do_not_take_one_tensor_for_another_at_its_address() -> None:
             torch.testing.assert_close(products.of(first, second), first @ second.mT)
 
 
+def test_products_tell_a_tensor_from_its_negative_at_the_same_address() -> None:
+    """The imaginary part of a complex conjugate is a view that differs in a flag alone."""
+    z, products = torch.randn(4, 3, dtype=torch.complex64), Products()
+    x, negative = z.imag, z.conj().imag
+    assert x.data_ptr() == negative.data_ptr() and x.stride() == negative.stride()
+    for first, second in ((x, negative), (x, x), (negative, x), (negative, negative)):
+        torch.testing.assert_close(products.of(first, second), first @ second.mT)
+
+
 def test_products_of_a_shared_input_are_taken_once() -> None:
     """The queries, keys and values of an attention, with so many rows that few are kept."""
     x, products = torch.randn(1100, 8), Products()

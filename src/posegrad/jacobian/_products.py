@@ -198,4 +198,5 @@ def _is_slow_at_once(rows: Tensor) -> bool:
 def _is_same(first: Tensor, second: Tensor) -> bool:
     """Whether two tensors that begin at one address are the same numbers."""
     alike = first.shape == second.shape and first.stride() == second.stride()
-    return alike and first.dtype == second.dtype
+    alike = alike and first.dtype == second.dtype and first.device == second.device
+    return alike and first.is_neg() == second.is_neg()  # imaginary parts, conjugated
