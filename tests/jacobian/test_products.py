@@ -45,7 +45,8 @@ def test_products_tell_a_tensor_from_its_negative_at_the_same_address() -> None:
     """The imaginary part of a complex conjugate is a view that differs in a flag alone."""
     z, products = torch.randn(4, 3, dtype=torch.complex64), Products()
     x, negative = z.imag, z.conj().imag
-    assert x.data_ptr() == negative.data_ptr() and x.stride() == negative.stride()
+    assert x.data_ptr() == negative.data_ptr()
+    assert x.stride() == negative.stride()
     for first, second in ((x, negative), (x, x), (negative, x), (negative, negative)):
         torch.testing.assert_close(products.of(first, second), first @ second.mT)
 
@@ -86,3 +87,20 @@ def test_a_gramian_holds_no_more_for_a_deeper_network() -> None:
             jacobian.gramian()
         peaks.append(peak.bytes)
     assert peaks[1] < 1.1 * peaks[0]
+
+
+@pytest.mark.parametrize("mean", [0.0, 1.0, 3.0, 10.0, 100.0])
+def test_tokens_whose_gradients_cancel_lose_no_digits(mean: float) -> None:
+    """Tokens alike but for noise, under cotangents that add up to nothing."""
+    x = mean + torch.randn(POSES, TOKENS, WIDTH)
+    factors = torch.randn(POSES, TOKENS, WIDTH)
+    factors -= factors.mean(1, keepdim=True)
+    layer = nn.Linear(WIDTH, WIDTH, bias=False)
+    jacobian = Engine(layer, check="never").jacobian((layer(x) * factors).sum((1, 2)))
+    rows = (factors.double().mT @ x.double()).flatten(1)
+    exact = rows @ rows.mT
+    lengths = exact.diagonal().sqrt()
+    norms = jacobian.norms().double()
+    gram = jacobian.gramian().double() / torch.outer(lengths, lengths)
+    torch.testing.assert_close(norms / lengths, torch.ones_like(norms), rtol=0, atol=1e-4)
+    torch.testing.assert_close(gram, exact / torch.outer(lengths, lengths), rtol=0, atol=1e-4)

@@ -34,6 +34,7 @@ class Products:
 
     def __init__(self) -> None:
         self._known: dict[tuple[int, int], tuple[Tensor, Tensor, Tensor]] = {}
+        self._count = 0  # of the products in it
         self._squares: dict[int, tuple[Tensor, Tensor]] = {}
 
     def of(self, first: Tensor, second: Tensor) -> Tensor:
@@ -44,10 +45,12 @@ class Products:
             alike = key[0] == key[1] and _is_same(first, second)
             left = wide(as_rows(first))
             found = inner_products(left) if alike else left @ wide(as_rows(second)).mT
+            self._count += found.numel() - (0 if known is None else known[2].numel())
             known = first, second, found
         self._known[key] = known  # as the latest
-        while len(self._known) > 2 and self._size() > _KEPT:
-            del self._known[next(iter(self._known))]
+        while self._count > _KEPT and len(self._known) > 2:
+            oldest = self._known.pop(next(iter(self._known)))
+            self._count -= oldest[2].numel()
         return known[2]
 
     def squares(self, tensor: Tensor) -> Tensor:
@@ -57,9 +60,6 @@ class Products:
             norms = torch.linalg.vector_norm(wide(as_rows(tensor)), dim=1)
             known = self._squares[tensor.data_ptr()] = tensor, norms.square()
         return known[1]
-
-    def _size(self) -> int:
-        return sum(found.numel() for _, _, found in self._known.values())
 
 
 def as_rows(tensor: Tensor) -> Tensor:

@@ -71,7 +71,7 @@ class Linear(ClosedForm):
             super().write_rows(cotangent, layout, into)
 
     def prefers_pairs(self, cotangent: torch.Size, layout: Layout, components: int) -> bool:
-        rows = components * cotangent.numel() // cotangent[self._features]
+        rows = components * self._count(cotangent)
         halved = components == 1 and self.input.tensor.device.type == "cpu"
         return pairs_are_cheaper(rows, components * layout.count, *self.shape, halved=halved)
 
@@ -91,11 +91,10 @@ class Linear(ClosedForm):
         if layout.is_one_each and cotangent.ndim == 2:
             squares = products.squares(self.input.value) * products.squares(cotangent)
             return self._scaled_twice(squares)
-        if not layout.is_regular():
+        length = self._count(cotangent.shape) // layout.count  # T
+        if not layout.is_regular() or not pairs_are_cheaper(length, 1, *self.shape):
             return None
         a, b = self._by_pose(wide(cotangent), layout)  # [m, T, d], [m, T, p]
-        if not pairs_are_cheaper(a.shape[1], 1, *self.shape):
-            return None
         pairs = self._scaled_twice((a @ a.mT) * (b @ b.mT)).flatten(1)  # [m, T T]
         squares = pairs.sum(1)
         return None if cancels(pairs.abs().sum(1), squares) else squares
@@ -113,6 +112,10 @@ class Linear(ClosedForm):
     def _features(self) -> int:
         """The dimension of cotangents that runs over p."""
         return 0 if self.on_left else self.input.tensor.ndim - 1
+
+    def _count(self, cotangent: torch.Size) -> int:
+        """R, the number of rows."""
+        return cotangent.numel() // cotangent[self._features]
 
     def _rows_last(self, tensor: Tensor) -> Tensor:
         """`[R, features]`."""
