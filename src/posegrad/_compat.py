@@ -36,6 +36,7 @@ __all__ = [
     "outputs_of",
     "saved",
     "shape_of",
+    "shows_hooks",
     "slot_names",
     "slots_of",
     "tree_leaves",
@@ -156,8 +157,9 @@ def carries_float16(node: Node) -> bool:
         return True
     if not is_python(node):
         return False
-    tensors = [slot.data for name in slot_names(node) for slot in slots_of(node, name)]
-    return any(tensor is not None and tensor.dtype == torch.float16 for tensor in tensors)
+    packed = [slot.data for name in slot_names(node) for slot in slots_of(node, name)]
+    tensors = [leaf for data in packed for leaf in tree_leaves(data) if isinstance(leaf, Tensor)]
+    return any(tensor.dtype == torch.float16 for tensor in tensors)
 
 
 def is_packed(node: Node) -> bool:
@@ -171,6 +173,19 @@ def is_packed_at(node: Node, name: str) -> bool:
     if isinstance(value, SavedTensor):  # nearly always
         return value.unpack_hook is not None  # type: ignore[attr-defined]
     return any(slot.unpack_hook is not None for slot in value)
+
+
+def shows_hooks(node: Node) -> bool:
+    """Whether a tensor that a node saved has hooks on its gradient, and is no leaf.
+
+    Those of tensors that no node saved are known to torch alone, as are those of nodes.
+    """
+    for name in slot_names(node):
+        for slot in slots_of(node, name):
+            data = slot.data
+            if isinstance(data, Tensor) and data._backward_hooks and not data.is_leaf:
+                return True
+    return False
 
 
 _SLOTS: dict[type, list[str]] = {}

@@ -118,8 +118,8 @@ BAD: dict[str, Bad] = {
         "1 of 6 .* rows 2",
         _nan_behind_finite_predictions,
     ),
-    "squares that overflow": Bad(
-        lambda: Clip(1.0),
+    "products that overflow": Bad(
+        lambda: theirs.UPGradWeighting(),
         NonFiniteGradientError,
         "6 of 6 .* rows .* and 1 more",
         _scaled(*[1e25] * 6),

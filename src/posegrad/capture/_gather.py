@@ -4,26 +4,26 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from posegrad.capture._axis import Axis
+from posegrad._compat import shows_hooks
 from posegrad.capture._boundary import (
     check_dimension,
     check_index,
     check_output,
     unrelated_message,
 )
-from posegrad.capture._edges import Edge, EdgeRegistry
+from posegrad.capture._edges import EdgeRegistry
 from posegrad.capture._float16 import Scaling
 from posegrad.capture._guard import failures_named, undisturbed
-from posegrad.capture._inference import follows_numbers
 from posegrad.capture._recipe import Recipe, outlook, resolve, slow_parameters
-from posegrad.capture._release import Slot, release, slots_above
+from posegrad.capture._release import release
 from posegrad.capture._routine import Routine
 from posegrad.capture._rungs import Parts, Reading
+from posegrad.capture._structure import Found, Structure, Structures
 from posegrad.capture._trial import Subject, Trial, attempt
 from posegrad.capture._verify import Reference
 from posegrad.errors import NotDifferentiableError
@@ -35,30 +35,6 @@ CHECKS = ("first", "always", "never")
 
 Paths = dict[str, tuple[str, ...]]
 """For each parameter the path of each of its uses."""
-
-_REMEMBERED = 256  # structures of graph
-
-
-@dataclass
-class _Structure:
-    """What is known of all graphs of one structure and one set of shapes.
-
-    Args:
-        recipe: The key of the recipe, which serves other shapes too.
-        has_float16: Whether gradients pass through float16; None if only the numbers of a function
-            written in Python tell.
-        slots: Where nodes above the parameters hold saved tensors.
-        is_fixed: Whether that decides where poses lie: no numbers pick rows.
-        inferred: Where poses lie, as far as it follows, by the output's dimension of poses.
-        routine: How to read it, once it is known.
-    """
-
-    recipe: int
-    has_float16: bool | None
-    slots: list[Slot]
-    is_fixed: bool
-    inferred: dict[int | None, dict[Edge, Axis]] = field(default_factory=dict)
-    routine: Routine | None = None
 
 
 class _Asked(NamedTuple):
@@ -75,7 +51,7 @@ class _Graph(NamedTuple):
 
     output: Tensor
     registry: EdgeRegistry
-    known: _Structure
+    known: Structure
 
 
 def _seeded() -> torch.Generator:
@@ -95,8 +71,7 @@ class Gatherer:
     check: str
     batch_dim: int | str | None
     block_bytes: int
-    _recipes: dict[int, Recipe] = field(default_factory=dict)
-    _structures: dict[int, _Structure] = field(default_factory=dict)
+    _structures: Structures = field(default_factory=Structures)
     _scaling: Scaling = field(default_factory=Scaling)
     _generator: torch.Generator = field(default_factory=_seeded)
 
@@ -149,13 +124,17 @@ class Gatherer:
         parts: Parts = {}
         if output.requires_grad:
             registry = EdgeRegistry(output)
-            used = {name: p for name, p in parameters.items() if id(p) in registry.leaves}
+            used = {
+                name: p
+                for name, p in parameters.items()
+                if id(p) in registry.leaves and p.numel()  # none has no row to read
+            }
             dim = self.batch_dim if isinstance(self.batch_dim, int) and output.ndim else None
             check_dimension(output, dim)
             check_index(pose_index)
             if used:
                 asked = _Asked(used, pose_index, dim, quiet)
-                known = self._structure(registry, asked, output)
+                known = self._structures.of(registry, used, output, stated=bool(pose_index))
                 scale = known.has_float16
                 scale = registry.has_float16() if scale is None else scale
                 read = self._parts_in_float16 if scale else self._parts_of
@@ -170,16 +149,19 @@ class Gatherer:
     def _parts_of(self, graph: _Graph, asked: _Asked, keep_graph: bool) -> Parts:
         output, registry, known = graph
         used, index = asked.parameters, asked.pose_index
-        special = is_cast() or torch.is_inference_mode_enabled()
+        recipe = known.found.recipe
+        read_at = () if recipe is None else recipe.read_at
+        hooked = any(shows_hooks(registry.nodes[number]) for number in read_at)
+        special = hooked or is_cast() or torch.is_inference_mode_enabled()
         with failures_named():
             if known.routine is not None and not special:
                 parts = known.routine.parts(registry, output, used, keep_graph)
                 if parts is not None:
                     return parts
             inferred = known.inferred if known.is_fixed else {}
-            subject = Subject(output, registry, index, asked.dim, self._generator, inferred)
+            subject = Subject(output, registry, index, asked.dim, self._generator, inferred, hooked)
             recipe, parts = self._parts(subject, used, known, keep_graph, asked.quiet)
-        if known.is_fixed and not special and not self._is_due(recipe, used):
+        if known.is_fixed and not special and not self._is_due(recipe, subject, used):
             known.routine = Routine.of(subject, recipe, parts, known.slots)
         return parts
 
@@ -188,7 +170,9 @@ class Gatherer:
 
         def read(scaled: Tensor) -> Parts:
             own = EdgeRegistry(scaled)
-            seen = _Graph(scaled, own, self._structure(own, asked, scaled))
+            stated = bool(asked.pose_index)
+            known = self._structures.of(own, asked.parameters, scaled, stated=stated)
+            seen = _Graph(scaled, own, known)
             return self._parts_of(seen, asked, keep_graph=True)
 
         with undisturbed(registry, asked.parameters), failures_named():
@@ -197,69 +181,52 @@ class Gatherer:
                 release(registry, known.slots)
         return parts
 
-    def _structure(self, registry: EdgeRegistry, asked: _Asked, output: Tensor) -> _Structure:
-        used, stated = asked.parameters, bool(asked.pose_index)
-        numbers = {id(p): i for i, p in enumerate(used.values())}
-        kinds, sizes = registry.structure(numbers), tuple(registry.sizes)
-        rest = tuple(used), stated, output.device
-        key = hash((kinds, sizes, rest))
-        if key not in self._structures:
-            ranks = tuple(len(shape) for node in sizes for shape in node)
-            several = tuple(min(size, 2) for size in output.shape)
-            leaves = [registry.leaves[id(p)] for p in used.values()]
-            self._structures[key] = _Structure(
-                hash((kinds, ranks, rest, several)),
-                None if registry.has_python() else registry.has_float16(),
-                slots_above(registry, leaves),
-                not follows_numbers(registry),
-            )
-            _forget(self._structures)
-        return self._structures[key]
-
     def _parts(
         self,
         subject: Subject,
         parameters: Mapping[str, Tensor],
-        known: _Structure,
+        known: Structure,
         keep_graph: bool,
         quiet: bool,
     ) -> tuple[Recipe, Parts]:
         with undisturbed(subject.registry, parameters):
             reading = Reading(subject, parameters, self.block_bytes)
-            recipe, parts = self._read(reading, known.recipe, quiet)
+            recipe, parts = self._read(reading, known.found, quiet)
             if not keep_graph:
                 release(subject.registry, known.slots)
         return recipe, parts
 
-    def _read(self, reading: Reading, key: int, quiet: bool) -> tuple[Recipe, Parts]:
+    def _read(self, reading: Reading, found: Found, quiet: bool) -> tuple[Recipe, Parts]:
         subject, parameters = reading.subject, reading.parameters
-        recipe, reference, trial = self._recipes.get(key), None, None
-        if self._is_due(recipe, parameters):
+        recipe, reference, trial = found.recipe, None, None
+        if self._is_due(recipe, subject, parameters):
             reference = Reference.of(subject, parameters)
         if recipe is not None:
             trial = _tried(subject, recipe)
         if recipe is None or trial is None or not all(map(trial.serves, recipe.sites)):
             recipe, trial = self._new_recipe(subject, parameters)  # or poses mix this time
-            if reference is None and self._is_due(None, parameters):
+            if reference is None and self._is_due(None, subject, parameters):
                 reference = Reference.of(subject, parameters)
             slow = slow_parameters(recipe)
             if slow and not quiet and self.batch_dim is not None:
                 _warn(_coupled_message(slow))
         parts = reading.parts(recipe, trial)
         if reference is not None:
-            done = recipe.verified if self.check == "first" else frozenset()
+            once = self.check == "first" and not subject.is_hooked
+            done = recipe.verified if once else frozenset()
             doubtful = frozenset(parts) - done
             del trial  # its cotangents are large, and rarely needed again
             recipe, parts = _verified(reading, recipe, parts, reference, doubtful, quiet)
-        self._recipes[key] = recipe
-        _forget(self._recipes)
+        found.recipe = recipe
         return recipe, parts
 
-    def _is_due(self, recipe: Recipe | None, parameters: Mapping[str, Tensor]) -> bool:
+    def _is_due(
+        self, recipe: Recipe | None, subject: Subject, parameters: Mapping[str, Tensor]
+    ) -> bool:
         """Whether rows are to be compared with a plain backward."""
-        if self.check == "first":
+        if self.check == "first" and not subject.is_hooked:
             return recipe is None or not recipe.verified >= parameters.keys()
-        return self.check == "always"
+        return self.check != "never"
 
     def _new_recipe(
         self, subject: Subject, parameters: Mapping[str, Tensor]
@@ -272,12 +239,6 @@ class Gatherer:
 def _tried(subject: Subject, recipe: Recipe) -> Trial:
     """The cotangents a known recipe needs."""
     return attempt(subject, Arrangement(subject.output.shape, recipe.dim), recipe.sites)
-
-
-def _forget(known: dict[int, Any]) -> None:
-    """Drops the oldest."""
-    while len(known) > _REMEMBERED:
-        known.pop(next(iter(known)))
 
 
 def _live(parts: Parts) -> frozenset[str]:

@@ -6,7 +6,9 @@ from threading import RLock
 
 import torch
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
+from posegrad._compat import is_python
 from posegrad.capture._edges import EdgeRegistry
 from posegrad.errors import ReentrantCheckpointError, StaleFactorError, UnsupportedModuleError
 from posegrad.jacobian import no_autocast
@@ -49,9 +51,31 @@ def undisturbed(registry: EdgeRegistry, parameters: Mapping[str, Tensor]) -> Ite
             stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.no_grad())
         stack.enter_context(no_autocast())
-        if registry.has_python():  # torch's own functions deposit nothing
+        if registry.has_python():  # torch's own functions deposit nothing, and write to nothing
             stack.enter_context(grad_set_aside(parameters))
+            stack.enter_context(_cotangents_copied(registry))
         yield
+
+
+@contextmanager
+def _cotangents_copied(registry: EdgeRegistry) -> Iterator[None]:
+    """Hands functions written in Python copies of their cotangents.
+
+    Some write to what they are handed, and that is what a reader holds, or a view of it.
+    """
+    handles: list[RemovableHandle] = []
+    try:
+        for node in registry.nodes:
+            if is_python(node):
+                handles.append(node.register_prehook(_copies))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _copies(cotangents: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+    return tuple([None if b is None else b.clone() for b in cotangents])
 
 
 class failures_named:  # noqa: N801

@@ -10,8 +10,13 @@ With more poses than exponents, several probes write the pose's number in digits
 span fewer binary digits than the numbers have: otherwise :math:`2^a + 2^b` would round to a power
 of two. Two independent sets of probes (three in half precision) exclude coincidences:
 :math:`2^a - 2^b / 3` can be a power of two for one pair of exponents, not for another.
+
+A pose can also hide in the rounding of another whose gradients are larger by as many digits as the
+type has; no probe shows it then. So poses that seem to be *faint*, or to own nothing at all, are
+differentiated once more by themselves, and everything they reach must be their own.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -21,7 +26,7 @@ from torch import Tensor
 
 from posegrad.jacobian import NOBODY, Layout
 
-__all__ = ["Probes", "find_layout", "make_probes"]
+__all__ = ["Probes", "faint_poses", "find_layout", "is_their_own", "make_probes"]
 
 # The lowest exponent and the number of exponents, within the precision and the range of the type.
 _RANGE = {
@@ -37,7 +42,13 @@ _SETS, _SETS_IF_NARROW = 2, 3
 _SMALL, _TINY = 2.0**-60, {torch.float64: 2.0**-900}
 _DEFAULT_TINY = 2.0**-100
 
-_ROUNDING = 2.0**-50  # what an element may be off beside the largest of its row
+# What an element may be off beside itself where sums have one order, and elsewhere, where they
+# do not, beside the largest of its row.
+_ROUNDING = 2.0**-50
+
+# Cotangents are faint from that many binary digits below the largest on, and of one class within as
+# many: so few that what hides in rounding is small beside a pose's own gradient too.
+_SURE, _NARROWEST = 12, 4
 
 _TOLERANCE = {torch.float16: 2.0**-5, torch.bfloat16: 2.0**-4}
 _DEFAULT_TOLERANCE = 2.0**-10
@@ -160,16 +171,73 @@ def _digit(
     if bool(((place < 0) | (place >= probes.digits))[alive].any()):
         return None
     power = torch.exp2(exponent)
-    if rows.device.type == "cpu":  # one order of summation, so equal to the last bit
-        tolerance = _ROUNDING
-    else:
-        tolerance = _TOLERANCE.get(rows.dtype, _DEFAULT_TOLERANCE)
-    error = (other - rows * power.to(rows.dtype).unsqueeze(1)).abs().amax(1)
     right = torch.where(
         alive,
-        error <= tolerance * power * size,
+        _is_same(other, rows * power.to(rows.dtype).unsqueeze(1), power).all(1),
         scaled <= size.max() * _SMALL * 2.0 ** (probes.lowest + probes.digits),
     )
     if not bool(right.all()):
         return None
     return probes.tables[n].to(rows.device)[place.clamp(0, probes.digits - 1)]
+
+
+def _is_same(found: Tensor, expected: Tensor, scale: Tensor) -> Tensor:
+    """Which elements of rows `[R, ...]` are what they should be, nan never.
+
+    Each is judged by itself: beside a row that is 1e16 times larger, any other would pass.
+
+    Args:
+        found: The rows.
+        expected: What they should be.
+        scale: How much larger rows are than those of cotangent one, `[R]`.
+    """
+    error, size = (found - expected).abs(), expected.abs()
+    if found.device.type == "cpu":  # one order of summation, so equal to the last bit
+        tiny = _TINY.get(found.dtype, _DEFAULT_TINY) * scale.to(error.dtype).unsqueeze(1)
+        return error <= torch.maximum(_ROUNDING * size, tiny)
+    return error <= _TOLERANCE.get(found.dtype, _DEFAULT_TOLERANCE) * size.amax(1, keepdim=True)
+
+
+def faint_poses(found: Sequence[tuple[Tensor, Layout]], count: int) -> list[Tensor]:
+    """Poses whose cotangents are many digits smaller than those of others, or zero.
+
+    Args:
+        found: Cotangents under ones, and whose they are; at least one.
+        count: m.
+
+    Returns:
+        Flags `[m]` for each class of about equally small ones; none if all are about equal.
+    """
+    digits = min(-math.log2(torch.finfo(cotangent.dtype).eps) for cotangent, _ in found)
+    largest = torch.zeros(count, dtype=torch.float64, device="cpu")
+    for cotangent, layout in found:
+        rows, owners = layout.front(cotangent), layout.owners.cpu()
+        if rows.numel():
+            sizes = rows.reshape(len(rows), -1).abs().amax(1).double().cpu()  # [R]
+            live = owners != NOBODY
+            sizes = (sizes / sizes.max())[live].nan_to_num(nan=0)
+            largest.scatter_reduce_(0, owners[live], sizes, "amax")
+    width = max(_NARROWEST, digits - _SURE)
+    classes = (-largest.log2() / width).floor()  # infinite for those that own nothing
+    return [classes == number for number in torch.unique(classes) if number > 0]
+
+
+def is_their_own(alone: Tensor, base: Tensor, layout: Layout, poses: Tensor) -> bool:
+    """Whether all that some poses reach, differentiated by themselves, are rows they own.
+
+    Args:
+        alone: A cotangent under ones for these poses and zeros for the others.
+        base: The same cotangent under ones for all.
+        layout: Whose its rows are.
+        poses: Flags, `[m]`.
+    """
+    if base.is_complex():
+        alone, base = torch.view_as_real(alone), torch.view_as_real(base)
+    owners = layout.owners
+    theirs = poses.to(owners.device)[owners.clamp(min=0)] & (owners != NOBODY)  # [R]
+    rows, found = layout.front(base), layout.front(alone)
+    expected = torch.where(theirs.reshape(-1, *[1] * (rows.ndim - 1)), rows, 0)
+    if rows.numel() == 0:
+        return True
+    found, expected = found.reshape(len(rows), -1), expected.reshape(len(rows), -1)
+    return bool(_is_same(found, expected, torch.ones_like(theirs, dtype=torch.float64)).all())

@@ -36,15 +36,19 @@ class Operator(NamedTuple):
     Args:
         node: The node.
         sizes: Those of what it computed first, and `dtype`, its dtype.
+        read: What was read of it, by name: a checkpoint hands out each tensor but once.
     """
 
     node: Node
     sizes: tuple[int, ...]
     dtype: torch.dtype
+    read: dict[str, Any]
 
     def saved(self, name: str) -> Any:
         """What the node saved under a name in the forward; None if it saved nothing."""
-        return saved(self.node, name)
+        if name not in self.read:
+            self.read[name] = saved(self.node, name)
+        return self.read[name]
 
 
 class Entry(NamedTuple):

@@ -63,15 +63,16 @@ class Reading:
     def _forms(self, sites: Sequence[Site]) -> dict[Site, ClosedForm | None]:
         """Reads what the operators saved, all in one go: a checkpoint recomputes but once."""
         forms: dict[Site, ClosedForm | None] = dict.fromkeys(sites)
+        numbers = {site.node for site in sites if site.closed}
+        operators = {number: operator_at(self.registry, number) for number in numbers}
 
         def read_all() -> None:
             for site in sites:
                 if site.closed:
-                    operator = operator_at(self.registry, site.node)
-                    forms[site] = read(operator, site.argument, entry_of(self.registry, site))
+                    entry = entry_of(self.registry, site)
+                    forms[site] = read(operators[site.node], site.argument, entry)
 
-        nodes = {self.registry.nodes[site.node] for site in sites if site.closed}
-        if any(is_packed(node) for node in nodes):
+        if any(is_packed(operator.node) for operator in operators.values()):
             in_backward(read_all)
         else:
             read_all()
@@ -239,7 +240,7 @@ class Reading:
 
 def operator_at(registry: EdgeRegistry, node: int) -> Operator:
     """The operator of a node, as its forms are read from it."""
-    return Operator(registry.nodes[node], registry.sizes[node][0], registry.dtypes[node][0])
+    return Operator(registry.nodes[node], registry.sizes[node][0], registry.dtypes[node][0], {})
 
 
 def entry_of(registry: EdgeRegistry, site: Site) -> Entry:

@@ -7,7 +7,7 @@ from posegrad._compat import device_of, dtype_of
 from posegrad.capture._edges import Edge, EdgeRegistry
 from posegrad.capture._read import TRANSPARENT, is_readable
 
-__all__ = ["Site", "beyond", "carries_data", "meets_itself", "sites_of"]
+__all__ = ["Site", "beyond", "carries_data", "kept_shapes", "meets_itself", "sites_of"]
 
 # Operators that only rearrange: what they make of a parameter is read in its place.
 _REARRANGING = {
@@ -89,8 +89,7 @@ def sites_of(
             kind = registry.names[use.node]
             outputs = tuple((use.node, number) for number in registry.outputs(use.node))
             closed = is_readable(kind, use.argument)
-            same = registry.sizes[use.node] == (registry.shape(edge),)
-            if kind in _KEEPING and same:
+            if kind in _KEEPING and _keeps_shape(registry, use.node):
                 stack.append(((use.node, 0), transposed))
             elif kind in TRANSPARENT and _is_transparent(registry, edge, use.node):
                 turned = kind == "TBackward0" and len(registry.sizes[use.node][0]) == 2
@@ -103,6 +102,12 @@ def sites_of(
                     parameter, source, direct, light, use.node, use.argument, transposed, closed,
                     outputs,
                 )  # fmt: skip
+
+
+def kept_shapes(registry: EdgeRegistry) -> tuple[bool, ...]:
+    """All that `sites_of` looks at in the sizes of a graph; the rest is structure."""
+    nodes = enumerate(registry.names)
+    return tuple([_keeps_shape(registry, node) for node, name in nodes if name in _KEEPING])
 
 
 def beyond(registry: EdgeRegistry, site: Site) -> list[Site] | None:
@@ -138,6 +143,12 @@ def carries_data(registry: EdgeRegistry, node: int) -> bool:
         or (registry.names[below] in _PRODUCTS and None in registry.sources[below])
         for below in registry.below(node)
     )
+
+
+def _keeps_shape(registry: EdgeRegistry, node: int) -> bool:
+    """Whether an operator of one argument leaves the shape as it is."""
+    (source,) = registry.sources[node]
+    return source is not None and registry.sizes[node] == (registry.shape(source),)
 
 
 def _is_transparent(registry: EdgeRegistry, edge: Edge, node: int) -> bool:

@@ -1,6 +1,6 @@
 """One look at the cotangents: what they are, and whose."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +10,7 @@ from posegrad._compat import dtype_of
 from posegrad.capture._axis import Axis
 from posegrad.capture._edges import Edge, EdgeRegistry
 from posegrad.capture._inference import infer
-from posegrad.capture._owners import find_layout, make_probes
+from posegrad.capture._owners import faint_poses, find_layout, is_their_own, make_probes
 from posegrad.capture._sites import Site
 from posegrad.capture._vjp import cotangents_at
 from posegrad.jacobian import Arrangement, Layout, single
@@ -29,6 +29,8 @@ class Subject:
         dim: The output's dimension that counts poses, if the caller has said.
         generator: The engine's own source of random numbers.
         inferred: What `axes` found in graphs of this very structure, by the dimension of poses.
+        is_hooked: Whether activations are seen to have hooks, which may do today what they did not
+            when rows were last compared with autograd.
     """
 
     output: Tensor
@@ -37,6 +39,7 @@ class Subject:
     dim: int | None
     generator: torch.Generator
     inferred: dict[int | None, dict[Edge, Axis]]
+    is_hooked: bool = False
 
     def axes(self, arrangement: Arrangement) -> dict[Edge, Axis]:
         """Where poses lie at the edges for which the graph alone tells."""
@@ -108,7 +111,38 @@ def attempt(subject: Subject, arrangement: Arrangement, sites: Sequence[Site]) -
                 p if (p := found[edge]) is not None else torch.zeros_like(value) for found in probed
             ]
             layouts[edge] = find_layout(value, under, probes, count)
+        _check_faint(subject, base, layouts, unknown, count, cotangent)
     return Trial(base, layouts)
+
+
+def _check_faint(
+    subject: Subject,
+    base: Mapping[Edge, Tensor | None],
+    layouts: dict[Edge, Layout | None],
+    probed: Sequence[Edge],
+    count: int,
+    cotangent: Callable[[Tensor], Tensor],
+) -> None:
+    """Takes layouts back that hide the rows of a faint pose; one backward for each class of them.
+
+    Args:
+        subject: What is differentiated.
+        base: The cotangents.
+        layouts: Whose their rows are.
+        probed: The edges whose layouts were found by probing.
+        count: The number of poses.
+        cotangent: From a number for each pose to a cotangent of the output.
+    """
+    found = {
+        edge: (b, x) for edge in probed if (b := base[edge]) is not None and (x := layouts[edge])
+    }
+    for poses in faint_poses([*found.values()], count) if found else ():
+        alone = _at(subject, [*found], cotangent(poses.double()))
+        for edge, (value, layout) in found.items():
+            reached = alone[edge]
+            reached = torch.zeros_like(value) if reached is None else reached
+            if not is_their_own(reached, value, layout, poses):
+                layouts[edge] = None
 
 
 def _at(subject: Subject, edges: Sequence[Edge], cotangent: Tensor) -> dict[Edge, Tensor | None]:

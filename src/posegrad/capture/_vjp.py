@@ -1,5 +1,6 @@
 """Vector-Jacobian products below the closed forms: of one operator, and of the whole graph."""
 
+import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -83,8 +84,9 @@ def _node_group(
         try:
             with _quiet():
                 batch: dict[int, Tensor] = torch.func.vmap(gradients)(*batches)
-            last = gradients(*rows[-1])
-            if all(_alike(batch[i][-1], last[i]) for i in arguments):  # cdist's rule is wrong
+            weights = _even_weights([*batch.values()])
+            together = gradients(*[_weighted(weights, column) for column in batches])
+            if _adds_up(weights, [batch[i] for i in arguments], [together[i] for i in arguments]):
                 return batch
         except RuntimeError:
             pass  # an operator without a batching rule, or one that looks at values
@@ -150,12 +152,16 @@ def _graph_group(
     output: Tensor | GradientEdge, group: list[Tensor], sources: list[Tensor]
 ) -> list[Tensor | None]:
     if len(group) > 1:
+        batch = torch.stack(group)
         try:
             with _quiet():
-                found = _grad(output, torch.stack(group), sources, batched=True)
-            last = _grad(output, group[-1], sources, batched=False)
-            ends = [None if g is None else g[-1] for g in found]
-            if all(_alike(end, one) for end, one in zip(ends, last, strict=True)):
+                found = _grad(output, batch, sources, batched=True)
+            flowing = [g for g in found if g is not None]
+            if not flowing:
+                return list(found)
+            weights = _even_weights(flowing)
+            together = _grad(output, _weighted(weights, batch), sources, batched=False)
+            if _adds_up(weights, found, together):
                 return list(found)
         except RuntimeError:
             pass  # not every backward can run under vmap; one by one, all can
@@ -180,17 +186,62 @@ def _grad(
 
 
 def dense(tensor: Tensor) -> Tensor:
-    """A gradient that embeddings may have made sparse, as an ordinary tensor."""
-    return tensor.to_dense() if tensor.is_sparse else tensor
+    """A gradient as an ordinary tensor: embeddings make sparse ones, `conj` one that waits."""
+    if tensor.is_sparse:
+        tensor = tensor.to_dense()
+    return tensor.resolve_conj().resolve_neg() if tensor.is_complex() else tensor
 
 
-def _alike(batched: Tensor | None, alone: Tensor | None) -> bool:
-    """Whether a row of a batch is what it is alone; vmap's rules are not all right."""
-    if batched is None or alone is None:
-        return batched is alone
-    error, size = (batched - dense(alone)).norm(), batched.norm()
-    tolerance = torch.finfo(batched.dtype).eps ** 0.5
-    return not bool(error > tolerance * size) or not bool(size.isfinite())
+def _even_weights(found: Sequence[Tensor]) -> Tensor:
+    """Random weights under which every row counts alike, whatever its size: `[k]`, on the CPU.
+
+    Args:
+        found: Rows `[k, ...]` of several sources.
+
+    They are drawn alike each time, and no global random number is.
+    """
+    flat = [rows.detach().reshape(len(rows), rows[0].numel()) for rows in found]
+    norms = [rows.abs().double().norm(dim=1).cpu() for rows in flat]
+    sizes = torch.stack(norms).norm(dim=0)  # [k]
+    generator = torch.Generator("cpu").manual_seed(0)
+    drawn = torch.rand(len(sizes), dtype=torch.float64, device="cpu", generator=generator) + 0.5
+    return drawn / torch.where(sizes > 0, sizes, 1)
+
+
+def _weighted(weights: Tensor, rows: Tensor) -> Tensor:
+    """The sum of rows `[k, ...]` times their weights."""
+    total: Tensor = torch.tensordot(weights.to(rows.device, rows.dtype), rows, 1)
+    return total
+
+
+def _adds_up(
+    weights: Tensor, found: Sequence[Tensor | None], together: Sequence[Tensor | None]
+) -> bool:
+    """Whether rows found by vmap, whose rules are not all right, are those that were asked for.
+
+    A backward is linear, so the weighted sum of cotangents gives the weighted sum of rows. One row
+    computed alone would tell less: those of masked or equal poses agree by accident.
+
+    Args:
+        weights: `[k]`.
+        found: The rows `[k, ...]` by source.
+        together: What the weighted sum of cotangents gave.
+    """
+    if [rows is None for rows in found] != [one is None for one in together]:
+        return False
+    sums = [_weighted(weights, rows) for rows in found if rows is not None]
+    pairs = list(zip(sums, [dense(one) for one in together if one is not None], strict=True))
+    whole = math.hypot(*(_norm(total) for total in sums))
+    for total, one in pairs:
+        eps = torch.finfo(total.dtype).eps
+        # Written so that nan does not add up. Below some rounding errors of all, nothing is wrong.
+        if not _norm(total - one) <= eps**0.5 * _norm(total) + 64 * eps * whole:
+            return False
+    return True
+
+
+def _norm(tensor: Tensor) -> float:
+    return float(tensor.abs().double().norm())
 
 
 @contextmanager

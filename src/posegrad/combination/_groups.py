@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Self, final
 
 import torch
@@ -12,6 +13,8 @@ from posegrad.combination._online import OnlineForm
 from posegrad.errors import NoPosesError, ShapeMismatchError, listed
 
 __all__ = ["Grouped", "Groups", "groups_of", "ungrouped"]
+
+_NAMED = 5  # empty groups in a message: ids that are numbers of compounds leave millions
 
 
 @dataclass(frozen=True)
@@ -137,14 +140,17 @@ def _sizes(groups: Sequence[int]) -> Tensor:
 
 
 def _check_filled(owners: Tensor, count: int) -> None:
-    sizes = torch.bincount(owners, minlength=count).tolist()
-    empty = [group for group, size in enumerate(sizes) if size == 0]
-    if empty or not sizes:
+    filled = set(torch.unique(owners).tolist())
+    if len(filled) < count or not count:
+        empty = list(islice((group for group in range(count) if group not in filled), _NAMED))
+        more = count - len(filled) - len(empty)
+        names = listed(empty) + (f" and {more} more" if more else "")
         raise NoPosesError(
-            f"Group(s) without poses: {listed(empty) or 'all, there are no groups'}. A combination "
+            f"Group(s) without poses: {names or 'all, there are no groups'}. A combination "
             f"of no predictions is undefined.\n"
-            f"Leave compounds without poses out, and number the others from 0 on. A tensor holds "
-            f"the group of each pose; sizes go into a list."
+            f"Leave compounds without poses out, and number the others from 0 on, as "
+            f"torch.unique(ids, return_inverse=True)[1] does. A tensor holds the group of each "
+            f"pose; sizes go into a list."
         )
 
 

@@ -1,9 +1,10 @@
 """The Jacobian of a group of poses, held in the cheapest form that is exact."""
 
+from posegrad.jacobian._arrangement import Arrangement
 from posegrad.jacobian._block import Block
 from posegrad.jacobian._form import ClosedForm, Factor
 from posegrad.jacobian._layout import NOBODY, Layout, single
-from posegrad.jacobian._parts import Arrangement, Factors, Part, Pull, Rows, Weights
+from posegrad.jacobian._parts import Factors, Part, Pull, Rows, Weights
 from posegrad.jacobian._precision import is_cast, no_autocast, wide
 from posegrad.jacobian.operator import PoseJacobian
 from posegrad.jacobian.shared import SharedJacobian, of_all

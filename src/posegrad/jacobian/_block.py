@@ -112,6 +112,17 @@ class Block:
             self, device=torch.device(device), parts=[part.to(device) for part in self.parts]
         )
 
+    def double(self) -> "Block":
+        """The block in float64."""
+        return replace(self, dtype=torch.float64, parts=[part.double() for part in self.parts])
+
+    def live(self) -> Tensor:
+        """Which rows can be other than zero, `[M]`."""
+        found = torch.zeros(self.count, dtype=torch.bool, device=self.device)
+        for part in self.parts:
+            found[part.start : part.start + part.count] |= part.live()
+        return found
+
     def pairs(self, products: Products) -> Tensor | None:
         """The Gramian `[M, M]` without the rows, if that is cheaper: for a parameter used once.
 

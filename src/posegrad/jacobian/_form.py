@@ -1,6 +1,7 @@
 """What a closed form is."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import fields, replace
 from typing import Any, ClassVar, Self
 
@@ -68,6 +69,11 @@ class Factor:
     def to(self, device: torch.device | str) -> "Factor":
         """The factor on another device."""
         return Factor.of(self.value.to(device), self.beside)
+
+    def double(self) -> "Factor":
+        """The factor in float64, if it is no index."""
+        value = self.value
+        return Factor.of(value.double(), self.beside) if value.is_floating_point() else self
 
 
 @record
@@ -141,8 +147,15 @@ class ClosedForm(ABC):
 
     def to(self, device: torch.device | str) -> Self:
         """The form on another device."""
+        return self._with(lambda factor: factor.to(device))
+
+    def double(self) -> Self:
+        """The form in float64."""
+        return self._with(Factor.double)
+
+    def _with(self, change: Callable[[Factor], Factor]) -> Self:
         values = {field.name: getattr(self, field.name) for field in fields(self)}
-        moved: dict[str, Any] = {
-            name: value.to(device) for name, value in values.items() if isinstance(value, Factor)
+        changed: dict[str, Any] = {
+            name: change(value) for name, value in values.items() if isinstance(value, Factor)
         }
-        return replace(self, **moved)
+        return replace(self, **changed)

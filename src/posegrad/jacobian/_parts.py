@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from operator import is_
 from typing import Any, Self, final
 
@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from posegrad.errors import ShapeMismatchError
+from posegrad.jacobian._arrangement import Arrangement
 from posegrad.jacobian._form import ClosedForm
-from posegrad.jacobian._layout import Layout
+from posegrad.jacobian._layout import NOBODY, Layout
 from posegrad.jacobian._precision import wide
 from posegrad.jacobian._record import record
 
 __all__ = [
-    "Arrangement",
     "Factors",
     "Part",
     "Pull",
@@ -28,44 +28,6 @@ __all__ = [
 
 Pull = Callable[[Tensor], Tensor]
 """From gradients `[N, ...]` of a tensor computed from the parameter to those of the parameter."""
-
-
-@dataclass(frozen=True)
-class Arrangement:
-    """How an output's elements are numbered: m poses of K components each.
-
-    Args:
-        shape: The output's shape.
-        dim: The dimension that counts poses; None if every element is a pose of its own, K = 1.
-    """
-
-    shape: torch.Size
-    dim: int | None
-
-    @property
-    def poses(self) -> int:
-        """The number of poses."""
-        return self.shape.numel() if self.dim is None else self.shape[self.dim]
-
-    @property
-    def components(self) -> int:
-        """The number of components of each."""
-        return 1 if self.dim is None else self.shape.numel() // self.poses
-
-    def split(self, flat: Tensor) -> Tensor:
-        """From `[m K, ...]`, in the order of the flattened output, to `[m, K, ...]`."""
-        if self.dim is None:
-            return flat.unsqueeze(1)
-        shaped = flat.reshape(*self.shape, *flat.shape[1:])
-        return shaped.movedim(self.dim, 0).reshape(self.poses, self.components, *flat.shape[1:])
-
-    def join(self, split: Tensor) -> Tensor:
-        """The inverse of `split`."""
-        if self.dim is None:
-            return split.squeeze(1)
-        others = [size for dim, size in enumerate(self.shape) if dim != self.dim]
-        shaped = split.reshape(self.poses, *others, *split.shape[2:])
-        return shaped.movedim(0, self.dim).flatten(0, len(self.shape) - 1)
 
 
 @record
@@ -113,6 +75,14 @@ class Part(ABC):
     def to(self, device: torch.device | str) -> "Part":
         """The part on another device."""
 
+    @abstractmethod
+    def double(self) -> "Part":
+        """The part in float64."""
+
+    @abstractmethod
+    def live(self) -> Tensor:
+        """Which rows can be other than zero, `[count]`."""
+
     def shifted(self, by: int) -> "Part":
         """The part as rows of a longer Jacobian."""
         return replace(self, start=self.start + by)
@@ -147,6 +117,12 @@ class Rows(Part):
 
     def to(self, device: torch.device | str) -> Part:
         return replace(self, values=self.values.to(device))
+
+    def double(self) -> Part:
+        return replace(self, values=self.values.double())
+
+    def live(self) -> Tensor:
+        return self.values.reshape(self.count, -1).any(1)
 
 
 @final
@@ -272,6 +248,21 @@ class Factors(Part):
             layout=self.layout.to(device),
             cotangents=tuple(b.to(device) for b in self.cotangents),
         )
+
+    def double(self) -> Part:
+        return replace(
+            self, form=self.form.double(), cotangents=tuple(b.double() for b in self.cotangents)
+        )
+
+    def live(self) -> Tensor:
+        owners, flags = self.layout.owners, []
+        for cotangent in self.cotangents:
+            rows = self.layout.front(cotangent)
+            alive = rows.reshape(len(rows), -1).any(1) & (owners != NOBODY)  # [R]
+            own = alive.new_zeros(self.layout.count)
+            own[owners[alive]] = True
+            flags.append(own)
+        return self.arrangement.join(torch.stack(flags, dim=1))
 
     def _rows(self, cotangent: Tensor) -> Tensor:
         if self.layout.dims:

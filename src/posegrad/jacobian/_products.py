@@ -14,6 +14,7 @@ __all__ = [
     "added",
     "as_rows",
     "cancels",
+    "generalized",
     "inner_products",
     "multiplied",
     "pairs_are_cheaper",
@@ -131,6 +132,14 @@ def added(terms: Iterable[Tensor], device: torch.device) -> Tensor | None:
         else:
             total, is_own = total + placed, True
     return total
+
+
+def generalized(gramian: Tensor, shape: torch.Size) -> Tensor:
+    """From a Gramian `[M, M]` to `shape + reversed(shape)`, for an output of that shape."""
+    if len(shape) == 1:
+        return gramian
+    order = [*range(len(shape)), *reversed(range(len(shape), 2 * len(shape)))]
+    return gramian.reshape((*shape, *shape)).permute(order)
 
 
 def pairs_are_cheaper(

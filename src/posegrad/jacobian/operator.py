@@ -11,7 +11,8 @@ from posegrad.jacobian._block import Block
 from posegrad.jacobian._deliver import deposit, step_of
 from posegrad.jacobian._parts import Weights, checked_weights, one_at
 from posegrad.jacobian._precision import exact
-from posegrad.jacobian._products import Products, added, inner_products
+from posegrad.jacobian._products import Products, added, generalized, inner_products
+from posegrad.jacobian._range import left_range
 from posegrad.jacobian._report import report
 from posegrad.weighting._rules import AnyRule, as_gradient_rule
 
@@ -203,12 +204,12 @@ class PoseJacobian:
         }
         if per_parameter:
             own = {name: gram.clone() for name, gram in grams.items()}  # some have one in common
-            return {name: self._generalized(gram) for name, gram in own.items()}
+            return {name: generalized(gram, self.output_shape) for name, gram in own.items()}
         total = added(grams.values(), self._device)
         if total is None:
             count = self.predictions.numel()
             total = torch.zeros(count, count, dtype=dtype, device=self._device)
-        return self._generalized(total)
+        return generalized(total, self.output_shape)
 
     @exact
     def norms(self) -> Tensor:
@@ -227,6 +228,9 @@ class PoseJacobian:
         total = added(squares, self._device)
         if total is None:
             return torch.zeros(self.output_shape, device=self._device)
+        if left_range(total, self._blocks.values()):
+            blocks = {name: block.double() for name, block in self._blocks.items()}
+            return PoseJacobian(self.predictions, self._parameters, blocks).norms().to(total)
         return total.sqrt().reshape(self.output_shape)
 
     def __getitem__(self, index: Any) -> dict[str, Tensor]:
@@ -257,7 +261,7 @@ class PoseJacobian:
         block = self._blocks[name]
         if any(_share(rows, held) for part in block.parts for held in part.held()):
             rows = rows.clone()  # the caller's to write to
-        return rows.reshape(*self.output_shape, *block.shape)
+        return rows.reshape((*self.output_shape, *block.shape))
 
     @exact
     def matrix(self) -> Tensor:
@@ -336,14 +340,6 @@ class PoseJacobian:
         if dense.bytes() <= 2 * block.bytes():
             self._blocks[name] = dense
         return dense.matrix()
-
-    def _generalized(self, gram: Tensor) -> Tensor:
-        """From `[M, M]` to `output_shape + reversed(output_shape)`."""
-        shape = self.output_shape
-        if len(shape) == 1:
-            return gram
-        order = [*range(len(shape)), *reversed(range(len(shape), 2 * len(shape)))]
-        return gram.reshape((*shape, *shape)).permute(order)
 
 
 def _share(first: Tensor, second: Tensor) -> bool:

@@ -68,9 +68,16 @@ class Convolution(ClosedForm):
         shape = copies * self.shape[0], *self.shape[1:]
         shape_only = cotangent.new_zeros(()).expand(shape)
         *options, groups = self.options
+        images = images.to(cotangent.dtype)
+        if images.shape[2:].numel() == 1:  # else torch may take it for channels last, and fail
+            images, cotangent = _in_order(images), _in_order(cotangent)
         gradient: Tensor
         _, gradient, _ = torch.ops.aten.convolution_backward(
-            cotangent, images.to(cotangent.dtype), shape_only, None, *options, copies * groups,
-            [False, True, False],
-        )  # fmt: skip
+            cotangent, images, shape_only, None, *options, copies * groups, [False, True, False]
+        )
         return gradient
+
+
+def _in_order(tensor: Tensor) -> Tensor:
+    """The tensor with the strides of its shape, also along dimensions of size one."""
+    return tensor.reshape(-1).view(tensor.shape)

@@ -1,0 +1,106 @@
+"""What is remembered of graphs, and for which others it holds."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from posegrad.capture._axis import Axis
+from posegrad.capture._edges import Edge, EdgeRegistry
+from posegrad.capture._inference import follows_numbers
+from posegrad.capture._recipe import Recipe
+from posegrad.capture._release import Slot, slots_above
+from posegrad.capture._routine import Routine
+from posegrad.capture._sites import kept_shapes
+
+__all__ = ["Found", "Structure", "Structures"]
+
+_MOST = 256  # structures that are remembered
+_MOST_NODES = 2**18  # of all of them together: some 100 MB
+
+_Key = tuple[Any, ...]
+"""All that decisions looked at, and never only its hash: those of -4 and of 2**64 - 4, as which a
+negative dimension is saved, are one."""
+
+
+@dataclass
+class Found:
+    """The recipe of a structure, once there is one; it serves graphs of other sizes too."""
+
+    recipe: Recipe | None = None
+
+
+@dataclass
+class Structure:
+    """What is known of all graphs of one structure and one set of shapes.
+
+    Args:
+        found: The recipe.
+        has_float16: Whether gradients pass through float16; None if only the numbers of a function
+            written in Python tell.
+        slots: Where nodes above the parameters hold saved tensors.
+        is_fixed: Whether that decides where poses lie: no numbers pick rows.
+        inferred: Where poses lie, as far as it follows, by the output's dimension of poses.
+        routine: How to read it, once it is known.
+    """
+
+    found: Found
+    has_float16: bool | None
+    slots: list[Slot]
+    is_fixed: bool
+    inferred: dict[int | None, dict[Edge, Axis]] = field(default_factory=dict)
+    routine: Routine | None = None
+
+
+@dataclass
+class Structures:
+    """The structures an engine has met."""
+
+    _found: dict[_Key, Found] = field(default_factory=dict)
+    _known: dict[_Key, Structure] = field(default_factory=dict)
+
+    def of(
+        self,
+        registry: EdgeRegistry,
+        parameters: Mapping[str, Tensor],
+        output: Tensor,
+        *,
+        stated: bool,
+    ) -> Structure:
+        """What is known of graphs like this one.
+
+        Args:
+            registry: The graph.
+            parameters: Those that the output depends on.
+            output: The output.
+            stated: Whether the caller states owners.
+        """
+        kinds = registry.structure({id(p): i for i, p in enumerate(parameters.values())})
+        sizes = tuple(registry.sizes)
+        devices = frozenset({output.device, *(p.device for p in parameters.values())})
+        rest = tuple(parameters), stated, devices
+        key = kinds, sizes, rest
+        known = self._known.get(key)
+        if known is None:
+            ranks = tuple(len(shape) for node in sizes for shape in node)
+            several = tuple(min(size, 2) for size in output.shape)
+            general = kinds, ranks, kept_shapes(registry), several, rest
+            leaves = [registry.leaves[id(p)] for p in parameters.values()]
+            known = Structure(
+                self._found.setdefault(general, Found()),
+                None if registry.has_python() else registry.has_float16(),
+                slots_above(registry, leaves),
+                not follows_numbers(registry),
+            )
+            self._known[key] = known
+            most = max(2, min(_MOST, _MOST_NODES // len(registry.nodes)))
+            _forget(self._found, most)
+            _forget(self._known, most)
+        return known
+
+
+def _forget(known: dict[_Key, Any], most: int) -> None:
+    """Drops the oldest."""
+    while len(known) > most:
+        known.pop(next(iter(known)))
