@@ -110,6 +110,34 @@ def _no_pose_at_all(model: nn.Module) -> Tensor:
     return torch.stack([_of(model, (4,)).squeeze(), model.weight.square().sum()])
 
 
+class Empty(nn.Module):
+    """A parameter without a number, which enters all the same."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.none, self.linear = nn.Parameter(torch.zeros(0, 4)), nn.Linear(4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x).squeeze(1) + (x @ self.none.mT).sum(1) + self.none.sum()
+
+
+class Spectrum(nn.Module):
+    """Complex weights whose cotangents come conjugated, but only in name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.parts = nn.Linear(4, 4), nn.Parameter(torch.randn(3, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        filtered = torch.fft.rfft(self.linear(x)) * torch.view_as_complex(self.parts)
+        return filtered.conj().imag.square().sum(1) + filtered.conj().angle().sum(1)
+
+
+def _one_pixel(model: nn.Module) -> Tensor:
+    images = torch.randn(5, 1, 1, 2, dtype=torch.float64).movedim(-1, 1)  # strides of channels last
+    return nn.functional.conv2d(images, model.weight, padding=1).sin().sum((1, 2, 3))
+
+
 TRAPS: dict[str, tuple[nn.Module, Callable[[nn.Module], Tensor]]] = {
     "a token written in place": (WrittenToken(), lambda m: _of(m, (5, 2, 4))),
     "inputs written in place": (WrittenInto(), lambda m: _of(m, (5, 4))),
@@ -117,6 +145,9 @@ TRAPS: dict[str, tuple[nn.Module, Callable[[nn.Module], Tensor]]] = {
     "an offset for each pose": (OffsetPerPose(), lambda m: _of(m, (6, 4))),
     "a temperature": (Temperature(), lambda m: _of(m, (6, 4))),
     "powers of a weight": (nn.Linear(4, 4), _powers),
+    "a parameter of no size": (Empty(), lambda m: _of(m, (6, 4))),
+    "lazy conjugates": (Spectrum(), lambda m: _of(m, (6, 4))),
+    "images of one pixel": (nn.Conv2d(2, 1, 3, bias=False), _one_pixel),
     "a penalty in every loss": (nn.Linear(4, 1), _penalised),
     "a loss of no pose": (nn.Linear(4, 1), _no_pose_at_all),
     "an outer product": (
@@ -140,6 +171,12 @@ def test_rows_are_those_of_autograd(name: str, check: str) -> None:
         expected = rows(output, trainable(model))
         found = engine.jacobian(output).matrix()
         torch.testing.assert_close(found / expected.abs().max(), expected / expected.abs().max())
+
+
+def test_a_number_and_a_parameter_of_one_number_have_a_block() -> None:
+    parameter = nn.Parameter(torch.tensor(2.0, dtype=torch.float64))
+    J = Engine(nn.ParameterList([parameter])).jacobian(parameter.sin())
+    torch.testing.assert_close(J.block("0"), parameter.detach().cos())
 
 
 def test_a_gate_that_opens_later_is_found() -> None:

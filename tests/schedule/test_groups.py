@@ -136,6 +136,7 @@ def test_evaluation_takes_groups_too() -> None:
     [
         ([3, 0, 7], NoPosesError, r"without poses: 1\."),
         (torch.tensor([0] * 5 + [3] * 5), NoPosesError, r"without poses: 1, 2\."),
+        (torch.tensor([0] * 9 + [3 * 10**7]), NoPosesError, r": 1, 2, 3, 4, 5 and 29999994 more\."),
         ([], NoPosesError, "there are no groups"),
         (torch.tensor([-1] + [0] * 9), NoPosesError, "below 0"),
         ([5, 6], ShapeMismatchError, "assigns 11 poses to 2 groups, and there are 10 poses"),

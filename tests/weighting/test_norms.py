@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from posegrad import Engine, PoseJacobian
 from posegrad.jacobian import Layout
-from posegrad.jacobian._block import Block
 from posegrad.jacobian._arrangement import Arrangement
+from posegrad.jacobian._block import Block
 from posegrad.jacobian._parts import Factors
 from posegrad.testing import peak_live_bytes
 from tests import reference
