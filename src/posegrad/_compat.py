@@ -24,6 +24,7 @@ __all__ = [
     "carries_float16",
     "device_of",
     "dtype_of",
+    "dtypes_passed",
     "facts_of",
     "in_backward",
     "in_fsdp_backward",
@@ -147,19 +148,23 @@ def slots_of(node: Node, name: str) -> Sequence[Any]:
     return value if isinstance(value, tuple | list) else (value,)
 
 
-def carries_float16(node: Node) -> bool:
-    """Whether a gradient passes a node as float16.
+def dtypes_passed(node: Node) -> set[torch.dtype]:
+    """The dtypes in which a gradient passes a node.
 
     One node can stand for many operators: a compiled graph, a custom function. What such a node
     saved tells what it computes in; it is not unpacked for that, as a checkpoint would run again.
     """
-    if any(data.dtype == torch.float16 for data in node._input_metadata):
-        return True
-    if not is_python(node):
-        return False
-    packed = [slot.data for name in slot_names(node) for slot in slots_of(node, name)]
-    tensors = [leaf for data in packed for leaf in tree_leaves(data) if isinstance(leaf, Tensor)]
-    return any(tensor.dtype == torch.float16 for tensor in tensors)
+    dtypes = {data.dtype for data in node._input_metadata}
+    if is_python(node):
+        packed = [slot.data for name in slot_names(node) for slot in slots_of(node, name)]
+        found = [leaf for data in packed for leaf in tree_leaves(data)]
+        dtypes.update(leaf.dtype for leaf in found if isinstance(leaf, Tensor))
+    return dtypes
+
+
+def carries_float16(node: Node) -> bool:
+    """Whether a gradient passes a node as float16."""
+    return torch.float16 in dtypes_passed(node)
 
 
 def is_packed(node: Node) -> bool:

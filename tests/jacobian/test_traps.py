@@ -305,6 +305,34 @@ def test_an_index_speaks_for_its_own_rows_only() -> None:
         torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.parametrize("check", ["first", "never"])
+@pytest.mark.parametrize("count", [3, 5])
+@pytest.mark.parametrize("second", [False, True])
+def test_an_index_counts_one_dimension_of_the_output(check: str, count: int, second: bool) -> None:
+    """Which one is seen from its numbers, or else found by probing."""
+    model, rows_of = nn.Linear(3, 3).double(), _double(8, 3)
+    owners = torch.tensor([0, 1, 2, 3, 4, 4, 0, 1]) % count
+    output = _double(count, 3).zero_().index_add(0, owners, model(rows_of).tanh()).sin()
+    output = output.mT if second else output
+    expected = rows(output, trainable(model))
+    found = Engine(model, check=check).jacobian(output, pose_index=owners).matrix()
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("batch_dim", ["auto", None])
+@pytest.mark.parametrize("probed", [False, True])
+def test_an_island_of_fewer_digits_is_no_disagreement(
+    dtype: torch.dtype, batch_dim: str | None, probed: bool
+) -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 4)).double()
+    hidden = model[0](_double(5, 3)).to(dtype).sin().double()
+    output = model[1](hidden.flip(0) if probed else hidden).sin().sum(1)
+    expected = rows(output, trainable(model))
+    found = Engine(model, batch_dim=batch_dim).jacobian(output).matrix()
+    torch.testing.assert_close(found, expected, rtol=4 * torch.finfo(dtype).eps, atol=1e-7)
+
+
 @pytest.mark.parametrize("pad", [(0, 0, 1, -1), (0, 0, -1, 1), (1, 2), (0, 0, 0, 0)])
 def test_padding_that_shifts_poses(pad: tuple[int, ...]) -> None:
     model = nn.Linear(3, 2).double()

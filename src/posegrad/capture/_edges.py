@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
-from posegrad._compat import carries_float16, facts_of, is_python, outputs_of
+from posegrad._compat import carries_float16, dtypes_passed, facts_of, is_python, outputs_of
 from posegrad.capture._axis import FACTS, Facts
 from posegrad.errors import ReentrantCheckpointError
 
@@ -153,6 +153,19 @@ class EdgeRegistry:
                 found.add(number)
                 rising.append(number)
         return rising[::-1]
+
+    @cached_property
+    def dtypes_passed(self) -> list[set[torch.dtype]]:
+        """For each node the dtypes that gradients pass on their way to it, as real ones."""
+        passed: list[set[torch.dtype]] = [set() for _ in self.nodes]
+        for number in self.in_order():
+            node = self.nodes[number]
+            own = dtypes_passed(node) if is_python(node) else {*self.dtypes[number]}
+            passed[number] |= {d.to_real() for d in own if d.is_floating_point or d.is_complex}
+            for edge in self.sources[number]:
+                if edge is not None:
+                    passed[edge[0]] |= passed[number]
+        return passed
 
     def structure(self, numbers: Mapping[int, int]) -> tuple[Any, ...]:
         """Kinds of nodes, edges, which parameter enters where, which output; hashable.

@@ -255,7 +255,8 @@ def _verified(
     quiet: bool,
 ) -> tuple[Recipe, Parts]:
     """Compares with autograd; what disagrees goes down the ladder, with one warning."""
-    wrong, sure = reference.disagreeing(reading.parameters, parts, doubtful)
+    registry, parameters = reading.registry, reading.parameters
+    wrong, sure = reference.disagreeing(registry, parameters, parts, doubtful)
     if wrong:
         if not quiet:
             _warn(_disagreement_message(wrong))
@@ -267,7 +268,7 @@ def _verified(
             ),
         )
         parts = reading.parts(recipe, _tried(reading.subject, recipe))
-        still, _ = reference.disagreeing(reading.parameters, parts, wrong)
+        still, _ = reference.disagreeing(registry, parameters, parts, wrong)
         if still:
             sites = tuple(site for site in recipe.sites if site.parameter not in still)
             lost = {**recipe.by_rows, **dict.fromkeys(still, "disagreed with autograd")}

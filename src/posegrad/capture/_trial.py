@@ -6,7 +6,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from posegrad._compat import dtype_of
 from posegrad.capture._axis import Axis
 from posegrad.capture._edges import Edge, EdgeRegistry
 from posegrad.capture._inference import infer
@@ -174,17 +173,24 @@ def _known_layout(
         layout = shared.setdefault(key, axis.layout(cotangent.device))
         return None if layout.has_strays(cotangent) else layout
     if subject.pose_index and cotangent.ndim:
-        return _stated(subject.pose_index, count, cotangent)
+        return _stated(subject.pose_index, arrangement, cotangent)
     return None
 
 
-def _stated(pose_index: Sequence[Tensor], count: int, cotangent: Tensor) -> Layout | None:
+def _stated(
+    pose_index: Sequence[Tensor], arrangement: Arrangement, cotangent: Tensor
+) -> Layout | None:
     """The layout the caller's owners give, None if none of them fits, or several do.
 
     Edges may be as many as atoms, or atoms as poses: where one number fits two kinds of rows, it is
-    probed.
+    probed. So it is where the output has several dimensions that may be those the owners count.
     """
-    fitting = [index.cpu() for index in pose_index if len(index) == len(cotangent)]
+    count = arrangement.poses
+    fitting = [
+        index.cpu()
+        for index in pose_index
+        if len(index) == len(cotangent) and _counts(index, arrangement)
+    ]
     if not fitting:
         return None
     if len(cotangent) == count:
@@ -194,7 +200,18 @@ def _stated(pose_index: Sequence[Tensor], count: int, cotangent: Tensor) -> Layo
     return Layout.along(count, 0, fitting[0].to(cotangent.device, copy=True))
 
 
+def _counts(index: Tensor, arrangement: Arrangement) -> bool:
+    """Whether owners number the poses of an arrangement, and could number no others."""
+    if not len(index):
+        return True
+    lowest, highest = int(index.min()), int(index.max())
+    able = [dim for dim, size in enumerate(arrangement.shape) if size > highest]
+    alone = len(able) == 1 and arrangement.shape[able[0]] == arrangement.poses
+    return lowest >= 0 and alone and arrangement.dim in (None, able[0])
+
+
 def _narrowest(edges: Sequence[Edge], subject: Subject) -> torch.dtype:
-    nodes, output = subject.registry.nodes, subject.output
-    dtypes = {dtype_of(nodes[node])[number].to_real() for node, number in edges} | {output.dtype}
+    """The narrowest dtype that cotangents pass on their way."""
+    passed = subject.registry.dtypes_passed
+    dtypes = {subject.output.dtype}.union(*(passed[node] for node, _ in edges))
     return min(dtypes, key=lambda dtype: (-torch.finfo(dtype).eps, torch.finfo(dtype).max))

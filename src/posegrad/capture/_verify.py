@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from posegrad._compat import leaf_hooks_off
+from posegrad.capture._edges import EdgeRegistry
 from posegrad.capture._trial import Subject
 from posegrad.capture._vjp import dense
 from posegrad.jacobian import Block, Part, Weights
@@ -54,6 +55,7 @@ class Reference:
 
     def disagreeing(
         self,
+        registry: EdgeRegistry,
         parameters: Mapping[str, Tensor],
         parts: Mapping[str, Sequence[Part]],
         doubtful: Collection[str],
@@ -64,21 +66,21 @@ class Reference:
             Of the doubtful ones those that disagree, and those that were compared at all: of nan
             and infinite gradients nothing can be said.
 
-        The tolerance is relative to the larger of the two results and of the result with the signs
+        The tolerance is that of the narrowest dtype which the gradient passes. It is relative to
+        the larger of the two results and of the result with the signs
         of w dropped, so that a cancellation is not taken for an error; and below some rounding
         errors of the whole gradient nothing is an error, for there are parameters whose gradient is
         zero but for rounding (the bias of attention's keys).
         """
         flat = self.weights.reshape(-1)
-        floor = 64 * torch.finfo(flat.dtype).eps * _size(self.gradients.values())
-        dtypes = {
-            flat.dtype,
-            *(b.dtype for own in parts.values() for p in own for b in _tensors(p)),
-        }
+        size = _size(self.gradients.values())
         wrong, sure = set(), set()
         for name in (name for name in parameters if name in doubtful):
             parameter, gradient = parameters[name], self.gradients[name]
-            tolerance = max(_TOLERANCE.get(d, 2e-3) for d in dtypes | {parameter.dtype})
+            dtypes = registry.dtypes_passed[registry.leaves[id(parameter)]]
+            tolerance = max(_TOLERANCE.get(d, 2e-3) for d in dtypes)
+            eps = max(torch.finfo(d).eps for d in dtypes)
+            floor = 64 * min(eps, torch.finfo(torch.float32).eps) * size
             block = Block.of(parameter, len(flat), parts[name])
             found = block.combine(Weights(flat))
             reference = torch.zeros_like(found) if gradient is None else dense(gradient)
@@ -97,7 +99,3 @@ def _size(gradients: Iterable[Tensor | None]) -> float:
     """The norm of a whole gradient."""
     norms = [dense(g).double().norm() for g in gradients if g is not None]
     return float(torch.stack(norms).norm()) if norms else 0.0
-
-
-def _tensors(part: Part) -> Sequence[Tensor]:
-    return getattr(part, "cotangents", ())
