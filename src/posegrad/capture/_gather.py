@@ -18,7 +18,7 @@ from posegrad.capture._boundary import (
 )
 from posegrad.capture._edges import Edge, EdgeRegistry
 from posegrad.capture._float16 import Scaling
-from posegrad.capture._guard import failures_named, undisturbed
+from posegrad.capture._guard import deposits_refused, failures_named, undisturbed
 from posegrad.capture._inference import follows_numbers
 from posegrad.capture._recipe import Recipe, outlook, resolve, slow_parameters
 from posegrad.capture._release import Slot, release, slots_above
@@ -191,7 +191,8 @@ class Gatherer:
             seen = _Graph(scaled, own, self._structure(own, asked, scaled))
             return self._parts_of(seen, asked, keep_graph=True)
 
-        with undisturbed(registry, asked.parameters), failures_named():
+        lock, aside = deposits_refused(registry, asked.parameters)
+        with undisturbed(), lock, aside, failures_named():
             parts = self._scaling.parts(output, asked.parameters, read)
             if not keep_graph:
                 release(registry, known.slots)
@@ -224,7 +225,8 @@ class Gatherer:
         keep_graph: bool,
         quiet: bool,
     ) -> tuple[Recipe, Parts]:
-        with undisturbed(subject.registry, parameters):
+        lock, aside = deposits_refused(subject.registry, parameters)
+        with undisturbed(), lock, aside:
             reading = Reading(subject, parameters, self.block_bytes)
             recipe, parts = self._read(reading, known.recipe, quiet)
             if not keep_graph:
@@ -316,7 +318,7 @@ def _verified(
 
 
 def _warn(message: str) -> None:
-    warnings.warn(message, stacklevel=8)
+    warnings.warn(message, stacklevel=9)
 
 
 def _modules_of(names: Sequence[str]) -> str:

@@ -1,57 +1,129 @@
 """Backwards that must not touch the user's gradients, and whose failures have names."""
 
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+import os
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from threading import RLock
+from typing import Any, final
 
-import torch
 from torch import Tensor
 
+from posegrad._compat import hooks_of
+from posegrad._restoring import Change, no_autocast, no_graph, ordinary_mode
 from posegrad.capture._edges import EdgeRegistry
 from posegrad.errors import ReentrantCheckpointError, StaleFactorError, UnsupportedModuleError
-from posegrad.jacobian import no_autocast
 
-__all__ = ["failures_named", "grad_set_aside", "undisturbed"]
+__all__ = [
+    "alone",
+    "deposits_refused",
+    "failures_named",
+    "grad_set_aside",
+    "leaf_hooks_off",
+    "undisturbed",
+]
 
-_ONE_AT_A_TIME = RLock()
+Guard = AbstractContextManager[Any]
 
 
-@contextmanager
-def grad_set_aside(parameters: Mapping[str, Tensor]) -> Iterator[None]:
+class _Turn:
+    """Whose turn it is, of the threads of a process, to set `.grad` aside."""
+
+    lock = RLock()
+
+
+def _renew() -> None:
+    _Turn.lock = RLock()  # the thread that held it is not in the child
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew)
+
+
+def alone() -> Guard:
+    """The lock to hold around `grad_set_aside`.
+
+    In the `with` itself, where nothing comes between taking it and the promise to release it.
+    """
+    return _Turn.lock
+
+
+@final
+class grad_set_aside(Change):  # noqa: N801
     """Refuses a backward that deposits gradients by itself, before there are weights for them.
 
     Raises:
         ReentrantCheckpointError: if one did; every `.grad` is as it was.
     """
-    with _ONE_AT_A_TIME:  # of the threads of a process
-        held = {name: p.grad for name, p in parameters.items() if p.grad is not None}
+
+    def __init__(self, parameters: Mapping[str, Tensor]) -> None:
+        self._parameters = parameters
+        self._held: dict[str, Tensor] | None = None
+
+    def make(self) -> None:
+        # Noted here, for another thread may have had them set aside until it was this one's turn.
+        held = {name: p.grad for name, p in self._parameters.items() if p.grad is not None}
+        self._held = held
         for name in held:
-            parameters[name].grad = None
-        try:
-            yield
-        finally:
-            written = [name for name, p in parameters.items() if p.grad is not None]
-            for name in {*held, *written}:
-                parameters[name].grad = held.get(name)
-    if written:
-        raise ReentrantCheckpointError(
-            f"A custom autograd function inside the model calls backward() and deposits "
-            f"gradients by itself (into {written[0]}), before their weights are known.\n"
-            f"Let the function return its gradients; combine() can also use schedule='retain'."
-        )
+            self._parameters[name].grad = None
+
+    def undo(self) -> None:
+        if self._held is None:
+            return
+        for name, p in self._parameters.items():
+            if p.grad is not (before := self._held.get(name)):
+                p.grad = before
+
+    def __exit__(self, *failure: object) -> None:
+        written = [name for name, p in self._parameters.items() if p.grad is not None]
+        super().__exit__(*failure)
+        if written and not any(failure):
+            raise ReentrantCheckpointError(
+                f"A custom autograd function inside the model calls backward() and deposits "
+                f"gradients by itself (into {written[0]}), before their weights are known.\n"
+                f"Let the function return its gradients; combine() can also use schedule='retain'."
+            )
 
 
-@contextmanager
-def undisturbed(registry: EdgeRegistry, parameters: Mapping[str, Tensor]) -> Iterator[None]:
-    """No graph is made, nothing is cast, and no `.grad` is written."""
-    with ExitStack() as stack:
-        if torch.is_inference_mode_enabled():
-            stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.no_grad())
-        stack.enter_context(no_autocast())
-        if registry.has_python():  # torch's own functions deposit nothing
-            stack.enter_context(grad_set_aside(parameters))
-        yield
+def deposits_refused(
+    registry: EdgeRegistry, parameters: Mapping[str, Tensor]
+) -> tuple[Guard, Guard]:
+    """A lock, and `.grad` set aside, where a graph may write to it: both to be entered."""
+    if registry.has_python():
+        return alone(), grad_set_aside(parameters)
+    return nullcontext(), nullcontext()  # torch's own functions deposit nothing
+
+
+@final
+class undisturbed(Change):  # noqa: N801
+    """No graph is made, and nothing is cast."""
+
+    def make(self) -> None:
+        for change in (ordinary_mode, no_graph, no_autocast):
+            change().__enter__()
+
+    def undo(self) -> None:
+        pass  # each does that for itself
+
+
+@final
+class leaf_hooks_off(Change):  # noqa: N801
+    """Keeps `Tensor.register_hook` hooks of leaves from running.
+
+    They would run for every `autograd.grad` that asks for the leaf, and once more when the sum is
+    delivered; plain autograd runs them once, on the sum.
+    """
+
+    def __init__(self, leaves: Iterable[Tensor]) -> None:
+        tables = [table for leaf in leaves if (table := hooks_of(leaf))]
+        self._held = [(table, dict(table)) for table in tables]
+
+    def make(self) -> None:
+        for table, _ in self._held:
+            table.clear()
+
+    def undo(self) -> None:
+        for table, functions in self._held:
+            table.update(functions)
 
 
 class failures_named:  # noqa: N801

@@ -6,10 +6,15 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor, nn
 
-from posegrad._compat import leaf_hooks_off
-from posegrad.capture import failures_named, grad_set_aside, is_row_of_leaf
+from posegrad._restoring import no_autocast
+from posegrad.capture import (
+    alone,
+    failures_named,
+    grad_set_aside,
+    is_row_of_leaf,
+    leaf_hooks_off,
+)
 from posegrad.errors import StaleParametersError, UntrackedTensorError, listed
-from posegrad.jacobian import no_autocast
 from posegrad.ranks import Ranks
 from posegrad.schedule._poses import Pose, map_tensors
 
@@ -98,8 +103,9 @@ class Inputs:
         own = dict(zip(self.names, self.tensors, strict=False))
         # Only a graph that is used again fails where plain autograd would not.
         named = failures_named() if keep_graph else nullcontext()
-        guard = nullcontext() if self._marks is not None else grad_set_aside(own)
-        with guard, leaf_hooks_off(sources), no_autocast(), named:
+        in_backward = self._marks is not None
+        lock, aside = (nullcontext(),) * 2 if in_backward else (alone(), grad_set_aside(own))
+        with lock, aside, leaf_hooks_off(sources), no_autocast(), named:
             found = torch.autograd.grad(
                 predictions, sources, cotangent, retain_graph=keep_graph, allow_unused=True
             )

@@ -6,13 +6,15 @@ the part that changes from chunk to chunk. Random state (5 kB on a CPU) and buff
 for chunks that drew or changed them. Without this, a replay under dropout would be 110 % wrong.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
+
+from posegrad._restoring import Change
 
 __all__ = ["Moment", "Surroundings", "scales_float16"]
 
@@ -69,29 +71,21 @@ class Surroundings:
         self._note_changed_buffers()
         return Moment(random=random if drew else None, buffers=found)
 
-    @contextmanager
-    def restored(self) -> Iterator[None]:
+    def restored(self) -> Change:
         """Flags, autocast and default device as in the first pass; afterwards nothing has changed.
 
         The global random state is put back too, whatever the replays draw. The backward of a model
         on an accelerator runs on a thread of its own, which knows nothing of what was set here.
         """
-        now = {m: m.training for m in self._training}
         random = self.random_state()
-        try:
-            with ExitStack() as stack:
-                for arguments in self._autocast:
-                    stack.enter_context(torch.autocast(**arguments))
-                if torch.get_default_device() != self._default_device:
-                    stack.enter_context(self._default_device)
-                _set_training(self._training)
-                yield
-        finally:
-            _set_training(now)
-            self._set_random_state(random)
+        return _Restored(
+            self._training,
+            self._autocast,
+            self._default_device,
+            lambda: self._set_random_state(random),
+        )
 
-    @contextmanager
-    def at(self, moment: Moment) -> Iterator[None]:
+    def at(self, moment: Moment) -> Change:
         """One chunk's random state and buffers; afterwards the model has its own buffers back.
 
         Buffers are exchanged, not overwritten: the user's tensors, and graphs that saved them, see
@@ -105,14 +99,7 @@ class Surroundings:
             for place, value in moment.buffers.items()
             if place in own and (place in self._mutable or self._differs(place, own[place], value))
         ]
-        replaced = _copied({place: moment.buffers[place] for place in stale})
-        try:
-            for (module, name), value in replaced.items():
-                setattr(module, name, value)
-            yield
-        finally:
-            for module, name in replaced:
-                setattr(module, name, own[module, name])
+        return _Exchanged(own, _copied({place: moment.buffers[place] for place in stale}))
 
     def _buffers(self) -> dict[Place, Tensor]:
         return {
@@ -152,6 +139,54 @@ class Surroundings:
         torch.set_rng_state(states[0])
         for device, state in zip(self._devices, states[1:], strict=True):
             torch.get_device_module(device).set_rng_state(state, device)
+
+
+@final
+class _Restored(Change):
+    """Training flags, autocast and default device as they were when poses were scored."""
+
+    def __init__(
+        self,
+        training: Mapping[nn.Module, bool],
+        autocast: Sequence[dict[str, Any]],
+        device: torch.device,
+        put_random_back: Callable[[], None],
+    ) -> None:
+        self._training = training
+        self._autocast = autocast
+        self._device = device
+        self._put_random_back = put_random_back
+        self._now = {m: m.training for m in training}
+        self._stack = ExitStack()
+
+    def make(self) -> None:
+        for arguments in self._autocast:
+            self._stack.enter_context(torch.autocast(**arguments))
+        if torch.get_default_device() != self._device:
+            self._stack.enter_context(self._device)
+        _set_training(self._training)
+
+    def undo(self) -> None:
+        _set_training(self._now)
+        self._put_random_back()
+        self._stack.close()  # what it has left if it is cut short is put back at the door
+
+
+@final
+class _Exchanged(Change):
+    """Other buffers in the places of a model's own."""
+
+    def __init__(self, own: Mapping[Place, Tensor], others: Mapping[Place, Tensor]) -> None:
+        self._own = own
+        self._others = others
+
+    def make(self) -> None:
+        for (module, name), value in self._others.items():
+            setattr(module, name, value)
+
+    def undo(self) -> None:
+        for module, name in self._others:
+            setattr(module, name, self._own[module, name])
 
 
 def _accelerators(modules: Sequence[nn.Module]) -> list[torch.device]:

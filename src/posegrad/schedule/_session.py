@@ -1,14 +1,14 @@
 """One combine call: the poses, how they are scored, and what their gradients flow to."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, final
 
 import torch
 from torch import Tensor, nn
 
+from posegrad._restoring import Change, no_graph
 from posegrad.capture import check_tracked, graph_clock
 from posegrad.combination._groups import Groups
 from posegrad.errors import (
@@ -294,7 +294,7 @@ class Session:
             self.differentiable = True
             if not self.inputs.is_sharded():
                 known = {id(tensor) for tensor in (*leaves.values(), *plain)}
-                if check_tracked(predictions, known | self.inputs.parameters, clock):
+                if check_tracked(predictions, known | self.inputs.parameters, clock.start):
                     self.has_float16 = True
         return predictions, leaves
 
@@ -305,27 +305,35 @@ _IDLE = (
 )
 
 
-@contextmanager
-def _flags_kept(plain: list[Tensor]) -> Iterator[None]:
+@final
+class _flags_kept(Change):  # noqa: N801
     """Undoes requires_grad_() on the user's poses, which models that compute forces are fond of."""
-    try:
-        yield
-    finally:
-        for tensor in plain:
+
+    def __init__(self, plain: list[Tensor]) -> None:
+        self._plain = plain
+
+    def make(self) -> None:
+        pass  # the model does
+
+    def undo(self) -> None:
+        for tensor in self._plain:
             if tensor.requires_grad and tensor.is_leaf:
                 tensor.requires_grad_(False)
 
 
-@contextmanager
-def without_graph() -> Iterator[None]:
+@final
+class without_graph(Change):  # noqa: N801
     """Scoring that will be replayed: no graph, but the kernels of a forward that has one."""
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)  # its results differ in the last bits
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
+
+    def __init__(self) -> None:
+        self._fast = torch.backends.mha.get_fastpath_enabled()
+
+    def make(self) -> None:
+        torch.backends.mha.set_fastpath_enabled(False)  # its results differ in the last bits
+        no_graph().__enter__()
+
+    def undo(self) -> None:
+        torch.backends.mha.set_fastpath_enabled(self._fast)
         torch.clear_autocast_cache()  # casts made here carry no gradient
 
 
