@@ -2,8 +2,8 @@
 
 A forward depends on more than its arguments: on random state, on buffers, on which modules are in
 training, on autocast, on the default device. `Surroundings` writes down what it was; a `Moment` is
-the part that changes from chunk to chunk. Random state (5 kB on a CPU) and buffers are kept only
-for chunks that drew or changed them. Without this, a replay under dropout would be 110 % wrong.
+the part that changes from chunk to chunk. Random state (5 kB on a CPU) and buffers are kept once
+for all chunks that found them alike. Without this, a replay under dropout would be 110 % wrong.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -31,11 +31,12 @@ class Moment:
     """What the forward of one chunk found, beyond its arguments and the parameters.
 
     Args:
-        random: The random state of every device before it, or None if it drew nothing.
+        random: The random state of every device before it. Whether it drew cannot be told: a model
+            may put the state back itself, as `torch.random.fork_rng` does.
         buffers: The values of the model's buffers before it.
     """
 
-    random: list[Tensor] | None
+    random: list[Tensor]
     buffers: Mapping[Place, Tensor]
 
 
@@ -57,6 +58,7 @@ class Surroundings:
         self._values = _copied(self._buffers_seen)
         self._marks = _marked(self._buffers_seen)
         self._mutable: set[Place] = set()
+        self._random: list[Tensor] = []
 
     def random_state(self) -> list[Tensor]:
         """The random state of the CPU and of every accelerator the model is on."""
@@ -67,9 +69,10 @@ class Surroundings:
     def moment_since(self, random: list[Tensor]) -> Moment:
         """What the chunk that just ran had found, given the random state before it."""
         found = self._values
-        drew = any(not torch.equal(a, b) for a, b in zip(random, self.random_state(), strict=True))
+        if not (self._random and all(map(torch.equal, random, self._random))):
+            self._random = random
         self._note_changed_buffers()
-        return Moment(random=random if drew else None, buffers=found)
+        return Moment(self._random, buffers=found)
 
     def restored(self) -> Change:
         """Flags, autocast and default device as in the first pass; afterwards nothing has changed.
@@ -91,8 +94,7 @@ class Surroundings:
         Buffers are exchanged, not overwritten: the user's tensors, and graphs that saved them, see
         nothing. Only those that differ from what the chunk found are.
         """
-        if moment.random is not None:
-            self._set_random_state(moment.random)
+        self._set_random_state(moment.random)
         own = self._buffers()
         stale = [
             place

@@ -287,7 +287,7 @@ class Session:
         plain = [t for pose in poses for t in tensors_of(pose) if not t.requires_grad]
         with _flags_kept(plain), graph_clock() as clock:
             cut, leaves = self.inputs.cut(poses)
-            predictions = self.scorer(cut, start)
+            predictions = self.inputs.scored(lambda: self.scorer(cut, start))
         if not torch.is_grad_enabled():  # a model may enable it for itself
             return predictions.detach(), leaves
         if predictions.requires_grad:
