@@ -13,7 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import wraps
 from threading import local
-from typing import ParamSpec, Self, TypeVar, final
+from typing import Any, ParamSpec, TypeVar, final
 
 import torch
 
@@ -53,18 +53,17 @@ class Change(ABC):
     _depth: int
 
     @abstractmethod
-    def make(self) -> None:
-        """Changes it."""
+    def make(self) -> Any:
+        """Changes it; returns what follows `as`."""
 
     @abstractmethod
     def undo(self) -> None:
         """Puts it back: also when it was changed in part or not at all, and when called twice."""
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> Any:
         self._depth = len(_JOURNAL.open)
         _JOURNAL.open.append(self)
-        self.make()
-        return self
+        return self.make()
 
     def __exit__(self, *_: object) -> None:
         _undo_from(self._depth)

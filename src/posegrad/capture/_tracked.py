@@ -34,11 +34,12 @@ class graph_clock(Change):  # noqa: N801
         with torch.enable_grad():
             node = torch.zeros((), requires_grad=True, device="cpu").view(()).grad_fn
         assert node is not None
-        self.start = node._sequence_nr()
+        self._start = node._sequence_nr()
         self._before = thread_state().multithreading
 
-    def make(self) -> None:
+    def make(self) -> int:
         set_multithreading(False)
+        return self._start
 
     def undo(self) -> None:
         set_multithreading(self._before)
@@ -50,8 +51,7 @@ def check_tracked(output: Tensor, known: Collection[int], since: int) -> bool:
     Args:
         output: Predictions with their graph.
         known: `id` of every leaf that is allowed to appear.
-        since: The start of the `graph_clock()` around the forward; older nodes were computed
-            elsewhere.
+        since: That of the `graph_clock()` around the forward; older nodes were computed elsewhere.
 
     Returns:
         Whether gradients pass through float16.

@@ -24,17 +24,18 @@ class grad_apart(Change):  # noqa: N801
     def __init__(self, parameters: Mapping[str, Tensor]) -> None:
         self._parameters = parameters
         self._before = {name: p.grad for name, p in parameters.items()}
-        self.found: dict[str, Tensor] = {}
+        self._found: dict[str, Tensor] = {}
 
-    def make(self) -> None:
+    def make(self) -> dict[str, Tensor]:
         for p in self._parameters.values():
             p.grad = None
+        return self._found
 
     def undo(self) -> None:
         for name, p in self._parameters.items():
             if p.grad is not self._before[name]:
                 if p.grad is not None:
-                    self.found[name] = p.grad
+                    self._found[name] = p.grad
                 p.grad = self._before[name]
 
 

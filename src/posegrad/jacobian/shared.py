@@ -209,7 +209,7 @@ class SharedJacobian:
             sums = [float(g.sum(dtype=torch.float64)) for g in gradients.values()]
             sizes = [float(g.abs().sum(dtype=torch.float64)) for g in gradients.values()]
             told = None if weights is None else weights.cpu()
-            own = {n: g.cpu() for n, g in of_rule.found.items()}
+            own = {n: g.cpu() for n, g in of_rule.items()}
             return made_of(rule), sum(sums), sum(sizes), told, own
 
         told = self._ranks.together("apply the rule", applied)

@@ -294,7 +294,7 @@ class Session:
             self.differentiable = True
             if not self.inputs.is_sharded():
                 known = {id(tensor) for tensor in (*leaves.values(), *plain)}
-                if check_tracked(predictions, known | self.inputs.parameters, clock.start):
+                if check_tracked(predictions, known | self.inputs.parameters, clock):
                     self.has_float16 = True
         return predictions, leaves
 

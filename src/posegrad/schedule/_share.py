@@ -83,7 +83,7 @@ def _sealed(
     def applied() -> Tensor:
         with torch.enable_grad(), graph_clock() as clock:
             found: Tensor = rule(leaf)
-        _check_known(found, [leaf, *trained], clock.start)
+        _check_known(found, [leaf, *trained], clock)
         return found
 
     prediction = session.apply(applied)
