@@ -1,12 +1,13 @@
 """The only place that uses names PyTorch does not promise to keep."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache
-from typing import Any
+from operator import call
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._C import _InferenceMode as InferenceGuard
 from torch._C._autograd import SavedTensor
 from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import GradientEdge, Node
@@ -16,30 +17,36 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 __all__ = [
+    "InferenceGuard",
+    "ThreadState",
     "TorchDispatchMode",
     "add_each",
     "apply_node",
     "backward_into_leaves",
     "backward_to",
     "carries_float16",
+    "device_kinds",
     "device_of",
     "dtype_of",
     "dtypes_passed",
     "facts_of",
+    "hooks_of",
     "in_backward",
     "in_fsdp_backward",
     "in_static_ddp",
     "is_packed",
     "is_packed_at",
     "is_python",
-    "leaf_hooks_off",
     "on_intel",
     "outputs_of",
+    "put_back",
     "saved",
+    "set_multithreading",
     "shape_of",
     "shows_hooks",
     "slot_names",
     "slots_of",
+    "thread_state",
     "tree_leaves",
 ]
 
@@ -66,22 +73,73 @@ def backward_into_leaves(outputs: tuple[Tensor, ...], cotangents: tuple[Tensor, 
     )
 
 
-@contextmanager
-def leaf_hooks_off(leaves: Iterable[Tensor]) -> Iterator[None]:
-    """Keeps `Tensor.register_hook` hooks of leaves from running.
+def hooks_of(leaf: Tensor) -> dict[int, Any] | None:
+    """The table of a tensor's `register_hook` hooks, to be written to; None if it never had one."""
+    table: dict[int, Any] | None = leaf._backward_hooks
+    return table
 
-    They would run for every `autograd.grad` that asks for the leaf, and once more when the sum is
-    delivered; plain autograd runs them once, on the sum.
+
+@cache
+def device_kinds() -> tuple[str, ...]:
+    """The kinds of device that this machine has."""
+    accelerator = torch.accelerator.current_accelerator()
+    return ("cpu",) if accelerator is None else ("cpu", accelerator.type)
+
+
+class ThreadState(NamedTuple):
+    """What torch's context managers set for a thread, and leave behind if they are cut short."""
+
+    grad: bool
+    multithreading: bool
+    casts: list[tuple[str, bool, torch.dtype]]
+    cache: bool
+    nesting: int
+    modes: int
+
+
+def thread_state() -> ThreadState:
+    """That of this thread, in a microsecond or two."""
+    return ThreadState(
+        torch.is_grad_enabled(),
+        torch._C._is_multithreading_enabled(),
+        [
+            (kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
+            for kind in device_kinds()
+        ],
+        torch.is_autocast_cache_enabled(),
+        _nesting(),
+        torch._C._len_torch_function_stack(),
+    )
+
+
+def put_back(state: ThreadState) -> None:
+    """Makes it that of this thread again; harmless if nothing has changed."""
+    while torch._C._len_torch_function_stack() > state.modes:  # default devices are such modes
+        torch._C._pop_torch_function_stack()
+    for kind, enabled, dtype in state.casts:
+        torch.set_autocast_enabled(kind, enabled)
+        torch.set_autocast_dtype(kind, dtype)
+    torch.set_autocast_cache_enabled(state.cache)
+    for _ in range(_nesting() - state.nesting):
+        torch.autocast_decrement_nesting()
+    torch.clear_autocast_cache()  # casts made without a graph carry no gradient
+    set_multithreading(state.multithreading)
+    torch._C._set_grad_enabled(state.grad)
+
+
+def set_multithreading(enabled: bool) -> None:
+    """Whether backwards that this thread starts may run on others."""
+    torch._C._set_multithreading_enabled(enabled)
+
+
+def _nesting() -> int:
+    """How many autocasts this thread is in.
+
+    torch tells only while it counts up or down. Both calls are made by `map`, between which no
+    signal is looked for.
     """
-    hooks = [leaf._backward_hooks for leaf in leaves if leaf._backward_hooks]
-    held = [dict(table) for table in hooks]
-    for table in hooks:
-        table.clear()
-    try:
-        yield
-    finally:
-        for table, functions in zip(hooks, held, strict=True):
-            table.update(functions)
+    up, _ = map(call, (torch.autocast_increment_nesting, torch.autocast_decrement_nesting))
+    return up - 1
 
 
 @cache

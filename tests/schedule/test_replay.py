@@ -31,6 +31,32 @@ def test_dropout_is_replayed_after_other_draws() -> None:
     torch.testing.assert_close(_flat(model), expected)
 
 
+class Forking(nn.Module):
+    """Drops out by numbers of its own: afterwards the random state is as before."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = MODELS["dropout"]()
+
+    def forward(self, pose: Tensor) -> Tensor:
+        with torch.random.fork_rng():
+            return self.body(pose)
+
+
+def test_dropout_that_puts_the_random_state_back_is_replayed() -> None:
+    model, batch = Forking().double(), torch.randn(4, FEATURES, dtype=torch.float64)
+    torch.manual_seed(1)
+    Mean()(torch.stack([model(pose)[0] for pose in batch])).backward()
+    expected = _flat(model)
+
+    model.zero_grad()
+    torch.manual_seed(1)
+    prediction, _ = Engine(model).combine(batch, Mean(), schedule="recompute")
+    torch.rand(100)
+    prediction.backward()
+    torch.testing.assert_close(_flat(model), expected)
+
+
 def test_training_flags_are_replayed() -> None:
     model, batch = MODELS["dropout"]().double(), torch.randn(6, FEATURES, dtype=torch.float64)
     torch.manual_seed(1)

@@ -59,6 +59,30 @@ def test_gradients_accumulate_over_compounds(schedule: str) -> None:
     torch.testing.assert_close(_flat(model), separate)
 
 
+def _embedded() -> nn.Module:
+    """Its forward writes to a parameter: rows that are longer than `max_norm` are shortened."""
+    return nn.Sequential(nn.Embedding(9, 4, max_norm=0.5), nn.Flatten(), nn.Linear(8, 1)).double()
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_a_forward_that_writes_to_a_parameter_does_not_make_it_stale(schedule: str) -> None:
+    poses = torch.randint(9, (5, 1, 2)), torch.randint(9, (3, 1, 2))
+    torch.manual_seed(1)
+    model = _embedded()
+    first, second = (Min(2.0)(torch.cat([model(pose)[:, 0] for pose in group])) for group in poses)
+    (3 * first + second).backward()
+    expected = _flat(model)
+
+    torch.manual_seed(1)
+    model = _embedded()
+    first, second = (
+        Engine(model).combine(group, Min(2.0), schedule=schedule).prediction for group in poses
+    )
+    first.backward(retain_graph=True)
+    (2 * first + second).backward()
+    torch.testing.assert_close(_flat(model), expected)
+
+
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_combine_leaves_grad_alone_until_backward(schedule: str) -> None:
     model = MODELS["mlp"]()

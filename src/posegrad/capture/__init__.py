@@ -2,7 +2,7 @@
 
 from posegrad.capture._edges import EdgeRegistry
 from posegrad.capture._gather import Gatherer
-from posegrad.capture._guard import failures_named, grad_set_aside
+from posegrad.capture._guard import alone, failures_named, grad_set_aside, leaf_hooks_off
 from posegrad.capture._modules import Roster, check_modules
 from posegrad.capture._tracked import check_tracked, graph_clock, is_row_of_leaf
 from posegrad.capture._wrapped import check_no_talk, unwrapped
@@ -11,6 +11,7 @@ __all__ = [
     "EdgeRegistry",
     "Gatherer",
     "Roster",
+    "alone",
     "check_modules",
     "check_no_talk",
     "check_tracked",
@@ -18,5 +19,6 @@ __all__ = [
     "grad_set_aside",
     "graph_clock",
     "is_row_of_leaf",
+    "leaf_hooks_off",
     "unwrapped",
 ]

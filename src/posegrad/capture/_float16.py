@@ -12,7 +12,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from posegrad._compat import leaf_hooks_off
+from posegrad._restoring import ordinary_mode
+from posegrad.capture._guard import leaf_hooks_off
 from posegrad.capture._rungs import Parts
 from posegrad.jacobian import Factors, Part, Rows, wide
 
@@ -65,7 +66,7 @@ class Scaling:
 
 
 def _times(output: Tensor, exponent: int) -> Tensor:
-    with torch.inference_mode(False), torch.enable_grad():
+    with ordinary_mode(), torch.enable_grad():
         return wide(output) * 2.0**exponent
 
 

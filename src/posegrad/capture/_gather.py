@@ -18,7 +18,7 @@ from posegrad.capture._boundary import (
 )
 from posegrad.capture._edges import EdgeRegistry
 from posegrad.capture._float16 import Scaling
-from posegrad.capture._guard import failures_named, undisturbed
+from posegrad.capture._guard import failures_named, python_contained, undisturbed
 from posegrad.capture._recipe import Recipe, outlook, resolve, slow_parameters
 from posegrad.capture._release import release
 from posegrad.capture._routine import Routine
@@ -175,7 +175,8 @@ class Gatherer:
             seen = _Graph(scaled, own, known)
             return self._parts_of(seen, asked, keep_graph=True)
 
-        with undisturbed(registry, asked.parameters), failures_named():
+        lock, aside, copied = python_contained(registry, asked.parameters)
+        with undisturbed(), lock, aside, copied, failures_named():
             parts = self._scaling.parts(output, asked.parameters, read)
             if not keep_graph:
                 release(registry, known.slots)
@@ -189,7 +190,8 @@ class Gatherer:
         keep_graph: bool,
         quiet: bool,
     ) -> tuple[Recipe, Parts]:
-        with undisturbed(subject.registry, parameters):
+        lock, aside, copied = python_contained(subject.registry, parameters)
+        with undisturbed(), lock, aside, copied:
             reading = Reading(subject, parameters, self.block_bytes)
             recipe, parts = self._read(reading, known.found, quiet)
             if not keep_graph:
@@ -278,7 +280,7 @@ def _verified(
 
 
 def _warn(message: str) -> None:
-    warnings.warn(message, stacklevel=8)
+    warnings.warn(message, stacklevel=9)
 
 
 def _modules_of(names: Sequence[str]) -> str:

@@ -1,76 +1,154 @@
 """Backwards that must not touch the user's gradients, and whose failures have names."""
 
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+import os
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from threading import RLock
+from typing import Any, final
 
-import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from posegrad._compat import is_python
+from posegrad._compat import hooks_of, is_python
+from posegrad._restoring import Change, no_autocast, no_graph, ordinary_mode
 from posegrad.capture._edges import EdgeRegistry
 from posegrad.errors import ReentrantCheckpointError, StaleFactorError, UnsupportedModuleError
-from posegrad.jacobian import no_autocast
 
-__all__ = ["failures_named", "grad_set_aside", "undisturbed"]
+__all__ = [
+    "alone",
+    "cotangents_copied",
+    "failures_named",
+    "grad_set_aside",
+    "leaf_hooks_off",
+    "python_contained",
+    "undisturbed",
+]
 
-_ONE_AT_A_TIME = RLock()
+Guard = AbstractContextManager[Any]
 
 
-@contextmanager
-def grad_set_aside(parameters: Mapping[str, Tensor]) -> Iterator[None]:
+class _Turn:
+    """Whose turn it is, of the threads of a process, to set `.grad` aside."""
+
+    lock = RLock()
+
+
+def _renew() -> None:
+    _Turn.lock = RLock()  # the thread that held it is not in the child
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew)
+
+
+def alone() -> Guard:
+    """The lock to hold around `grad_set_aside`.
+
+    In the `with` itself, where nothing comes between taking it and the promise to release it.
+    """
+    return _Turn.lock
+
+
+@final
+class grad_set_aside(Change):  # noqa: N801
     """Refuses a backward that deposits gradients by itself, before there are weights for them.
 
     Raises:
         ReentrantCheckpointError: if one did; every `.grad` is as it was.
     """
-    with _ONE_AT_A_TIME:  # of the threads of a process
-        held = {name: p.grad for name, p in parameters.items() if p.grad is not None}
+
+    def __init__(self, parameters: Mapping[str, Tensor]) -> None:
+        self._parameters = parameters
+        self._held: dict[str, Tensor] | None = None
+
+    def make(self) -> None:
+        # Noted here, for another thread may have had them set aside until it was this one's turn.
+        held = {name: p.grad for name, p in self._parameters.items() if p.grad is not None}
+        self._held = held
         for name in held:
-            parameters[name].grad = None
-        try:
-            yield
-        finally:
-            written = [name for name, p in parameters.items() if p.grad is not None]
-            for name in {*held, *written}:
-                parameters[name].grad = held.get(name)
-    if written:
-        raise ReentrantCheckpointError(
-            f"A custom autograd function inside the model calls backward() and deposits "
-            f"gradients by itself (into {written[0]}), before their weights are known.\n"
-            f"Let the function return its gradients; combine() can also use schedule='retain'."
-        )
+            self._parameters[name].grad = None
+
+    def undo(self) -> None:
+        if self._held is None:
+            return
+        for name, p in self._parameters.items():
+            if p.grad is not (before := self._held.get(name)):
+                p.grad = before
+
+    def __exit__(self, *failure: object) -> None:
+        written = [name for name, p in self._parameters.items() if p.grad is not None]
+        super().__exit__(*failure)
+        if written and not any(failure):
+            raise ReentrantCheckpointError(
+                f"A custom autograd function inside the model calls backward() and deposits "
+                f"gradients by itself (into {written[0]}), before their weights are known.\n"
+                f"Let the function return its gradients; combine() can also use schedule='retain'."
+            )
 
 
-@contextmanager
-def undisturbed(registry: EdgeRegistry, parameters: Mapping[str, Tensor]) -> Iterator[None]:
-    """No graph is made, nothing is cast, and no `.grad` is written."""
-    with ExitStack() as stack:
-        if torch.is_inference_mode_enabled():
-            stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.no_grad())
-        stack.enter_context(no_autocast())
-        if registry.has_python():  # torch's own functions deposit nothing, and write to nothing
-            stack.enter_context(grad_set_aside(parameters))
-            stack.enter_context(_cotangents_copied(registry))
-        yield
+def python_contained(
+    registry: EdgeRegistry, parameters: Mapping[str, Tensor]
+) -> tuple[Guard, Guard, Guard]:
+    """Guards against what functions written in Python may do in a backward, all to be entered.
+
+    They may deposit gradients and write to cotangents. torch's own functions do neither.
+    """
+    if registry.has_python():
+        return alone(), grad_set_aside(parameters), cotangents_copied(registry)
+    return nullcontext(), nullcontext(), nullcontext()
 
 
-@contextmanager
-def _cotangents_copied(registry: EdgeRegistry) -> Iterator[None]:
+@final
+class undisturbed(Change):  # noqa: N801
+    """No graph is made, and nothing is cast."""
+
+    def make(self) -> None:
+        for change in (ordinary_mode, no_graph, no_autocast):
+            change().__enter__()
+
+    def undo(self) -> None:
+        pass  # each does that for itself
+
+
+@final
+class leaf_hooks_off(Change):  # noqa: N801
+    """Keeps `Tensor.register_hook` hooks of leaves from running.
+
+    They would run for every `autograd.grad` that asks for the leaf, and once more when the sum is
+    delivered; plain autograd runs them once, on the sum.
+    """
+
+    def __init__(self, leaves: Iterable[Tensor]) -> None:
+        tables = [table for leaf in leaves if (table := hooks_of(leaf))]
+        self._held = [(table, dict(table)) for table in tables]
+
+    def make(self) -> None:
+        for table, _ in self._held:
+            table.clear()
+
+    def undo(self) -> None:
+        for table, functions in self._held:
+            table.update(functions)
+
+
+@final
+class cotangents_copied(Change):  # noqa: N801
     """Hands functions written in Python copies of their cotangents.
 
     Some write to what they are handed, and that is what a reader holds, or a view of it.
     """
-    handles: list[RemovableHandle] = []
-    try:
-        for node in registry.nodes:
-            if is_python(node):
-                handles.append(node.register_prehook(_copies))
-        yield
-    finally:
-        for handle in handles:
+
+    def __init__(self, registry: EdgeRegistry) -> None:
+        self._nodes = [node for node in registry.nodes if is_python(node)]
+        self._handles: list[RemovableHandle] = []
+
+    def make(self) -> None:
+        for node in self._nodes:
+            # No step of Python's between the two, at which the handle could be lost.
+            self._handles.extend(map(node.register_prehook, (_copies,)))
+
+    def undo(self) -> None:
+        for handle in self._handles:
             handle.remove()
 
 

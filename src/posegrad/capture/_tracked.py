@@ -7,32 +7,42 @@ walk costs 0.05 to 0.5 ms; nothing is kept.
 """
 
 import sys
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Collection
+from typing import final
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import Node, get_gradient_edge
 
-from posegrad._compat import carries_float16
+from posegrad._compat import carries_float16, set_multithreading, thread_state
+from posegrad._restoring import Change
 from posegrad.capture._edges import LEAF, walk
 from posegrad.errors import UntrackedTensorError
 
 __all__ = ["check_tracked", "graph_clock", "is_row_of_leaf"]
 
 
-@contextmanager
-def graph_clock() -> Iterator[int]:
+@final
+class graph_clock(Change):  # noqa: N801
     """A time stamp: the graph nodes that are made inside carry a number at least as high.
 
     Numbers are counted by thread, and an accelerator's backward has one of its own. So what a model
     differentiates inside its forward (forces) is differentiated on this thread.
     """
-    with torch.enable_grad():
-        node = torch.zeros((), requires_grad=True, device="cpu").view(()).grad_fn
-    assert node is not None
-    with torch.autograd.set_multithreading_enabled(False):
-        yield node._sequence_nr()
+
+    def __init__(self) -> None:
+        with torch.enable_grad():
+            node = torch.zeros((), requires_grad=True, device="cpu").view(()).grad_fn
+        assert node is not None
+        self._start = node._sequence_nr()
+        self._before = thread_state().multithreading
+
+    def make(self) -> int:
+        set_multithreading(False)
+        return self._start
+
+    def undo(self) -> None:
+        set_multithreading(self._before)
 
 
 def check_tracked(output: Tensor, known: Collection[int], since: int) -> bool:

@@ -7,8 +7,8 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from posegrad._compat import leaf_hooks_off
 from posegrad.capture._edges import EdgeRegistry
+from posegrad.capture._guard import leaf_hooks_off
 from posegrad.capture._trial import Subject
 from posegrad.capture._vjp import dense
 from posegrad.jacobian import Block, Part, Weights

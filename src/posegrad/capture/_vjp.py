@@ -2,8 +2,9 @@
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import final
 
 import torch
 from torch import Tensor
@@ -14,9 +15,10 @@ from posegrad._compat import (
     backward_to,
     device_of,
     dtype_of,
-    leaf_hooks_off,
     shape_of,
 )
+from posegrad._restoring import Change, ordinary_mode
+from posegrad.capture._guard import leaf_hooks_off
 
 __all__ = ["cotangents_at", "dense", "node_rows", "rows_of_graph"]
 
@@ -125,7 +127,7 @@ def rows_of_graph(
     """
     chunks: list[list[Tensor | None]] = []
     sources = list(sources)
-    with leaf_hooks_off(sources), _thawed(sources), torch.inference_mode(False):
+    with leaf_hooks_off(sources), _thawed(sources), ordinary_mode():
         for start in range(0, count, most):
             group = [cotangents(i) for i in range(start, min(start + most, count))]
             chunks.append(_graph_group(output, group, sources))
@@ -135,16 +137,19 @@ def rows_of_graph(
     ]
 
 
-@contextmanager
-def _thawed(sources: Sequence[Tensor]) -> Iterator[None]:
+@final
+class _thawed(Change):  # noqa: N801
     """Lets leaves be differentiated by that were frozen since the forward."""
-    frozen = [source for source in sources if not source.requires_grad]
-    for source in frozen:
-        source.requires_grad_(True)
-    try:
-        yield
-    finally:
-        for source in frozen:
+
+    def __init__(self, sources: Sequence[Tensor]) -> None:
+        self._frozen = [source for source in sources if not source.requires_grad]
+
+    def make(self) -> None:
+        for source in self._frozen:
+            source.requires_grad_(True)
+
+    def undo(self) -> None:
+        for source in self._frozen:
             source.requires_grad_(False)
 
 
@@ -244,10 +249,18 @@ def _norm(tensor: Tensor) -> float:
     return float(tensor.abs().double().norm())
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
+@final
+class _quiet(Change):  # noqa: N801
     """Without vmap's remarks on operators it takes one by one."""
-    with warnings.catch_warnings():
+
+    def __init__(self) -> None:
+        self._caught = warnings.catch_warnings()
+
+    def make(self) -> None:
+        self._caught.__enter__()
         for message in _VMAP_LEFT:
             warnings.filterwarnings("ignore", message, UserWarning)
-        yield
+
+    def undo(self) -> None:
+        with suppress(RuntimeError, AttributeError):  # if it was not entered, or in part
+            self._caught.__exit__(None, None, None)

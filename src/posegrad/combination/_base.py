@@ -11,6 +11,7 @@ from typing import final
 import torch
 from torch import Tensor, nn
 
+from posegrad._restoring import restoring
 from posegrad.combination._compiled import uncovered
 from posegrad.combination._online import OnlineForm
 
@@ -67,6 +68,7 @@ class Combination(nn.Module, ABC):
         return None
 
     @final
+    @restoring
     def weights(self, predictions: Tensor) -> Tensor:
         r"""The weight of every pose, :math:`w_i = \partial \hat y / \partial \hat y_i`.
 

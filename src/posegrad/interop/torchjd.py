@@ -13,13 +13,12 @@ The rule object itself is called, so one that keeps state keeps it, and its hook
 from torch's global generator where they do in TorchJD. Half precisions reach them as float32.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, final, get_args
 
 import torch
 from torch import Tensor
 
+from posegrad._restoring import Change
 from posegrad.errors import MissingExtraError, ShapeMismatchError, UnsupportedModuleError
 from posegrad.jacobian._precision import wide
 from posegrad.weighting import Aggregation, GradientRule, Step, Weighting
@@ -160,7 +159,7 @@ class _WeightsOfCount(_OfTheirs):
     def step(self, jacobian: Jacobian) -> Step:
         predictions = jacobian.predictions
         rows = wide(predictions.reshape(-1, 1))
-        with plainly(rows.device.type):
+        with plainly():
             weights = self.rule(torch.zeros_like(rows))
         return weighted(jacobian, checked(self, weights, predictions))
 
@@ -180,7 +179,7 @@ class _WeightsOfMatrix(_OfTheirs):
 
     def step(self, jacobian: Jacobian) -> Step:
         matrix = _finite(jacobian)
-        with plainly(matrix.device.type), _gramians_made(self.rule):
+        with plainly(), _gramians_made(self.rule):
             weights = self.rule(matrix)
         del matrix
         return weighted(jacobian, checked(self, weights, jacobian.predictions))
@@ -202,7 +201,7 @@ class _OfMatrix(_OfTheirs):
 
     def step(self, jacobian: Jacobian) -> Step:
         matrix = _finite(jacobian)
-        with plainly(matrix.device.type):
+        with plainly():
             gradient = self.rule(matrix)
         if gradient.shape != matrix.shape[1:]:
             raise ShapeMismatchError(
@@ -222,21 +221,26 @@ def _finite(jacobian: Jacobian) -> Tensor:
     return matrix
 
 
-@contextmanager
-def _gramians_made(rule: Any) -> Iterator[None]:
+@final
+class _gramians_made(Change):  # noqa: N801
     """Within, a function that is composed with a weighting of Gramians has to make one."""
-    inner = rule
-    while isinstance(inner, (_COMPOSITION, theirs.CRMOGMWeighting)):
-        inner = inner.weighting
-    stated = _statistic(inner)
-    if stated is None or not issubclass(stated, PSDMatrix):
-        yield
-        return
-    handle = inner.register_forward_pre_hook(_check_square)
-    try:
-        yield
-    finally:
-        handle.remove()
+
+    def __init__(self, rule: Any) -> None:
+        inner = rule
+        while isinstance(inner, (_COMPOSITION, theirs.CRMOGMWeighting)):
+            inner = inner.weighting
+        stated = _statistic(inner)
+        self._inner = inner if stated is not None and issubclass(stated, PSDMatrix) else None
+        self._handles: list[Any] = []
+
+    def make(self) -> None:
+        if self._inner is not None:
+            # No step of Python's between the two, at which the handle could be lost.
+            self._handles.extend(map(self._inner.register_forward_pre_hook, (_check_square,)))
+
+    def undo(self) -> None:
+        for handle in self._handles:
+            handle.remove()
 
 
 def _check_square(rule: Any, args: tuple[Tensor]) -> None:

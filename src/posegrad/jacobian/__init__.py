@@ -5,7 +5,7 @@ from posegrad.jacobian._block import Block
 from posegrad.jacobian._form import ClosedForm, Factor
 from posegrad.jacobian._layout import NOBODY, Layout, single
 from posegrad.jacobian._parts import Factors, Part, Pull, Rows, Weights
-from posegrad.jacobian._precision import is_cast, no_autocast, wide
+from posegrad.jacobian._precision import is_cast, wide
 from posegrad.jacobian.operator import PoseJacobian
 from posegrad.jacobian.shared import SharedJacobian, of_all
 
@@ -24,7 +24,6 @@ __all__ = [
     "SharedJacobian",
     "Weights",
     "is_cast",
-    "no_autocast",
     "of_all",
     "single",
     "wide",

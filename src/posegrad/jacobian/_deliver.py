@@ -7,11 +7,12 @@ import torch
 from torch import Tensor
 
 from posegrad._compat import backward_into_leaves
+from posegrad._restoring import restoring
 from posegrad.errors import NonFiniteGradientError
 from posegrad.weighting._base import GradientRule, Jacobian
 from posegrad.weighting._rules import OfPredictions
 
-__all__ = ["deliver", "deposit", "step_of"]
+__all__ = ["deliver", "deliver_step", "deposit", "step_of"]
 
 _PROBE = [object()]
 _HELD_BY_A_LIST = sys.getrefcount(_PROBE[0])
@@ -42,6 +43,19 @@ def step_of(
         shapes = jacobian.shapes
         gradients = {name: weights.new_full(shapes[name], torch.nan) for name in jacobian.used}
     return {name: scale * gradient for name, gradient in gradients.items()}, weights
+
+
+@restoring
+def deliver_step(
+    rule: GradientRule,
+    jacobian: Jacobian,
+    parameters: Mapping[str, Tensor],
+    scaler: torch.amp.GradScaler | None,
+) -> Tensor | None:
+    """Adds what a rule makes of a Jacobian to `.grad`; returns the weights."""
+    gradients, weights = step_of(rule, jacobian, scaler)
+    deposit(gradients, parameters)
+    return weights
 
 
 def deposit(gradients: dict[str, Tensor], parameters: Mapping[str, Tensor]) -> None:

@@ -3,13 +3,13 @@
 import math
 import pickle
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from io import BytesIO
 from itertools import groupby
-from typing import Any
+from typing import Any, final
 
 from torch import Tensor
 
+from posegrad._restoring import Change
 from posegrad.errors import NoPosesError, RankError, ShapeMismatchError
 from posegrad.jacobian._block import Block
 from posegrad.ranks import shown
@@ -17,20 +17,26 @@ from posegrad.ranks import shown
 __all__ = ["check_alike", "check_same", "grad_apart", "layers", "made_of", "packed"]
 
 
-@contextmanager
-def grad_apart(parameters: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
+@final
+class grad_apart(Change):  # noqa: N801
     """What is added to the `.grad` of a rule's parameters meanwhile, which then is as before."""
-    before = {name: p.grad for name, p in parameters.items()}
-    found: dict[str, Tensor] = {}
-    for p in parameters.values():
-        p.grad = None
-    try:
-        yield found
-    finally:
-        for name, p in parameters.items():
-            if p.grad is not None:
-                found[name] = p.grad
-            p.grad = before[name]
+
+    def __init__(self, parameters: Mapping[str, Tensor]) -> None:
+        self._parameters = parameters
+        self._before = {name: p.grad for name, p in parameters.items()}
+        self._found: dict[str, Tensor] = {}
+
+    def make(self) -> dict[str, Tensor]:
+        for p in self._parameters.values():
+            p.grad = None
+        return self._found
+
+    def undo(self) -> None:
+        for name, p in self._parameters.items():
+            if p.grad is not self._before[name]:
+                if p.grad is not None:
+                    self._found[name] = p.grad
+                p.grad = self._before[name]
 
 
 def made_of(rule: object) -> str:

@@ -1,43 +1,30 @@
 """The precision that gradients are computed in."""
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from functools import cache, wraps
+from collections.abc import Callable
+from functools import wraps
 from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
-__all__ = ["exact", "is_cast", "no_autocast", "wide"]
+from posegrad._compat import device_kinds
+from posegrad._restoring import no_autocast, restoring
+
+__all__ = ["exact", "is_cast", "wide"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
 
-@cache
-def _kinds() -> tuple[str, ...]:
-    """The kinds of device that this machine has."""
-    accelerator = torch.accelerator.current_accelerator()
-    return ("cpu",) if accelerator is None else ("cpu", accelerator.type)
-
-
 def is_cast() -> bool:
     """Whether autocast is on, for the CPU or for an accelerator."""
-    return any(map(torch.is_autocast_enabled, _kinds()))
-
-
-@contextmanager
-def no_autocast() -> Iterator[None]:
-    """Turns autocast off: products of gradients stay in the precision they have."""
-    with ExitStack() as stack:
-        for kind in filter(torch.is_autocast_enabled, _kinds()):
-            stack.enter_context(torch.autocast(kind, enabled=False))
-        yield
+    return any(map(torch.is_autocast_enabled, device_kinds()))
 
 
 def exact(method: Callable[P, T]) -> Callable[P, T]:
     """A method that multiplies gradients: nothing is cast meanwhile, and no graph is made."""
 
+    @restoring
     @wraps(method)
     def inner(*args: P.args, **kwargs: P.kwargs) -> T:
         before = torch.is_grad_enabled()

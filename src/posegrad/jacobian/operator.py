@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from posegrad.jacobian._block import Block
-from posegrad.jacobian._deliver import deposit, step_of
+from posegrad.jacobian._deliver import deliver_step
 from posegrad.jacobian._parts import Weights, checked_weights, one_at
 from posegrad.jacobian._precision import exact
 from posegrad.jacobian._products import Products, added, generalized, inner_products
@@ -171,9 +171,7 @@ class PoseJacobian:
             >>> model.weight.grad
             tensor([[0.5000, 0.5000]])
         """
-        gradients, weights = step_of(as_gradient_rule(rule), self, scaler)
-        deposit(gradients, self._parameters)
-        return weights
+        return deliver_step(as_gradient_rule(rule), self, self._parameters, scaler)
 
     @exact
     def gramian(self, dtype: torch.dtype | None = None, *, per_parameter: bool = False) -> Any:

@@ -17,6 +17,7 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
+from posegrad._restoring import restoring
 from posegrad.errors import (
     NoPosesError,
     RankError,
@@ -143,6 +144,7 @@ class SharedJacobian:
         own, shape = len(self._own), list(self.output_shape)
         return f"SharedJacobian(output_shape={shape}, own_rows={own}, ranks={self._ranks.count})"
 
+    @restoring
     def combine(self, weights: Tensor) -> dict[str, Tensor]:
         r"""The product :math:`w^\top J` with the rows of all ranks.
 
@@ -179,6 +181,7 @@ class SharedJacobian:
         pairs = zip(parameters.items(), sums, strict=True)
         return {n: torch.zeros_like(p) if total is None else total for (n, p), total in pairs}
 
+    @restoring
     def backward(
         self, rule: Tensor | AnyRule, *, scaler: torch.amp.GradScaler | None = None
     ) -> Tensor | None:
@@ -218,6 +221,7 @@ class SharedJacobian:
         first = told[0][3]
         return None if weights is None or first is None else first.to(weights.device)
 
+    @restoring
     def gramian(self, dtype: torch.dtype | None = None, *, per_parameter: bool = False) -> Any:
         """The inner products of all rows, on every rank; as `PoseJacobian.gramian`.
 
@@ -248,21 +252,25 @@ class SharedJacobian:
         self._ranks.together("multiply rows with rows", finished)
         return self._summed(grams, names, dtype, per_parameter=per_parameter)
 
+    @restoring
     def norms(self) -> Tensor:
         """The Euclidean norm of every row, of `output_shape`; each rank computes its own."""
         everyone = self._ranks.together("norms", lambda: self._own.norms().cpu())
         return torch.cat([n for n in everyone if n.numel()]).to(self.predictions.device)
 
+    @restoring
     def __getitem__(self, index: Any) -> dict[str, Tensor]:
         """The gradient of one number of the output; as `PoseJacobian.__getitem__`."""
         return self._combined(lambda: one_at(index, self.predictions))
 
+    @restoring
     def block(self, name: str) -> Tensor:
         """The rows of one parameter, `[*output_shape, *parameter.shape]`, on every rank."""
         everyone = self._ranks.together(f"rows of {name}", lambda: self._own.block(name).cpu())
         whole = torch.cat([rows for rows in everyone if len(rows)])
         return whole.to(self.predictions.device)
 
+    @restoring
     def matrix(self) -> Tensor:
         """J as a matrix `[M, n]`, on every rank. Memory: M n numbers; no other method takes it."""
         everyone = self._ranks.together("matrix", lambda: self._own.matrix().cpu())
@@ -305,6 +313,7 @@ class SharedJacobian:
         return added(list(grams.values()), widest)
 
 
+@restoring
 def of_all(
     make: Callable[[Any], PoseJacobian],
     trainable: Callable[[], Mapping[str, Tensor]],

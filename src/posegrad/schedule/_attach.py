@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 from posegrad._compat import in_static_ddp
+from posegrad._restoring import restoring
 from posegrad.errors import HigherOrderError
 from posegrad.schedule._inputs import Inputs
 
@@ -71,6 +72,7 @@ class _Attached(torch.autograd.Function):
         return tuple(value.clone() if value is not None else None for value in tensors[:count])
 
     @staticmethod
+    @restoring
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
         with torch.no_grad():
             if ctx.inputs.ranks is None:  # else the ranks look together, each at its own

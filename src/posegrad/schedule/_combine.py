@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import torch
 
+from posegrad._restoring import restoring
 from posegrad.capture import Gatherer, check_no_talk
 from posegrad.combination._groups import ungrouped
 from posegrad.schedule._call import Call
@@ -18,6 +19,7 @@ from posegrad.schedule.stream import stream
 __all__ = ["run"]
 
 
+@restoring
 def run(call: Call, gatherer: Gatherer, *, wary: bool) -> tuple[Combined, bool]:
     """Scores poses under the schedule the call leads to.
 

@@ -1,15 +1,21 @@
 """What gradients flow to: the model's parameters, and pose tensors that require grad."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
 
-from posegrad._compat import leaf_hooks_off
-from posegrad.capture import failures_named, grad_set_aside, is_row_of_leaf
+from posegrad._restoring import no_autocast
+from posegrad.capture import (
+    alone,
+    failures_named,
+    grad_set_aside,
+    is_row_of_leaf,
+    leaf_hooks_off,
+)
 from posegrad.errors import StaleParametersError, UntrackedTensorError, listed
-from posegrad.jacobian import no_autocast
 from posegrad.ranks import Ranks
 from posegrad.schedule._poses import Pose, map_tensors
 
@@ -98,8 +104,9 @@ class Inputs:
         own = dict(zip(self.names, self.tensors, strict=False))
         # Only a graph that is used again fails where plain autograd would not.
         named = failures_named() if keep_graph else nullcontext()
-        guard = nullcontext() if self._marks is not None else grad_set_aside(own)
-        with guard, leaf_hooks_off(sources), no_autocast(), named:
+        in_backward = self._marks is not None
+        lock, aside = (nullcontext(),) * 2 if in_backward else (alone(), grad_set_aside(own))
+        with lock, aside, leaf_hooks_off(sources), no_autocast(), named:
             found = torch.autograd.grad(
                 predictions, sources, cotangent, retain_graph=keep_graph, allow_unused=True
             )
@@ -131,6 +138,34 @@ class Inputs:
     def close(self) -> None:
         """Ends the first pass: the inputs are complete, and parameters must stay as they are."""
         self._marks = [_mark(p) for p in self.tensors[: self.parameter_count]]
+        _CLOSED.add(self)
+
+    def scored(self, score: Callable[[], Tensor]) -> Tensor:
+        """What a forward returns, which may write to parameters itself.
+
+        An embedding with `max_norm` does. What it makes of them is no change of the user's, neither
+        to these inputs nor to those of another group that waits for its backward.
+        """
+        before = self._versions()
+        predictions = score()
+        after = self._versions()
+        if after != before:
+            ids = map(id, self.tensors)
+            moved = {key: (a, b) for key, a, b in zip(ids, before, after, strict=False) if a != b}
+            for inputs in [*_CLOSED]:
+                inputs._follow(moved)
+        return predictions
+
+    def _versions(self) -> list[int]:
+        return [p._version for p in self.tensors[: self.parameter_count]]
+
+    def _follow(self, moved: Mapping[int, tuple[int, int]]) -> None:
+        """Marks parameters anew that were as they should be until a forward moved them."""
+        assert self._marks is not None
+        for i, (version, place, trained) in enumerate(self._marks):
+            before, after = moved.get(id(self.tensors[i]), (None, version))
+            if version == before:
+                self._marks[i] = after, place, trained
 
     def check_fresh(self) -> None:
         """Raises if a parameter is not what it was when the poses were scored.
@@ -156,6 +191,10 @@ class Inputs:
             self._index[id(tensor)] = len(self.tensors)
             self.tensors.append(tensor)  # also keeps it alive, so that its id stays its own
         return self._index.get(id(tensor))
+
+
+_CLOSED: WeakSet[Inputs] = WeakSet()
+"""The inputs of groups that may still have a backward."""
 
 
 def _mark(parameter: Tensor) -> tuple[int, int, bool]:

@@ -2,17 +2,19 @@
 
 A forward depends on more than its arguments: on random state, on buffers, on which modules are in
 training, on autocast, on the default device. `Surroundings` writes down what it was; a `Moment` is
-the part that changes from chunk to chunk. Random state (5 kB on a CPU) and buffers are kept only
-for chunks that drew or changed them. Without this, a replay under dropout would be 110 % wrong.
+the part that changes from chunk to chunk. Random state (5 kB on a CPU) and buffers are kept once
+for all chunks that found them alike. Without this, a replay under dropout would be 110 % wrong.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
+
+from posegrad._restoring import Change
 
 __all__ = ["Moment", "Surroundings", "scales_float16"]
 
@@ -29,11 +31,12 @@ class Moment:
     """What the forward of one chunk found, beyond its arguments and the parameters.
 
     Args:
-        random: The random state of every device before it, or None if it drew nothing.
+        random: The random state of every device before it. Whether it drew cannot be told: a model
+            may put the state back itself, as `torch.random.fork_rng` does.
         buffers: The values of the model's buffers before it.
     """
 
-    random: list[Tensor] | None
+    random: list[Tensor]
     buffers: Mapping[Place, Tensor]
 
 
@@ -55,6 +58,7 @@ class Surroundings:
         self._values = _copied(self._buffers_seen)
         self._marks = _marked(self._buffers_seen)
         self._mutable: set[Place] = set()
+        self._random: list[Tensor] = []
 
     def random_state(self) -> list[Tensor]:
         """The random state of the CPU and of every accelerator the model is on."""
@@ -65,54 +69,39 @@ class Surroundings:
     def moment_since(self, random: list[Tensor]) -> Moment:
         """What the chunk that just ran had found, given the random state before it."""
         found = self._values
-        drew = any(not torch.equal(a, b) for a, b in zip(random, self.random_state(), strict=True))
+        if not (self._random and all(map(torch.equal, random, self._random))):
+            self._random = random
         self._note_changed_buffers()
-        return Moment(random=random if drew else None, buffers=found)
+        return Moment(self._random, buffers=found)
 
-    @contextmanager
-    def restored(self) -> Iterator[None]:
+    def restored(self) -> Change:
         """Flags, autocast and default device as in the first pass; afterwards nothing has changed.
 
         The global random state is put back too, whatever the replays draw. The backward of a model
         on an accelerator runs on a thread of its own, which knows nothing of what was set here.
         """
-        now = {m: m.training for m in self._training}
         random = self.random_state()
-        try:
-            with ExitStack() as stack:
-                for arguments in self._autocast:
-                    stack.enter_context(torch.autocast(**arguments))
-                if torch.get_default_device() != self._default_device:
-                    stack.enter_context(self._default_device)
-                _set_training(self._training)
-                yield
-        finally:
-            _set_training(now)
-            self._set_random_state(random)
+        return _Restored(
+            self._training,
+            self._autocast,
+            self._default_device,
+            lambda: self._set_random_state(random),
+        )
 
-    @contextmanager
-    def at(self, moment: Moment) -> Iterator[None]:
+    def at(self, moment: Moment) -> Change:
         """One chunk's random state and buffers; afterwards the model has its own buffers back.
 
         Buffers are exchanged, not overwritten: the user's tensors, and graphs that saved them, see
         nothing. Only those that differ from what the chunk found are.
         """
-        if moment.random is not None:
-            self._set_random_state(moment.random)
+        self._set_random_state(moment.random)
         own = self._buffers()
         stale = [
             place
             for place, value in moment.buffers.items()
             if place in own and (place in self._mutable or self._differs(place, own[place], value))
         ]
-        replaced = _copied({place: moment.buffers[place] for place in stale})
-        try:
-            for (module, name), value in replaced.items():
-                setattr(module, name, value)
-            yield
-        finally:
-            for module, name in replaced:
-                setattr(module, name, own[module, name])
+        return _Exchanged(own, _copied({place: moment.buffers[place] for place in stale}))
 
     def _buffers(self) -> dict[Place, Tensor]:
         return {
@@ -152,6 +141,54 @@ class Surroundings:
         torch.set_rng_state(states[0])
         for device, state in zip(self._devices, states[1:], strict=True):
             torch.get_device_module(device).set_rng_state(state, device)
+
+
+@final
+class _Restored(Change):
+    """Training flags, autocast and default device as they were when poses were scored."""
+
+    def __init__(
+        self,
+        training: Mapping[nn.Module, bool],
+        autocast: Sequence[dict[str, Any]],
+        device: torch.device,
+        put_random_back: Callable[[], None],
+    ) -> None:
+        self._training = training
+        self._autocast = autocast
+        self._device = device
+        self._put_random_back = put_random_back
+        self._now = {m: m.training for m in training}
+        self._stack = ExitStack()
+
+    def make(self) -> None:
+        for arguments in self._autocast:
+            self._stack.enter_context(torch.autocast(**arguments))
+        if torch.get_default_device() != self._device:
+            self._stack.enter_context(self._device)
+        _set_training(self._training)
+
+    def undo(self) -> None:
+        _set_training(self._now)
+        self._put_random_back()
+        self._stack.close()  # what it has left if it is cut short is put back at the door
+
+
+@final
+class _Exchanged(Change):
+    """Other buffers in the places of a model's own."""
+
+    def __init__(self, own: Mapping[Place, Tensor], others: Mapping[Place, Tensor]) -> None:
+        self._own = own
+        self._others = others
+
+    def make(self) -> None:
+        for (module, name), value in self._others.items():
+            setattr(module, name, value)
+
+    def undo(self) -> None:
+        for module, name in self._others:
+            setattr(module, name, self._own[module, name])
 
 
 def _accelerators(modules: Sequence[nn.Module]) -> list[torch.device]:

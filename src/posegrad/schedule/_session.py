@@ -1,14 +1,14 @@
 """One combine call: the poses, how they are scored, and what their gradients flow to."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, final
 
 import torch
 from torch import Tensor, nn
 
+from posegrad._restoring import Change, no_graph
 from posegrad.capture import check_tracked, graph_clock
 from posegrad.combination._groups import Groups
 from posegrad.errors import (
@@ -287,7 +287,7 @@ class Session:
         plain = [t for pose in poses for t in tensors_of(pose) if not t.requires_grad]
         with _flags_kept(plain), graph_clock() as clock:
             cut, leaves = self.inputs.cut(poses)
-            predictions = self.scorer(cut, start)
+            predictions = self.inputs.scored(lambda: self.scorer(cut, start))
         if not torch.is_grad_enabled():  # a model may enable it for itself
             return predictions.detach(), leaves
         if predictions.requires_grad:
@@ -305,27 +305,35 @@ _IDLE = (
 )
 
 
-@contextmanager
-def _flags_kept(plain: list[Tensor]) -> Iterator[None]:
+@final
+class _flags_kept(Change):  # noqa: N801
     """Undoes requires_grad_() on the user's poses, which models that compute forces are fond of."""
-    try:
-        yield
-    finally:
-        for tensor in plain:
+
+    def __init__(self, plain: list[Tensor]) -> None:
+        self._plain = plain
+
+    def make(self) -> None:
+        pass  # the model does
+
+    def undo(self) -> None:
+        for tensor in self._plain:
             if tensor.requires_grad and tensor.is_leaf:
                 tensor.requires_grad_(False)
 
 
-@contextmanager
-def without_graph() -> Iterator[None]:
+@final
+class without_graph(Change):  # noqa: N801
     """Scoring that will be replayed: no graph, but the kernels of a forward that has one."""
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)  # its results differ in the last bits
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
+
+    def __init__(self) -> None:
+        self._fast = torch.backends.mha.get_fastpath_enabled()
+
+    def make(self) -> None:
+        torch.backends.mha.set_fastpath_enabled(False)  # its results differ in the last bits
+        no_graph().__enter__()
+
+    def undo(self) -> None:
+        torch.backends.mha.set_fastpath_enabled(self._fast)
         torch.clear_autocast_cache()  # casts made here carry no gradient
 
 

@@ -5,9 +5,10 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from posegrad._restoring import no_autocast
 from posegrad.capture import Gatherer
 from posegrad.combination import Combination
-from posegrad.jacobian import Block, Weights, no_autocast
+from posegrad.jacobian import Block, Weights
 from posegrad.schedule._attach import Gradients
 from posegrad.schedule._gradients import GradientSum
 from posegrad.schedule._poses import map_tensors, tensors_of

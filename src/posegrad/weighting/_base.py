@@ -7,13 +7,13 @@ their inner products (`Weighting`), or the gradients themselves, one parameter a
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple, Protocol, final
 
 import torch
 from torch import Tensor, nn
 
+from posegrad._restoring import Change, no_autocast, no_graph, restoring
 from posegrad.errors import NonFiniteGradientError, ShapeMismatchError, listed
 
 __all__ = ["Aggregation", "GradientRule", "Jacobian", "Step", "Weighting"]
@@ -104,6 +104,7 @@ class Weighting(GradientRule):
     def forward(self, gramian: Tensor, predictions: Tensor) -> Tensor:
         """The weight of each row, `[M]`, from the Gramian `[M, M]` and the predictions `[M]`."""
 
+    @restoring
     def weights(self, jacobian: Jacobian) -> Tensor:
         """The weights of a Jacobian's rows, in the shape of the output.
 
@@ -115,7 +116,7 @@ class Weighting(GradientRule):
         predictions = jacobian.predictions
         gramian = _flattened(jacobian.gramian(), predictions.ndim)
         check_finite(gramian.diagonal())
-        with plainly(gramian.device.type):
+        with plainly():
             weights = self(gramian, predictions.reshape(-1))
         return checked(self, weights, predictions)
 
@@ -156,7 +157,7 @@ class Aggregation(GradientRule):
     def _aggregated(self, jacobian: Jacobian, name: str) -> Tensor:
         shape = jacobian.predictions.numel(), *jacobian.shapes[name]
         block = jacobian.block(name).reshape(shape)  # [M, *shape]
-        with plainly(block.device.type):
+        with plainly():
             gradient: Tensor = self(block)
         if gradient.shape != block.shape[1:]:
             raise ShapeMismatchError(
@@ -167,19 +168,19 @@ class Aggregation(GradientRule):
         return gradient.clone()  # it becomes .grad: no view of the rows, nothing of the rule's
 
 
-@contextmanager
-def plainly(device_type: str) -> Iterator[None]:
+@final
+class plainly(Change):  # noqa: N801
     """How a rule's own arithmetic runs: without a graph, and without the user's autocast.
 
     A Gramian in float32 would be of no use to a rule whose products are cast to bfloat16.
-
-    Args:
-        device_type: Where the Gramian or the rows are; rules may also compute on the CPU.
     """
-    with torch.no_grad(), ExitStack() as stack:
-        for kind in sorted({"cpu", device_type}):
-            stack.enter_context(torch.autocast(kind, enabled=False))
-        yield
+
+    def make(self) -> None:
+        no_graph().__enter__()
+        no_autocast().__enter__()
+
+    def undo(self) -> None:
+        pass  # each does that for itself
 
 
 def weighted(jacobian: Jacobian, weights: Tensor) -> Step:

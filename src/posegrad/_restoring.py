@@ -1,0 +1,139 @@
+"""What a call changes for a while is as before when the call ends, wherever it is cut short.
+
+Ctrl-C strikes after any function returns: between a change and the `try` that would undo it, within
+a `finally`, within torch's own context managers. So a `Change` is entered in a journal before it is
+made, and the public doors (`@restoring`) undo what is left in it when an exception passes, and put
+back torch's flags; twice, for the first time may be cut short too.
+
+None of this is a generator: one that was cut off at its `yield` goes on when it is collected, and
+would undo a second time, later, what somebody else has set meanwhile.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from functools import wraps
+from threading import local
+from typing import Any, ParamSpec, TypeVar, final
+
+import torch
+
+from posegrad._compat import InferenceGuard, ThreadState, device_kinds, put_back, thread_state
+
+__all__ = ["Change", "no_autocast", "no_graph", "ordinary_mode", "restoring"]
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+class _Journal(local):
+    """The changes of this thread that are to be undone, the last one at the end."""
+
+    def __init__(self) -> None:
+        self.open: list[Change] = []
+
+
+_JOURNAL = _Journal()
+
+
+def _undo_from(depth: int) -> None:
+    """Undoes the changes from the last one down to one; may be cut short, and called again."""
+    changes = _JOURNAL.open
+    while len(changes) > depth:
+        changes[-1].undo()
+        changes.pop()
+
+
+class Change(ABC):
+    """Something that is changed within a `with` and undone after it.
+
+    Whatever `undo` needs is noted in `__init__`, before anything is changed. Changes that `make`
+    enters are undone with it.
+    """
+
+    _depth: int
+
+    @abstractmethod
+    def make(self) -> Any:
+        """Changes it; returns what follows `as`."""
+
+    @abstractmethod
+    def undo(self) -> None:
+        """Puts it back: also when it was changed in part or not at all, and when called twice."""
+
+    def __enter__(self) -> Any:
+        self._depth = len(_JOURNAL.open)
+        _JOURNAL.open.append(self)
+        return self.make()
+
+    def __exit__(self, *_: object) -> None:
+        _undo_from(self._depth)
+
+
+def restoring(function: Callable[P, T]) -> Callable[P, T]:
+    """A public door: an exception that passes it leaves nothing changed for good."""
+
+    @wraps(function)
+    def door(*args: P.args, **kwargs: P.kwargs) -> T:
+        depth, state = len(_JOURNAL.open), thread_state()
+        try:
+            try:
+                return function(*args, **kwargs)
+            except BaseException:
+                _restore(depth, state)
+                raise
+        except BaseException:  # cut short while it restored
+            _restore(depth, state)
+            raise
+
+    return door
+
+
+def _restore(depth: int, state: ThreadState) -> None:
+    _undo_from(depth)
+    put_back(state)
+
+
+@final
+class no_graph(Change):  # noqa: N801
+    """`torch.no_grad()`, undone as a change."""
+
+    def __init__(self) -> None:
+        self._before = torch.is_grad_enabled()
+
+    def make(self) -> None:
+        torch.set_grad_enabled(False)
+
+    def undo(self) -> None:
+        torch.set_grad_enabled(self._before)
+
+
+@final
+class ordinary_mode(Change):  # noqa: N801
+    """Inference mode off. Left to the collector, torch's own guard would undo it at any time."""
+
+    def __init__(self) -> None:
+        self._guard: InferenceGuard | None = None
+
+    def make(self) -> None:
+        if torch.is_inference_mode_enabled():
+            self._guard = InferenceGuard(False)
+
+    def undo(self) -> None:
+        if self._guard is not None:
+            self._guard.__exit__(None, None, None)
+
+
+@final
+class no_autocast(Change):  # noqa: N801
+    """Turns autocast off: products of gradients stay in the precision they have."""
+
+    def __init__(self) -> None:
+        self._on = [kind for kind in device_kinds() if torch.is_autocast_enabled(kind)]
+
+    def make(self) -> None:
+        for kind in self._on:
+            torch.set_autocast_enabled(kind, False)
+
+    def undo(self) -> None:
+        for kind in self._on:
+            torch.set_autocast_enabled(kind, True)
