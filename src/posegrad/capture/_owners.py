@@ -46,9 +46,9 @@ _DEFAULT_TINY = 2.0**-100
 # do not, beside the largest of its row.
 _ROUNDING = 2.0**-50
 
-# Cotangents are faint from that many binary digits below the largest on, and of one class within as
-# many: so few that what hides in rounding is small beside a pose's own gradient too.
-_SURE, _NARROWEST = 12, 4
+# Cotangents are faint from half of their binary digits below the largest on, and of one class
+# within as many, but no fewer than these. What hides in rounding is small beside their own then.
+_NARROWEST = 4
 
 _TOLERANCE = {torch.float16: 2.0**-5, torch.bfloat16: 2.0**-4}
 _DEFAULT_TOLERANCE = 2.0**-10
@@ -199,27 +199,39 @@ def _is_same(found: Tensor, expected: Tensor, scale: Tensor) -> Tensor:
 
 
 def faint_poses(found: Sequence[tuple[Tensor, Layout]], count: int) -> list[Tensor]:
-    """Poses whose cotangents are many digits smaller than those of others, or zero.
+    """Poses whose cotangents are somewhere many digits smaller than those of others, or zero.
 
     Args:
-        found: Cotangents under ones, and whose they are; at least one.
+        found: Cotangents under ones, and whose they are.
         count: m.
 
     Returns:
-        Flags `[m]` for each class of about equally small ones; none if all are about equal.
+        Flags `[m]`, for each set of poses that are about equally small somewhere; none if all are
+        about equal everywhere, and no more than there are poses.
     """
-    digits = min(-math.log2(torch.finfo(cotangent.dtype).eps) for cotangent, _ in found)
-    largest = torch.zeros(count, dtype=torch.float64, device="cpu")
+    sets: dict[tuple[bool, ...], None] = {}
     for cotangent, layout in found:
-        rows, owners = layout.front(cotangent), layout.owners.cpu()
-        if rows.numel():
-            sizes = rows.reshape(len(rows), -1).abs().amax(1).double().cpu()  # [R]
-            live = owners != NOBODY
-            sizes = (sizes / sizes.max())[live].nan_to_num(nan=0)
-            largest.scatter_reduce_(0, owners[live], sizes, "amax")
-    width = max(_NARROWEST, digits - _SURE)
-    classes = (-largest.log2() / width).floor()  # infinite for those that own nothing
-    return [classes == number for number in torch.unique(classes) if number > 0]
+        classes = _classes(cotangent, layout, count)
+        sets.update({tuple((classes == n).tolist()): None for n in torch.unique(classes) if n > 0})
+    flags = [torch.tensor(own, device="cpu") for own in sets]
+    if len(flags) <= count:
+        return flags
+    return [*torch.eye(count, dtype=torch.bool, device="cpu")[torch.stack(flags).any(0)]]
+
+
+def _classes(cotangent: Tensor, layout: Layout, count: int) -> Tensor:
+    """How often the width of a class goes into what each pose is smaller by, `[m]`.
+
+    Infinite for poses that own nothing.
+    """
+    rows, owners = layout.front(cotangent), layout.owners.cpu()
+    largest = torch.zeros(count, dtype=torch.float64, device="cpu")
+    if rows.numel():
+        sizes = rows.reshape(len(rows), -1).abs().amax(1).double().cpu()  # [R]
+        live = owners != NOBODY
+        largest.scatter_reduce_(0, owners[live], sizes[live], "amax")
+    digits = -math.log2(torch.finfo(cotangent.dtype).eps)
+    return (-(largest / largest.max()).log2() / max(_NARROWEST, digits / 2)).floor()
 
 
 def is_their_own(alone: Tensor, base: Tensor, layout: Layout, poses: Tensor) -> bool:
