@@ -40,7 +40,7 @@ _SETS, _SETS_IF_NARROW = 2, 3
 
 # A row this much smaller than the largest, and this small, is nobody's: scaling it could lose bits.
 _SMALL, _TINY = 2.0**-60, {torch.float64: 2.0**-900}
-_DEFAULT_TINY = 2.0**-100
+_DEFAULT_TINY = 2.0**-112
 
 # What an element may be off beside itself where sums have one order, and elsewhere, where they
 # do not, beside the largest of its row.
