@@ -62,6 +62,11 @@ class Surroundings:
         self._silent: set[Place] = set()  # written without a new version in the first chunk
         self._has_run = False
 
+    @property
+    def on_cpu(self) -> bool:
+        """Whether no part of the models is on an accelerator."""
+        return not self._devices
+
     def random_state(self) -> list[Tensor]:
         """The random state of the CPU and of every accelerator the model is on."""
         modules = [torch.get_device_module(device) for device in self._devices]
