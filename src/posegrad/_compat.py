@@ -25,7 +25,9 @@ __all__ = [
     "device_of",
     "dtype_of",
     "facts_of",
+    "has_hooks",
     "in_backward",
+    "in_ddp",
     "in_fsdp_backward",
     "in_static_ddp",
     "is_packed",
@@ -80,6 +82,11 @@ def leaf_hooks_off(leaves: Iterable[Tensor]) -> Iterator[None]:
     finally:
         for table, functions in zip(hooks, held, strict=True):
             table.update(functions)
+
+
+def has_hooks(tensor: Tensor) -> bool:
+    """Whether functions of the user's run on a tensor's gradient, before or after it is added."""
+    return bool(tensor._backward_hooks or tensor._post_accumulate_grad_hooks)
 
 
 @cache
@@ -221,7 +228,16 @@ def in_fsdp_backward(modules: Iterable[Any]) -> bool:
     return any(getattr(c, "post_backward_final_callback_queued", False) for c in contexts)
 
 
+def in_ddp() -> bool:
+    """Whether the forward of a DDP is running."""
+    return _active_ddp() is not None
+
+
 def in_static_ddp() -> bool:
     """Whether the forward of a DDP with `static_graph=True` is running."""
-    active = getattr(DistributedDataParallel, "_active_ddp_module", None)
+    active = _active_ddp()
     return active is not None and bool(active.static_graph)
+
+
+def _active_ddp() -> DistributedDataParallel | None:
+    return getattr(DistributedDataParallel, "_active_ddp_module", None)

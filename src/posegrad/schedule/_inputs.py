@@ -1,19 +1,19 @@
 """What gradients flow to: the model's parameters, and pose tensors that require grad."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
 
-from posegrad._compat import leaf_hooks_off
-from posegrad.capture import failures_named, grad_set_aside, is_row_of_leaf
+from posegrad._compat import has_hooks, leaf_hooks_off
+from posegrad.capture import failures_named, grad_set_aside, is_row_of_leaf, leaf_of_row
 from posegrad.errors import StaleParametersError, UntrackedTensorError, listed
 from posegrad.jacobian import no_autocast
 from posegrad.ranks import Ranks
 from posegrad.schedule._poses import Pose, map_tensors
 
-__all__ = ["Inputs"]
+__all__ = ["Inputs", "is_watched"]
 
 
 class Inputs:
@@ -105,6 +105,25 @@ class Inputs:
             )
         return {i: g for i, g in zip(numbers, found, strict=True) if g is not None}
 
+    def has_hooks(self, number: int) -> bool:
+        """Whether functions of the user's run on the gradient of an input.
+
+        Those of sharded parameters are FSDP2's to run, which adds the gradient itself.
+        """
+        return not (self.is_sharded() and number < self.parameter_count) and is_watched(
+            self.tensors[number]
+        )
+
+    def reached(self, found: Collection[int], leaves: Mapping[int, Tensor]) -> set[int]:
+        """The numbers of the inputs among some leaves of a graph.
+
+        Args:
+            found: `id` of every leaf.
+            leaves: The detached stand-ins for pose tensors in that graph.
+        """
+        numbers = self._index | {id(leaf): number for number, leaf in leaves.items()}
+        return {numbers[key] for key in found if key in numbers}
+
     def is_sharded(self) -> bool:
         """Whether FSDP2 has spread the parameters over ranks."""
         return self.ranks is not None and self.ranks.sharded
@@ -156,6 +175,12 @@ class Inputs:
             self._index[id(tensor)] = len(self.tensors)
             self.tensors.append(tensor)  # also keeps it alive, so that its id stays its own
         return self._index.get(id(tensor))
+
+
+def is_watched(tensor: Tensor) -> bool:
+    """Whether a tensor has hooks, or the stacked leaf that it is a row of."""
+    stacked = leaf_of_row(tensor)
+    return has_hooks(tensor) or (stacked is not None and has_hooks(stacked))
 
 
 def _mark(parameter: Tensor) -> tuple[int, int, bool]:
