@@ -68,10 +68,10 @@ class _Tape:
             self._versions += [_versions(pose) for pose in chunk.poses]
             values.append(chunk.predictions.detach())
             del chunk  # its graph must be gone before the next one grows
-        self._session.surroundings.check_none_missed()
         with self._session.surroundings.restored(), without_graph():
             for _ in range(idle):
                 self._score_again(*self._chunks[0])
+        self._session.surroundings.check_none_missed()
         return values
 
     def pull(self, cotangent: Tensor) -> Gradients:
