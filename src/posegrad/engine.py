@@ -124,7 +124,6 @@ class Engine:
             NotDifferentiableError: if predictions cannot carry a gradient.
             UntrackedTensorError: if a prediction depends on a tensor that requires grad and is
                 neither a parameter nor part of its pose.
-            ReplayError: if a buffer changes in a way that a replay cannot follow (`recompute`).
             ClosedEngineError: after `close()`.
             ValueError: if the schedule is unknown or cannot serve the call.
 

@@ -11,7 +11,7 @@ from posegrad.capture import failures_named, grad_set_aside, is_row_of_leaf, lea
 from posegrad.errors import StaleParametersError, UntrackedTensorError, listed
 from posegrad.jacobian import no_autocast
 from posegrad.ranks import Ranks
-from posegrad.schedule._poses import Pose, map_tensors
+from posegrad.schedule._poses import Pose, map_tensors, tensors_of
 
 __all__ = ["Inputs", "is_watched"]
 
@@ -110,7 +110,7 @@ class Inputs:
 
         Those of sharded parameters are FSDP2's to run, which adds the gradient itself.
         """
-        return not (self.is_sharded() and number < self.parameter_count) and is_watched(
+        return not (self.is_sharded() and number < self.parameter_count) and _is_watched(
             self.tensors[number]
         )
 
@@ -177,8 +177,12 @@ class Inputs:
         return self._index.get(id(tensor))
 
 
-def is_watched(tensor: Tensor) -> bool:
-    """Whether a tensor has hooks, or the stacked leaf that it is a row of."""
+def is_watched(pose: Pose) -> bool:
+    """Whether a tensor of a pose that requires grad has hooks, or the leaf that it is a row of."""
+    return any(tensor.requires_grad and _is_watched(tensor) for tensor in tensors_of(pose))
+
+
+def _is_watched(tensor: Tensor) -> bool:
     stacked = leaf_of_row(tensor)
     return has_hooks(tensor) or (stacked is not None and has_hooks(stacked))
 

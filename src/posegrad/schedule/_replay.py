@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from posegrad.errors import ReplayError, listed
 
-__all__ = ["Moment", "Surroundings", "scales_float16"]
+__all__ = ["Moment", "Surroundings", "has_other_kernels", "scales_float16"]
 
 Place = tuple[nn.Module, str]
 """Where a buffer lives: its module and its name there."""
@@ -195,6 +195,16 @@ def _autocast_state(devices: Sequence[torch.device]) -> list[dict[str, Any]]:
         }
         for kind in sorted({"cpu", *(device.type for device in devices)})
     ]
+
+
+def has_other_kernels(modules: Sequence[nn.Module]) -> bool:
+    """Whether a forward under no_grad takes kernels whose results differ in the last bits.
+
+    oneDNN's LSTM on a CPU does, in float32, and nothing but a graph makes it take the others.
+    """
+    parts = (part for module in modules for part in module.modules())
+    weights = (p for part in parts if isinstance(part, nn.LSTM) for p in part.parameters())
+    return any(p.device.type == "cpu" and p.dtype == torch.float32 for p in weights)
 
 
 def scales_float16(modules: Sequence[nn.Module]) -> bool:

@@ -27,7 +27,7 @@ from posegrad.schedule._predictions import (
     kind_of,
     shared_predictions,
 )
-from posegrad.schedule._replay import Moment, Surroundings
+from posegrad.schedule._replay import Moment, Surroundings, has_other_kernels
 
 __all__ = [
     "Chunk",
@@ -175,7 +175,7 @@ class Session:
         self.surroundings = Surroundings(scorer.modules)
         self.differentiable = False
         self.has_float16 = False  # in a graph that was seen, the model's own autocast included
-        self._wary = wary or _has_other_kernels(scorer.modules)
+        self._wary = wary or has_other_kernels(scorer.modules)
         self.reached = set()
         self._chunks = iter(chunks)
         self._count = 0
@@ -198,14 +198,12 @@ class Session:
             predictions = group_predictions(score())
             self.own = range(len(predictions))
             return predictions
+        parameters = range(self.inputs.parameter_count)
         predictions, self.own, reached = shared_predictions(
-            self.ranks, self.groups, score, self._reached_parameters
+            self.ranks, self.groups, score, lambda: self.reached.intersection(parameters)
         )
         self.reached.update(*reached)
         return predictions.to(self.scorer.device)
-
-    def _reached_parameters(self) -> set[int]:
-        return self.reached.intersection(range(self.inputs.parameter_count))
 
     def apply(self, rule: Callable[[], Tensor]) -> Tensor:
         """The result of a rule, once it has been applied on all ranks."""
@@ -238,7 +236,7 @@ class Session:
         yield first
         del first
         for poses in self._chunks:
-            look = self._wary or any(map(_is_watched, poses))
+            look = self._wary or any(map(is_watched, poses))
             graph = with_graph or (look and not self.inputs.is_sharded())
             chunk = self._score(poses, with_graph=graph)
             if with_graph and self.has_float16:  # only some poses go through it
@@ -283,9 +281,7 @@ class Session:
             )
 
     def _score(self, poses: list[Pose], *, with_graph: bool) -> Chunk:
-        poses = [
-            copied(pose) for pose in poses
-        ]  # as they are now: user and model may write to them
+        poses = [copied(pose) for pose in poses]  # user and model may write to them
         random = self.surroundings.random_state()
         with torch.enable_grad() if with_graph else without_graph():
             predictions, leaves = self.score_again(poses, self._count)
@@ -342,20 +338,6 @@ def without_graph() -> Iterator[None]:
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
         torch.clear_autocast_cache()  # casts made here carry no gradient
-
-
-def _has_other_kernels(modules: Sequence[nn.Module]) -> bool:
-    """Whether a forward under no_grad takes kernels whose results differ in the last bits.
-
-    oneDNN's LSTM on a CPU does, in float32, and nothing but a graph makes it take the others.
-    """
-    parts = (part for module in modules for part in module.modules())
-    weights = (p for part in parts if isinstance(part, nn.LSTM) for p in part.parameters())
-    return any(p.device.type == "cpu" and p.dtype == torch.float32 for p in weights)
-
-
-def _is_watched(pose: Pose) -> bool:
-    return any(tensor.requires_grad and is_watched(tensor) for tensor in tensors_of(pose))
 
 
 def _span(start: int, count: int) -> str:
