@@ -30,8 +30,10 @@ __all__ = [
     "dtype_of",
     "dtypes_passed",
     "facts_of",
+    "has_hooks",
     "hooks_of",
     "in_backward",
+    "in_ddp",
     "in_fsdp_backward",
     "in_static_ddp",
     "is_packed",
@@ -140,6 +142,11 @@ def _nesting() -> int:
     """
     up, _ = map(call, (torch.autocast_increment_nesting, torch.autocast_decrement_nesting))
     return up - 1
+
+
+def has_hooks(tensor: Tensor) -> bool:
+    """Whether functions of the user's run on a tensor's gradient, before or after it is added."""
+    return bool(tensor._backward_hooks or tensor._post_accumulate_grad_hooks)
 
 
 @cache
@@ -299,7 +306,16 @@ def in_fsdp_backward(modules: Iterable[Any]) -> bool:
     return any(getattr(c, "post_backward_final_callback_queued", False) for c in contexts)
 
 
+def in_ddp() -> bool:
+    """Whether the forward of a DDP is running."""
+    return _active_ddp() is not None
+
+
 def in_static_ddp() -> bool:
     """Whether the forward of a DDP with `static_graph=True` is running."""
-    active = getattr(DistributedDataParallel, "_active_ddp_module", None)
+    active = _active_ddp()
     return active is not None and bool(active.static_graph)
+
+
+def _active_ddp() -> DistributedDataParallel | None:
+    return getattr(DistributedDataParallel, "_active_ddp_module", None)

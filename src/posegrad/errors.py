@@ -94,8 +94,9 @@ class PerPoseLossError(PosegradError, RuntimeError):
 class ReplayError(PosegradError, RuntimeError):
     """A pose scored again gave another prediction: its gradient would belong to another model.
 
-    Raised in backward, under `recompute`, if they differ by more than 64 units of rounding, or
-    if the pose was changed in place.
+    Raised in backward, under `recompute`, if they differ in a bit on a CPU, by more than 64 units
+    of rounding elsewhere, or if the pose was changed in place. Raised in combine if a buffer was
+    changed in a way that a replay cannot follow.
     """
 
 

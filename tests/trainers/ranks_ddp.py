@@ -159,6 +159,26 @@ def test_parameters_that_one_rank_does_not_use(schedule: str, options: str) -> N
                 assert p.grad is None or not p.grad.any()
 
 
+@pytest.mark.parametrize("options", ["plain", "find unused", "static graph"])
+@pytest.mark.parametrize("schedule", ["stream", "recompute", "store"])
+def test_hooks_of_parameters_that_one_rank_does_not_use(schedule: str, options: str) -> None:
+    model, seen = Experts(), []
+    for p in model.parameters():
+        p.register_hook(lambda gradient: seen.append(gradient) or gradient.clamp(-9, 9))
+        p.register_post_accumulate_grad_hook(lambda p: seen.append(p.grad.clone()))
+    ddp = DistributedDataParallel(MultiPose(model, Mean(), schedule=schedule), **OPTIONS[options])
+    for step in range(4):
+        plain = Experts()
+        plain_step(plain, Mean(), [_routed(0, step), _routed(1, step)])
+        ddp.zero_grad()
+        _loss(ddp, _routed(dist.get_rank(), step)).backward()
+        for p, q in zip(ddp.module.model.parameters(), plain.parameters(), strict=True):
+            expected = torch.zeros_like(q) if q.grad is None else q.grad
+            found = torch.zeros_like(p) if p.grad is None else p.grad
+            torch.testing.assert_close(found, expected.clamp(-9, 9), rtol=1e-10, atol=1e-10)
+    assert seen
+
+
 def test_retain_asks_for_what_plain_autograd_asks_for() -> None:
     ddp = DistributedDataParallel(MultiPose(Experts(), Mean(), schedule="retain"))
     _loss(ddp, _routed(dist.get_rank())).backward()

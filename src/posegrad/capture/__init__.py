@@ -4,7 +4,7 @@ from posegrad.capture._edges import EdgeRegistry
 from posegrad.capture._gather import Gatherer
 from posegrad.capture._guard import alone, failures_named, grad_set_aside, leaf_hooks_off
 from posegrad.capture._modules import Roster, check_modules
-from posegrad.capture._tracked import check_tracked, graph_clock, is_row_of_leaf
+from posegrad.capture._tracked import check_tracked, graph_clock, is_row_of_leaf, leaf_of_row
 from posegrad.capture._wrapped import check_no_talk, unwrapped
 
 __all__ = [
@@ -20,5 +20,6 @@ __all__ = [
     "graph_clock",
     "is_row_of_leaf",
     "leaf_hooks_off",
+    "leaf_of_row",
     "unwrapped",
 ]

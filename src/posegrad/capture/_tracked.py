@@ -8,7 +8,7 @@ walk costs 0.05 to 0.5 ms; nothing is kept.
 
 import sys
 from collections.abc import Collection
-from typing import final
+from typing import NamedTuple, final
 
 import torch
 from torch import Tensor
@@ -19,7 +19,19 @@ from posegrad._restoring import Change
 from posegrad.capture._edges import LEAF, walk
 from posegrad.errors import UntrackedTensorError
 
-__all__ = ["check_tracked", "graph_clock", "is_row_of_leaf"]
+__all__ = ["Tracked", "check_tracked", "graph_clock", "is_row_of_leaf", "leaf_of_row"]
+
+
+class Tracked(NamedTuple):
+    """What a walk through the graph of a prediction came across.
+
+    Args:
+        float16: Whether gradients pass through float16.
+        leaves: `id` of every leaf.
+    """
+
+    float16: bool
+    leaves: set[int]
 
 
 @final
@@ -45,7 +57,7 @@ class graph_clock(Change):  # noqa: N801
         set_multithreading(self._before)
 
 
-def check_tracked(output: Tensor, known: Collection[int], since: int) -> bool:
+def check_tracked(output: Tensor, known: Collection[int], since: int) -> Tracked:
     """Walks the graph of `output` and refuses what the engine would not give a gradient.
 
     Args:
@@ -53,30 +65,35 @@ def check_tracked(output: Tensor, known: Collection[int], since: int) -> bool:
         known: `id` of every leaf that is allowed to appear.
         since: That of the `graph_clock()` around the forward; older nodes were computed elsewhere.
 
-    Returns:
-        Whether gradients pass through float16.
-
     Raises:
         UntrackedTensorError: if another leaf, or a node older than the forward, is reached.
         ReentrantCheckpointError: if a reentrant checkpoint is.
     """
-    narrow = False
+    narrow, leaves = False, set()
     for node in walk(get_gradient_edge(output).node):
         if type(node) is LEAF:
             if id(_variable(node)) not in known and _references(node) > _HELD_BY_GRAPH_ALONE:
                 raise UntrackedTensorError(_leaf_message(_variable(node)))
+            leaves.add(id(_variable(node)))
         elif node._sequence_nr() < since and not _is_cached_cast(node):
             raise UntrackedTensorError(_older_message(node))
         else:
             narrow = narrow or carries_float16(node)
-    return narrow
+    return Tracked(narrow, leaves)
 
 
 def is_row_of_leaf(tensor: Tensor) -> bool:
     """Whether a tensor is one of the rows of a stacked leaf."""
+    return leaf_of_row(tensor) is not None
+
+
+def leaf_of_row(tensor: Tensor) -> Tensor | None:
+    """The stacked leaf that a tensor is a row of; None if it is none."""
     node = tensor.grad_fn
-    rows = node is not None and node.name() == "UnbindBackward0"
-    return rows and type(node.next_functions[0][0]) is LEAF  # type: ignore[union-attr]
+    if node is None or node.name() != "UnbindBackward0":
+        return None
+    stacked = node.next_functions[0][0]
+    return _variable(stacked) if type(stacked) is LEAF else None
 
 
 def _is_cached_cast(node: Node) -> bool:

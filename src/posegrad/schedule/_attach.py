@@ -1,13 +1,13 @@
 """Values computed elsewhere, made differentiable: the one autograd Function of the schedules."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-from posegrad._compat import in_static_ddp
+from posegrad._compat import in_ddp, in_static_ddp
 from posegrad._restoring import restoring
 from posegrad.errors import HigherOrderError
 from posegrad.schedule._inputs import Inputs
@@ -20,7 +20,11 @@ Pullback = Callable[[Gradients, Gradients], Gradients]
 
 
 def attach(
-    values: Sequence[Tensor], inputs: Inputs, pullback: Pullback, saved: Gradients = ()
+    values: Sequence[Tensor],
+    inputs: Inputs,
+    pullback: Pullback,
+    saved: Gradients = (),
+    reached: Collection[int] | None = None,
 ) -> tuple[Tensor, ...]:
     """Returns `values` as differentiable functions of `inputs`.
 
@@ -32,12 +36,23 @@ def attach(
         pullback: Called once for every backward, under no_grad, with None for the cotangent of a
             value that no loss used.
         saved: Tensors the pullback needs; autograd frees them after backward, as it does its own.
+        reached: The numbers of the inputs that the values' graphs would reach; default: all. Others
+            are left out, for autograd runs the hooks of every input, with None if need be.
     """
     inputs.close()
     if in_static_ddp():
         pullback = _with_zeros(pullback, inputs)
+    everything = range(len(inputs.tensors))
+    # DDP waits for every parameter, those that no pose of this process uses too.
+    numbers = everything if in_ddp() or not reached else sorted(reached)
     out: tuple[Tensor, ...] = _Attached.apply(  # type: ignore[no-untyped-call]
-        inputs, pullback, len(values), *values, *saved, *inputs.tensors
+        inputs,
+        numbers,
+        pullback,
+        len(values),
+        *values,
+        *saved,
+        *(inputs.tensors[i] for i in numbers),
     )
     return out
 
@@ -62,11 +77,17 @@ def _with_zeros(pullback: Pullback, inputs: Inputs) -> Pullback:
 class _Attached(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, inputs: Inputs, pullback: Pullback, count: int, *tensors: Tensor | None
+        ctx: Any,
+        inputs: Inputs,
+        numbers: Sequence[int],
+        pullback: Pullback,
+        count: int,
+        *tensors: Tensor | None,
     ) -> tuple[Tensor | None, ...]:
         ctx.inputs = inputs
+        ctx.numbers = numbers
         ctx.pullback = pullback
-        ctx.skipped = len(tensors) - len(inputs.tensors)
+        ctx.skipped = len(tensors) - len(numbers)
         ctx.save_for_backward(*tensors[count : ctx.skipped])
         ctx.set_materialize_grads(False)
         return tuple(value.clone() if value is not None else None for value in tensors[:count])
@@ -77,10 +98,21 @@ class _Attached(torch.autograd.Function):
         with torch.no_grad():
             if ctx.inputs.ranks is None:  # else the ranks look together, each at its own
                 ctx.inputs.check_fresh()
-            gradients = ctx.pullback(ctx.saved_tensors, cotangents)
+            found = ctx.pullback(ctx.saved_tensors, cotangents)
+        gradients: Gradients = [_for_hooks(found[i], ctx.inputs, i) for i in ctx.numbers]
         if torch.is_grad_enabled():  # create_graph=True: someone means to differentiate again
             gradients = _first_order_only(gradients, [*cotangents, *ctx.inputs.tensors])
-        return (None, None, None, *([None] * ctx.skipped), *gradients)
+        return (None, None, None, None, *([None] * ctx.skipped), *gradients)
+
+
+def _for_hooks(gradient: Tensor | None, inputs: Inputs, number: int) -> Tensor | None:
+    """Zeros for an input with hooks that only poses of weight zero use, as from plain autograd.
+
+    Its hooks run whatever is returned, and cannot take None.
+    """
+    if gradient is None and inputs.has_hooks(number):
+        return torch.zeros_like(inputs.tensors[number])
+    return gradient
 
 
 def _first_order_only(gradients: Gradients, sources: Gradients) -> Gradients:

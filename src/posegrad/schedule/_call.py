@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from posegrad._compat import has_hooks
 from posegrad.capture import check_no_talk
 from posegrad.combination import Combination
 from posegrad.combination._base import Rule
@@ -34,6 +35,8 @@ class Call:
         request: What the choice of a schedule looks at; its rule is that for all groups.
         groups: Of this rank's poses, if there are several groups.
         named: The model's parameters.
+        has_hooks: Whether a parameter of the model or the rule has some, on any rank. All poses are
+            scored with graphs then: only these tell whether plain autograd would run them.
         ranks: Who make this call together, if the group is shared.
     """
 
@@ -42,6 +45,7 @@ class Call:
     request: Request
     groups: Groups | None
     named: Mapping[str, nn.Parameter]
+    has_hooks: bool
     ranks: Ranks | None = None
 
 
@@ -107,7 +111,8 @@ class Setting:
             of_own = _groups_of(groups, poses, all_here=alone)
             whole = _rule_of(rule, of_own if alone else None)
             request = self._request(whole, schedule, skip_below, count)
-            return Call(scorer, chunks, request, of_own, named)
+            hooked = any(map(has_hooks, chain(named.values(), whole.parameters())))
+            return Call(scorer, chunks, request, of_own, named, hooked)
 
         return own() if ranks is None else _together(ranks, own)
 
@@ -195,7 +200,7 @@ def _together(ranks: Ranks, make: Callable[[], Call]) -> Call:
     """The call that all ranks make; `make` makes this rank's, with the rule for one group."""
     calls: list[Call] = []
 
-    def told() -> tuple[int, dict[str, object], Groups | None]:
+    def told() -> tuple[int, dict[str, object], Groups | None, bool]:
         call = make()
         calls.append(call)
         outline = call.request.outline() | {
@@ -207,12 +212,12 @@ def _together(ranks: Ranks, make: Callable[[], Call]) -> Call:
                 call.request.rule.named_parameters()
             ),
         }
-        return ranks.next_call(), outline, call.groups
+        return ranks.next_call(), outline, call.groups, call.has_hooks
 
-    numbers, outlines, groups = zip(*ranks.together("combine", told), strict=True)
+    numbers, outlines, groups, hooked = zip(*ranks.together("combine", told), strict=True)
     _check_agreed(outlines)
     (call,) = calls
-    call = replace(call, ranks=ranks.in_call(numbers))
+    call = replace(call, ranks=ranks.in_call(numbers), has_hooks=any(hooked))
     if call.groups is None:
         return call
     joined = Groups.joined(groups)

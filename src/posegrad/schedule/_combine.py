@@ -41,7 +41,14 @@ def run(call: Call, gatherer: Gatherer, *, wary: bool) -> tuple[Combined, bool]:
     if ranks is None:
         check_no_talk(call.scorer.modules, sharded=False)
     inputs = Inputs(call.named, ranks, call.scorer.modules)
-    session = Session(call.scorer, call.chunks, inputs, wary=wary, ranks=ranks, groups=call.groups)
+    session = Session(
+        call.scorer,
+        call.chunks,
+        inputs,
+        wary=wary or call.has_hooks,
+        ranks=ranks,
+        groups=call.groups,
+    )
     if name in ("stream", "store"):
         name, _ = choose(_informed(request, session))
     if name == "stream":

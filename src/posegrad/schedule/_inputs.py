@@ -1,12 +1,13 @@
 """What gradients flow to: the model's parameters, and pose tensors that require grad."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext
 from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
 
+from posegrad._compat import has_hooks
 from posegrad._restoring import no_autocast
 from posegrad.capture import (
     alone,
@@ -14,12 +15,13 @@ from posegrad.capture import (
     grad_set_aside,
     is_row_of_leaf,
     leaf_hooks_off,
+    leaf_of_row,
 )
 from posegrad.errors import StaleParametersError, UntrackedTensorError, listed
 from posegrad.ranks import Ranks
-from posegrad.schedule._poses import Pose, map_tensors
+from posegrad.schedule._poses import Pose, map_tensors, tensors_of
 
-__all__ = ["Inputs"]
+__all__ = ["Inputs", "is_watched"]
 
 
 class Inputs:
@@ -112,6 +114,25 @@ class Inputs:
             )
         return {i: g for i, g in zip(numbers, found, strict=True) if g is not None}
 
+    def has_hooks(self, number: int) -> bool:
+        """Whether functions of the user's run on the gradient of an input.
+
+        Those of sharded parameters are FSDP2's to run, which adds the gradient itself.
+        """
+        return not (self.is_sharded() and number < self.parameter_count) and _is_watched(
+            self.tensors[number]
+        )
+
+    def reached(self, found: Collection[int], leaves: Mapping[int, Tensor]) -> set[int]:
+        """The numbers of the inputs among some leaves of a graph.
+
+        Args:
+            found: `id` of every leaf.
+            leaves: The detached stand-ins for pose tensors in that graph.
+        """
+        numbers = self._index | {id(leaf): number for number, leaf in leaves.items()}
+        return {numbers[key] for key in found if key in numbers}
+
     def is_sharded(self) -> bool:
         """Whether FSDP2 has spread the parameters over ranks."""
         return self.ranks is not None and self.ranks.sharded
@@ -195,6 +216,16 @@ class Inputs:
 
 _CLOSED: WeakSet[Inputs] = WeakSet()
 """The inputs of groups that may still have a backward."""
+
+
+def is_watched(pose: Pose) -> bool:
+    """Whether a tensor of a pose that requires grad has hooks, or the leaf that it is a row of."""
+    return any(tensor.requires_grad and _is_watched(tensor) for tensor in tensors_of(pose))
+
+
+def _is_watched(tensor: Tensor) -> bool:
+    stacked = leaf_of_row(tensor)
+    return has_hooks(tensor) or (stacked is not None and has_hooks(stacked))
 
 
 def _mark(parameter: Tensor) -> tuple[int, int, bool]:

@@ -1,6 +1,7 @@
 """The predictions of a whole group, from those of its chunks and of its ranks."""
 
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -10,6 +11,8 @@ from posegrad.errors import NonFinitePredictionError, NoPosesError, ShapeMismatc
 from posegrad.ranks import Ranks
 
 __all__ = ["Kind", "check_alike", "group_predictions", "kind_of", "shared_predictions"]
+
+T = TypeVar("T")
 
 Kind = tuple[torch.Size, torch.dtype]
 """What the predictions of all poses of a group must agree in."""
@@ -38,27 +41,32 @@ def group_predictions(chunks: Sequence[Tensor]) -> Tensor:
 
 
 def shared_predictions(
-    ranks: Ranks, groups: Groups | None, score: Callable[[], list[Tensor]]
-) -> tuple[Tensor, range]:
-    """The predictions of all ranks, on the CPU, and which of them are this rank's.
+    ranks: Ranks,
+    groups: Groups | None,
+    score: Callable[[], list[Tensor]],
+    note: Callable[[], T],
+) -> tuple[Tensor, range, list[T]]:
+    """The predictions of all ranks, on the CPU, which of them are this rank's, and all notes.
 
     Args:
         ranks: Those who share the group.
         groups: Of this rank's poses, if there are several groups.
         score: Scores this rank's poses.
+        note: What the ranks tell each other after that.
     """
 
-    def scored() -> Tensor | None:
+    def scored() -> tuple[Tensor | None, T]:
         values = score()
         if groups is not None:
             groups.check(sum(map(len, values)))
-        return group_predictions(values).detach().cpu() if values else None
+        return group_predictions(values).detach().cpu() if values else None, note()
 
-    everyone = ranks.together("score poses", scored)
+    everyone, notes = zip(*ranks.together("score poses", scored), strict=True)
     counts = [0 if values is None else len(values) for values in everyone]
     start = sum(counts[: ranks.own])
     own = range(start, start + counts[ranks.own])
-    return group_predictions([values for values in everyone if values is not None]), own
+    present = [values for values in everyone if values is not None]
+    return group_predictions(present), own, list(notes)
 
 
 def kind_of(predictions: Tensor) -> Kind:

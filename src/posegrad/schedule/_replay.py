@@ -15,15 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from posegrad._restoring import Change
+from posegrad.errors import ReplayError, listed
 
-__all__ = ["Moment", "Surroundings", "scales_float16"]
+__all__ = ["Moment", "Surroundings", "has_other_kernels", "scales_float16"]
 
 Place = tuple[nn.Module, str]
 """Where a buffer lives: its module and its name there."""
-
-
-SMALL = 8192
-"""Buffers of up to this many elements are compared by value too."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +41,12 @@ class Surroundings:
     """What a model's forward depends on besides arguments and parameters.
 
     Made when the first pass begins. Costs one copy of the model's buffers.
+
+    A buffer that is written gets a new version, except by batch norm, which so moves its running
+    statistics, and through `.data`. Those of modules in training are therefore compared by value
+    after every chunk, whatever their size. In evaluation, where that could take longer than a small
+    model, all are compared by value after the first chunk and after the last; in between only those
+    that the first was seen to write.
     """
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
@@ -59,6 +62,13 @@ class Surroundings:
         self._marks = _marked(self._buffers_seen)
         self._mutable: set[Place] = set()
         self._random: list[Tensor] = []
+        self._silent: set[Place] = set()  # written without a new version in the first chunk
+        self._has_run = False
+
+    @property
+    def on_cpu(self) -> bool:
+        """Whether no part of the models is on an accelerator."""
+        return not self._devices
 
     def random_state(self) -> list[Tensor]:
         """The random state of the CPU and of every accelerator the model is on."""
@@ -81,6 +91,7 @@ class Surroundings:
         on an accelerator runs on a thread of its own, which knows nothing of what was set here.
         """
         random = self.random_state()
+        self._mutable.update(self._unlike(self._buffers()))  # somebody wrote them since
         return _Restored(
             self._training,
             self._autocast,
@@ -92,15 +103,11 @@ class Surroundings:
         """One chunk's random state and buffers; afterwards the model has its own buffers back.
 
         Buffers are exchanged, not overwritten: the user's tensors, and graphs that saved them, see
-        nothing. Only those that differ from what the chunk found are.
+        nothing. Only those that some chunk wrote, or somebody since, are.
         """
         self._set_random_state(moment.random)
         own = self._buffers()
-        stale = [
-            place
-            for place, value in moment.buffers.items()
-            if place in own and (place in self._mutable or self._differs(place, own[place], value))
-        ]
+        stale = [place for place in moment.buffers if place in own and place in self._mutable]
         return _Exchanged(own, _copied({place: moment.buffers[place] for place in stale}))
 
     def _buffers(self) -> dict[Place, Tensor]:
@@ -110,32 +117,49 @@ class Surroundings:
             for name, buffer in module.named_buffers(recurse=False, remove_duplicate=False)
         }
 
-    def _note_changed_buffers(self) -> None:
-        """Copies the buffers that changed since they were last noted.
+    def check_none_missed(self) -> None:
+        """Ends the first pass.
 
-        Buffers in evaluation are compared by identity and version only, which costs nothing.
+        Raises:
+            ReplayError: if a buffer was written that no chunk's moment has the values of.
         """
+        missed = [name for _, name in self._unlike(self._buffers())]
+        if missed:
+            raise ReplayError(
+                f"Buffer(s) {listed(missed)} of modules in evaluation were written without a new "
+                f"version (through .data), and not yet while the first poses were scored.\n"
+                f"So nobody noted their values before each pose, and a replay would find others.\n"
+                f"Write them in place under torch.no_grad() instead of through .data, or use "
+                f"schedule='stream', 'store' or 'retain', which score each pose once."
+            )
+
+    def _note_changed_buffers(self) -> None:
+        """Copies the buffers that changed since they were last noted."""
         buffers = self._buffers()
         marks = _marked(buffers)
-        changed = {
-            place: buffer
-            for place, buffer in buffers.items()
-            if marks[place] != self._marks.get(place)
-            or (self._training[place[0]] and self._differs(place, buffer, self._values[place]))
-        }
+        changed = {p: b for p, b in buffers.items() if marks[p] != self._marks.get(p)}
+        silent = self._unlike(
+            {p: b for p, b in buffers.items() if p not in changed and self._is_compared(p)}
+        )
+        self._silent.update(silent)
+        self._has_run = True
+        changed |= silent
         if changed:
             self._values = {**self._values, **_copied(changed)}
             self._buffers_seen, self._marks = buffers, marks
             self._mutable.update(changed)
 
-    def _differs(self, place: Place, buffer: Tensor, value: Tensor) -> bool:
-        """Whether a buffer is no longer what was noted: by identity, version, and value if small.
+    def _is_compared(self, place: Place) -> bool:
+        """Whether to compare a buffer by value after the chunk that just ran."""
+        return not self._has_run or self._training[place[0]] or place in self._silent
 
-        Batch norm writes its running statistics without a new version, and so does `.data`.
-        """
-        if _mark(buffer) != self._marks.get(place):
-            return True
-        return buffer.numel() <= SMALL and not _same_value(buffer, value)
+    def _unlike(self, buffers: Mapping[Place, Tensor]) -> dict[Place, Tensor]:
+        """Those whose values are not the ones noted last."""
+        return {
+            place: buffer
+            for place, buffer in buffers.items()
+            if place in self._values and not _same_value(buffer, self._values[place])
+        }
 
     def _set_random_state(self, states: Sequence[Tensor]) -> None:
         torch.set_rng_state(states[0])
@@ -209,6 +233,16 @@ def _autocast_state(devices: Sequence[torch.device]) -> list[dict[str, Any]]:
     ]
 
 
+def has_other_kernels(modules: Sequence[nn.Module]) -> bool:
+    """Whether a forward under no_grad takes kernels whose results differ in the last bits.
+
+    oneDNN's LSTM on a CPU does, in float32, and nothing but a graph makes it take the others.
+    """
+    parts = (part for module in modules for part in module.modules())
+    weights = (p for part in parts if isinstance(part, nn.LSTM) for p in part.parameters())
+    return any(p.device.type == "cpu" and p.dtype == torch.float32 for p in weights)
+
+
 def scales_float16(modules: Sequence[nn.Module]) -> bool:
     """Whether gradients would pass through float16, which needs a scaled loss first."""
     states = _autocast_state(_accelerators(modules))
@@ -224,8 +258,40 @@ def _copied(buffers: Mapping[Place, Tensor]) -> dict[Place, Tensor]:
 
 
 def _same_value(a: Tensor, b: Tensor) -> bool:
-    alike = (a.shape, a.dtype, a.device) == (b.shape, b.dtype, b.device)
-    return alike and torch.equal(a, b)
+    kinds = [(t.dtype, t.device, t.layout, t.is_nested) for t in (a, b)]
+    if kinds[0] != kinds[1]:
+        return False
+    if a.is_meta:
+        return a.shape == b.shape
+    if a.layout == torch.strided and not a.is_nested:  # nearly always
+        return _equal(a, b)
+    parts = _parts(a), _parts(b)
+    return len(parts[0]) == len(parts[1]) and all(map(_equal, *parts))
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    """Of the same values, where nan is one: that is told by its bits."""
+    if torch.equal(a, b):
+        return True
+    return a.shape == b.shape and not a.is_quantized and torch.equal(_bits(a), _bits(b))
+
+
+def _bits(buffer: Tensor) -> Tensor:
+    return buffer.resolve_conj().reshape(-1).contiguous().view(torch.uint8)
+
+
+def _parts(buffer: Tensor) -> Sequence[Tensor]:
+    """Plain tensors that hold what a nested or sparse one is made of."""
+    if buffer.is_nested:
+        return buffer.unbind()
+    if buffer.layout == torch.sparse_coo:
+        buffer = buffer.coalesce()
+        return buffer.indices(), buffer.values()
+    if buffer.layout in (torch.sparse_csr, torch.sparse_bsr):
+        return buffer.crow_indices(), buffer.col_indices(), buffer.values()
+    if buffer.layout in (torch.sparse_csc, torch.sparse_bsc):
+        return buffer.ccol_indices(), buffer.row_indices(), buffer.values()
+    return (buffer.to_dense(),)
 
 
 def _marked(buffers: Mapping[Place, Tensor]) -> dict[Place, tuple[int, int]]:

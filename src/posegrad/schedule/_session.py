@@ -17,7 +17,7 @@ from posegrad.errors import (
     ShapeMismatchError,
 )
 from posegrad.ranks import Ranks
-from posegrad.schedule._inputs import Inputs
+from posegrad.schedule._inputs import Inputs, is_watched
 from posegrad.schedule._plan import underflow
 from posegrad.schedule._poses import Pose, copied, tensors_of
 from posegrad.schedule._predictions import (
@@ -27,7 +27,7 @@ from posegrad.schedule._predictions import (
     kind_of,
     shared_predictions,
 )
-from posegrad.schedule._replay import Moment, Surroundings
+from posegrad.schedule._replay import Moment, Surroundings, has_other_kernels
 
 __all__ = [
     "Chunk",
@@ -152,6 +152,12 @@ class Session:
     own: range
     """The numbers of this rank's poses among those of all, once `group` has counted them."""
 
+    reached: set[int]
+    """The numbers of the inputs that graphs reach, or might where a pose was scored without one.
+
+    Once `group` has scored all, parameters are among them if a pose of any rank reaches them.
+    """
+
     def __init__(
         self,
         scorer: Scorer,
@@ -169,7 +175,8 @@ class Session:
         self.surroundings = Surroundings(scorer.modules)
         self.differentiable = False
         self.has_float16 = False  # in a graph that was seen, the model's own autocast included
-        self._wary = wary
+        self._wary = wary or has_other_kernels(scorer.modules)
+        self.reached = set()
         self._chunks = iter(chunks)
         self._count = 0
         self._first: Chunk | None = None
@@ -191,7 +198,11 @@ class Session:
             predictions = group_predictions(score())
             self.own = range(len(predictions))
             return predictions
-        predictions, self.own = shared_predictions(self.ranks, self.groups, score)
+        parameters = range(self.inputs.parameter_count)
+        predictions, self.own, reached = shared_predictions(
+            self.ranks, self.groups, score, lambda: self.reached.intersection(parameters)
+        )
+        self.reached.update(*reached)
         return predictions.to(self.scorer.device)
 
     def apply(self, rule: Callable[[], Tensor]) -> Tensor:
@@ -225,7 +236,8 @@ class Session:
         yield first
         del first
         for poses in self._chunks:
-            graph = with_graph or (self._wary and not self.inputs.is_sharded())
+            look = self._wary or any(map(is_watched, poses))
+            graph = with_graph or (look and not self.inputs.is_sharded())
             chunk = self._score(poses, with_graph=graph)
             if with_graph and self.has_float16:  # only some poses go through it
                 raise ValueError(underflow("The schedule"))
@@ -269,9 +281,7 @@ class Session:
             )
 
     def _score(self, poses: list[Pose], *, with_graph: bool) -> Chunk:
-        poses = [
-            copied(pose) for pose in poses
-        ]  # as they are now: user and model may write to them
+        poses = [copied(pose) for pose in poses]  # user and model may write to them
         random = self.surroundings.random_state()
         with torch.enable_grad() if with_graph else without_graph():
             predictions, leaves = self.score_again(poses, self._count)
@@ -288,15 +298,16 @@ class Session:
         with _flags_kept(plain), graph_clock() as clock:
             cut, leaves = self.inputs.cut(poses)
             predictions = self.inputs.scored(lambda: self.scorer(cut, start))
-        if not torch.is_grad_enabled():  # a model may enable it for itself
-            return predictions.detach(), leaves
-        if predictions.requires_grad:
-            self.differentiable = True
-            if not self.inputs.is_sharded():
-                known = {id(tensor) for tensor in (*leaves.values(), *plain)}
-                if check_tracked(predictions, known | self.inputs.parameters, clock):
-                    self.has_float16 = True
-        return predictions, leaves
+        has_graph = torch.is_grad_enabled()  # a model may enable it for itself
+        if not has_graph or self.inputs.is_sharded():
+            self.reached.update(range(self.inputs.parameter_count), leaves)
+        elif predictions.requires_grad:
+            known = {id(tensor) for tensor in (*leaves.values(), *plain)}
+            found = check_tracked(predictions, known | self.inputs.parameters, clock)
+            self.has_float16 |= found.float16
+            self.reached |= self.inputs.reached(found.leaves, leaves)
+        self.differentiable |= has_graph and predictions.requires_grad
+        return predictions if has_graph else predictions.detach(), leaves
 
 
 _IDLE = (

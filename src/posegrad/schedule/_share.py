@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from posegrad._compat import in_fsdp_backward
-from posegrad.capture import check_tracked, graph_clock
+from posegrad.capture import check_tracked, graph_clock, leaf_hooks_off
 from posegrad.combination import Combination
 from posegrad.errors import UnsupportedModuleError, UntrackedTensorError
 from posegrad.jacobian import wide
@@ -58,13 +58,13 @@ def attached(
     """Values as differentiable functions of a session's inputs, on one rank or on several."""
     inputs, ranks = session.inputs, session.ranks
     if ranks is None:
-        return attach(values, inputs, pullback, saved)
+        return attach(values, inputs, pullback, saved, session.reached)
 
     def shared(saved: Gradients, cotangents: Gradients) -> Gradients:
         means = _means(ranks, inputs, lambda: cotangents, values)
         return _summed(ranks, inputs, pullback, saved, means)
 
-    return attach(values, inputs, shared, saved)
+    return attach(values, inputs, shared, saved, session.reached)
 
 
 def _sealed(
@@ -83,19 +83,27 @@ def _sealed(
     def applied() -> Tensor:
         with torch.enable_grad(), graph_clock() as clock:
             found: Tensor = rule(leaf)
-        _check_known(found, [leaf, *trained], clock)
+        used.update(_check_known(found, [leaf, *trained], clock))
         return found
 
+    used: set[int] = set()
     prediction = session.apply(applied)
     numbers = inputs.joined(trained)
+    own = zip(numbers, trained, strict=True)
+    reached = session.reached | {number for number, p in own if id(p) in used}
 
     def through_rule(cotangents: Gradients) -> Gradients:
         on_prediction, on_poses = cotangents
         found: Gradients = [None] * (1 + len(trained))
         if on_prediction is not None and prediction.requires_grad:
-            found = torch.autograd.grad(
-                prediction, [leaf, *trained], on_prediction, retain_graph=True, allow_unused=True
-            )
+            with leaf_hooks_off(trained):  # they run once the gradient is summed over ranks
+                found = torch.autograd.grad(
+                    prediction,
+                    [leaf, *trained],
+                    on_prediction,
+                    retain_graph=True,
+                    allow_unused=True,
+                )
         return [_added(found[0], on_poses), *found[1:]]
 
     def shared(saved: Gradients, cotangents: Gradients) -> Gradients:
@@ -107,7 +115,8 @@ def _sealed(
             gradients[number] = _added(gradients[number], gradient)  # the model may have it too
         return gradients
 
-    return Combined(*attach([prediction.detach(), leaf.detach()], inputs, shared, saved))
+    values = [prediction.detach(), leaf.detach()]
+    return Combined(*attach(values, inputs, shared, saved, reached))
 
 
 def _means(
@@ -166,11 +175,16 @@ def _added(a: Tensor | None, b: Tensor | None) -> Tensor | None:
     return a + b if a is not None and b is not None else a if b is None else b
 
 
-def _check_known(prediction: Tensor, known: Sequence[Tensor], clock: int) -> None:
-    """Refuses a rule through which a tensor enters whose gradient would stay on this rank."""
+def _check_known(prediction: Tensor, known: Sequence[Tensor], clock: int) -> set[int]:
+    """Refuses a rule through which a tensor enters whose gradient would stay on this rank.
+
+    Returns:
+        `id` of every leaf that the prediction depends on.
+    """
     try:
         if prediction.requires_grad:
-            check_tracked(prediction, {id(tensor) for tensor in known}, clock)
+            return check_tracked(prediction, {id(t) for t in known}, clock).leaves
+        return set()
     except UntrackedTensorError as error:
         error.add_note("It enters by the rule; there, make it a parameter of an nn.Module.")
         raise

@@ -29,7 +29,7 @@ def retain(
     if ranks is None:
         per_pose = group_predictions(_scored(scorer, chunks))
     else:
-        found, _ = shared_predictions(ranks, groups, lambda: _scored(scorer, chunks))
+        found, *_ = shared_predictions(ranks, groups, lambda: _scored(scorer, chunks), lambda: None)
         per_pose = found.to(scorer.device)
     return Combined(rule(per_pose), per_pose)
 
