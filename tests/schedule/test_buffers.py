@@ -172,3 +172,55 @@ def test_buffers_of_every_layout_are_compared(training: bool) -> None:
     Engine(model).combine(poses, Mean(), schedule="recompute").prediction.square().backward()
     torch.testing.assert_close(model.linear.weight.grad, plain.linear.weight.grad)
     assert torch.equal(model.sparse.to_dense(), plain.sparse.to_dense())
+
+
+class Peculiar(nn.Module):
+    """Scores by a buffer that is no tensor of its own, or not yet, or not only a buffer."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind, self.count = kind, 0
+        self.linear = nn.Linear(FEATURES, 1, dtype=torch.float64)
+        self.register_buffer(
+            "state", None if kind == "late" else torch.zeros(2, dtype=torch.float64)
+        )
+        self.register_buffer("first", self.state[:1] if kind == "a view" else None)
+        self.elsewhere = [self.state]
+
+    @torch.no_grad()
+    def _moved(self) -> Tensor:
+        """What the score is multiplied by."""
+        self.count += 1
+        if self.kind == "late":
+            self.state = (
+                torch.zeros(2, dtype=torch.float64) if self.state is None else self.state + 0.5
+            )
+        elif self.kind == "held twice":
+            self.elsewhere[0].add_(0.5)
+            return torch.zeros(2, dtype=torch.float64)
+        elif self.kind == "a view":
+            self.state.add_(0.5)
+            return self.first
+        elif self.count > 6:
+            self.state.add_(0.5)
+            return torch.zeros(2, dtype=torch.float64)
+        return self.state
+
+    def forward(self, pose: Tensor) -> Tensor:
+        return self.linear(pose) * (1 + self._moved()[0])
+
+
+@pytest.mark.parametrize("kind", ["late", "a view", "held twice", "moved in replays only"])
+@pytest.mark.parametrize("schedule", ["recompute", "store", "stream"])
+def test_a_buffer_of_an_odd_kind_is_restored_and_left_as_it_was(kind: str, schedule: str) -> None:
+    model = Peculiar(kind)
+    plain = copy.deepcopy(model)
+    if kind == "a view":
+        plain.first = plain.state[:1]
+    poses = torch.randn(6, FEATURES, dtype=torch.float64)
+
+    Engine(model).combine(poses, Mean(), schedule=schedule).prediction.square().backward()
+
+    _plainly(plain, poses, Mean(), 1)
+    _assert_same(model, plain)
+    assert model.first is None or model.first.data_ptr() == model.state.data_ptr()

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, final
 import torch
 from torch import Tensor, nn
 
-from posegrad._restoring import Change, no_graph
+from posegrad._restoring import Change
 from posegrad.capture import check_tracked, graph_clock
 from posegrad.combination._groups import Groups
 from posegrad.errors import (
@@ -27,14 +27,13 @@ from posegrad.schedule._predictions import (
     kind_of,
     shared_predictions,
 )
-from posegrad.schedule._replay import Moment, Surroundings, has_other_kernels
+from posegrad.schedule._replay import Moment, Surroundings, has_other_kernels, without_graph
 
 __all__ = [
     "Chunk",
     "Combined",
     "Scorer",
     "Session",
-    "without_graph",
 ]
 
 
@@ -330,22 +329,6 @@ class _flags_kept(Change):  # noqa: N801
         for tensor in self._plain:
             if tensor.requires_grad and tensor.is_leaf:
                 tensor.requires_grad_(False)
-
-
-@final
-class without_graph(Change):  # noqa: N801
-    """Scoring that will be replayed: no graph, but the kernels of a forward that has one."""
-
-    def __init__(self) -> None:
-        self._fast = torch.backends.mha.get_fastpath_enabled()
-
-    def make(self) -> None:
-        torch.backends.mha.set_fastpath_enabled(False)  # its results differ in the last bits
-        no_graph().__enter__()
-
-    def undo(self) -> None:
-        torch.backends.mha.set_fastpath_enabled(self._fast)
-        torch.clear_autocast_cache()  # casts made here carry no gradient
 
 
 def _span(start: int, count: int) -> str:

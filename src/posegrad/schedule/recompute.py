@@ -12,8 +12,8 @@ from posegrad.errors import ReplayError, listed
 from posegrad.schedule._attach import Gradients
 from posegrad.schedule._gradients import GradientSum
 from posegrad.schedule._poses import Pose, tensors_of
-from posegrad.schedule._replay import Moment
-from posegrad.schedule._session import Combined, Session, without_graph
+from posegrad.schedule._replay import Moment, without_graph
+from posegrad.schedule._session import Combined, Session
 from posegrad.schedule._share import combined
 
 __all__ = ["recompute"]
@@ -71,7 +71,7 @@ class _Tape:
         with self._session.surroundings.restored(), without_graph():
             for _ in range(idle):
                 self._score_again(*self._chunks[0])
-        self._session.surroundings.check_none_missed()
+        self._session.surroundings.buffers.check_none_missed()
         return values
 
     def pull(self, cotangent: Tensor) -> Gradients:
