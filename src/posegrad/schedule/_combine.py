@@ -36,11 +36,11 @@ def run(call: Call, gatherer: Gatherer, *, wary: bool) -> tuple[Combined, bool]:
     """
     request, ranks = call.request, call.ranks
     name, _ = choose(request)
+    inputs = Inputs(call.named, ranks, call.scorer.modules)
     if name == "retain" or not (torch.is_grad_enabled() or request.sharded):
-        return retain(call.scorer, call.chunks, request.rule, ranks, call.groups), False
+        return retain(call.scorer, call.chunks, inputs, request.rule, ranks, call.groups), False
     if ranks is None:
         check_no_talk(call.scorer.modules, sharded=False)
-    inputs = Inputs(call.named, ranks, call.scorer.modules)
     session = Session(
         call.scorer,
         call.chunks,

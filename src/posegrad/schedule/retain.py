@@ -1,12 +1,14 @@
 """Schedule `retain`: keep every graph. The reference, and the fastest for one chunk."""
 
 from collections.abc import Iterator
+from functools import partial
 
 from torch import Tensor
 
 from posegrad.combination import Combination
 from posegrad.combination._groups import Groups
 from posegrad.ranks import Ranks
+from posegrad.schedule._inputs import Inputs
 from posegrad.schedule._poses import Pose
 from posegrad.schedule._predictions import group_predictions, shared_predictions
 from posegrad.schedule._session import Combined, Scorer
@@ -17,6 +19,7 @@ __all__ = ["retain"]
 def retain(
     scorer: Scorer,
     chunks: Iterator[list[Pose]],
+    inputs: Inputs,
     rule: Combination,
     ranks: Ranks | None = None,
     groups: Groups | None = None,
@@ -26,18 +29,19 @@ def retain(
     Memory: m graphs. Serves any rule, any loss and any order of derivative. Predictions of other
     ranks have no graph here, so a group that is shared is combined under `torch.no_grad()` only.
     """
+    score = partial(_scored, scorer, chunks, inputs)
     if ranks is None:
-        per_pose = group_predictions(_scored(scorer, chunks))
+        per_pose = group_predictions(score())
     else:
-        found, *_ = shared_predictions(ranks, groups, lambda: _scored(scorer, chunks), lambda: None)
+        found, *_ = shared_predictions(ranks, groups, score, lambda: None)
         per_pose = found.to(scorer.device)
     return Combined(rule(per_pose), per_pose)
 
 
-def _scored(scorer: Scorer, chunks: Iterator[list[Pose]]) -> list[Tensor]:
+def _scored(scorer: Scorer, chunks: Iterator[list[Pose]], inputs: Inputs) -> list[Tensor]:
     rows: list[Tensor] = []
     count = 0
     for poses in chunks:
-        rows.append(scorer(poses, count))
+        rows.append(inputs.scored(partial(scorer, poses, count)))
         count += len(poses)
     return rows
