@@ -64,8 +64,11 @@ def _embedded() -> nn.Module:
     return nn.Sequential(nn.Embedding(9, 4, max_norm=0.5), nn.Flatten(), nn.Linear(8, 1)).double()
 
 
+@pytest.mark.parametrize("then", SCHEDULES)
 @pytest.mark.parametrize("schedule", SCHEDULES)
-def test_a_forward_that_writes_to_a_parameter_does_not_make_it_stale(schedule: str) -> None:
+def test_a_forward_that_writes_to_a_parameter_does_not_make_it_stale(
+    schedule: str, then: str
+) -> None:
     poses = torch.randint(9, (5, 1, 2)), torch.randint(9, (3, 1, 2))
     torch.manual_seed(1)
     model = _embedded()
@@ -76,7 +79,8 @@ def test_a_forward_that_writes_to_a_parameter_does_not_make_it_stale(schedule: s
     torch.manual_seed(1)
     model = _embedded()
     first, second = (
-        Engine(model).combine(group, Min(2.0), schedule=schedule).prediction for group in poses
+        Engine(model).combine(group, Min(2.0), schedule=name).prediction
+        for group, name in zip(poses, (schedule, then), strict=True)
     )
     first.backward(retain_graph=True)
     (2 * first + second).backward()
