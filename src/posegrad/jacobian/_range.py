@@ -19,9 +19,16 @@ def left_range(squares: Tensor, blocks: Iterable[Block]) -> bool:
         squares: `[M]`.
         blocks: The rows that these are the norms of.
     """
-    limits = torch.finfo(squares.dtype)
-    outside = ~((squares >= limits.tiny / limits.eps**2) & squares.isfinite())
-    if squares.dtype == torch.float64 or not bool(outside.any()):
+    limits = torch.finfo(torch.float32)
+    outside = ~((squares >= limits.tiny / limits.eps**2) & (squares <= limits.max))
+    if not bool(outside.any()):
         return False
-    live = (block.live() for block in blocks if block.parts)  # masked poses have norms of zero
+    parts = [(block, part) for block in blocks for part in block.parts]
+    if not any(_is_narrow(tensor) for _, part in parts for tensor in part.held()):
+        return False
+    live = (block.live() for block, _ in parts)  # masked poses have norms of zero
     return any(bool((outside & rows).any()) for rows in live)
+
+
+def _is_narrow(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() and tensor.dtype != torch.float64

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext
-from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -55,6 +54,9 @@ class Inputs:
         self.ranks = ranks
         self.modules = [part for module in modules for part in module.modules()]
         self._marks: list[tuple[int, int, bool]] | None = None
+        self._copies: dict[int, Tensor] = {}
+        shortened = _shortened(self.modules)
+        self.written = {i for i, p in enumerate(self.tensors) if id(p) in shortened}
 
     def cut(self, poses: Sequence[Pose]) -> tuple[list[Pose], dict[int, Tensor]]:
         """Returns the poses with detached leaves for tensors that require grad, and those leaves.
@@ -158,35 +160,23 @@ class Inputs:
 
     def close(self) -> None:
         """Ends the first pass: the inputs are complete, and parameters must stay as they are."""
-        self._marks = [_mark(p) for p in self.tensors[: self.parameter_count]]
-        _CLOSED.add(self)
+        own = self.tensors[: self.parameter_count]
+        self._marks = [_mark(p) for p in own]
+        self._copies = {i: p.detach().clone() for i, p in enumerate(own) if i in self.written}
 
     def scored(self, score: Callable[[], Tensor]) -> Tensor:
-        """What a forward returns, which may write to parameters itself.
+        """What a forward returns, noting which parameters it writes to itself.
 
-        An embedding with `max_norm` does. What it makes of them is no change of the user's, neither
-        to these inputs nor to those of another group that waits for its backward.
+        An embedding with `max_norm` shortens rows of its weight, or writes them as they are.
         """
         before = self._versions()
         predictions = score()
-        after = self._versions()
-        if after != before:
-            ids = map(id, self.tensors)
-            moved = {key: (a, b) for key, a, b in zip(ids, before, after, strict=False) if a != b}
-            for inputs in [*_CLOSED]:
-                inputs._follow(moved)
+        pairs = zip(before, self._versions(), strict=True)
+        self.written.update(i for i, (a, b) in enumerate(pairs) if a != b)
         return predictions
 
     def _versions(self) -> list[int]:
         return [p._version for p in self.tensors[: self.parameter_count]]
-
-    def _follow(self, moved: Mapping[int, tuple[int, int]]) -> None:
-        """Marks parameters anew that were as they should be until a forward moved them."""
-        assert self._marks is not None
-        for i, (version, place, trained) in enumerate(self._marks):
-            before, after = moved.get(id(self.tensors[i]), (None, version))
-            if version == before:
-                self._marks[i] = after, place, trained
 
     def check_fresh(self) -> None:
         """Raises if a parameter is not what it was when the poses were scored.
@@ -195,8 +185,7 @@ class Inputs:
             StaleParametersError: naming every changed parameter.
         """
         assert self._marks is not None
-        rows = zip(self.names, self.tensors[: self.parameter_count], self._marks, strict=True)
-        changed = [name for name, parameter, mark in rows if _mark(parameter) != mark]
+        changed = [name for i, name in enumerate(self.names) if not self._is_fresh(i)]
         if changed:
             raise StaleParametersError(
                 f"Changed between combine() and backward(): {listed(changed)}.\n"
@@ -206,16 +195,22 @@ class Inputs:
                 f"combine()."
             )
 
+    def _is_fresh(self, number: int) -> bool:
+        """Whether a parameter is as it was; by value, but for rounding, if forwards write to it."""
+        assert self._marks is not None
+        parameter, mark, copy = self.tensors[number], self._marks[number], self._copies.get(number)
+        now = _mark(parameter)
+        if now == mark or copy is None:
+            return now == mark
+        same = now[1:] == mark[1:] and parameter.shape == copy.shape
+        return same and torch.allclose(parameter, copy, rtol=64 * torch.finfo(copy.dtype).eps)
+
     def _number_of(self, tensor: Tensor) -> int | None:
         closed = self._marks is not None
         if id(tensor) not in self._index and not closed:
             self._index[id(tensor)] = len(self.tensors)
             self.tensors.append(tensor)  # also keeps it alive, so that its id stays its own
         return self._index.get(id(tensor))
-
-
-_CLOSED: WeakSet[Inputs] = WeakSet()
-"""The inputs of groups that may still have a backward."""
 
 
 def is_watched(pose: Pose) -> bool:
@@ -226,6 +221,12 @@ def is_watched(pose: Pose) -> bool:
 def _is_watched(tensor: Tensor) -> bool:
     stacked = leaf_of_row(tensor)
     return has_hooks(tensor) or (stacked is not None and has_hooks(stacked))
+
+
+def _shortened(modules: Sequence[nn.Module]) -> set[int]:
+    """`id` of the weights that a forward writes to: those of embeddings with `max_norm`."""
+    kinds = (nn.Embedding, nn.EmbeddingBag)
+    return {id(m.weight) for m in modules if isinstance(m, kinds) and m.max_norm is not None}
 
 
 def _mark(parameter: Tensor) -> tuple[int, int, bool]:

@@ -148,12 +148,14 @@ class _Tape:
     def _is_reproducible(self) -> bool:
         """Whether the same forward gives the same bits, and may be run once more to see.
 
-        One of a sharded model is one of all ranks, which this rank cannot ask for.
+        One of a sharded model is one of all ranks, which this rank cannot ask for. One that writes
+        to parameters finds others the next time: `max_norm` shortens rows anew, by a last bit.
         """
         tensors = chain.from_iterable(map(tensors_of, self._poses))
         elsewhere = any(tensor.device.type not in ("cpu", "meta") for tensor in tensors)
         on_cpu = self.predictions.device.type == "cpu" and self._session.surroundings.on_cpu
-        return on_cpu and not elsewhere and not self._session.inputs.is_sharded()
+        inputs = self._session.inputs
+        return on_cpu and not (elsewhere or inputs.is_sharded() or inputs.written)
 
     def _score_again(self, poses: range, moment: Moment) -> tuple[Tensor, dict[int, Tensor]]:
         with self._session.surroundings.at(moment):
