@@ -216,7 +216,7 @@ class Gatherer:
         if reference is not None:
             once = self.check == "first" and not subject.is_hooked
             done = recipe.verified if once else frozenset()
-            doubtful = frozenset(parts) - done
+            doubtful = frozenset(parts) - done - recipe.by_rows.keys()  # those are autograd's own
             del trial  # its cotangents are large, and rarely needed again
             recipe, parts = _verified(reading, recipe, parts, reference, doubtful, quiet)
         found.recipe = recipe
@@ -276,7 +276,8 @@ def _verified(
             lost = {**recipe.by_rows, **dict.fromkeys(still, "disagreed with autograd")}
             recipe = replace(recipe, sites=sites, by_rows=lost)
             parts = reading.parts(recipe, _tried(reading.subject, recipe))
-    return replace(recipe, verified=recipe.verified | (sure & _live(parts))), parts
+    verified = recipe.verified | (sure & _live(parts)) | recipe.by_rows.keys()
+    return replace(recipe, verified=verified), parts
 
 
 def _warn(message: str) -> None:

@@ -122,7 +122,7 @@ class Rows(Part):
         return replace(self, values=self.values.double())
 
     def live(self) -> Tensor:
-        return self.values.reshape(self.count, -1).any(1)
+        return _any_in_row(self.values)
 
 
 @final
@@ -258,7 +258,7 @@ class Factors(Part):
         owners, flags = self.layout.owners, []
         for cotangent in self.cotangents:
             rows = self.layout.front(cotangent)
-            alive = rows.reshape(len(rows), -1).any(1) & (owners != NOBODY)  # [R]
+            alive = _any_in_row(rows) & (owners != NOBODY)  # [R]
             own = alive.new_zeros(self.layout.count)
             own[owners[alive]] = True
             flags.append(own)
@@ -339,3 +339,8 @@ def one_at(index: Any, predictions: Tensor) -> Tensor:
 def _weighted_sum(rows: Tensor, weights: Tensor) -> Tensor:
     total = weights.to(rows.device, rows.dtype) @ rows.reshape(len(rows), -1)
     return total.reshape(rows.shape[1:])
+
+
+def _any_in_row(rows: Tensor) -> Tensor:
+    """Whether rows `[R, ...]` are other than zero, `[R]`; there may be none."""
+    return rows.flatten(1).any(1) if rows.ndim > 1 else rows != 0

@@ -55,8 +55,10 @@ class Inputs:
         self.modules = [part for module in modules for part in module.modules()]
         self._marks: list[tuple[int, int, bool]] | None = None
         self._copies: dict[int, Tensor] = {}
-        shortened = _shortened(self.modules)
-        self.written = {i for i, p in enumerate(self.tensors) if id(p) in shortened}
+        limits = _limits(self.modules)
+        numbers = [i for i, p in enumerate(self.tensors) if id(p) in limits]
+        self._shortened = {i: limits[id(self.tensors[i])] for i in numbers}
+        self.written = {*self._shortened}
 
     def cut(self, poses: Sequence[Pose]) -> tuple[list[Pose], dict[int, Tensor]]:
         """Returns the poses with detached leaves for tensors that require grad, and those leaves.
@@ -162,7 +164,7 @@ class Inputs:
         """Ends the first pass: the inputs are complete, and parameters must stay as they are."""
         own = self.tensors[: self.parameter_count]
         self._marks = [_mark(p) for p in own]
-        self._copies = {i: p.detach().clone() for i, p in enumerate(own) if i in self.written}
+        self._copies = {i: self._value(i) for i, _ in enumerate(own) if i in self.written}
 
     def scored(self, score: Callable[[], Tensor]) -> Tensor:
         """What a forward returns, noting which parameters it writes to itself.
@@ -176,7 +178,7 @@ class Inputs:
         return predictions
 
     def _versions(self) -> list[int]:
-        return [p._version for p in self.tensors[: self.parameter_count]]
+        return [_version(p) for p in self.tensors[: self.parameter_count]]
 
     def check_fresh(self) -> None:
         """Raises if a parameter is not what it was when the poses were scored.
@@ -203,7 +205,16 @@ class Inputs:
         if now == mark or copy is None:
             return now == mark
         same = now[1:] == mark[1:] and parameter.shape == copy.shape
-        return same and torch.allclose(parameter, copy, rtol=64 * torch.finfo(copy.dtype).eps)
+        rounding = 64 * torch.finfo(copy.dtype).eps
+        return same and torch.allclose(self._value(number), copy, rtol=rounding, atol=0)
+
+    def _value(self, number: int) -> Tensor:
+        """A copy of a parameter as every forward leaves it, or would."""
+        parameter = self.tensors[number].detach()
+        if number not in self._shortened:
+            return parameter.clone()
+        longest, power = self._shortened[number]
+        return torch.renorm(parameter, power, 0, longest)
 
     def _number_of(self, tensor: Tensor) -> int | None:
         closed = self._marks is not None
@@ -223,14 +234,19 @@ def _is_watched(tensor: Tensor) -> bool:
     return has_hooks(tensor) or (stacked is not None and has_hooks(stacked))
 
 
-def _shortened(modules: Sequence[nn.Module]) -> set[int]:
-    """`id` of the weights that a forward writes to: those of embeddings with `max_norm`."""
+def _limits(modules: Sequence[nn.Module]) -> dict[int, tuple[float, float]]:
+    """What embeddings shorten the rows of their weights to, and in which norm, by `id`."""
     kinds = (nn.Embedding, nn.EmbeddingBag)
-    return {id(m.weight) for m in modules if isinstance(m, kinds) and m.max_norm is not None}
+    found = [m for m in modules if isinstance(m, kinds) and m.max_norm is not None]
+    return {id(m.weight): (float(m.max_norm or 0), m.norm_type) for m in found}
 
 
 def _mark(parameter: Tensor) -> tuple[int, int, bool]:
-    return parameter._version, parameter.data_ptr(), parameter.requires_grad
+    return _version(parameter), parameter.data_ptr(), parameter.requires_grad
+
+
+def _version(parameter: Tensor) -> int:
+    return 0 if parameter.is_inference() else parameter._version
 
 
 def _upstream_message(tensor: Tensor) -> str:
