@@ -112,6 +112,24 @@ def test_several_modules() -> None:
     )
 
 
+def test_several_modules_without_predict_read_outputs() -> None:
+    encoder, head = nn.Linear(FEATURES, 4).double(), nn.Linear(4, 1).double()
+    engine = Engine(encoder, head)
+
+    def output() -> Tensor:
+        torch.manual_seed(0)
+        return head(torch.tanh(encoder(torch.randn(5, FEATURES, dtype=torch.float64)))).squeeze(1)
+
+    leaves = [*encoder.parameters(), *head.parameters()]
+    J = engine.jacobian(output())
+    each = [torch.autograd.grad(y, leaves, retain_graph=True) for y in output()]
+    expected = torch.stack([torch.cat([g.flatten() for g in row]) for row in each])
+    torch.testing.assert_close(J.matrix(), expected)
+    torch.testing.assert_close(engine.compute_gramian(output()), expected @ expected.T)
+    engine.backward(output(), Mean())
+    torch.testing.assert_close(torch.cat([p.grad.flatten() for p in leaves]), expected.mean(0))
+
+
 def test_several_modules_are_named_by_their_number() -> None:
     engine = Engine(nn.Linear(2, 1), nn.Linear(2, 1), predict=lambda a, b, x: a(x) + b(x))
     gradients = engine.gather(torch.ones(1, 2)).combine(torch.ones(1))

@@ -107,6 +107,11 @@ IN_COMBINE = {
         r"prediction of pose 0 is torch.int64",
         engine=_predicting(lambda model, x: model(x).argmax()),
     ),
+    "complex prediction": Bad(
+        NotDifferentiableError,
+        r"prediction of pose 0 is torch.complex64.*\n.*\.real.*view_as_real",
+        engine=_predicting(lambda model, x: torch.complex(model(x), model(x))),
+    ),
     "tuple prediction": Bad(
         NotDifferentiableError,
         r"returned a tuple of 2 for pose 0.*\n?.*predict=",
@@ -384,11 +389,6 @@ _Wrapped.__module__ = "torch.nn.parallel.distributed"
 BAD_ENGINES: dict[str, tuple[type[Exception], str, Callable[[], Engine]]] = {
     "no module": (ValueError, r"no module", lambda: Engine()),
     "not a module": (TypeError, r"Module 0 is a function", lambda: Engine(_poses)),
-    "several without predict": (
-        ValueError,
-        r"2 modules and cannot know",
-        lambda: Engine(nn.Linear(1, 1), nn.Linear(1, 1)),
-    ),
     "chunk_size": (ValueError, r"chunk_size is 0", lambda: Engine(nn.Linear(1, 1), chunk_size=0)),
     "block_bytes": (
         ValueError,
@@ -444,6 +444,69 @@ def test_engine_refuses(name: str) -> None:
     error, match, make = BAD_ENGINES[name]
     with pytest.raises(error, match=rf"(?s){match}"):
         make()
+
+
+WITHOUT_PREDICT: dict[str, Callable[[Engine], object]] = {
+    "combine": lambda engine: engine.combine(torch.ones(3, 1), Mean()),
+    "gather": lambda engine: engine.gather(torch.ones(3, 1)),
+    "plan": lambda engine: engine.plan(torch.ones(3, 1), Mean()),
+}
+
+
+@pytest.mark.parametrize("name", WITHOUT_PREDICT)
+def test_several_modules_need_predict_to_score_poses(name: str) -> None:
+    engine = Engine(nn.Linear(1, 1), nn.Linear(1, 1))
+    with pytest.raises(ValueError, match=r"2 modules and cannot know.*\n.*predict=.*jacobian\(\)"):
+        WITHOUT_PREDICT[name](engine)
+
+
+# what reads an output, and what makes it complex
+COMPLEX: dict[str, Callable[[Engine, nn.Module], object]] = {
+    "jacobian": lambda engine, model: engine.jacobian(_complex(model(_poses()))),
+    "backward": lambda engine, model: engine.backward(_complex(model(_poses())), Mean()),
+    "compute_gramian": lambda engine, model: engine.compute_gramian(_complex(model(_poses()))),
+    "gather": lambda engine, _: engine.gather(_poses(), loss=lambda y, _: _complex(y)),
+}
+
+
+def _complex(y: Tensor) -> Tensor:
+    return torch.complex(y, y.square())
+
+
+@pytest.mark.parametrize("name", COMPLEX)
+def test_complex_outputs_are_refused_by_name(name: str) -> None:
+    model = MODELS["mlp"]()
+    _set_gradients(model)
+    match = r"output is torch.complex64 \[.*\n.*\.real.*\.abs\(\).*view_as_real"
+    with pytest.raises(NotDifferentiableError, match=match):
+        COMPLEX[name](Engine(model), model)
+    _check_gradients(model)
+
+
+@pytest.mark.parametrize("name", ["combine", "backward"])
+def test_complex_weights_are_refused_by_name(name: str) -> None:
+    model = MODELS["mlp"]()
+    _set_gradients(model)
+    J = Engine(model).jacobian(model(_poses()).squeeze(1))
+    with pytest.raises(TypeError, match=r"weights are torch.complex64.*\n.*weights.imag"):
+        getattr(J, name)(torch.ones(4, dtype=torch.complex64))
+    _check_gradients(model)
+
+
+READING_CHECKPOINTED: dict[str, Callable[[Engine, nn.Module], object]] = {
+    "jacobian": lambda engine, model: engine.jacobian(model(_poses())),
+    "gather": lambda engine, _: engine.gather(_poses()),
+    "backward": lambda engine, model: engine.backward(model(_poses()), Mean()),
+    "plan": lambda engine, model: engine.plan(model(_poses()), Mean()),
+}
+
+
+@pytest.mark.parametrize("name", READING_CHECKPOINTED)
+def test_a_reentrant_checkpoint_names_no_schedule_where_there_is_none(name: str) -> None:
+    model = Checkpointed(reentrant=True)
+    with pytest.raises(ReentrantCheckpointError, match=r"no row can be read") as caught:
+        READING_CHECKPOINTED[name](Engine(model), model)
+    assert str(caught.value).endswith("\nUse use_reentrant=False.")
 
 
 def test_the_real_wrapper_is_refused(tmp_path: Any) -> None:

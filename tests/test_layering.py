@@ -9,8 +9,8 @@ import posegrad
 
 SRC = Path(posegrad.__file__).parent
 ORDER = [
-    "_compat", "_restoring", "errors", "ranks", "combination", "weighting", "jacobian", "capture",
-    "schedule", "engine", "multipose", "testing", "interop", "plot",
+    "_compat", "_restoring", "_warn", "errors", "ranks", "combination", "weighting", "jacobian",
+    "capture", "schedule", "engine", "multipose", "testing", "interop", "plot",
 ]  # fmt: skip
 FILES = sorted(
     path.relative_to(SRC) for path in SRC.rglob("*.py") if path.parent != SRC or path.stem in ORDER

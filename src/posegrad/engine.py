@@ -35,9 +35,9 @@ class Engine:
     `compute_gramian`, `backward`. Nothing is added to the model, no global random number drawn.
 
     Args:
-        modules: The model; or several modules, none inside another, together with `predict`.
-        predict: Called as `predict(*modules, pose)` to score a pose. Default: `model(pose)`,
-            dicts and tuples as they are: `lambda model, pose: model(**pose)` unpacks.
+        modules: The model; or several modules, none inside another.
+        predict: Called as `predict(*modules, pose)` to score a pose; several modules need it for
+            that. Default: `model(pose)`; `lambda model, pose: model(**pose)` unpacks a dict.
         collate: Joins a list of poses into what the model takes, e.g. `torch.stack` or PyG's
             `Batch.from_data_list`. The model must then return one row per pose, `[c, ...]`.
         chunk_size: How many poses are scored together, in one graph; a `Budget` makes chunks by
@@ -53,7 +53,7 @@ class Engine:
 
     Raises:
         TypeError: if a module is not an `nn.Module`.
-        ValueError: if there is no module, several without `predict`, or an option is unknown.
+        ValueError: if there is no module, or an option is unknown.
         UnsupportedModuleError: if one module is inside another, or has parts that are wrapped for
             distributed training.
 
@@ -125,7 +125,7 @@ class Engine:
             UntrackedTensorError: if a prediction depends on a tensor that requires grad and is
                 neither a parameter nor part of its pose.
             ClosedEngineError: after `close()`.
-            ValueError: if the schedule is unknown or cannot serve the call.
+            ValueError: if the schedule is unknown or cannot serve the call, or `predict` is needed.
 
         In backward:
             StaleParametersError: if a parameter was changed since.
@@ -185,7 +185,7 @@ class Engine:
             ValueError: if `params` names what is not there.
 
         Warns:
-            UserWarning: once for every structure of graph in which poses depend on each other.
+            UserWarning: once for every structure in which poses depend on each other; of nan.
 
         Note:
             Time: one backward to the activations, which computes no parameter's gradient; a second

@@ -71,6 +71,7 @@ def test_products_are_those_of_one_process(name: str, in_chunks: bool) -> None:
     close(shared.combine(w), alone.combine(w))
     close(shared.matrix(), alone.matrix())
     close(shared[3], alone[3])
+    close(list(shared), list(alone))
     first = next(iter(shared.shapes))
     close(shared.block(first), alone.block(first))
     assert shared.used == alone.used

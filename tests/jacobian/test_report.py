@@ -1,6 +1,7 @@
 """Tables of a Jacobian: exact where lines are folded, honest about sizes, uses and reasons."""
 
 import re
+from typing import Any
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor, nn
 
 from posegrad import Engine, PoseJacobian
 from posegrad.jacobian._table import Line, size, table
+from tests import reference
 
 
 def _jacobian(model: nn.Module, batch: Tensor, **options: object) -> PoseJacobian:
@@ -116,6 +118,57 @@ def test_poses_that_mix_are_the_reason() -> None:
     output = centred(torch.randn(6, 4)).squeeze(1)
     rows = _rows(Engine(centred).jacobian(output - output.mean()).report())
     assert rows["weight"][-1].endswith(": poses mix")
+
+
+class Passed(torch.autograd.Function):
+    """The identity, whose poses must be probed for."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> Tensor:
+        return cotangents[0].clone()
+
+
+class Gated(nn.Module):
+    """Parameters behind a gate: of a closed form in batches, of none, computed first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Parameter(torch.zeros(()))
+        self.mixed = nn.Parameter(torch.rand(4, 4))
+        self.power = nn.Parameter(torch.rand(4))
+        self.raw = nn.Parameter(torch.rand(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.einsum("bi,ij->bj", Passed.apply(x), self.mixed)
+        h = h.abs() ** self.power * nn.functional.softplus(self.raw)
+        return (x + self.gate * Passed.apply(h)).sum(1)
+
+
+def test_a_closed_gate_is_no_lack_of_a_form() -> None:
+    model, x = Gated().double(), torch.randn(5, 4, dtype=torch.float64)
+    engine = Engine(model)
+    J = engine.jacobian(model(x))
+    rows = _rows(J.report())
+    assert rows["mixed"][-1].startswith("closed form")
+    assert rows["power"][-1] == "operator vjp (Pow): no gradient flows"
+    assert rows["raw"][-1] == "operator vjp (Softplus): no gradient flows"
+    w = torch.randn(5, dtype=torch.float64)
+    for name in ("mixed", "power", "raw"):
+        parameter = model.get_parameter(name)
+        torch.testing.assert_close(J.block(name), torch.zeros(5, *parameter.shape).double())
+        torch.testing.assert_close(J.combine(w)[name], torch.zeros_like(parameter))
+
+    nn.init.ones_(model.gate)
+    output = model(x)
+    J = engine.jacobian(output, retain_graph=True)
+    torch.testing.assert_close(J.matrix(), reference.rows(output, reference.trainable(model)))
+    rows = _rows(J.report())
+    assert rows["power"][-1] == "operator vjp (Pow): no closed form"
+    assert rows["raw"][-1] == "closed form (Elementwise) of a computed weight"
 
 
 def test_rows_that_were_asked_for_say_so() -> None:

@@ -282,6 +282,65 @@ def test_running_twice_is_bitwise_equal_and_draws_no_random_number(name: str) ->
     assert torch.equal(results[0], results[2])
 
 
+@pytest.mark.parametrize("shape", [(5,), (5, 1), (5, 2), (5, 2, 3)])
+def test_iteration_gives_the_rows_of_each_first_index(shape: tuple[int, ...]) -> None:
+    model = nn.Sequential(nn.Linear(FEATURES, 6), nn.Tanh(), nn.Linear(6, 6)).double()
+    model.register_parameter("idle", nn.Parameter(torch.ones(2)))
+    width = torch.Size(shape[1:]).numel()
+    output = model(torch.randn(5, FEATURES, dtype=torch.float64))[:, :width].reshape(shape)
+    J = Engine(model).jacobian(output, retain_graph=True)
+    found = list(J)
+    assert len(found) == len(J) == 5
+    for i, row in enumerate(found):
+        assert list(row) == list(J.shapes)
+        for name, p in model.named_parameters():
+            expected = [
+                torch.autograd.grad(y, p, retain_graph=True, allow_unused=True)[0]
+                for y in output[i].flatten()
+            ]
+            zeros = torch.zeros_like(p)
+            whole = torch.stack([zeros if g is None else g for g in expected])
+            torch.testing.assert_close(row[name], whole.reshape(*shape[1:], *p.shape))
+
+
+def test_an_output_without_dimensions_has_no_length() -> None:
+    model, batch = _mlp()
+    J = Engine(model).jacobian(model(batch).sum())
+    with pytest.raises(TypeError, match="0-d"):
+        len(J)
+    with pytest.raises(TypeError, match=r"without dimensions.*\n.*J\[\(\)\]"):
+        iter(J)
+    torch.testing.assert_close(J[()], J.combine(torch.ones((), dtype=torch.float64)))
+
+
+@pytest.mark.parametrize("check", ["first", "always", "never"])
+@pytest.mark.parametrize("mixing", [False, True])
+@pytest.mark.filterwarnings("ignore:The predictions of different poses depend")
+def test_activations_that_retain_grad_keep_what_they_have(mixing: bool, check: str) -> None:
+    model, batch = _mlp()
+    engine = Engine(model, check=check)
+
+    def kept() -> tuple[Tensor, list[Tensor]]:
+        hidden = model[0](batch)
+        squashed = torch.tanh(hidden - hidden.mean(0) if mixing else hidden).mul(2)
+        output = model[2](squashed).squeeze(1)
+        activations = [squashed, output, output.square()]  # saved by the next layer, or the output
+        for activation in activations:
+            activation.retain_grad()
+        return activations[-1], activations
+
+    for _ in range(3):  # found out, then read by routine
+        output, activations = kept()
+        engine.jacobian(output, retain_graph=True)
+        assert all(a.grad is None for a in activations)
+        output.sum().backward(retain_graph=True)
+        before = [a.grad for a in activations]
+        expected = [g.clone() for g in before]
+        engine.jacobian(output)
+        assert all(a.grad is g for a, g in zip(activations, before, strict=True))
+        torch.testing.assert_close(before, expected)
+
+
 def test_a_graph_is_kept_if_asked_for_and_freed_if_not() -> None:
     model, batch = _mlp()
     engine = Engine(model)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from posegrad import (
     Engine,
+    Min,
     PoseJacobian,
     ShapeMismatchError,
     StaleFactorError,
@@ -275,8 +276,44 @@ def test_nested_tensors_take_rows() -> None:
 def test_complex_parameters_are_refused_by_name() -> None:
     model = nn.Linear(3, 1)
     model.phase = nn.Parameter(torch.zeros(2, dtype=torch.complex64))
-    with pytest.raises(UnsupportedModuleError, match=r"Complex parameters: phase"):
+    with pytest.raises(UnsupportedModuleError, match=r"Complex parameters: phase.*\n.*params="):
         Engine(model).jacobian(model(torch.ones(2, 3)))
+    with pytest.raises(UnsupportedModuleError, match=r"Complex parameters: phase"):
+        Engine(model).jacobian(model(torch.ones(2, 3)), params=["weight", "phase"])
+
+
+class Turned(nn.Module):
+    """A real parameter before a complex one, and one after it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(3, 4), nn.Linear(4, 1)
+        self.phase = nn.Parameter(torch.randn(4, dtype=torch.complex64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last((torch.tanh(self.first(x)) * self.phase).abs()).squeeze(-1)
+
+
+@pytest.mark.parametrize("by_name", [False, True])
+def test_a_complex_parameter_that_is_left_out_disturbs_nobody(by_name: bool) -> None:
+    model = Turned()
+    model.first.double(), model.last.double()
+    model.phase = nn.Parameter(torch.randn(4, dtype=torch.complex128))
+    named = {n: p for n, p in model.named_parameters() if n != "phase"}
+    output = model(torch.randn(5, 3, dtype=torch.float64))
+    wanted = list(named) if by_name else list(named.values())
+    J = Engine(model).jacobian(output, params=wanted, retain_graph=True)
+    torch.testing.assert_close(J.matrix(), rows(output, named))
+
+
+@pytest.mark.parametrize("chunk_size", [1, 2])
+@pytest.mark.parametrize("schedule", ["auto", "retain", "store", "stream", "recompute"])
+def test_combine_serves_complex_parameters(schedule: str, chunk_size: int) -> None:
+    model, x = Turned(), torch.randn(4, 3)
+    expected = torch.autograd.grad(Min(2.0)(model(x)), list(model.parameters()))
+    engine = Engine(model, chunk_size=chunk_size)
+    engine.combine(x, Min(2.0), schedule=schedule).prediction.backward()
+    torch.testing.assert_close([p.grad for p in model.parameters()], list(expected))
 
 
 class TwoKindsOfRows(nn.Module):
@@ -359,6 +396,49 @@ def test_a_first_gather_of_nan_verifies_nothing() -> None:
     with pytest.warns(UserWarning, match="do not add up"):
         found = engine.jacobian(output).matrix()
     torch.testing.assert_close(found, expected)
+
+
+class Passed(torch.autograd.Function):
+    """The identity, whose poses must be probed for."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> Tensor:
+        return cotangents[0].clone()
+
+
+@pytest.mark.parametrize("first", ["nan", "finite"])
+def test_nan_is_named_and_not_taken_for_poses_that_mix(first: str) -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 1)).double()
+    engine = Engine(model)
+
+    def output_of(x: Tensor) -> Tensor:
+        return model[1](Passed.apply(model[0](x)).square()).squeeze(1)
+
+    healthy, ill = _double(5, 3), _double(5, 3)
+    ill[1], ill[3] = torch.nan, torch.inf
+    if first == "finite":
+        engine.jacobian(output_of(healthy))
+    for _ in range(2):
+        match = r"nan or infinite at the activations of: 0, as the output is at 1, 3\. Whose"
+        with pytest.warns(UserWarning, match=match):
+            engine.jacobian(output_of(ill))
+    output = output_of(healthy)
+    J = engine.jacobian(output, retain_graph=True)
+    assert J.paths["0.weight"] == ("closed form (Linear)",)
+    torch.testing.assert_close(J.matrix(), rows(output, trainable(model)))
+
+
+def test_nan_gradients_of_a_finite_output_are_named() -> None:
+    model, x = nn.Linear(3, 4).double(), _double(5, 3)
+    x[2] = 0
+    nn.init.zeros_(model.bias)
+    output = Passed.apply(model(x)).norm(dim=1).sqrt()  # 0 has no slope
+    with pytest.warns(UserWarning, match=r"infinite at the activations of: bias, weight\. Whose"):
+        Engine(model).jacobian(output)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

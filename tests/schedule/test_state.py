@@ -4,7 +4,9 @@ import copy
 import gc
 import pickle
 import weakref
+from collections import UserDict
 from collections.abc import Callable
+from types import MappingProxyType
 
 import pytest
 import torch
@@ -210,11 +212,48 @@ def test_a_failing_pose_is_named() -> None:
     assert any("while scoring pose 2" in note for note in caught.value.__notes__)
 
 
-@pytest.mark.parametrize("pose", [{"x": torch.ones(3)}, [torch.ones(3), torch.ones(3)]])
-def test_a_pose_that_the_model_cannot_take_says_how_it_was_called(pose: object) -> None:
-    with pytest.raises(TypeError) as caught:
-        Engine(nn.Linear(3, 1)).combine([pose], Mean())
-    assert any("predict=" in note and "groups=" in note for note in caught.value.__notes__)
+class Encoding(UserDict[str, Tensor]):
+    """Looks for attributes in what it holds, as `BatchEncoding` of transformers does."""
+
+    def __getattr__(self, name: str) -> Tensor:
+        try:
+            return self.data[name]
+        except KeyError:
+            raise AttributeError from None
+
+
+class Sized(nn.Linear):
+    """Asks its input for its size, as language models do."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.reshape(x.size()))
+
+
+@pytest.mark.parametrize(
+    ("pose", "kind", "call"),
+    [
+        ({"x": torch.ones(3)}, "mapping (dict)", "model(**pose)"),
+        (Encoding(x=torch.ones(3)), "mapping (Encoding)", "model(**pose)"),
+        (MappingProxyType({"x": torch.ones(3)}), "mapping (mappingproxy)", "model(**pose)"),
+        ([torch.ones(3), torch.ones(3)], "sequence (list)", "model(*pose)"),
+    ],
+)
+def test_a_pose_that_the_model_cannot_take_says_how_it_was_called(
+    pose: object, kind: str, call: str
+) -> None:
+    with pytest.raises(AttributeError) as caught:
+        Engine(Sized(3, 1)).combine([pose], Mean())
+    [note] = [note for note in caught.value.__notes__ if "predict=" in note]
+    assert kind in note
+    assert f"predict=lambda model, pose: {call}" in note
+    assert "groups=" in note
+
+
+def test_a_mapping_that_predict_unpacks_is_a_pose() -> None:
+    model, x = Sized(3, 1), torch.randn(4, 3)
+    engine = Engine(model, predict=lambda model, pose: model(**pose))
+    _, per_pose = engine.combine([Encoding(x=row) for row in x], Mean(), schedule="recompute")
+    torch.testing.assert_close(per_pose, model(x).squeeze(1))
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)

@@ -4,13 +4,13 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from posegrad.errors import NoPosesError, ShapeMismatchError
+from posegrad.errors import NoPosesError, NotDifferentiableError, ShapeMismatchError
 
 __all__ = ["check_dimension", "check_index", "check_output", "unrelated_message"]
 
 
 def check_output(output: Tensor) -> None:
-    """Refuses what is no tensor, or has no number."""
+    """Refuses what is no tensor, has no number, or complex ones."""
     if not isinstance(output, Tensor):
         raise TypeError(
             f"The output is a {type(output).__name__}, but a Jacobian has the rows of one tensor. "
@@ -20,6 +20,12 @@ def check_output(output: Tensor) -> None:
         raise NoPosesError(
             f"The output has shape {list(output.shape)}: there is no prediction to differentiate.\n"
             f"Leave empty batches out of the loop."
+        )
+    if output.is_complex():
+        raise NotDifferentiableError(
+            f"The output is {output.dtype} {list(output.shape)}: the gradient of a complex number "
+            f"is no row of a real Jacobian.\n"
+            f"Take its .real, its .abs(), or both parts by torch.view_as_real(output)."
         )
 
 

@@ -1,6 +1,5 @@
 """From an output with its graph to its Jacobian."""
 
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor
 
 from posegrad._compat import shows_hooks
+from posegrad._warn import warn
 from posegrad.capture._boundary import (
     check_dimension,
     check_index,
@@ -18,7 +18,13 @@ from posegrad.capture._boundary import (
 )
 from posegrad.capture._edges import EdgeRegistry
 from posegrad.capture._float16 import Scaling
-from posegrad.capture._guard import failures_named, python_contained, undisturbed
+from posegrad.capture._guard import (
+    failures_named,
+    python_contained,
+    retained,
+    retained_set_aside,
+    undisturbed,
+)
 from posegrad.capture._recipe import Recipe, outlook, resolve, slow_parameters
 from posegrad.capture._release import release
 from posegrad.capture._routine import Routine
@@ -26,7 +32,7 @@ from posegrad.capture._rungs import Parts, Reading
 from posegrad.capture._structure import Found, Structure, Structures
 from posegrad.capture._trial import Subject, Trial, attempt
 from posegrad.capture._verify import Reference
-from posegrad.errors import NotDifferentiableError
+from posegrad.errors import NotDifferentiableError, ReentrantCheckpointError, listed
 from posegrad.jacobian import Arrangement, Block, PoseJacobian, is_cast
 
 __all__ = ["Gatherer"]
@@ -90,7 +96,7 @@ class Gatherer:
         """How the rows of each use would be read if no poses mix; empty for anything else."""
         if not isinstance(output, Tensor) or output.grad_fn is None:
             return {}
-        registry = EdgeRegistry(output)
+        registry = _graph_of(output)
         if not any(id(parameter) in registry.leaves for parameter in parameters.values()):
             return {}
         return {name: outlook(registry, name, parameter) for name, parameter in parameters.items()}
@@ -123,7 +129,7 @@ class Gatherer:
         check_output(output)
         parts: Parts = {}
         if output.requires_grad:
-            registry = EdgeRegistry(output)
+            registry = _graph_of(output)
             used = {
                 name: p
                 for name, p in parameters.items()
@@ -138,7 +144,8 @@ class Gatherer:
                 scale = known.has_float16
                 scale = registry.has_float16() if scale is None else scale
                 read = self._parts_in_float16 if scale else self._parts_of
-                parts = read(_Graph(output, registry, known), asked, keep_graph)
+                with retained_set_aside(retained(output, registry, known.slots)):
+                    parts = read(_Graph(output, registry, known), asked, keep_graph)
         if not parts and must_depend:
             raise NotDifferentiableError(unrelated_message(output, len(parameters)))
         blocks = {
@@ -199,7 +206,7 @@ class Gatherer:
         return recipe, parts
 
     def _read(self, reading: Reading, found: Found, quiet: bool) -> tuple[Recipe, Parts]:
-        subject, parameters = reading.subject, reading.parameters
+        subject, parameters, is_lasting = reading.subject, reading.parameters, True
         recipe, reference, trial = found.recipe, None, None
         if self._is_due(recipe, subject, parameters):
             reference = Reference.of(subject, parameters)
@@ -210,8 +217,10 @@ class Gatherer:
             if reference is None and self._is_due(None, subject, parameters):
                 reference = Reference.of(subject, parameters)
             slow = slow_parameters(recipe)
+            is_lasting = not _is_lost_in_nan(trial)
             if slow and not quiet and self.batch_dim is not None:
-                _warn(_coupled_message(slow))
+                told = _coupled_message(slow) if is_lasting else _nan_message(slow, subject.output)
+                warn(told)
         parts = reading.parts(recipe, trial)
         if reference is not None:
             once = self.check == "first" and not subject.is_hooked
@@ -219,7 +228,8 @@ class Gatherer:
             doubtful = frozenset(parts) - done - recipe.by_rows.keys()  # those are autograd's own
             del trial  # its cotangents are large, and rarely needed again
             recipe, parts = _verified(reading, recipe, parts, reference, doubtful, quiet)
-        found.recipe = recipe
+        if is_lasting:
+            found.recipe = recipe
         return recipe, parts
 
     def _is_due(
@@ -238,9 +248,26 @@ class Gatherer:
         return resolve(subject, parameters)
 
 
+def _graph_of(output: Tensor) -> EdgeRegistry:
+    try:
+        return EdgeRegistry(output)
+    except ReentrantCheckpointError:
+        raise ReentrantCheckpointError(
+            "The output was computed through torch.utils.checkpoint with use_reentrant=True, which "
+            "works under a plain backward() only, so no row can be read.\n"
+            "Use use_reentrant=False."
+        ) from None
+
+
 def _tried(subject: Subject, recipe: Recipe) -> Trial:
     """The cotangents a known recipe needs."""
     return attempt(subject, Arrangement(subject.output.shape, recipe.dim), recipe.sites)
+
+
+def _is_lost_in_nan(trial: Trial) -> bool:
+    """Whether rows have no owners that can be found, because they are nan or infinite."""
+    unclear = [b for edge, b in trial.cotangents.items() if trial.layouts[edge] is None]
+    return any(b is not None and not bool(b.isfinite().all()) for b in unclear)
 
 
 def _live(parts: Parts) -> frozenset[str]:
@@ -261,7 +288,7 @@ def _verified(
     wrong, sure = reference.disagreeing(registry, parameters, parts, doubtful)
     if wrong:
         if not quiet:
-            _warn(_disagreement_message(wrong))
+            warn(_disagreement_message(wrong))
         recipe = replace(
             recipe,
             sites=tuple(
@@ -280,10 +307,6 @@ def _verified(
     return replace(recipe, verified=verified), parts
 
 
-def _warn(message: str) -> None:
-    warnings.warn(message, stacklevel=9)
-
-
 def _modules_of(names: Sequence[str]) -> str:
     modules = [module for module, _ in groupby(name.rpartition(".")[0] or name for name in names)]
     return ", ".join(modules[:8]) + (f" and {len(modules) - 8} more" if len(modules) > 8 else "")
@@ -294,6 +317,17 @@ def _coupled_message(names: Sequence[str]) -> str:
         f"The predictions of different poses depend on each other through the activations of: "
         f"{_modules_of(names)}. Batch statistics or a mean over the batch do that. Their per-pose "
         f"gradients are exact, but take one backward through the graph for each prediction."
+    )
+
+
+def _nan_message(names: Sequence[str], output: Tensor) -> str:
+    places = (~output.detach().isfinite()).nonzero().tolist()
+    shown = [place[0] if len(place) == 1 else place for place in places]
+    where = f", as the output is at {listed(shown)}" if shown else ""
+    return (
+        f"Gradients are nan or infinite at the activations of: {_modules_of(names)}{where}. Whose "
+        f"they are cannot be told then, so this Jacobian takes one backward through the graph for "
+        f"each number of the output."
     )
 
 

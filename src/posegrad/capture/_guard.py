@@ -1,7 +1,7 @@
 """Backwards that must not touch the user's gradients, and whose failures have names."""
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from threading import RLock
 from typing import Any, final
@@ -9,9 +9,10 @@ from typing import Any, final
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from posegrad._compat import hooks_of, is_python
+from posegrad._compat import hooks_of, is_python, slots_of
 from posegrad._restoring import Change, no_autocast, no_graph, ordinary_mode
 from posegrad.capture._edges import EdgeRegistry
+from posegrad.capture._release import Slot
 from posegrad.errors import ReentrantCheckpointError, StaleFactorError, UnsupportedModuleError
 
 __all__ = [
@@ -21,6 +22,8 @@ __all__ = [
     "grad_set_aside",
     "leaf_hooks_off",
     "python_contained",
+    "retained",
+    "retained_set_aside",
     "undisturbed",
 ]
 
@@ -96,6 +99,38 @@ def python_contained(
     if registry.has_python():
         return alone(), grad_set_aside(parameters), cotangents_copied(registry)
     return nullcontext(), nullcontext(), nullcontext()
+
+
+def retained(output: Tensor, registry: EdgeRegistry, slots: Iterable[Slot]) -> list[Tensor]:
+    """The tensors of a graph that keep their `.grad` (`retain_grad`), as far as it shows them.
+
+    Args:
+        output: Its output.
+        registry: The graph.
+        slots: Where its nodes may have saved tensors.
+    """
+    saved = [slot.data for number, name in slots for slot in slots_of(registry.nodes[number], name)]
+    found = [t for t in (output, *saved) if isinstance(t, Tensor) and t.retains_grad]
+    return list({id(t): t for t in found}.values())
+
+
+@final
+class retained_set_aside(Change):  # noqa: N801
+    """Leaves the `.grad` of activations as it is.
+
+    torch fills it in every backward that passes; here it would be a sum of probes.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self._held = [(tensor, tensor.grad) for tensor in tensors]
+
+    def make(self) -> None:
+        for tensor, _ in self._held:
+            tensor.grad = None
+
+    def undo(self) -> None:
+        for tensor, before in self._held:
+            tensor.grad = before
 
 
 @final

@@ -70,6 +70,7 @@ class Roster:
         self._held: list[object] = []  # what these held when they were looked through
         self._kinds: list[object] | None = None  # their dtypes, False for frozen ones
         self._trainable: dict[str, nn.Parameter] = {}
+        self._complex: list[str] = []
 
     def named(self) -> dict[str, nn.Parameter]:
         """All parameters by dotted name; those of several modules under `0.`, `1.`, ...
@@ -97,15 +98,20 @@ class Roster:
 
         Raises:
             ValueError: if one that is wanted is not there or not trainable.
-            UnsupportedModuleError: if one is complex, or not initialised yet.
+            UnsupportedModuleError: if one of these is complex, or any is not initialised yet.
         """
         named = self.named()
         kinds: list[object] = [p.requires_grad and p.dtype for p in named.values()]
         if kinds != self._kinds:
             self._trainable, self._kinds = _trainable(named), kinds
+            self._complex = [name for name, p in self._trainable.items() if p.is_complex()]
+        found = self._trainable if wanted is None else self._named_by(wanted)
+        if unreal := [name for name in self._complex if name in found]:
+            raise UnsupportedModuleError(_complex_message(unreal))
+        return found
+
+    def _named_by(self, wanted: Iterable[str | Tensor]) -> dict[str, nn.Parameter]:
         trainable = self._trainable
-        if wanted is None:
-            return trainable
         names = {id(parameter): name for name, parameter in trainable.items()}
         wanted = [wanted] if isinstance(wanted, str) else wanted
         keys = {key if isinstance(key, str) else names.get(id(key), "?") for key in wanted}
@@ -158,10 +164,12 @@ def _trainable(named: dict[str, nn.Parameter]) -> dict[str, nn.Parameter]:
     for name, parameter in named.items():
         if parameter.requires_grad:
             names.setdefault(id(parameter), name)  # a weight tied across modules is one
-    unreal = [name for name in names.values() if named[name].is_complex()]
-    if unreal:
-        raise UnsupportedModuleError(
-            f"Complex parameters: {', '.join(unreal)}. A Jacobian of real rows has no entry for "
-            f"them.\nHold them as torch.view_as_real(...) and view them as complex in the forward."
-        )
     return {name: named[name] for name in names.values()}
+
+
+def _complex_message(names: Sequence[str]) -> str:
+    return (
+        f"Complex parameters: {', '.join(names)}. A Jacobian of real rows has no entry for them.\n"
+        f"Leave them out, jacobian(output, params=[...]); or hold them as torch.view_as_real(...) "
+        f"and view them as complex in the forward."
+    )

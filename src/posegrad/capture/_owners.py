@@ -117,6 +117,8 @@ def find_layout(
         count: m.
     """
     ndim = base.ndim
+    if not any(bool(found.any()) for found in (base, *probed)):  # so any layout would do
+        return Layout(count, (), torch.full((1,), NOBODY, device=base.device))
     if base.is_complex():
         base, probed = torch.view_as_real(base), [torch.view_as_real(b) for b in probed]
     for dims in _candidates(ndim):

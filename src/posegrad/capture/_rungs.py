@@ -15,7 +15,7 @@ from posegrad.capture._recipe import Recipe, named
 from posegrad.capture._sites import Site
 from posegrad.capture._trial import Subject, Trial
 from posegrad.capture._vjp import cotangents_at, node_rows, rows_of_graph
-from posegrad.jacobian import Arrangement, ClosedForm, Factors, Part, Pull, Rows
+from posegrad.jacobian import NOBODY, Arrangement, ClosedForm, Factors, Layout, Part, Pull, Rows
 
 __all__ = ["Parts", "Reading", "by_size", "entry_of", "operator_at"]
 
@@ -114,7 +114,7 @@ class Reading:
             or layout is None
             or (present and layout.dims and not form.accepts(present[0].shape, layout))
         ):
-            why = self._why_not_closed(site, form, recipe)
+            why = self._why_not_closed(site, form, layout, recipe)
             return self._operator_rows(site, recipe, trial, cotangents, why)
         if not present:
             return None
@@ -177,7 +177,11 @@ class Reading:
         path = f"operator vjp ({named(node.name())}): {why}"
         return Rows(path, 0, self._narrow(site, rows))
 
-    def _why_not_closed(self, site: Site, form: ClosedForm | None, recipe: Recipe) -> str:
+    def _why_not_closed(
+        self, site: Site, form: ClosedForm | None, layout: Layout | None, recipe: Recipe
+    ) -> str:
+        if layout is not None and not bool((layout.owners != NOBODY).any()):
+            return "no gradient flows"
         if site.source[0] in recipe.activations and not site.light:
             return "poses mix"
         if form is not None:

@@ -87,15 +87,20 @@ class Reference:
             if not bool(found.isfinite().all()) and not bool(reference.isfinite().all()):
                 continue
             sure.add(name)
-            error = (found - reference).double().norm()
-            if error <= floor + tolerance * max(found.double().norm(), reference.double().norm()):
+            error = _norm(found - reference)
+            if error <= floor + tolerance * max(_norm(found), _norm(reference)):
                 continue
-            if not error <= tolerance * block.combine(Weights(flat.abs())).double().norm():
+            if not error <= tolerance * _norm(block.combine(Weights(flat.abs()))):
                 wrong.add(name)
         return frozenset(wrong), frozenset(sure)
 
 
 def _size(gradients: Iterable[Tensor | None]) -> float:
     """The norm of a whole gradient."""
-    norms = [dense(g).double().norm() for g in gradients if g is not None]
+    norms = [_norm(dense(g)) for g in gradients if g is not None]
     return float(torch.stack(norms).norm()) if norms else 0.0
+
+
+def _norm(tensor: Tensor) -> Tensor:
+    norm: Tensor = (tensor.abs() if tensor.is_complex() else tensor).double().norm()
+    return norm

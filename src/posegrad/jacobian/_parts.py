@@ -309,7 +309,13 @@ def checked_weights(weights: Tensor, shape: torch.Size, of: str = "the output") 
 
     Raises:
         ShapeMismatchError: if there is not one for each number of an output of that shape.
+        TypeError: if they are complex.
     """
+    if weights.is_complex():
+        raise TypeError(
+            f"The weights are {weights.dtype}, but outputs and parameters are real, and so is a "
+            f"gradient.\nCombine weights.real and weights.imag, one after the other."
+        )
     if weights.shape != shape:
         raise ShapeMismatchError(
             f"The weights have shape {list(weights.shape)}, {of} {list(shape)}; there must be one "

@@ -1,6 +1,6 @@
 """The Jacobian of a group of predictions, as a linear operator."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import reduce
 from typing import Any, final
 
@@ -9,6 +9,7 @@ from torch import Tensor
 
 from posegrad.jacobian._block import Block
 from posegrad.jacobian._deliver import deliver_step
+from posegrad.jacobian._iterate import each
 from posegrad.jacobian._parts import Weights, checked_weights, one_at
 from posegrad.jacobian._precision import exact
 from posegrad.jacobian._products import Products, added, generalized, inner_products
@@ -241,6 +242,10 @@ class PoseJacobian:
             IndexError: if it is out of range or picks several.
         """
         return self.combine(one_at(index, self.predictions))
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        """For each index of the first dimension its rows; takes a `combine` for each of these."""
+        return each(self.output_shape, self.__getitem__)
 
     @exact
     def block(self, name: str) -> Tensor:

@@ -11,7 +11,7 @@ the next rank, and what each has made of them is added up. No rank ever has the 
 """
 
 import pickle
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, final
 
 import torch
@@ -33,6 +33,7 @@ from posegrad.jacobian._exchange import (
     made_of,
     packed,
 )
+from posegrad.jacobian._iterate import each
 from posegrad.jacobian._parts import checked_weights, one_at
 from posegrad.jacobian._precision import wide
 from posegrad.jacobian.operator import PoseJacobian
@@ -262,6 +263,10 @@ class SharedJacobian:
     def __getitem__(self, index: Any) -> dict[str, Tensor]:
         """The gradient of one number of the output; as `PoseJacobian.__getitem__`."""
         return self._combined(lambda: one_at(index, self.predictions))
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        """The rows of all ranks; as `PoseJacobian.__iter__`. All ranks iterate together."""
+        return each(self.output_shape, self.__getitem__)
 
     @restoring
     def block(self, name: str) -> Tensor:

@@ -61,7 +61,7 @@ class Setting:
         named: Looks up the model's parameters; raises what forbids a call, such as a closed engine.
 
     Raises:
-        ValueError: if there are several modules without `predict`, or a `chunk_size` below 1.
+        ValueError: if `chunk_size` is below 1.
     """
 
     def __init__(
@@ -73,13 +73,8 @@ class Setting:
         ranks: Ranks | None,
         named: Callable[[], Mapping[str, nn.Parameter]],
     ) -> None:
-        if predict is None and len(modules) > 1:
-            raise ValueError(
-                f"The engine has {len(modules)} modules and cannot know how a pose passes through "
-                f"them. Pass predict=lambda first, second, pose: ...."
-            )
         self._modules = modules
-        self._predict = predict or nn.Module.__call__
+        self._predict = predict
         self._collate = collate
         self._chunk_size = checked(chunk_size)
         self._ranks = ranks
@@ -126,6 +121,7 @@ class Setting:
         parameters: Iterable[Tensor],
     ) -> Plan:
         """What such a call would do, for poses that have a length."""
+        self._how_scored()
         count = count_of(poses)
         chunks = chunks_in(poses, count, self._chunk_size)
         whole = _rule_of(rule, _groups_of(groups, poses, all_here=self._ranks is None))
@@ -138,8 +134,10 @@ class Setting:
         Raises:
             TypeError: if they are a mapping.
             ShapeMismatchError: if they are a tensor without rows.
-            ValueError: if they must be joined and nobody said how.
+            ValueError: if they must be joined, or pass through several modules, and nobody said
+                how.
         """
+        predict = self._how_scored()
         if isinstance(poses, Mapping):
             raise TypeError(
                 f"poses is a {type(poses).__name__}, whose keys would be scored one by one.\n"
@@ -160,7 +158,7 @@ class Setting:
                     f"tensor of poses."
                 )
             collate = torch.stack
-        return Scorer(self._modules, self._predict, collate)
+        return Scorer(self._modules, predict, collate)
 
     def chunks(
         self, poses: Iterable[Pose] | Tensor, *, may_be_none: bool = False
@@ -183,6 +181,16 @@ class Setting:
                 "empty: make a list of it."
             )
         return len(opening), chain(opening, chunks)
+
+    def _how_scored(self) -> Callable[..., Any]:
+        """What the modules and a pose are handed to."""
+        if self._predict is None and len(self._modules) > 1:
+            raise ValueError(
+                f"The engine has {len(self._modules)} modules and cannot know how a pose passes "
+                f"through them.\nPass Engine(..., predict=lambda first, second, pose: ...). "
+                f"Outputs that you hand to jacobian() or backward() need none."
+            )
+        return self._predict or nn.Module.__call__
 
     def _request(self, rule: Combination, schedule: str, skip_below: float, chunks: int) -> Request:
         return Request(

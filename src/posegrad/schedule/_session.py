@@ -1,6 +1,6 @@
 """One combine call: the poses, how they are scored, and what their gradients flow to."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any, NamedTuple, final
@@ -76,12 +76,8 @@ class Scorer:
             output = self.predict(*self.modules, argument)
         except Exception as error:
             error.add_note(f"This was raised while scoring {_span(start, len(poses))}.")
-            if self.collate is None and isinstance(poses[0], list | tuple | dict):
-                error.add_note(
-                    f"The pose is a {type(poses[0]).__name__}, and the model was called with it as "
-                    f"it is. Unpack it by Engine(model, predict=...); or, if it holds the poses of "
-                    f"one compound, join these lists and pass groups=."
-                )
+            if self.collate is None and isinstance(poses[0], list | tuple | Mapping):
+                error.add_note(_unpacking(poses[0]))
             raise
         return self._rows(output, len(poses), start)
 
@@ -94,8 +90,9 @@ class Scorer:
             )
         if not output.is_floating_point():
             raise NotDifferentiableError(
-                f"The prediction of {_span(start, count)} is {output.dtype}, which has no "
-                f"gradient.\nReturn a floating-point score."
+                f"The prediction of {_span(start, count)} is {output.dtype}, and only a real "
+                f"floating-point number has a gradient.\nReturn one: of a complex one its .real, "
+                f"its .abs(), or both parts by torch.view_as_real()."
             )
         # A chunk of one pose may come back squeezed to a number; which pose's it is, is clear.
         alone = self.collate is None or (count == 1 and output.ndim == 0)
@@ -333,6 +330,16 @@ class _flags_kept(Change):  # noqa: N801
 
 def _span(start: int, count: int) -> str:
     return f"pose {start}" if count == 1 else f"poses {start} to {start + count - 1}"
+
+
+def _unpacking(pose: Pose) -> str:
+    """What to do about a model that cannot take a container as it is."""
+    kind, stars = ("mapping", "**") if isinstance(pose, Mapping) else ("sequence", "*")
+    return (
+        f"The pose is a {kind} ({type(pose).__name__}), and the model was called with it as it is. "
+        f"Engine(model, predict=lambda model, pose: model({stars}pose)) unpacks it; or, if it "
+        f"holds the poses of one compound, join these lists and pass groups=."
+    )
 
 
 def _described(output: object) -> str:

@@ -1,11 +1,11 @@
 """GroupedModel's forward with an engine inside."""
 
-import warnings
 from collections.abc import Callable, Iterable, MutableMapping
 from typing import Any, NamedTuple, final
 
 from torch import Tensor, nn
 
+from posegrad._warn import warn
 from posegrad.combination import Combination
 from posegrad.engine import Engine
 from posegrad.interop.mtenn._rules import picks_the_worst, rule_of
@@ -77,13 +77,12 @@ def grouped(
     rule = rule_of(own.combination if combination is None else combination)
     first = own.readout if pred_readout is None else pred_readout
     if first is not None and picks_the_worst(first, rule):
-        warnings.warn(
+        warn(
             f"{type(first).__name__} acts on the prediction of each pose and turns their order "
             f"around, and the combination prefers low numbers: it picks the pose that the model "
             f"finds worst.\n"
             f"Apply it to the combined prediction, comb_readout= (and set model.readout = None if "
-            f"it is the model's own), or combine with MaxCombination(negate_preds=False).",
-            stacklevel=2,
+            f"it is the model's own), or combine with MaxCombination(negate_preds=False)."
         )
     return Grouped(model, rule, pred_readout, comb_readout, schedule, engine_options)
 
