@@ -36,6 +36,7 @@ __all__ = [
     "in_ddp",
     "in_fsdp_backward",
     "in_static_ddp",
+    "is_hooked",
     "is_packed",
     "is_packed_at",
     "is_python",
@@ -45,7 +46,6 @@ __all__ = [
     "saved",
     "set_multithreading",
     "shape_of",
-    "shows_hooks",
     "slot_names",
     "slots_of",
     "thread_state",
@@ -245,17 +245,9 @@ def is_packed_at(node: Node, name: str) -> bool:
     return any(slot.unpack_hook is not None for slot in value)
 
 
-def shows_hooks(node: Node) -> bool:
-    """Whether a tensor that a node saved has hooks on its gradient, and is no leaf.
-
-    Those of tensors that no node saved are known to torch alone, as are those of nodes.
-    """
-    for name in slot_names(node):
-        for slot in slots_of(node, name):
-            data = slot.data
-            if isinstance(data, Tensor) and data._backward_hooks and not data.is_leaf:
-                return True
-    return False
+def is_hooked(tensor: Tensor) -> bool:
+    """Whether functions of the user's run on a tensor's gradient."""
+    return bool(tensor._backward_hooks)
 
 
 _SLOTS: dict[type, list[str]] = {}

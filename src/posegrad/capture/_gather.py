@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from posegrad._compat import shows_hooks
+from posegrad._compat import is_hooked
 from posegrad._warn import warn
 from posegrad.capture._boundary import (
     check_dimension,
@@ -20,8 +20,8 @@ from posegrad.capture._edges import EdgeRegistry
 from posegrad.capture._float16 import Scaling
 from posegrad.capture._guard import (
     failures_named,
+    listened_to,
     python_contained,
-    retained,
     retained_set_aside,
     undisturbed,
 )
@@ -53,11 +53,15 @@ class _Asked(NamedTuple):
 
 
 class _Graph(NamedTuple):
-    """The graph of an output, and what is known of those like it."""
+    """The graph of an output, and what is known of those like it.
+
+    `is_hooked` is whether activations are seen to have hooks.
+    """
 
     output: Tensor
     registry: EdgeRegistry
     known: Structure
+    is_hooked: bool
 
 
 def _seeded() -> torch.Generator:
@@ -144,8 +148,10 @@ class Gatherer:
                 scale = known.has_float16
                 scale = registry.has_float16() if scale is None else scale
                 read = self._parts_in_float16 if scale else self._parts_of
-                with retained_set_aside(retained(output, registry, known.slots)):
-                    parts = read(_Graph(output, registry, known), asked, keep_graph)
+                heard = listened_to(output, registry, known.slots)
+                graph = _Graph(output, registry, known, any(map(is_hooked, heard)))
+                with retained_set_aside(heard):
+                    parts = read(graph, asked, keep_graph)
         if not parts and must_depend:
             raise NotDifferentiableError(unrelated_message(output, len(parameters)))
         blocks = {
@@ -154,11 +160,8 @@ class Gatherer:
         return PoseJacobian(output.detach().clone(), parameters, blocks)
 
     def _parts_of(self, graph: _Graph, asked: _Asked, keep_graph: bool) -> Parts:
-        output, registry, known = graph
+        output, registry, known, hooked = graph
         used, index = asked.parameters, asked.pose_index
-        recipe = known.found.recipe
-        read_at = () if recipe is None else recipe.read_at
-        hooked = any(shows_hooks(registry.nodes[number]) for number in read_at)
         special = hooked or is_cast() or torch.is_inference_mode_enabled()
         with failures_named():
             if known.routine is not None and not special:
@@ -173,13 +176,13 @@ class Gatherer:
         return parts
 
     def _parts_in_float16(self, graph: _Graph, asked: _Asked, keep_graph: bool) -> Parts:
-        output, registry, known = graph
+        output, registry, known, hooked = graph
 
         def read(scaled: Tensor) -> Parts:
             own = EdgeRegistry(scaled)
             stated = bool(asked.pose_index)
             known = self._structures.of(own, asked.parameters, scaled, stated=stated)
-            seen = _Graph(scaled, own, known)
+            seen = _Graph(scaled, own, known, hooked)
             return self._parts_of(seen, asked, keep_graph=True)
 
         lock, aside, copied = python_contained(registry, asked.parameters)

@@ -9,7 +9,7 @@ from typing import Any, final
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from posegrad._compat import hooks_of, is_python, slots_of
+from posegrad._compat import hooks_of, is_hooked, is_python, slots_of
 from posegrad._restoring import Change, no_autocast, no_graph, ordinary_mode
 from posegrad.capture._edges import EdgeRegistry
 from posegrad.capture._release import Slot
@@ -21,8 +21,8 @@ __all__ = [
     "failures_named",
     "grad_set_aside",
     "leaf_hooks_off",
+    "listened_to",
     "python_contained",
-    "retained",
     "retained_set_aside",
     "undisturbed",
 ]
@@ -101,17 +101,20 @@ def python_contained(
     return nullcontext(), nullcontext(), nullcontext()
 
 
-def retained(output: Tensor, registry: EdgeRegistry, slots: Iterable[Slot]) -> list[Tensor]:
-    """The tensors of a graph that keep their `.grad` (`retain_grad`), as far as it shows them.
+def listened_to(output: Tensor, registry: EdgeRegistry, slots: Iterable[Slot]) -> list[Tensor]:
+    """The activations whose gradients somebody wants to see or change: by hooks, `retain_grad`.
+
+    Those that a node has saved, that is; torch alone knows of the others, and of hooks on nodes.
 
     Args:
-        output: Its output.
+        output: The output of a graph.
         registry: The graph.
         slots: Where its nodes may have saved tensors.
     """
     saved = [slot.data for number, name in slots for slot in slots_of(registry.nodes[number], name)]
-    found = [t for t in (output, *saved) if isinstance(t, Tensor) and t.retains_grad]
-    return list({id(t): t for t in found}.values())
+    tensors = [tensor for tensor in (output, *saved) if isinstance(tensor, Tensor)]
+    found = [t for t in tensors if (is_hooked(t) or t.retains_grad) and not t.is_leaf]
+    return list({id(tensor): tensor for tensor in found}.values())
 
 
 @final
@@ -122,7 +125,7 @@ class retained_set_aside(Change):  # noqa: N801
     """
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
-        self._held = [(tensor, tensor.grad) for tensor in tensors]
+        self._held = [(tensor, tensor.grad) for tensor in tensors if tensor.retains_grad]
 
     def make(self) -> None:
         for tensor, _ in self._held:

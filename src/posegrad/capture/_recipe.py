@@ -3,7 +3,6 @@
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -37,11 +36,6 @@ class Recipe:
     by_rows: Mapping[str, str]
     activations: frozenset[int] = frozenset()
     verified: frozenset[str] = frozenset()
-
-    @cached_property
-    def read_at(self) -> frozenset[int]:
-        """The numbers of the operators at which rows are read."""
-        return frozenset(site.node for site in self.sites)
 
 
 def resolve(subject: Subject, parameters: Mapping[str, Tensor]) -> tuple[Recipe, Trial]:

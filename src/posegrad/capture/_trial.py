@@ -147,6 +147,7 @@ def _check_faint(
 def _at(subject: Subject, edges: Sequence[Edge], cotangent: Tensor) -> dict[Edge, Tensor | None]:
     if not edges:
         return {}
+    cotangent = cotangent.clone()  # a hook may write to it
     found = cotangents_at(subject.output, subject.registry.at(edges), cotangent)
     return dict(zip(edges, found, strict=True))
 

@@ -49,7 +49,11 @@ class Reference:
         leaves = list(parameters.values())
         with leaf_hooks_off(leaves):
             gradients = torch.autograd.grad(
-                output, leaves, weights, retain_graph=True, allow_unused=True
+                output,
+                leaves,
+                weights.clone(),  # a hook may write to it
+                retain_graph=True,
+                allow_unused=True,
             )
         return cls(weights, dict(zip(parameters, gradients, strict=True)))
 

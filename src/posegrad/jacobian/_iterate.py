@@ -1,4 +1,4 @@
-"""The rows of a Jacobian, one index of the output's first dimension after another."""
+"""Single rows of a Jacobian, and all of them one after another."""
 
 from collections.abc import Callable, Iterator
 from itertools import product
@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["each"]
+__all__ = ["each", "one_at"]
 
 Pick = Callable[[Any], dict[str, Tensor]]
 """From an index of one number of the output to its gradient."""
@@ -37,3 +37,20 @@ def _at(index: int, inner: torch.Size, pick: Pick) -> dict[str, Tensor]:
     rows = [pick((index, *place)) for place in product(*map(range, inner))]
     stacked = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
     return {name: s.reshape(*inner, *s.shape[1:]) for name, s in stacked.items()}
+
+
+def one_at(index: Any, predictions: Tensor) -> Tensor:
+    """The weights of which one is 1 and the others 0.
+
+    Raises:
+        IndexError: if the index is out of range or picks several.
+    """
+    weights = torch.zeros_like(predictions)
+    if weights[index].numel() != 1:
+        raise IndexError(
+            f"{index!r} picks {weights[index].numel()} numbers of an output of shape "
+            f"{list(predictions.shape)}, but a row belongs to one. Give an index for each "
+            f"dimension, or use block()."
+        )
+    weights[index] = 1
+    return weights

@@ -23,7 +23,6 @@ __all__ = [
     "Rows",
     "Weights",
     "checked_weights",
-    "one_at",
 ]
 
 Pull = Callable[[Tensor], Tensor]
@@ -323,23 +322,6 @@ def checked_weights(weights: Tensor, shape: torch.Size, of: str = "the output") 
             f"Reshape the weights, or the output before jacobian()."
         )
     return weights.detach()
-
-
-def one_at(index: Any, predictions: Tensor) -> Tensor:
-    """The weights of which one is 1 and the others 0.
-
-    Raises:
-        IndexError: if the index is out of range or picks several.
-    """
-    weights = torch.zeros_like(predictions)
-    if weights[index].numel() != 1:
-        raise IndexError(
-            f"{index!r} picks {weights[index].numel()} numbers of an output of shape "
-            f"{list(predictions.shape)}, but a row belongs to one. Give an index for each "
-            f"dimension, or use block()."
-        )
-    weights[index] = 1
-    return weights
 
 
 def _weighted_sum(rows: Tensor, weights: Tensor) -> Tensor:

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from posegrad.jacobian._block import Block
 from posegrad.jacobian._deliver import deliver_step
-from posegrad.jacobian._iterate import each
-from posegrad.jacobian._parts import Weights, checked_weights, one_at
+from posegrad.jacobian._iterate import each, one_at
+from posegrad.jacobian._parts import Weights, checked_weights
 from posegrad.jacobian._precision import exact
 from posegrad.jacobian._products import Products, added, generalized, inner_products
 from posegrad.jacobian._range import left_range

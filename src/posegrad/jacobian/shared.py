@@ -33,8 +33,8 @@ from posegrad.jacobian._exchange import (
     made_of,
     packed,
 )
-from posegrad.jacobian._iterate import each
-from posegrad.jacobian._parts import checked_weights, one_at
+from posegrad.jacobian._iterate import each, one_at
+from posegrad.jacobian._parts import checked_weights
 from posegrad.jacobian._precision import wide
 from posegrad.jacobian.operator import PoseJacobian
 from posegrad.ranks import Ranks
