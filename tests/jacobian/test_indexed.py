@@ -678,6 +678,7 @@ def _meeting(allowed: bool) -> Iterator[None]:
     with warnings.catch_warnings():
         if allowed:
             warnings.filterwarnings("ignore", "The predictions of different poses depend")
+            warnings.filterwarnings("ignore", "Gradients are nan or infinite")
         yield
 
 

@@ -132,9 +132,9 @@ _EARLY = Refused(
 )
 _REENTRANT = Refused(
     ReentrantCheckpointError,
-    "use_reentrant=False, or schedule='retain'",
-    'Checkpoint with `use_reentrant=False`, or use `schedule="retain"`: a reentrant checkpoint '
-    "works under a plain `backward()` only.",
+    r"use_reentrant=True.*\n?.*Use use_reentrant=False",
+    "Checkpoint with `use_reentrant=False`: a reentrant checkpoint works under a plain "
+    '`backward()` only. Of the schedules `"retain"` takes it.',
 )
 
 # (mode, way): what is raised. Everything else is exact.
