@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 from posegrad._compat import carries_float16, dtypes_passed, facts_of, is_python, outputs_of
-from posegrad.capture._axis import FACTS, Facts
+from posegrad.capture._axis import Facts
+from posegrad.capture._operators import kind_of
 from posegrad.errors import ReentrantCheckpointError
 
 __all__ = ["LEAF", "Edge", "EdgeRegistry", "Use", "walk"]
@@ -77,7 +78,8 @@ class EdgeRegistry:
                 sizes, dtypes = outputs_of(node)
             self.sizes.append(sizes)
             self.dtypes.append(dtypes)
-            self.facts.append(facts_of(node, FACTS[name]) if name in FACTS else ())
+            told = kind_of(name).told
+            self.facts.append(facts_of(node, told) if told else ())
 
     @cached_property
     def _consumers(self) -> dict[Edge, list[Use]]:

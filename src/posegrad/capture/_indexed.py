@@ -12,17 +12,17 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
-from posegrad._compat import is_packed, saved
+from posegrad._compat import saved
 from posegrad.capture._axis import Axis, dim_of
 from posegrad.jacobian import NOBODY
 
-__all__ = ["INDEXED", "IndexRule"]
+__all__ = ["IndexRule", "added", "added_each", "picked", "picked_each"]
 
 IndexRule = Callable[[Node, int, Axis, torch.Size, torch.Size], Axis | None]
 """As `_axis.Rule`, but it looks at the numbers the operator saved."""
 
 
-def _picked(node: Node, arg: int, axis: Axis, out: torch.Size, inside: torch.Size) -> Axis | None:
+def picked(node: Node, arg: int, axis: Axis, out: torch.Size, inside: torch.Size) -> Axis | None:
     """`out = x.index_select(dim, index)`, and `x[index]`."""
     dim, index = _numbers(node, out)
     if index is None or _replaced(inside, dim, len(index)) != out:
@@ -30,7 +30,7 @@ def _picked(node: Node, arg: int, axis: Axis, out: torch.Size, inside: torch.Siz
     return axis if dim != axis.dim else _gathered(axis, index, inside[dim])
 
 
-def _picked_each(
+def picked_each(
     node: Node, arg: int, axis: Axis, out: torch.Size, inside: torch.Size
 ) -> Axis | None:
     """`out = x.gather(dim, index)`."""
@@ -43,7 +43,7 @@ def _picked_each(
     return None if vector is None else _gathered(axis, vector, inside[dim])
 
 
-def _added(node: Node, arg: int, axis: Axis, out: torch.Size, inside: torch.Size) -> Axis | None:
+def added(node: Node, arg: int, axis: Axis, out: torch.Size, inside: torch.Size) -> Axis | None:
     """`out = x.index_add(dim, index, source)` and the like: row e goes to row `index[e]`."""
     if arg == 0:
         return axis
@@ -53,7 +53,7 @@ def _added(node: Node, arg: int, axis: Axis, out: torch.Size, inside: torch.Size
     return axis if dim != axis.dim else _spread(axis, index)
 
 
-def _added_each(
+def added_each(
     node: Node, arg: int, axis: Axis, out: torch.Size, inside: torch.Size
 ) -> Axis | None:
     """`out = x.scatter_add(dim, index, source)`, `scatter_reduce`."""
@@ -124,29 +124,3 @@ def _gathered(axis: Axis, index: Tensor, size: int) -> Axis | None:
 def _spread(axis: Axis, index: Tensor) -> Axis:
     """Rows that were added up: each belongs to the owner of the sum it went into."""
     return axis.owned(axis.dim, axis.spelled(index.device)[index])
-
-
-def _readable(rule: IndexRule) -> IndexRule:
-    """Reads nothing that a checkpoint would have to recompute."""
-
-    def careful(
-        node: Node, arg: int, axis: Axis, out: torch.Size, inside: torch.Size
-    ) -> Axis | None:
-        return None if is_packed(node) else rule(node, arg, axis, out, inside)
-
-    return careful
-
-
-INDEXED: dict[str, IndexRule] = {
-    name: _readable(rule)
-    for name, rule in {
-        "GatherBackward0": _picked_each,
-        "IndexAddBackward0": _added,
-        "IndexBackward0": _picked,
-        "IndexPutBackward0": _added,
-        "IndexSelectBackward0": _picked,
-        "ScatterAddBackward0": _added_each,
-        "ScatterReduceBackward0": _added_each,
-    }.items()
-}
-"""By the kind of operator."""

@@ -16,10 +16,10 @@ move it with their dimensions (`_axis.py`).
 
 from math import prod
 
-from posegrad._compat import is_python
-from posegrad.capture._axis import RULES, Axis, agreed, axis_in
+from posegrad._compat import is_packed, is_python
+from posegrad.capture._axis import Axis, agreed, axis_in
 from posegrad.capture._edges import Edge, EdgeRegistry
-from posegrad.capture._indexed import INDEXED
+from posegrad.capture._operators import kind_of
 from posegrad.jacobian import Arrangement
 
 __all__ = ["follows_numbers", "infer"]
@@ -50,7 +50,7 @@ def infer(registry: EdgeRegistry, arrangement: Arrangement) -> dict[Edge, Axis]:
 
 def follows_numbers(registry: EdgeRegistry) -> bool:
     """Whether `infer` may look at numbers, so that it holds for this one graph only."""
-    return any(name in INDEXED for name in registry.names)
+    return any(kind_of(name).picks is not None for name in registry.names)
 
 
 def _moved(
@@ -62,11 +62,13 @@ def _moved(
     found: dict[Edge, Axis | None],
 ) -> Axis | None:
     """The axis of an operator's argument, as its output of that number tells."""
-    axis, name, operator = found.get((node, number)), registry.names[node], registry.nodes[node]
+    axis, operator = found.get((node, number)), registry.nodes[node]
     if axis is None or is_python(operator):
         return None
+    kind, facts = kind_of(registry.names[node]), registry.facts[node]
     out, inside = registry.shape((node, number)), registry.shape(edge)
-    if name in INDEXED:
-        return INDEXED[name](operator, argument, axis, out, inside)
-    rule = RULES.get(name)
-    return None if rule is None else rule(registry.facts[node], argument, axis, out, inside)
+    if kind.picks is not None:  # what a checkpoint would have to recompute is not read
+        return None if is_packed(operator) else kind.picks(operator, argument, axis, out, inside)
+    if kind.moves is None or None in facts:  # another release may save no such fact
+        return None
+    return kind.moves(facts, argument, axis, out, inside)

@@ -27,7 +27,29 @@ from posegrad.jacobian.layers import (
     Vector,
 )
 
-__all__ = ["TRANSPARENT", "Entry", "Operator", "Reader", "is_readable", "read", "reader_of"]
+__all__ = [
+    "Entry",
+    "Operator",
+    "Reader",
+    "bags",
+    "batch_scale",
+    "batched_factor",
+    "between_two",
+    "channel_bias",
+    "copies",
+    "denominator",
+    "factor",
+    "group_scale",
+    "kernel",
+    "layer_scale",
+    "numbered",
+    "root_mean_square_scale",
+    "scaled_by",
+    "slope",
+    "summand",
+    "table",
+    "vector",
+]
 
 
 class Operator(NamedTuple):
@@ -68,34 +90,8 @@ class Entry(NamedTuple):
 Reader = Callable[[Operator, Entry], ClosedForm | None]
 """From an operator and how the parameter enters it to the form; None if this use is special."""
 
-TRANSPARENT = {"TBackward0", "ToCopyBackward0"}
-"""Between a parameter and its use: a transpose, a cast. The gradient is the same numbers."""
 
-
-def is_readable(kind: str, argument: int) -> bool:
-    """Whether there is a closed form for this argument of this kind of node."""
-    return (kind, argument) in _READERS
-
-
-def read(operator: Operator, argument: int, entry: Entry) -> ClosedForm | None:
-    """The closed form of one use, or None if this use is special.
-
-    Args:
-        operator: The operator.
-        argument: Which of its arguments the parameter is.
-        entry: How the parameter enters.
-    """
-    if operator.dtype.is_complex:
-        return None  # the formulas here are those of real numbers
-    return reader_of(operator.node.name(), argument)(operator, entry)
-
-
-def reader_of(kind: str, argument: int) -> Reader:
-    """How the closed form of this argument of this kind of node is read; see `read`."""
-    return _READERS[kind, argument]
-
-
-def _product(argument: str, *, on_left: bool, has_scale: bool) -> Reader:
+def factor(argument: str, *, on_left: bool, has_scale: bool) -> Reader:
     def reader(op: Operator, entry: Entry) -> ClosedForm | None:
         other = op.saved(argument)
         scale = op.saved("alpha") if has_scale else 1.0
@@ -108,7 +104,7 @@ def _product(argument: str, *, on_left: bool, has_scale: bool) -> Reader:
     return reader
 
 
-def _sum(*, name: str | None = None, sign: float = 1.0) -> Reader:
+def summand(*, name: str | None = None, sign: float = 1.0) -> Reader:
     def reader(op: Operator, entry: Entry) -> ClosedForm | None:
         factor = sign * (float(op.saved(name)) if name else 1.0)
         return _elementwise(op, entry, factor)
@@ -116,7 +112,7 @@ def _sum(*, name: str | None = None, sign: float = 1.0) -> Reader:
     return reader
 
 
-def _scaled_by(operand: str, *, inverse: bool = False) -> Reader:
+def scaled_by(operand: str, *, inverse: bool = False) -> Reader:
     def reader(op: Operator, entry: Entry) -> ClosedForm | None:
         other = op.saved(operand)
         if not isinstance(other, Tensor):
@@ -129,7 +125,7 @@ def _scaled_by(operand: str, *, inverse: bool = False) -> Reader:
     return reader
 
 
-def _denominator(op: Operator, entry: Entry) -> ClosedForm | None:
+def denominator(op: Operator, entry: Entry) -> ClosedForm | None:
     above, below = op.saved("self"), op.saved("other")
     if not isinstance(above, Tensor) or not isinstance(below, Tensor):
         return None
@@ -149,7 +145,7 @@ def _aligned(shape: torch.Size, missing: int) -> torch.Size:
     return torch.Size((1,) * missing + shape)
 
 
-def _kernel(op: Operator, entry: Entry) -> ClosedForm | None:
+def kernel(op: Operator, entry: Entry) -> ClosedForm | None:
     images = op.saved("input")
     if entry.transposed or not isinstance(images, Tensor):
         return None
@@ -158,12 +154,12 @@ def _kernel(op: Operator, entry: Entry) -> ClosedForm | None:
     return Convolution(entry.shape, Factor.of(images, entry.name), options)
 
 
-def _channel_bias(op: Operator, entry: Entry) -> ClosedForm | None:
+def channel_bias(op: Operator, entry: Entry) -> ClosedForm | None:
     spatial = len(op.sizes) - 2
     return Elementwise(entry.shape, torch.Size([1, *entry.shape, *[1] * spatial]), 1.0)
 
 
-def _batched_product(argument: str, *, on_left: bool, has_scale: bool) -> Reader:
+def batched_factor(argument: str, *, on_left: bool, has_scale: bool) -> Reader:
     def reader(op: Operator, entry: Entry) -> ClosedForm | None:
         other = op.saved(argument)
         scale = float(op.saved("alpha")) if has_scale else 1.0
@@ -174,14 +170,14 @@ def _batched_product(argument: str, *, on_left: bool, has_scale: bool) -> Reader
     return reader
 
 
-def _vector(op: Operator, entry: Entry) -> ClosedForm | None:
+def vector(op: Operator, entry: Entry) -> ClosedForm | None:
     matrix = op.saved("self")
     return (
         Vector(entry.shape, Factor.of(matrix, entry.name)) if isinstance(matrix, Tensor) else None
     )
 
 
-def _between_two(op: Operator, entry: Entry) -> ClosedForm | None:
+def between_two(op: Operator, entry: Entry) -> ClosedForm | None:
     """Of `F.bilinear`, which is a sum over two dimensions of a product of three tensors."""
     told = tuple(op.saved(name) for name in ("expand1", "expand2", "expand3", "sumdim"))
     first, second = op.saved("i1"), op.saved("i3")
@@ -191,7 +187,7 @@ def _between_two(op: Operator, entry: Entry) -> ClosedForm | None:
     return Bilinear(entry.shape, Factor.of(first, entry.name), Factor.of(second, entry.name))
 
 
-def _slope(op: Operator, entry: Entry) -> ClosedForm | None:
+def slope(op: Operator, entry: Entry) -> ClosedForm | None:
     """Of PReLU, for numbers below zero."""
     x = op.saved("self")
     if not isinstance(x, Tensor):
@@ -199,19 +195,19 @@ def _slope(op: Operator, entry: Entry) -> ClosedForm | None:
     return _elementwise(op, entry, Factor.of(x.clamp(max=0), entry.name))
 
 
-def _copies(op: Operator, entry: Entry) -> ClosedForm | None:
+def copies(op: Operator, entry: Entry) -> ClosedForm | None:
     repeats = tuple(op.saved("repeats"))
     return None if entry.transposed or 0 in repeats else Repeat(entry.shape, repeats)
 
 
-def _table(op: Operator, entry: Entry) -> ClosedForm | None:
+def table(op: Operator, entry: Entry) -> ClosedForm | None:
     if op.saved("scale_grad_by_freq") or entry.transposed:
         return None  # frequencies are counted over all poses of the batch
     indices = Factor.of(op.saved("indices"), entry.name)
     return Embedding(entry.shape, _padding(op), indices)
 
 
-def _bags(op: Operator, entry: Entry) -> ClosedForm | None:
+def bags(op: Operator, entry: Entry) -> ClosedForm | None:
     mode, scale = op.saved("mode"), op.saved("per_sample_weights")
     if op.saved("scale_grad_by_freq") or entry.transposed or mode not in (_SUM, _MEAN):
         return None
@@ -236,7 +232,7 @@ def _padding(op: Operator) -> int | None:
     return padding if padding < 2**63 else None  # -1 is saved as an unsigned number
 
 
-def _picked(op: Operator, entry: Entry) -> ClosedForm | None:
+def numbered(op: Operator, entry: Entry) -> ClosedForm | None:
     """Rows of a parameter by number, as from a table."""
     index, dim = op.saved("index"), op.saved("dim")
     if index is None:
@@ -249,7 +245,7 @@ def _picked(op: Operator, entry: Entry) -> ClosedForm | None:
     return Embedding(entry.shape, None, Factor.of(index, entry.name))
 
 
-def _layer_scale(op: Operator, entry: Entry) -> ClosedForm | None:
+def layer_scale(op: Operator, entry: Entry) -> ClosedForm | None:
     x, mean, rho = (op.saved(name) for name in ("input", "result1", "result2"))
     if not isinstance(x, Tensor):
         return None
@@ -257,7 +253,7 @@ def _layer_scale(op: Operator, entry: Entry) -> ClosedForm | None:
     return NormScale(entry.shape, aligned, *(Factor.of(t, entry.name) for t in (x, mean, rho)))
 
 
-def _root_mean_square_scale(op: Operator, entry: Entry) -> ClosedForm | None:
+def root_mean_square_scale(op: Operator, entry: Entry) -> ClosedForm | None:
     x, rho = op.saved("input"), op.saved("result1")
     if not isinstance(x, Tensor) or not isinstance(rho, Tensor):
         return None
@@ -266,7 +262,7 @@ def _root_mean_square_scale(op: Operator, entry: Entry) -> ClosedForm | None:
     return NormScale(entry.shape, aligned, *(Factor.of(t, entry.name) for t in (x, mean, rho)))
 
 
-def _group_scale(op: Operator, entry: Entry) -> ClosedForm | None:
+def group_scale(op: Operator, entry: Entry) -> ClosedForm | None:
     x, *statistics = (op.saved(name) for name in ("input", "result1", "result2"))
     if not isinstance(x, Tensor):
         return None
@@ -279,7 +275,7 @@ def _group_scale(op: Operator, entry: Entry) -> ClosedForm | None:
     return NormScale(entry.shape, aligned, *(Factor.of(t, entry.name) for t in (x, mean, rho)))
 
 
-def _batch_scale(op: Operator, entry: Entry) -> ClosedForm | None:
+def batch_scale(op: Operator, entry: Entry) -> ClosedForm | None:
     x, train = op.saved("input"), op.saved("training")
     if not isinstance(x, Tensor) or not isinstance(train, bool):
         return None
@@ -295,43 +291,3 @@ def _batch_scale(op: Operator, entry: Entry) -> ClosedForm | None:
 
 def _plain(value: object) -> object:
     return list(value) if isinstance(value, tuple) else value
-
-
-_READERS: dict[tuple[str, int], Reader] = {
-    ("AddmmBackward0", 0): _sum(name="beta"),
-    ("AddmmBackward0", 1): _product("mat2", on_left=True, has_scale=True),
-    ("AddmmBackward0", 2): _product("mat1", on_left=False, has_scale=True),
-    ("MmBackward0", 0): _product("mat2", on_left=True, has_scale=False),
-    ("MmBackward0", 1): _product("self", on_left=False, has_scale=False),
-    ("AddBackward0", 0): _sum(),
-    ("AddBackward0", 1): _sum(name="alpha"),
-    ("SubBackward0", 0): _sum(),
-    ("SubBackward0", 1): _sum(name="alpha", sign=-1.0),
-    ("MulBackward0", 0): _scaled_by("other"),
-    ("MulBackward0", 1): _scaled_by("self"),
-    ("DivBackward0", 0): _scaled_by("other", inverse=True),
-    ("DivBackward0", 1): _denominator,
-    ("BaddbmmBackward0", 0): _sum(name="beta"),
-    ("BaddbmmBackward0", 1): _batched_product("batch2", on_left=True, has_scale=True),
-    ("BaddbmmBackward0", 2): _batched_product("batch1", on_left=False, has_scale=True),
-    ("BmmBackward0", 0): _batched_product("mat2", on_left=True, has_scale=False),
-    ("BmmBackward0", 1): _batched_product("self", on_left=False, has_scale=False),
-    ("MvBackward0", 1): _vector,
-    ("TrilinearBackward0", 1): _between_two,
-    ("PreluKernelBackward0", 1): _slope,
-    ("RepeatBackward0", 0): _copies,
-    ("ExpandBackward0", 0): _sum(),
-    ("ConvolutionBackward0", 1): _kernel,
-    ("ConvolutionBackward0", 2): _channel_bias,
-    ("EmbeddingBackward0", 0): _table,
-    ("EmbeddingBagBackward0", 0): _bags,
-    ("IndexBackward0", 0): _picked,
-    ("IndexSelectBackward0", 0): _picked,
-    ("FusedRmsNormBackward0", 1): _root_mean_square_scale,
-    ("NativeLayerNormBackward0", 1): _layer_scale,
-    ("NativeLayerNormBackward0", 2): _sum(),
-    ("NativeGroupNormBackward0", 1): _group_scale,
-    ("NativeGroupNormBackward0", 2): _channel_bias,
-    ("NativeBatchNormBackward0", 1): _batch_scale,
-    ("NativeBatchNormBackward0", 2): _channel_bias,
-}

@@ -16,7 +16,8 @@ from torch import Tensor
 from posegrad._compat import device_of, is_packed_at
 from posegrad.capture._axis import Axis
 from posegrad.capture._edges import Edge, EdgeRegistry
-from posegrad.capture._read import Entry, Reader, reader_of
+from posegrad.capture._operators import kind_of
+from posegrad.capture._read import Entry, Reader
 from posegrad.capture._recipe import Recipe
 from posegrad.capture._release import Slot, release
 from posegrad.capture._rungs import Parts, by_size, entry_of, operator_at
@@ -102,7 +103,7 @@ class Routine:
                 site.parameter,
                 site.node,
                 entry_of(registry, site),
-                reader_of(registry.names[site.node], site.argument),
+                kind_of(registry.names[site.node]).forms[site.argument],
                 edges.index(site.edges[0]),
                 layouts[site.edges[0]],
                 part.path,

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from posegrad._compat import dtype_of, in_backward, is_packed
 from posegrad.capture._edges import Edge, EdgeRegistry
-from posegrad.capture._read import Entry, Operator, is_readable, read
+from posegrad.capture._operators import kind_of
+from posegrad.capture._read import Entry, Operator, Reader
 from posegrad.capture._recipe import Recipe, named
 from posegrad.capture._sites import Site
 from posegrad.capture._trial import Subject, Trial
@@ -70,7 +71,9 @@ class Reading:
             for site in sites:
                 if site.closed:
                     entry = entry_of(self.registry, site)
-                    forms[site] = read(operators[site.node], site.argument, entry)
+                    operator = operators[site.node]
+                    if not operator.dtype.is_complex:  # the formulas are those of real numbers
+                        forms[site] = self._reader(site)(operator, entry)
 
         if any(is_packed(operator.node) for operator in operators.values()):
             in_backward(read_all)
@@ -186,7 +189,7 @@ class Reading:
             return "poses mix"
         if form is not None:
             return "no closed form for this layout"
-        if not is_readable(self.registry.names[site.node], site.argument):
+        if site.argument not in kind_of(self.registry.names[site.node]).forms:
             return "no closed form"
         return "no closed form of this use" if site.closed else "disagreed with autograd"
 
@@ -228,6 +231,9 @@ class Reading:
             name: [] if rows is None else [Rows(f"{rung}: {reasons[name]}", 0, rows)]
             for name, rows in zip(names, found, strict=True)
         }
+
+    def _reader(self, site: Site) -> Reader:
+        return kind_of(self.registry.names[site.node]).forms[site.argument]
 
     def _narrow(self, site: Site, rows: Tensor) -> Tensor:
         return rows.to(self.parameters[site.parameter].dtype)

@@ -5,51 +5,9 @@ from dataclasses import dataclass
 
 from posegrad._compat import device_of, dtype_of
 from posegrad.capture._edges import Edge, EdgeRegistry
-from posegrad.capture._read import TRANSPARENT, is_readable
+from posegrad.capture._operators import kind_of
 
 __all__ = ["Site", "beyond", "carries_data", "kept_shapes", "meets_itself", "sites_of"]
-
-# Operators that only rearrange: what they make of a parameter is read in its place.
-_REARRANGING = {
-    "AliasBackward0",
-    "CloneBackward0",
-    "PermuteBackward0",
-    "ReshapeAliasBackward0",
-    "SelectBackward0",
-    "SliceBackward0",
-    "SplitBackward0",
-    "SplitWithSizesBackward0",
-    "SqueezeBackward0",
-    "SqueezeBackward1",
-    "SqueezeBackward2",
-    "TBackward0",
-    "ToCopyBackward0",
-    "TransposeBackward0",
-    "UnbindBackward0",
-    "UnflattenBackward0",
-    "UnsafeSplitBackward0",
-    "UnsafeViewBackward0",
-    "UnsqueezeBackward0",
-    "ViewBackward0",
-}
-
-# Of these, and of expansion, those that keep the order of numbers: nothing, if the shape stays.
-_KEEPING = {
-    "AliasBackward0",
-    "CloneBackward0",
-    "ExpandBackward0",
-    "ReshapeAliasBackward0",
-    "UnsafeViewBackward0",
-    "ViewBackward0",
-}
-
-# Operators in which data meets a parameter; an argument without a graph is data.
-_PRODUCTS = {
-    "AddmmBackward0",
-    "BmmBackward0",
-    "ConvolutionBackward0",
-    "MmBackward0",
-}
 
 
 @dataclass(frozen=True)
@@ -86,15 +44,16 @@ def sites_of(
     while stack:
         edge, transposed = stack.pop()
         for use in registry.uses(edge):
-            kind = registry.names[use.node]
+            name = registry.names[use.node]
+            kind = kind_of(name)
             outputs = tuple((use.node, number) for number in registry.outputs(use.node))
-            closed = is_readable(kind, use.argument)
-            if kind in _KEEPING and _keeps_shape(registry, use.node):
+            closed = use.argument in kind.forms
+            if kind.keeps and _keeps_shape(registry, use.node):
                 stack.append(((use.node, 0), transposed))
-            elif kind in TRANSPARENT and _is_transparent(registry, edge, use.node):
-                turned = kind == "TBackward0" and len(registry.sizes[use.node][0]) == 2
+            elif kind.is_transparent and _is_transparent(registry, edge, use.node):
+                turned = name == "TBackward0" and len(registry.sizes[use.node][0]) == 2
                 stack.append(((use.node, 0), transposed ^ turned))
-            elif kind in _REARRANGING and not closed:
+            elif kind.rearranges and not closed:
                 for output in outputs:
                     yield from sites_of(registry, parameter, output, direct=False, light=light)
             else:
@@ -107,7 +66,7 @@ def sites_of(
 def kept_shapes(registry: EdgeRegistry) -> tuple[bool, ...]:
     """All that `sites_of` looks at in the sizes of a graph; the rest is structure."""
     nodes = enumerate(registry.names)
-    return tuple([_keeps_shape(registry, node) for node, name in nodes if name in _KEEPING])
+    return tuple([_keeps_shape(registry, node) for node, name in nodes if kind_of(name).keeps])
 
 
 def beyond(registry: EdgeRegistry, site: Site) -> list[Site] | None:
@@ -140,7 +99,7 @@ def carries_data(registry: EdgeRegistry, node: int) -> bool:
     """Whether a tensor was computed from data too, and so is an activation and no weight."""
     return any(
         registry.names[below] == "EmbeddingBackward0"
-        or (registry.names[below] in _PRODUCTS and None in registry.sources[below])
+        or (kind_of(registry.names[below]).multiplies and None in registry.sources[below])
         for below in registry.below(node)
     )
 

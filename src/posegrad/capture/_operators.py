@@ -1,0 +1,249 @@
+"""The table of operators: all that is known of one by its name.
+
+A row says how poses move through an operator, where a parameter may enter and how its closed form
+is read there, and whether the operator only rearranges. An operator without a row is exact too, but
+slower: it is probed, and rows of a parameter that enters it take its own vjp.
+"""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from posegrad.capture._axis import Rule
+from posegrad.capture._indexed import IndexRule, added, added_each, picked, picked_each
+from posegrad.capture._moves import (
+    aligned,
+    along,
+    along_each,
+    attention,
+    batch_norm,
+    classes,
+    diagonal,
+    distances,
+    first_alone,
+    flipped,
+    images,
+    layer_norm,
+    matrices,
+    padded,
+    permuted,
+    product,
+    reduced,
+    same_front,
+    selected,
+    sequences,
+    stacked,
+    times_vector,
+    transposed,
+    viewed,
+    windows,
+    within_last,
+)
+from posegrad.capture._read import (
+    Reader,
+    bags,
+    batch_scale,
+    batched_factor,
+    between_two,
+    channel_bias,
+    copies,
+    denominator,
+    factor,
+    group_scale,
+    kernel,
+    layer_scale,
+    numbered,
+    root_mean_square_scale,
+    scaled_by,
+    slope,
+    summand,
+    table,
+    vector,
+)
+
+__all__ = ["OPERATORS", "UNKNOWN", "Kind", "kind_of"]
+
+
+class Kind(NamedTuple):
+    """What is known of a kind of operator.
+
+    Args:
+        moves: How poses move from its output to its arguments; None if nothing is known.
+        told: The names under which it saved what `moves` looks at.
+        picks: In place of `moves`, where numbers tell that the operator saved.
+        forms: By argument, how the closed form of a parameter there is read.
+        rearranges: Whether it only rearranges: what it makes of a parameter is read in its place.
+        keeps: Whether it keeps the order of numbers, so that it does nothing if the shape stays.
+        is_transparent: Whether the gradient behind it is the same numbers: a transpose, a cast.
+        multiplies: Whether data meets a parameter in it; an argument without a graph is data.
+    """
+
+    moves: Rule | None = None
+    told: tuple[str, ...] = ()
+    picks: IndexRule | None = None
+    forms: Mapping[int, Reader] = {}
+    rearranges: bool = False
+    keeps: bool = False
+    is_transparent: bool = False
+    multiplies: bool = False
+
+
+UNKNOWN = Kind()
+
+
+def kind_of(name: str) -> Kind:
+    """What is known of the operator of a node of that name."""
+    return OPERATORS.get(name, UNKNOWN)
+
+
+def _all(names: str, kind: Kind) -> dict[str, Kind]:
+    """One row for several names, as `Relu` for `ReluBackward0`; `Sum/1` for `SumBackward1`."""
+    parts = [name.partition("/") for name in names.split()]
+    return {f"{name}Backward{number or 0}": kind for name, _, number in parts}
+
+
+def _elementwise(names: str) -> dict[str, Kind]:
+    """Operators that are one element by element in every variant: with numbers, with tensors."""
+    return {f"{name}Backward{i}": Kind(aligned) for name in names.split() for i in range(4)}
+
+
+_MATRICES = product(0, 1)
+_DIM = ("dim",)
+
+_POINTWISE = """
+    Abs Acos Acosh Add Addcdiv Addcmul Angle Asin Asinh Atan Atan2 Atanh Ceil Celu Clamp ClampMax
+    ClampMin Conj ConjPhysical Copysign Cos Cosh Deg2Rad Digamma Div Elu Erf Erfc Erfinv Exp Exp2
+    Expm1 Floor Fmax Fmin Fmod Frac Gelu Hardshrink Hardsigmoid Hardswish Hardtanh Hypot I0
+    LeakyRelu Lerp Lgamma Log Log10 Log1P Log2 LogSigmoid Logaddexp Logaddexp2 Logit MaskedFill
+    Maximum Minimum Mish Mul Mvlgamma NanToNum NativeDropout Neg Polygamma Pow PreluKernel Rad2Deg
+    Reciprocal Relu Remainder Round RreluWithNoise Rsqrt Rsub Sgn Sigmoid Sign Silu Sin Sinc Sinh
+    Softplus Softshrink SpecialEntr SpecialErfcx SpecialI0E SpecialI1 SpecialI1E SpecialLogNdtr
+    SpecialNdtri SpecialXlog1Py Sqrt Sub Tan Tanh Threshold ToCopy Tril Triu Trunc Where Xlogy
+    BinaryCrossEntropy BinaryCrossEntropyWithLogits HuberLoss MseLoss SmoothL1Loss SoftMarginLoss
+    EluBackward GeluBackward HardtanhBackward HardswishBackward LeakyReluBackward
+    LogSigmoidBackward MishBackward MseLossBackward SigmoidBackward SiluBackward
+    SmoothL1LossBackward SoftplusBackward SoftshrinkBackward TanhBackward ThresholdBackward
+"""
+
+OPERATORS: dict[str, Kind] = {
+    # Element by element; losses too, unless they are reduced, to a number that is no pose.
+    **_elementwise(_POINTWISE),
+    "AddBackward0": Kind(aligned, forms={0: summand(), 1: summand(name="alpha")}),
+    "SubBackward0": Kind(aligned, forms={0: summand(), 1: summand(name="alpha", sign=-1.0)}),
+    "MulBackward0": Kind(aligned, forms={0: scaled_by("other"), 1: scaled_by("self")}),
+    "DivBackward0": Kind(aligned, forms={0: scaled_by("other", inverse=True), 1: denominator}),
+    "PreluKernelBackward0": Kind(aligned, forms={1: slope}),
+    "ExpandBackward0": Kind(aligned, forms={0: summand()}, keeps=True),
+    "RepeatBackward0": Kind(aligned, forms={0: copies}),
+    "CloneBackward0": Kind(aligned, rearranges=True, keeps=True),
+    "ToCopyBackward0": Kind(aligned, rearranges=True, is_transparent=True),
+    # The same numbers in the same order
+    **_all("Alias ReshapeAlias UnsafeView View", Kind(viewed, rearranges=True, keeps=True)),
+    **_all("Squeeze Squeeze/1 Squeeze/2 Unsqueeze", Kind(viewed, rearranges=True)),
+    "UnflattenBackward0": Kind(rearranges=True),
+    # The same numbers in another order, or some of them
+    "TBackward0": Kind(flipped, rearranges=True, is_transparent=True),
+    **_all("Transpose Transpose/1", Kind(transposed, ("dim0", "dim1"), rearranges=True)),
+    "PermuteBackward0": Kind(permuted, ("dims",), rearranges=True),
+    **_all("Select Unbind", Kind(selected, _DIM, rearranges=True)),
+    **_all("Slice Split SplitWithSizes UnsafeSplit", Kind(along, _DIM, rearranges=True)),
+    **_all("Cat Sort Sort/1 Topk", Kind(along, _DIM)),
+    "StackBackward0": Kind(stacked, _DIM),
+    **_all("Flip Roll", Kind(along_each, ("dims",))),
+    "DiagonalBackward0": Kind(diagonal, ("dim1", "dim2")),
+    "UnfoldBackward0": Kind(windows, ("dimension",)),
+    **_all("ViewAsComplex ViewAsReal", Kind(same_front)),
+    # Along one dimension, or several
+    **_all("Cummax Cummin Cumprod Cumsum Glu Logcumsumexp LinalgCross", Kind(along, _DIM)),
+    **_all("LogSoftmax MaskedSoftmax SafeSoftmax Softmax", Kind(along, _DIM)),
+    **_all("LogSoftmaxBackwardData SoftmaxBackwardData", Kind(along, _DIM)),
+    **_all("FftC2C FftC2R FftR2C", Kind(along_each, _DIM)),
+    **_all("Amax Amin Aminmax Kthvalue LinalgVectorNorm Logsumexp Max", Kind(reduced, _DIM)),
+    **_all("Mean/1 Median/1 Min Mode Nanmedian/1 Nansum Norm/1 Norm/2", Kind(reduced, _DIM)),
+    **_all("Norm/3 Norm/4 Prod/1 Std StdMean Sum/1 Var VarMean", Kind(reduced, _DIM)),
+    # By numbers
+    "IndexBackward0": Kind(picks=picked, forms={0: numbered}),
+    "IndexSelectBackward0": Kind(picks=picked, forms={0: numbered}),
+    "GatherBackward0": Kind(picks=picked_each),
+    **_all("IndexAdd IndexPut", Kind(picks=added)),
+    **_all("ScatterAdd ScatterReduce", Kind(picks=added_each)),
+    "EmbeddingBackward0": Kind(forms={0: table}),
+    "EmbeddingBagBackward0": Kind(forms={0: bags}),
+    # Products and systems of matrices
+    "AddmmBackward0": Kind(
+        product(1, 2),
+        forms={
+            0: summand(name="beta"),
+            1: factor("mat2", on_left=True, has_scale=True),
+            2: factor("mat1", on_left=False, has_scale=True),
+        },
+        multiplies=True,
+    ),
+    "MmBackward0": Kind(
+        _MATRICES,
+        forms={
+            0: factor("mat2", on_left=True, has_scale=False),
+            1: factor("self", on_left=False, has_scale=False),
+        },
+        multiplies=True,
+    ),
+    "BaddbmmBackward0": Kind(
+        product(1, 2),
+        forms={
+            0: summand(name="beta"),
+            1: batched_factor("batch2", on_left=True, has_scale=True),
+            2: batched_factor("batch1", on_left=False, has_scale=True),
+        },
+    ),
+    "BmmBackward0": Kind(
+        _MATRICES,
+        forms={
+            0: batched_factor("mat2", on_left=True, has_scale=False),
+            1: batched_factor("self", on_left=False, has_scale=False),
+        },
+        multiplies=True,
+    ),
+    "MvBackward0": Kind(times_vector, forms={1: vector}),
+    "TrilinearBackward0": Kind(forms={1: between_two}),
+    **_all("Cdist EuclideanDist", Kind(distances)),
+    **_all("LinalgCholeskyEx LinalgDet LinalgEigh LinalgInvEx", Kind(matrices)),
+    **_all("LinalgLuFactorEx LinalgMatrixExp LinalgPinv LinalgQr LinalgSlogdet", Kind(matrices)),
+    **_all("LinalgSolveEx LinalgSolveTriangular LinalgSvd", Kind(matrices)),
+    # Images
+    "ConvolutionBackward0": Kind(images, forms={1: kernel, 2: channel_bias}, multiplies=True),
+    **_all("AdaptiveAvgPool2D AdaptiveMaxPool2D AvgPool2D", Kind(within_last(2))),
+    **_all("FractionalMaxPool2D MaxPool2DWithIndices MaxUnpool2D", Kind(within_last(2))),
+    **_all("AdaptiveAvgPool3D AdaptiveMaxPool3D AvgPool3D", Kind(within_last(3))),
+    **_all("FractionalMaxPool3D MaxPool3DWithIndices MaxUnpool3D", Kind(within_last(3))),
+    **_all("ReflectionPad1D ReplicationPad1D UpsampleLinear1D", Kind(within_last(1))),
+    **_all("UpsampleNearest1D UpsampleNearestExact1D", Kind(within_last(1))),
+    **_all("ReflectionPad2D ReplicationPad2D UpsampleBicubic2D", Kind(within_last(2))),
+    **_all("UpsampleBilinear2D UpsampleBicubic2DAa UpsampleBilinear2DAa", Kind(within_last(2))),
+    **_all("UpsampleNearest2D UpsampleNearestExact2D", Kind(within_last(2))),
+    **_all("ReflectionPad3D ReplicationPad3D UpsampleTrilinear3D", Kind(within_last(3))),
+    **_all("UpsampleNearest3D UpsampleNearestExact3D", Kind(within_last(3))),
+    **_all("ChannelShuffle PixelShuffle PixelUnshuffle", Kind(within_last(3))),
+    **_all("AffineGridGenerator Col2Im GridSampler2D GridSampler3D Im2Col", Kind(first_alone)),
+    "ConstantPadNdBackward0": Kind(padded, ("pad",)),
+    # Statistics
+    "NativeLayerNormBackward0": Kind(
+        layer_norm, ("normalized_shape",), forms={1: layer_scale, 2: summand()}
+    ),
+    "FusedRmsNormBackward0": Kind(
+        layer_norm, ("normalized_shape",), forms={1: root_mean_square_scale}
+    ),
+    "NativeGroupNormBackward0": Kind(images, forms={1: group_scale, 2: channel_bias}),
+    "NativeBatchNormBackward0": Kind(
+        batch_norm, ("training",), forms={1: batch_scale, 2: channel_bias}
+    ),
+    # Told, so that a layer in training and in evaluation are two structures
+    **_all("CudnnBatchNorm MiopenBatchNorm", Kind(told=("training",))),
+    # Attention
+    **_all("ScaledDotProductCudnnAttention ScaledDotProductEfficientAttention", Kind(attention)),
+    **_all("ScaledDotProductFlashAttention", Kind(attention)),
+    **_all("ScaledDotProductFlashAttentionForCpu", Kind(attention)),
+    # Losses that pick a class
+    **_all("NllLoss NllLoss2D", Kind(classes)),
+    **_all("MultiMarginLoss MultilabelMarginLoss", Kind(first_alone)),
+    "CtcLossBackward0": Kind(sequences),
+}
+"""By the name of the node."""
