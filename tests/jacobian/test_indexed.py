@@ -1069,7 +1069,7 @@ SEEN = {
 def test_ragged_graphs_need_no_probe(monkeypatch: pytest.MonkeyPatch, spelling: str) -> None:
     pick, add = SEEN[spelling]
     network = Network([Spelling(pick, pick, add, "linear", False)] * 2, add).double()
-    monkeypatch.setattr(_trial, "make_probes", _no_probe)
+    monkeypatch.setattr(_trial, "probed", _no_probe)
     for sizes, share, loops in BATCHES:
         output = network(batch(sizes, share=share, loops=loops))[:, 0]
         _assert_exact(_engines(network), network, output)
@@ -1078,7 +1078,7 @@ def test_ragged_graphs_need_no_probe(monkeypatch: pytest.MonkeyPatch, spelling: 
 def test_a_product_with_a_matrix_is_probed(monkeypatch: pytest.MonkeyPatch) -> None:
     """So the test above can fail."""
     network = Network([Spelling("a matrix", "brackets", "index_add", "linear", False)], "index_add")
-    monkeypatch.setattr(_trial, "make_probes", _no_probe)
+    monkeypatch.setattr(_trial, "probed", _no_probe)
     with pytest.raises(AssertionError, match="probed"):
         Engine(network.double()).jacobian(network(batch([2, 3]))[:, 0])
 

@@ -171,6 +171,8 @@ class Gatherer:
             inferred = known.inferred if known.is_fixed else {}
             subject = Subject(output, registry, index, asked.dim, self._generator, inferred, hooked)
             recipe, parts = self._parts(subject, used, known, keep_graph, asked.quiet)
+        if not subject.is_fixed:
+            known.is_fixed, known.inferred = False, {}
         if known.is_fixed and not special and not self._is_due(recipe, subject, used):
             known.routine = Routine.of(subject, recipe, parts, known.slots)
         return parts

@@ -3,8 +3,8 @@ r"""Owners of rows by construction: following the dimension of poses through the
 Probing finds the owners of any row and costs a backward. Most graphs need no probe: if the output
 `[m]` is a sum over T of `[m, T]`, and that a product of `[m, T, d]` with a weight, the dimension of
 poses can be followed from operator to operator by what each operator *is*, whatever numbers flow.
-Where an operator is not known to keep poses apart, nothing is inferred for what lies behind it, and
-it is probed.
+An operator that is not in the table is probed alone, by its own vjp (`_probing.py`). Where poses
+mix, nothing is inferred for what lies behind.
 
 Rows may also be picked by number, as messages between atoms are; then owners follow the numbers
 (`_indexed.py`), and are found anew for each graph.
@@ -14,61 +14,96 @@ belongs to pose :math:`\lfloor n / b \rfloor \bmod m`. Views keep b, the *stride
 move it with their dimensions (`_axis.py`).
 """
 
+from collections.abc import Mapping
+from functools import reduce
 from math import prod
+from typing import NamedTuple
+
+import torch
 
 from posegrad._compat import is_packed, is_python
 from posegrad.capture._axis import Axis, agreed, axis_in
 from posegrad.capture._edges import Edge, EdgeRegistry
 from posegrad.capture._operators import kind_of
+from posegrad.capture._probing import probed_alone
 from posegrad.jacobian import Arrangement
 
-__all__ = ["follows_numbers", "infer"]
+__all__ = ["Inferred", "infer"]
 
 
-def infer(registry: EdgeRegistry, arrangement: Arrangement) -> dict[Edge, Axis]:
-    """The axis of poses of every edge for which it follows from the graph alone.
+class Inferred(NamedTuple):
+    """Where poses lie, as far as operators tell.
+
+    Args:
+        axes: By edge.
+        is_fixed: Whether it holds for all graphs of the structure; else numbers were looked at.
+    """
+
+    axes: Mapping[Edge, Axis]
+    is_fixed: bool
+
+
+def infer(registry: EdgeRegistry, arrangement: Arrangement, generator: torch.Generator) -> Inferred:
+    """The axis of poses of every edge to which it can be followed from the output.
 
     Args:
         registry: The graph.
         arrangement: The poses in the output.
+        generator: The engine's own, for operators that are probed alone.
     """
     dim, shape = arrangement.dim, arrangement.shape
     stride = 1 if dim is None else prod(shape[dim + 1 :])
-    found: dict[Edge, Axis | None] = {registry.root: axis_in(shape, stride, arrangement.poses)}
+    start = axis_in(shape, stride, arrangement.poses)
+    axes = {} if start is None else {registry.root: start}
+    lost: set[Edge] = set()  # edges at which poses may mix
+    is_fixed = True
     for node in registry.in_order():
-        numbers = registry.outputs(node)
+        of_outputs = {i: axes.get((node, i)) for i in registry.outputs(node)}
+        known = {i: axis for i, axis in of_outputs.items() if axis is not None}
+        moved: dict[int, Axis | None] = {}
+        if len(known) == len(of_outputs) and not is_python(registry.nodes[node]):
+            moved, follows = _moved(registry, node, known, generator)
+            is_fixed &= follows
         for argument, edge in enumerate(registry.sources[node]):
-            if edge is None:
+            if edge is None or edge in lost:
                 continue
-            moved = [_moved(registry, node, i, argument, edge, found) for i in numbers]
-            axis = moved[0]
-            for other in [*moved[1:], *([found[edge]] if edge in found else [])]:
-                axis = agreed(axis, other)
-            found[edge] = axis
-    return {edge: axis for edge, axis in found.items() if axis is not None}
-
-
-def follows_numbers(registry: EdgeRegistry) -> bool:
-    """Whether `infer` may look at numbers, so that it holds for this one graph only."""
-    return any(kind_of(name).picks is not None for name in registry.names)
+            axis = moved.get(argument)
+            if edge in axes:
+                axis = agreed(axes.pop(edge), axis)
+            if axis is None:
+                lost.add(edge)
+            else:
+                axes[edge] = axis
+    return Inferred(axes, is_fixed)
 
 
 def _moved(
-    registry: EdgeRegistry,
-    node: int,
-    number: int,
-    argument: int,
-    edge: Edge,
-    found: dict[Edge, Axis | None],
+    registry: EdgeRegistry, node: int, axes: Mapping[int, Axis], generator: torch.Generator
+) -> tuple[dict[int, Axis | None], bool]:
+    """The axes of an operator's arguments by those of its outputs, and whether structure tells."""
+    kind, operator = kind_of(registry.names[node]), registry.nodes[node]
+    arguments = [i for i, edge in enumerate(registry.sources[node]) if edge is not None]
+    told = kind.moves is not None and None not in registry.facts[node]
+    if not told and (is_packed(operator) or not arguments):
+        return {}, True  # what a checkpoint would have to recompute is not read
+    moved = {i: _by_rule(registry, node, i, axes) for i in arguments}
+    if not told and None in moved.values():
+        return probed_alone(registry, node, axes, generator), False
+    return moved, told
+
+
+def _by_rule(
+    registry: EdgeRegistry, node: int, argument: int, axes: Mapping[int, Axis]
 ) -> Axis | None:
-    """The axis of an operator's argument, as its output of that number tells."""
-    axis, operator = found.get((node, number)), registry.nodes[node]
-    if axis is None or is_python(operator):
-        return None
-    kind, facts = kind_of(registry.names[node]), registry.facts[node]
-    out, inside = registry.shape((node, number)), registry.shape(edge)
-    if kind.picks is not None:  # what a checkpoint would have to recompute is not read
-        return None if is_packed(operator) else kind.picks(operator, argument, axis, out, inside)
-    if kind.moves is None or None in facts:  # another release may save no such fact
-        return None
-    return kind.moves(facts, argument, axis, out, inside)
+    """The axis of one argument, on which all outputs must agree."""
+    kind, operator = kind_of(registry.names[node]), registry.nodes[node]
+    edge = registry.sources[node][argument]
+    assert edge is not None
+    inside, found = registry.shape(edge), []
+    for number, axis in axes.items():
+        out = registry.shape((node, number))
+        if kind.picks is not None:
+            found.append(kind.picks(operator, argument, axis, out, inside))
+        elif kind.moves is not None:
+            found.append(kind.moves(registry.facts[node], argument, axis, out, inside))
+    return reduce(agreed, found) if found else None

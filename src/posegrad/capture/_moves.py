@@ -15,6 +15,7 @@ __all__ = [
     "along_each",
     "attention",
     "batch_norm",
+    "between_two",
     "classes",
     "diagonal",
     "distances",
@@ -23,14 +24,18 @@ __all__ = [
     "images",
     "layer_norm",
     "matrices",
+    "outer",
     "padded",
     "permuted",
+    "plus_vector",
     "product",
+    "put_in",
     "reduced",
     "same_front",
     "selected",
     "sequences",
     "stacked",
+    "summed_products",
     "times_vector",
     "transposed",
     "viewed",
@@ -144,6 +149,44 @@ def batch_norm(
     if arg > 0:  # scale and shift, [C]
         return axis._replace(dim=0) if axis.dim == 1 else None
     return axis if axis.dim == 1 or (axis.dim == 0 and facts[0] is False) else None
+
+
+def plus_vector(
+    facts: Facts, arg: int, axis: Axis, out: torch.Size, inside: torch.Size
+) -> Axis | None:
+    """A matrix times a vector, added to another."""
+    return aligned(facts, arg, axis, out, inside) if arg == 0 else axis if arg == 1 else None
+
+
+def outer(facts: Facts, arg: int, axis: Axis, out: torch.Size, inside: torch.Size) -> Axis | None:
+    """The outer product of two vectors, added to a matrix."""
+    if arg == 0:
+        return aligned(facts, arg, axis, out, inside)
+    return axis._replace(dim=0) if axis.dim == arg - 1 else None
+
+
+def summed_products(
+    facts: Facts, arg: int, axis: Axis, out: torch.Size, inside: torch.Size
+) -> Axis | None:
+    """Products of a batch of matrices, added up, and to a matrix."""
+    if arg == 0:
+        return aligned(facts, arg, axis, out, inside)
+    return axis._replace(dim=arg) if axis.dim == arg - 1 else None
+
+
+def between_two(
+    facts: Facts, arg: int, axis: Axis, out: torch.Size, inside: torch.Size
+) -> Axis | None:
+    """`F.bilinear`: from `[m, d]` and `[m, e]` to `[m, p]`."""
+    plain = tuple(map(tuple, facts)) == ((1, 3), (0,), (1, 2), (2, 3))
+    return first_alone(facts, arg, axis, out, inside) if plain and arg != 1 else None
+
+
+def put_in(facts: Facts, arg: int, axis: Axis, out: torch.Size, inside: torch.Size) -> Axis | None:
+    """One entry of a dimension is replaced by another tensor, which lacks the dimension."""
+    if arg == 0:
+        return axis
+    return stacked(facts, arg, axis, out, inside)
 
 
 def times_vector(

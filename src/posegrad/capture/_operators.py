@@ -2,7 +2,7 @@
 
 A row says how poses move through an operator, where a parameter may enter and how its closed form
 is read there, and whether the operator only rearranges. An operator without a row is exact too, but
-slower: it is probed, and rows of a parameter that enters it take its own vjp.
+slower: it is probed, alone, and rows of a parameter that enters it take its own vjp.
 """
 
 from collections.abc import Mapping
@@ -16,6 +16,7 @@ from posegrad.capture._moves import (
     along_each,
     attention,
     batch_norm,
+    between_two,
     classes,
     diagonal,
     distances,
@@ -24,14 +25,18 @@ from posegrad.capture._moves import (
     images,
     layer_norm,
     matrices,
+    outer,
     padded,
     permuted,
+    plus_vector,
     product,
+    put_in,
     reduced,
     same_front,
     selected,
     sequences,
     stacked,
+    summed_products,
     times_vector,
     transposed,
     viewed,
@@ -43,7 +48,6 @@ from posegrad.capture._read import (
     bags,
     batch_scale,
     batched_factor,
-    between_two,
     channel_bias,
     copies,
     denominator,
@@ -51,6 +55,7 @@ from posegrad.capture._read import (
     group_scale,
     kernel,
     layer_scale,
+    middle,
     numbered,
     root_mean_square_scale,
     scaled_by,
@@ -91,8 +96,8 @@ UNKNOWN = Kind()
 
 
 def kind_of(name: str) -> Kind:
-    """What is known of the operator of a node of that name."""
-    return OPERATORS.get(name, UNKNOWN)
+    """What is known of the operator of a node of that name; copies of views are like views."""
+    return OPERATORS.get(name.removesuffix("_copy"), UNKNOWN)
 
 
 def _all(names: str, kind: Kind) -> dict[str, Kind]:
@@ -111,16 +116,17 @@ _DIM = ("dim",)
 
 _POINTWISE = """
     Abs Acos Acosh Add Addcdiv Addcmul Angle Asin Asinh Atan Atan2 Atanh Ceil Celu Clamp ClampMax
-    ClampMin Conj ConjPhysical Copysign Cos Cosh Deg2Rad Digamma Div Elu Erf Erfc Erfinv Exp Exp2
-    Expm1 Floor Fmax Fmin Fmod Frac Gelu Hardshrink Hardsigmoid Hardswish Hardtanh Hypot I0
-    LeakyRelu Lerp Lgamma Log Log10 Log1P Log2 LogSigmoid Logaddexp Logaddexp2 Logit MaskedFill
-    Maximum Minimum Mish Mul Mvlgamma NanToNum NativeDropout Neg Polygamma Pow PreluKernel Rad2Deg
-    Reciprocal Relu Remainder Round RreluWithNoise Rsqrt Rsub Sgn Sigmoid Sign Silu Sin Sinc Sinh
-    Softplus Softshrink SpecialEntr SpecialErfcx SpecialI0E SpecialI1 SpecialI1E SpecialLogNdtr
-    SpecialNdtri SpecialXlog1Py Sqrt Sub Tan Tanh Threshold ToCopy Tril Triu Trunc Where Xlogy
+    ClampMin Complex Conj ConjPhysical Copysign Cos Cosh Deg2Rad Digamma Div Elu Erf Erfc Erfinv
+    Exp Exp2 Expm1 Floor Fmax Fmin Fmod Frac Gelu Hardshrink Hardsigmoid Hardswish Hardtanh Hypot
+    I0 LeakyRelu Ldexp Lerp Lgamma Log Log10 Log1P Log2 LogSigmoid Logaddexp Logaddexp2 Logit
+    MaskedFill Maximum Minimum Mish Mul Mvlgamma NanToNum NativeDropout Neg Nextafter Polar
+    Polygamma Pow PreluKernel Rad2Deg Reciprocal Relu Remainder Round RreluWithNoise Rsqrt Rsub
+    Sgn Sigmoid Sign Silu Sin Sinc Sinh Softplus Softshrink SpecialEntr SpecialErfcx SpecialI0E
+    SpecialI1 SpecialI1E SpecialLogNdtr SpecialNdtri SpecialXlog1Py Sqrt Sub Tan Tanh Threshold
+    ToCopy Tril Triu Trunc Where Xlogy
     BinaryCrossEntropy BinaryCrossEntropyWithLogits HuberLoss MseLoss SmoothL1Loss SoftMarginLoss
-    EluBackward GeluBackward HardtanhBackward HardswishBackward LeakyReluBackward
-    LogSigmoidBackward MishBackward MseLossBackward SigmoidBackward SiluBackward
+    EluBackward GeluBackward NativeDropoutBackward HardtanhBackward HardswishBackward
+    LeakyReluBackward LogSigmoidBackward MishBackward MseLossBackward SigmoidBackward SiluBackward
     SmoothL1LossBackward SoftplusBackward SoftshrinkBackward TanhBackward ThresholdBackward
 """
 
@@ -136,9 +142,12 @@ OPERATORS: dict[str, Kind] = {
     "RepeatBackward0": Kind(aligned, forms={0: copies}),
     "CloneBackward0": Kind(aligned, rearranges=True, keeps=True),
     "ToCopyBackward0": Kind(aligned, rearranges=True, is_transparent=True),
+    "torch::autograd::CopyBackwards": Kind(aligned),
     # The same numbers in the same order
     **_all("Alias ReshapeAlias UnsafeView View", Kind(viewed, rearranges=True, keeps=True)),
-    **_all("Squeeze Squeeze/1 Squeeze/2 Unsqueeze", Kind(viewed, rearranges=True)),
+    **_all(
+        "Squeeze Squeeze/1 Squeeze/2 Squeeze/3 Squeeze/4 Unsqueeze", Kind(viewed, rearranges=True)
+    ),
     "UnflattenBackward0": Kind(rearranges=True),
     # The same numbers in another order, or some of them
     "TBackward0": Kind(flipped, rearranges=True, is_transparent=True),
@@ -148,7 +157,8 @@ OPERATORS: dict[str, Kind] = {
     **_all("Slice Split SplitWithSizes UnsafeSplit", Kind(along, _DIM, rearranges=True)),
     **_all("Cat Sort Sort/1 Topk", Kind(along, _DIM)),
     "StackBackward0": Kind(stacked, _DIM),
-    **_all("Flip Roll", Kind(along_each, ("dims",))),
+    **_all("Flip Roll Rot90", Kind(along_each, ("dims",))),
+    "SelectScatterBackward0": Kind(put_in, _DIM),
     "DiagonalBackward0": Kind(diagonal, ("dim1", "dim2")),
     "UnfoldBackward0": Kind(windows, ("dimension",)),
     **_all("ViewAsComplex ViewAsReal", Kind(same_front)),
@@ -203,8 +213,15 @@ OPERATORS: dict[str, Kind] = {
         multiplies=True,
     ),
     "MvBackward0": Kind(times_vector, forms={1: vector}),
-    "TrilinearBackward0": Kind(forms={1: between_two}),
+    "AddbmmBackward0": Kind(summed_products),
+    "AddmvBackward0": Kind(plus_vector),
+    "AddrBackward0": Kind(outer),
+    "TrilinearBackward0": Kind(
+        between_two, ("expand1", "expand2", "expand3", "sumdim"), forms={1: middle}
+    ),
     **_all("Cdist EuclideanDist", Kind(distances)),
+    **_all("Cholesky CholeskyInverse CholeskySolve LuUnpack Ormqr TriangularSolve", Kind(matrices)),
+    **_all("LinalgEig LinalgHouseholderProduct LinalgLu LinalgLuSolve", Kind(matrices)),
     **_all("LinalgCholeskyEx LinalgDet LinalgEigh LinalgInvEx", Kind(matrices)),
     **_all("LinalgLuFactorEx LinalgMatrixExp LinalgPinv LinalgQr LinalgSlogdet", Kind(matrices)),
     **_all("LinalgSolveEx LinalgSolveTriangular LinalgSvd", Kind(matrices)),
@@ -232,6 +249,7 @@ OPERATORS: dict[str, Kind] = {
         layer_norm, ("normalized_shape",), forms={1: root_mean_square_scale}
     ),
     "NativeGroupNormBackward0": Kind(images, forms={1: group_scale, 2: channel_bias}),
+    "NativeBatchNormLegitBackward0": Kind(batch_norm, ("training",)),
     "NativeBatchNormBackward0": Kind(
         batch_norm, ("training",), forms={1: batch_scale, 2: channel_bias}
     ),

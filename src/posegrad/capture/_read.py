@@ -34,7 +34,6 @@ __all__ = [
     "bags",
     "batch_scale",
     "batched_factor",
-    "between_two",
     "channel_bias",
     "copies",
     "denominator",
@@ -42,6 +41,7 @@ __all__ = [
     "group_scale",
     "kernel",
     "layer_scale",
+    "middle",
     "numbered",
     "root_mean_square_scale",
     "scaled_by",
@@ -177,7 +177,7 @@ def vector(op: Operator, entry: Entry) -> ClosedForm | None:
     )
 
 
-def between_two(op: Operator, entry: Entry) -> ClosedForm | None:
+def middle(op: Operator, entry: Entry) -> ClosedForm | None:
     """Of `F.bilinear`, which is a sum over two dimensions of a product of three tensors."""
     told = tuple(op.saved(name) for name in ("expand1", "expand2", "expand3", "sumdim"))
     first, second = op.saved("i1"), op.saved("i3")

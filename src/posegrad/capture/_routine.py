@@ -83,10 +83,11 @@ class Routine:
         the structure and no number.
         """
         registry, arrangement = subject.registry, Arrangement(subject.output.shape, recipe.dim)
-        axes = subject.axes(arrangement)
         several = arrangement.poses > 1 == arrangement.components
-        plain = all(_is_plain(registry, site, axes) for site in recipe.sites)
-        if not several or not plain or recipe.by_rows or registry.has_python():
+        if not several or recipe.by_rows or registry.has_python():
+            return None
+        axes = subject.axes(arrangement)
+        if not all(_is_plain(registry, site, axes) for site in recipe.sites):
             return None
         found = [part for own in parts.values() for part in own]
         closed = all(part.path.startswith("closed") for part in found)

@@ -6,9 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
-from posegrad.capture._axis import Axis
-from posegrad.capture._edges import Edge, EdgeRegistry
-from posegrad.capture._inference import follows_numbers
+from posegrad.capture._edges import EdgeRegistry
+from posegrad.capture._inference import Inferred
 from posegrad.capture._recipe import Recipe
 from posegrad.capture._release import Slot, slots_above
 from posegrad.capture._routine import Routine
@@ -40,7 +39,7 @@ class Structure:
         has_float16: Whether gradients pass through float16; None if only the numbers of a function
             written in Python tell.
         slots: Where nodes above the parameters hold saved tensors.
-        is_fixed: Whether that decides where poses lie: no numbers pick rows.
+        is_fixed: Whether that decides where poses lie, as far as is known: no numbers pick rows.
         inferred: Where poses lie, as far as it follows, by the output's dimension of poses.
         routine: How to read it, once it is known.
     """
@@ -48,8 +47,8 @@ class Structure:
     found: Found
     has_float16: bool | None
     slots: list[Slot]
-    is_fixed: bool
-    inferred: dict[int | None, dict[Edge, Axis]] = field(default_factory=dict)
+    is_fixed: bool = True
+    inferred: dict[int | None, Inferred] = field(default_factory=dict)
     routine: Routine | None = None
 
 
@@ -91,7 +90,6 @@ class Structures:
                 self._found.setdefault(general, Found()),
                 None if registry.has_python() else registry.has_float16(),
                 slots_above(registry, leaves),
-                not follows_numbers(registry),
             )
             self._known[key] = known
             most = max(2, min(_MOST, _MOST_NODES // len(registry.nodes)))

@@ -1,6 +1,6 @@
 """One look at the cotangents: what they are, and whose."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -8,8 +8,8 @@ from torch import Tensor
 
 from posegrad.capture._axis import Axis
 from posegrad.capture._edges import Edge, EdgeRegistry
-from posegrad.capture._inference import infer
-from posegrad.capture._owners import faint_poses, find_layout, is_their_own, make_probes
+from posegrad.capture._inference import Inferred, infer
+from posegrad.capture._probing import narrowest, probed
 from posegrad.capture._sites import Site
 from posegrad.capture._vjp import cotangents_at
 from posegrad.jacobian import Arrangement, Layout, single
@@ -37,14 +37,20 @@ class Subject:
     pose_index: Sequence[Tensor]
     dim: int | None
     generator: torch.Generator
-    inferred: dict[int | None, dict[Edge, Axis]]
+    inferred: dict[int | None, Inferred]
     is_hooked: bool = False
 
-    def axes(self, arrangement: Arrangement) -> dict[Edge, Axis]:
-        """Where poses lie at the edges for which the graph alone tells."""
+    def axes(self, arrangement: Arrangement) -> Mapping[Edge, Axis]:
+        """Where poses lie at the edges for which operators tell, one after another."""
         if arrangement.dim not in self.inferred:
-            self.inferred[arrangement.dim] = infer(self.registry, arrangement)
-        return self.inferred[arrangement.dim]
+            found = infer(self.registry, arrangement, self.generator)
+            self.inferred[arrangement.dim] = found
+        return self.inferred[arrangement.dim].axes
+
+    @property
+    def is_fixed(self) -> bool:
+        """Whether that holds for all graphs of this structure."""
+        return all(found.is_fixed for found in self.inferred.values())
 
 
 @dataclass(frozen=True)
@@ -101,47 +107,16 @@ def attempt(subject: Subject, arrangement: Arrangement, sites: Sequence[Site]) -
     }
     unknown = [edge for edge, layout in layouts.items() if layout is None]
     if unknown:
-        probes = make_probes(count, _narrowest(unknown, subject), subject.generator)
-        probed = [_at(subject, unknown, cotangent(scales)) for scales in probes.scales()]
-        for edge in unknown:
-            value = base[edge]
-            assert value is not None
-            under = [
-                p if (p := found[edge]) is not None else torch.zeros_like(value) for found in probed
-            ]
-            layouts[edge] = find_layout(value, under, probes, count)
-        _check_faint(subject, base, layouts, unknown, count, cotangent)
+        values = {edge: b for edge in unknown if (b := base[edge]) is not None}
+        passed = [dtype for node, _ in unknown for dtype in subject.registry.dtypes_passed[node]]
+        layouts |= probed(
+            lambda scales: _at(subject, unknown, cotangent(scales)),
+            values,
+            count,
+            narrowest([output.dtype, *passed]),
+            subject.generator,
+        )
     return Trial(base, layouts)
-
-
-def _check_faint(
-    subject: Subject,
-    base: Mapping[Edge, Tensor | None],
-    layouts: dict[Edge, Layout | None],
-    probed: Sequence[Edge],
-    count: int,
-    cotangent: Callable[[Tensor], Tensor],
-) -> None:
-    """Takes layouts back that hide the rows of a faint pose; one backward for each class of them.
-
-    Args:
-        subject: What is differentiated.
-        base: The cotangents.
-        layouts: Whose their rows are.
-        probed: The edges whose layouts were found by probing.
-        count: The number of poses.
-        cotangent: From a number for each pose to a cotangent of the output.
-    """
-    found = {
-        edge: (b, x) for edge in probed if (b := base[edge]) is not None and (x := layouts[edge])
-    }
-    for poses in faint_poses([*found.values()], count) if found else ():
-        alone = _at(subject, [*found], cotangent(poses.double()))
-        for edge, (value, layout) in found.items():
-            reached = alone[edge]
-            reached = torch.zeros_like(value) if reached is None else reached
-            if not is_their_own(reached, value, layout, poses):
-                layouts[edge] = None
 
 
 def _at(subject: Subject, edges: Sequence[Edge], cotangent: Tensor) -> dict[Edge, Tensor | None]:
@@ -209,10 +184,3 @@ def _counts(index: Tensor, arrangement: Arrangement) -> bool:
     able = [dim for dim, size in enumerate(arrangement.shape) if size > highest]
     alone = len(able) == 1 and arrangement.shape[able[0]] == arrangement.poses
     return lowest >= 0 and alone and arrangement.dim in (None, able[0])
-
-
-def _narrowest(edges: Sequence[Edge], subject: Subject) -> torch.dtype:
-    """The narrowest dtype that cotangents pass on their way."""
-    passed = subject.registry.dtypes_passed
-    dtypes = {subject.output.dtype}.union(*(passed[node] for node, _ in edges))
-    return min(dtypes, key=lambda dtype: (-torch.finfo(dtype).eps, torch.finfo(dtype).max))

@@ -20,7 +20,7 @@ from posegrad._compat import (
 from posegrad._restoring import Change, ordinary_mode
 from posegrad.capture._guard import leaf_hooks_off
 
-__all__ = ["cotangents_at", "dense", "node_rows", "rows_of_graph"]
+__all__ = ["as_source", "cotangents_at", "dense", "node_rows", "rows_of_graph"]
 
 _VMAP_LEFT = (
     ".*performance drop.*batching rule.*",
@@ -79,7 +79,7 @@ def _node_group(
         places = dict(zip(present, values, strict=True))
         answers = apply_node(node, [places.get(i) for i in range(len(group[0]))])
         live.update(i for i in arguments if answers[i] is not None)
-        return {i: _as_source(node, i, answers[i]) for i in arguments}
+        return {i: as_source(node, i, answers[i]) for i in arguments}
 
     if len(group) > 1:
         batches = [torch.stack(column) for column in zip(*rows, strict=True)]
@@ -96,7 +96,7 @@ def _node_group(
     return {i: torch.stack([one[i] for one in each]) for i in arguments}
 
 
-def _as_source(node: Node, argument: int, gradient: Tensor | None) -> Tensor:
+def as_source(node: Node, argument: int, gradient: Tensor | None) -> Tensor:
     """A gradient in the shape and the dtype of what it is of, as between two operators."""
     source, number = node.next_functions[argument]
     assert source is not None
