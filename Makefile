@@ -20,13 +20,14 @@ INSTALL := $(RUN) -m pip install --disable-pip-version-check -c constraints.txt
 TUNABLES := glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=4294967296
 HEAP := GLIBC_TUNABLES=$(TUNABLES):glibc.malloc.top_pad=268435456
 
-.PHONY: help demo test lint docs bench clean
+.PHONY: help demo test lint docs coverage bench clean
 
 help:
 	@echo "make demo   fine-tune a pretrained network on docked poses"
 	@echo "make test   run the tests"
 	@echo "make lint   check format, style and types"
 	@echo "make docs   build the documentation as a site, docs/_build/index.html"
+	@echo "make coverage  print which of torch's operators are followed, and at what cost"
 	@echo "make bench  measure posegrad beside its peers"
 	@echo "make clean  remove caches and outputs, not the environment"
 
@@ -43,6 +44,9 @@ lint: $(VENV)/.lint-ready
 
 docs: $(VENV)/.docs-ready
 	$(RUN) -m sphinx -W --keep-going -n docs docs/_build
+
+coverage: $(VENV)/.test-ready
+	$(RUN) -m tests.operators
 
 bench: $(VENV)/.bench-ready
 	$(RUN) -m benchmarks --suite multipose --device $(DEVICE)
