@@ -190,7 +190,7 @@ def _first(output: Any) -> Tensor:
 
 def _is_sound(sample: Sample) -> bool:
     leaves = [a.requires_grad_() for a in map(torch.clone, sample.arguments)]
-    if not leaves:
+    if not any(leaf.ndim for leaf in leaves):  # no dimension could count poses
         return False
     try:
         one, other = sample.call(leaves), sample.call(leaves)
