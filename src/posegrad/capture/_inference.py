@@ -87,9 +87,12 @@ def _moved(
     if not told and (is_packed(operator) or not arguments):
         return {}, True  # what a checkpoint would have to recompute is not read
     moved = {i: _by_rule(registry, node, i, axes) for i in arguments}
-    if not told and None in moved.values():
+    if told or None not in moved.values():
+        return moved, told
+    try:
         return probed_alone(registry, node, axes, generator), False
-    return moved, told
+    except RuntimeError:  # it cannot be called alone; what lies behind it is probed
+        return {}, False
 
 
 def _by_rule(
