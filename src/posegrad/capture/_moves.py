@@ -93,7 +93,7 @@ def reduced(facts: Facts, arg: int, axis: Axis, out: torch.Size, inside: torch.S
 def along(facts: Facts, arg: int, axis: Axis, out: torch.Size, inside: torch.Size) -> Axis | None:
     """An operator that mixes the entries of one dimension, which must not be that of poses."""
     apart = len(out) == len(inside) and dim_of(facts[0], len(out)) != axis.dim
-    return axis if apart else None
+    return axis if apart and inside[axis.dim] == out[axis.dim] else None
 
 
 def selected(
@@ -209,7 +209,7 @@ def along_each(
     """An operator along several dimensions, or, if it names none, along all."""
     dims = {dim_of(dim, len(out)) for dim in facts[0] or ()}
     apart = len(out) == len(inside) and bool(dims) and axis.dim not in dims
-    return axis if apart else None
+    return axis if apart and inside[axis.dim] == out[axis.dim] else None
 
 
 def within_last(count: int) -> Rule:
