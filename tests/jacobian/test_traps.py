@@ -134,6 +134,12 @@ class Spectrum(nn.Module):
         return filtered.conj().imag.square().sum(1) + filtered.conj().angle().sum(1)
 
 
+def _of_no_width(model: nn.Module) -> Tensor:
+    x = torch.randn(6, 2, 4, dtype=torch.float64)
+    parts = [model(x), x[..., :0] @ model.weight[:0, :].mT[:0], x @ model.weight[:0].mT]
+    return torch.cat([parts[0], parts[1].expand(6, 2, 0), parts[2]], -1).sin().sum((1, 2))
+
+
 def _one_pixel(model: nn.Module) -> Tensor:
     images = torch.randn(5, 1, 1, 2, dtype=torch.float64).movedim(-1, 1)  # strides of channels last
     return nn.functional.conv2d(images, model.weight, padding=1).sin().sum((1, 2, 3))
@@ -148,6 +154,7 @@ TRAPS: dict[str, tuple[nn.Module, Callable[[nn.Module], Tensor]]] = {
     "powers of a weight": (nn.Linear(4, 4), _powers),
     "a parameter of no size": (Empty(), lambda m: _of(m, (6, 4))),
     "lazy conjugates": (Spectrum(), lambda m: _of(m, (6, 4))),
+    "a part of no width": (nn.Linear(4, 2), _of_no_width),
     "images of one pixel": (nn.Conv2d(2, 1, 3, bias=False), _one_pixel),
     "a penalty in every loss": (nn.Linear(4, 1), _penalised),
     "a loss of no pose": (nn.Linear(4, 1), _no_pose_at_all),

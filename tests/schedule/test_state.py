@@ -3,11 +3,13 @@
 import copy
 import gc
 import pickle
+import random
 import weakref
 from collections import UserDict
 from collections.abc import Callable
 from types import MappingProxyType
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -322,3 +324,19 @@ def test_the_users_random_numbers_are_the_users(schedule: str) -> None:
     expected = _with_dropout(lambda: None, "retain")
     assert torch.equal(_with_dropout(lambda: None, schedule), expected)
     assert not torch.equal(_with_dropout(lambda: torch.rand(1), schedule), expected)
+
+
+def test_backward_moves_no_random_state_of_anybody() -> None:
+    """Also where a replay draws and nothing comes of it."""
+    model = nn.Linear(FEATURES, 1)
+
+    def predict(model: nn.Module, pose: torch.Tensor) -> torch.Tensor:
+        return model(pose) + 0 * (random.random() + np.random.rand() + torch.rand(1))
+
+    engine = Engine(model, predict=predict)
+    prediction, _ = engine.combine(torch.randn(4, FEATURES), Mean(), schedule="recompute")
+    before = random.getstate(), np.random.get_state()[1].copy(), torch.get_rng_state()
+    prediction.backward()
+    assert random.getstate() == before[0]
+    np.testing.assert_array_equal(np.random.get_state()[1], before[1])
+    assert torch.equal(torch.get_rng_state(), before[2])

@@ -1,6 +1,7 @@
 """Inner products of rows."""
 
 from collections.abc import Iterable
+from math import prod
 
 import torch
 from torch import Tensor
@@ -65,7 +66,8 @@ class Products:
 
 def as_rows(tensor: Tensor) -> Tensor:
     """`[..., p]` as `[R, p]`."""
-    return tensor if tensor.ndim == 2 else tensor.reshape(-1, tensor.shape[-1])
+    *rows, width = tensor.shape
+    return tensor if len(rows) == 1 else tensor.reshape(prod(rows), width)
 
 
 def inner_products(rows: Tensor) -> Tensor:

@@ -6,11 +6,13 @@ the part that changes from chunk to chunk. Random state (5 kB on a CPU) and buff
 for all chunks that found them alike. Without this, a replay under dropout would be 110 % wrong.
 """
 
+import random
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, final
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -59,24 +61,28 @@ class Surroundings:
         states = [m.get_rng_state(d) for m, d in zip(modules, self._devices, strict=True)]
         return [torch.get_rng_state(), *states]
 
-    def moment_since(self, random: list[Tensor]) -> Moment:
+    def moment_since(self, drawn: list[Tensor]) -> Moment:
         """What the chunk that just ran had found, given the random state before it."""
         found = self.buffers.values
-        if not (self._random and all(map(torch.equal, random, self._random))):
-            self._random = random
+        if not (self._random and all(map(torch.equal, drawn, self._random))):
+            self._random = drawn
         self.buffers.note_changes()
         return Moment(self._random, buffers=found)
 
     def restored(self) -> Change:
         """Flags, autocast and default device as in the first pass; afterwards nothing has changed.
 
-        The global random state is put back too, whatever the replays draw. The backward of a model
-        on an accelerator runs on a thread of its own, which knows nothing of what was set here.
+        The global random states are put back too, Python's and NumPy's as well, whatever the
+        replays draw. The backward of a model on an accelerator runs on a thread of its own, which
+        knows nothing of what was set here.
         """
-        random, buffers = self.random_state(), self.buffers.kept()
+        drawn, buffers = self.random_state(), self.buffers.kept()
+        of_python, of_numpy = random.getstate(), np.random.get_state()
 
         def put_back() -> None:
-            self._set_random_state(random)
+            self._set_random_state(drawn)
+            random.setstate(of_python)
+            np.random.set_state(of_numpy)
             buffers.put_back()
 
         return _Restored(self._training, self._autocast, self._default_device, put_back)

@@ -1,5 +1,6 @@
 """Matrix products with a weight: linear layers, projections, weights on either side."""
 
+from math import prod
 from typing import final
 
 import torch
@@ -115,7 +116,7 @@ class Linear(ClosedForm):
 
     def _count(self, cotangent: torch.Size) -> int:
         """R, the number of rows."""
-        return cotangent.numel() // cotangent[self._features]
+        return prod(size for dim, size in enumerate(cotangent) if dim != self._features)
 
     def _rows_last(self, tensor: Tensor) -> Tensor:
         """`[R, features]`."""
@@ -137,7 +138,7 @@ class Linear(ClosedForm):
     def _by_pose(self, cotangent: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
         """A and B with the rows of each pose together, `[m, T, d]` and `[m, T, p]`."""
         a, b = layout.by_pose(self.input.like(cotangent)), layout.by_pose(cotangent)
-        return a.reshape(len(a), -1, a.shape[-1]), b.reshape(len(b), -1, b.shape[-1])
+        return a.flatten(1, -2), b.flatten(1, -2)
 
     def _scaled(self, gradient: Tensor) -> Tensor:
         return gradient if self.scale == 1 else gradient.mul_(self.scale)
