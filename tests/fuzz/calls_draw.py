@@ -79,8 +79,16 @@ class Case:
 
     @property
     def foreign(self) -> bool:
-        """Whether a forward depends on what the engine cannot know."""
-        return self.has(*FOREIGN)
+        """Whether a forward depends on what the engine cannot know.
+
+        That of a module that is used twice, and reaches a buffer by another name, depends on what
+        the first use wrote there.
+        """
+        renamed = any(
+            name == "twice" and options.get("kind") in ("held twice", "numpy view")
+            for name, options in self.stages
+        )
+        return renamed or self.has(*FOREIGN)
 
     @property
     def steps(self) -> bool:
