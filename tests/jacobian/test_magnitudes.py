@@ -121,3 +121,23 @@ def test_rows_of_a_wrong_vmap_rule_are_not_believed(
     _assert_each_row(
         Engine(model, check=check, batch_dim=batch_dim).jacobian(output).matrix(), expected, 1e-9
     )
+
+
+@pytest.mark.filterwarnings("ignore:The predictions of different poses depend")
+@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("huge", [0, 4])
+def test_rounding_of_one_pose_is_not_given_to_another(seed: int, huge: int) -> None:
+    """Equal tokens: attention does not matter, and what is left of its gradient is rounding."""
+    torch.manual_seed(seed)
+    model = nn.ParameterDict(
+        {"q": torch.randn(2, 2), "k": torch.randn(1, 2), "norm": torch.randn(2, 2)}
+        | {"head": torch.randn(2, 3)}
+    ).double()
+    x, scale = torch.ones(5, 3, 2).double(), torch.ones(5).double()
+    scale[huge] = 1e30
+    query = x @ (model["q"] / (1 + torch.linalg.svdvals(torch.eye(2) + model["norm"])[0]))
+    attention = torch.bmm(query, (x @ model["k"].repeat(2, 1)).mT).softmax(-1)
+    hidden = nn.functional.silu(torch.einsum("mst,mtd->msd", attention, x)).amax(1)
+    output = (hidden @ model["head"]).T * scale  # [3, m]
+    expected = rows(output, dict(model.items()))
+    _assert_each_row(Engine(model, check="never").jacobian(output).matrix(), expected, 1e-9)

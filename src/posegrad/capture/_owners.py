@@ -26,7 +26,7 @@ from torch import Tensor
 
 from posegrad.jacobian import NOBODY, Layout
 
-__all__ = ["Probes", "faint_poses", "find_layout", "is_their_own", "make_probes"]
+__all__ = ["Probes", "faint_poses", "find_layout", "is_scaled", "make_probes"]
 
 # The lowest exponent and the number of exponents, within the precision and the range of the type.
 _RANGE = {
@@ -236,22 +236,23 @@ def _classes(cotangent: Tensor, layout: Layout, count: int) -> Tensor:
     return (-(largest / largest.max()).log2() / max(_NARROWEST, digits / 2)).floor()
 
 
-def is_their_own(alone: Tensor, base: Tensor, layout: Layout, poses: Tensor) -> bool:
-    """Whether all that some poses reach, differentiated by themselves, are rows they own.
+def is_scaled(found: Tensor, base: Tensor, layout: Layout, scales: Tensor) -> bool:
+    """Whether a cotangent is another with each row multiplied by the number of its owner.
 
     Args:
-        alone: A cotangent under ones for these poses and zeros for the others.
-        base: The same cotangent under ones for all.
+        found: The cotangent under these numbers, zero or powers of two, as those of poses.
+        base: The same cotangent under ones.
         layout: Whose its rows are.
-        poses: Flags, `[m]`.
+        scales: The numbers, `[m]`.
     """
     if base.is_complex():
-        alone, base = torch.view_as_real(alone), torch.view_as_real(base)
-    owners = layout.owners
-    theirs = poses.to(owners.device)[owners.clamp(min=0)] & (owners != NOBODY)  # [R]
-    rows, found = layout.front(base), layout.front(alone)
-    expected = torch.where(theirs.reshape(-1, *[1] * (rows.ndim - 1)), rows, 0)
+        found, base = torch.view_as_real(found), torch.view_as_real(base)
+    rows, other = layout.front(base), layout.front(found)
     if rows.numel() == 0:
         return True
-    found, expected = found.reshape(len(rows), -1), expected.reshape(len(rows), -1)
-    return bool(_is_same(found, expected, torch.ones_like(theirs, dtype=torch.float64)).all())
+    owners = layout.owners
+    each = scales.to(owners.device)[owners.clamp(min=0)].double()  # [R]
+    each = torch.where(owners == NOBODY, 0, each)
+    rows, other = rows.reshape(len(rows), -1), other.reshape(len(other), -1)
+    expected = torch.where(each.unsqueeze(1) == 0, 0, rows * each.to(rows.dtype).unsqueeze(1))
+    return bool(_is_same(other, expected, each.clamp(min=1)).all())

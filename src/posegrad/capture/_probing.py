@@ -9,7 +9,7 @@ from torch import Tensor
 from posegrad._compat import apply_node, device_of, dtype_of, shape_of
 from posegrad.capture._axis import Axis
 from posegrad.capture._edges import EdgeRegistry
-from posegrad.capture._owners import faint_poses, find_layout, is_their_own, make_probes
+from posegrad.capture._owners import faint_poses, find_layout, is_scaled, make_probes
 from posegrad.capture._vjp import as_source
 from posegrad.jacobian import Layout
 
@@ -49,9 +49,33 @@ def probed(
     for poses in faint_poses(pairs, count) if pairs else ():
         alone = answer(poses.double())
         for place, layout in served.items():
-            if not is_their_own(_at(place, alone, base[place]), base[place], layout, poses):
+            if not is_scaled(_at(place, alone, base[place]), base[place], layout, poses):
                 layouts[place] = None
     return layouts
+
+
+def disproved(
+    answer: Answer[Place],
+    layouts: Mapping[Place, Layout],
+    count: int,
+    dtype: torch.dtype,
+    generator: torch.Generator,
+) -> list[Place]:
+    """Where rows are not those of their owners under other cotangents than they were found by.
+
+    What is nothing but rounding under one cotangent may be another pose's under the next. The
+    arguments are those of `probed`.
+    """
+    base, wrong = answer(torch.ones(count, device="cpu")), set()
+    probes = make_probes(count, dtype, generator)
+    for scales in [one for one, n in zip(probes.scales(), probes.sets, strict=True) if n == 0]:
+        found = answer(scales)
+        for place, layout in layouts.items():
+            like = found[place] if base[place] is None else base[place]
+            if like is not None:
+                pair = _at(place, found, like), _at(place, base, like)
+                wrong |= set() if is_scaled(*pair, layout, scales) else {place}
+    return list(wrong)
 
 
 def probed_alone(

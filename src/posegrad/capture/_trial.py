@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -9,7 +10,7 @@ from torch import Tensor
 from posegrad.capture._axis import Axis
 from posegrad.capture._edges import Edge, EdgeRegistry
 from posegrad.capture._inference import Inferred, infer
-from posegrad.capture._probing import narrowest, probed
+from posegrad.capture._probing import disproved, narrowest, probed
 from posegrad.capture._sites import Site
 from posegrad.capture._vjp import cotangents_at
 from posegrad.jacobian import Arrangement, Layout, single
@@ -89,18 +90,18 @@ def attempt(subject: Subject, arrangement: Arrangement, sites: Sequence[Site]) -
     output = subject.output
     edges = list(dict.fromkeys(edge for site in sites for edge in site.edges))
     count, parts = arrangement.poses, arrangement.components
-    mix = torch.ones_like(output)  # of the components of a pose
+    mix = torch.ones(parts, dtype=torch.float64, device="cpu")  # of the components of a pose
     if parts > 1:
-        drawn = (
-            torch.rand(parts, dtype=torch.float64, device="cpu", generator=subject.generator) + 0.5
+        mix = 0.5 + torch.rand(
+            parts, dtype=torch.float64, device="cpu", generator=subject.generator
         )
-        mix = arrangement.join(drawn.expand(count, parts)).reshape(output.shape).to(mix)
 
-    def cotangent(scales: Tensor) -> Tensor:  # [m] to the output's shape
-        each = arrangement.join(scales.unsqueeze(1).expand(count, parts))
-        return mix * each.reshape(output.shape).to(mix)
+    def answer(edges: Sequence[Edge], own: Tensor, scales: Tensor) -> dict[Edge, Tensor | None]:
+        """The cotangents under numbers for components and for poses, `[K]` and `[m]`."""
+        each = arrangement.join(scales.double().unsqueeze(1) * own).reshape(output.shape)
+        return _at(subject, edges, each.to(output))
 
-    base = _at(subject, edges, mix)
+    base = answer(edges, mix, torch.ones(count, device="cpu"))
     shared: dict[tuple[int, int], Layout] = {}
     layouts = {
         edge: _known_layout(subject, arrangement, edge, b, shared) for edge, b in base.items()
@@ -109,13 +110,13 @@ def attempt(subject: Subject, arrangement: Arrangement, sites: Sequence[Site]) -
     if unknown:
         values = {edge: b for edge in unknown if (b := base[edge]) is not None}
         passed = [dtype for node, _ in unknown for dtype in subject.registry.dtypes_passed[node]]
-        layouts |= probed(
-            lambda scales: _at(subject, unknown, cotangent(scales)),
-            values,
-            count,
-            narrowest([output.dtype, *passed]),
-            subject.generator,
-        )
+        narrow = narrowest([output.dtype, *passed])
+        generator = subject.generator
+        layouts |= probed(partial(answer, unknown, mix), values, count, narrow, generator)
+        for own in torch.eye(parts, dtype=torch.float64, device="cpu") if parts > 1 else ():
+            served = {edge: layout for edge in unknown if (layout := layouts[edge]) is not None}
+            ask = partial(answer, [*served], own)
+            layouts |= dict.fromkeys(disproved(ask, served, count, narrow, generator))
     return Trial(base, layouts)
 
 
