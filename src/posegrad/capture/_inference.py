@@ -83,6 +83,7 @@ def _moved(
     """The axes of an operator's arguments by those of its outputs, and whether structure tells."""
     kind, operator = kind_of(registry.names[node]), registry.nodes[node]
     arguments = [i for i, edge in enumerate(registry.sources[node]) if edge is not None]
+    # Another release of torch may not save what a rule looks at.
     told = kind.moves is not None and None not in registry.facts[node]
     if not told and (is_packed(operator) or not arguments):
         return {}, True  # what a checkpoint would have to recompute is not read
@@ -107,6 +108,6 @@ def _by_rule(
         out = registry.shape((node, number))
         if kind.picks is not None:
             found.append(kind.picks(operator, argument, axis, out, inside))
-        elif kind.moves is not None:
+        elif kind.moves is not None and None not in registry.facts[node]:
             found.append(kind.moves(registry.facts[node], argument, axis, out, inside))
     return reduce(agreed, found) if found else None

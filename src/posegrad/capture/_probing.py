@@ -66,15 +66,18 @@ def disproved(
     What is nothing but rounding under one cotangent may be another pose's under the next. The
     arguments are those of `probed`.
     """
-    base, wrong = answer(torch.ones(count, device="cpu")), set()
+    base = answer(torch.ones(count, device="cpu"))
+    wrong: set[Place] = set()
     probes = make_probes(count, dtype, generator)
     for scales in [one for one, n in zip(probes.scales(), probes.sets, strict=True) if n == 0]:
         found = answer(scales)
         for place, layout in layouts.items():
             like = found[place] if base[place] is None else base[place]
-            if like is not None:
-                pair = _at(place, found, like), _at(place, base, like)
-                wrong |= set() if is_scaled(*pair, layout, scales) else {place}
+            if like is None:
+                continue
+            other, one = _at(place, found, like), _at(place, base, like)
+            if not is_scaled(other, one, layout, scales):
+                wrong.add(place)
     return list(wrong)
 
 
