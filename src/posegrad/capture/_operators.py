@@ -97,7 +97,7 @@ UNKNOWN = Kind()
 
 def kind_of(name: str) -> Kind:
     """What is known of the operator of a node of that name; copies of views are like views."""
-    return OPERATORS.get(name.removesuffix("_copy"), UNKNOWN)
+    return OPERATORS.get(name) or OPERATORS.get(name.removesuffix("_copy"), UNKNOWN)
 
 
 def _all(names: str, kind: Kind) -> dict[str, Kind]:
