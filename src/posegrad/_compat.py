@@ -37,6 +37,7 @@ __all__ = [
     "in_fsdp_backward",
     "in_static_ddp",
     "is_hooked",
+    "is_listened_to",
     "is_packed",
     "is_packed_at",
     "is_python",
@@ -243,6 +244,11 @@ def is_packed_at(node: Node, name: str) -> bool:
     if isinstance(value, SavedTensor):  # nearly always
         return value.unpack_hook is not None  # type: ignore[attr-defined]
     return any(slot.unpack_hook is not None for slot in value)
+
+
+def is_listened_to(tensor: Tensor) -> bool:
+    """Whether somebody wants to see or change the gradient of an activation."""
+    return bool(tensor._backward_hooks or tensor.retains_grad) and not tensor.is_leaf
 
 
 def is_hooked(tensor: Tensor) -> bool:

@@ -9,7 +9,7 @@ from typing import Any, final
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from posegrad._compat import hooks_of, is_hooked, is_python, slots_of
+from posegrad._compat import hooks_of, is_listened_to, is_python, slots_of
 from posegrad._restoring import Change, no_autocast, no_graph, ordinary_mode
 from posegrad.capture._edges import EdgeRegistry
 from posegrad.capture._release import Slot
@@ -111,9 +111,9 @@ def listened_to(output: Tensor, registry: EdgeRegistry, slots: Iterable[Slot]) -
         registry: The graph.
         slots: Where its nodes may have saved tensors.
     """
-    saved = [slot.data for number, name in slots for slot in slots_of(registry.nodes[number], name)]
-    tensors = [tensor for tensor in (output, *saved) if isinstance(tensor, Tensor)]
-    found = [t for t in tensors if (is_hooked(t) or t.retains_grad) and not t.is_leaf]
+    nodes = registry.nodes
+    saved = [slot.data for number, name in slots for slot in slots_of(nodes[number], name)]
+    found = [t for t in (output, *saved) if isinstance(t, Tensor) and is_listened_to(t)]
     return list({id(tensor): tensor for tensor in found}.values())
 
 

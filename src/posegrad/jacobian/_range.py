@@ -9,6 +9,9 @@ from posegrad.jacobian._block import Block
 
 __all__ = ["left_range"]
 
+_LIMITS = torch.finfo(torch.float32)
+_LOWEST, _HIGHEST = _LIMITS.tiny / _LIMITS.eps**2, _LIMITS.max
+
 
 def left_range(squares: Tensor, blocks: Iterable[Block]) -> bool:
     """Whether squared norms overflowed, or underflowed and are not zero, in half or float32.
@@ -19,10 +22,12 @@ def left_range(squares: Tensor, blocks: Iterable[Block]) -> bool:
         squares: `[M]`.
         blocks: The rows that these are the norms of.
     """
-    limits = torch.finfo(torch.float32)
-    outside = ~((squares >= limits.tiny / limits.eps**2) & (squares <= limits.max))
-    if not bool(outside.any()):
+    if not squares.numel():
         return False
+    low, high = squares.aminmax()
+    if float(low) >= _LOWEST and float(high) <= _HIGHEST:
+        return False
+    outside = ~((squares >= _LOWEST) & (squares <= _HIGHEST))  # nan too
     parts = [(block, part) for block in blocks for part in block.parts]
     if not any(_is_narrow(tensor) for _, part in parts for tensor in part.held()):
         return False
