@@ -222,9 +222,10 @@ def faint_poses(found: Sequence[tuple[Tensor, Layout]], count: int) -> list[Tens
 
 
 def _classes(cotangent: Tensor, layout: Layout, count: int) -> Tensor:
-    """How often the width of a class goes into what each pose is smaller by, `[m]`.
+    """The class of each pose by the size of its cotangents, `[m]`.
 
-    Infinite for poses that own nothing.
+    0 holds the largest; each further class is smaller by the same number of binary digits. Poses
+    that own nothing are in class infinity.
     """
     rows, owners = layout.front(cotangent), layout.owners.cpu()
     largest = torch.zeros(count, dtype=torch.float64, device="cpu")

@@ -61,10 +61,10 @@ def disproved(
     dtype: torch.dtype,
     generator: torch.Generator,
 ) -> list[Place]:
-    """Where rows are not those of their owners under other cotangents than they were found by.
+    """The places whose owners, found under other cotangents, are wrong under these.
 
-    What is nothing but rounding under one cotangent may be another pose's under the next. The
-    arguments are those of `probed`.
+    A row that is nothing but rounding may be one pose's under one cotangent, another's under the
+    next. The arguments are those of `probed`.
     """
     base = answer(torch.ones(count, device="cpu"))
     wrong: set[Place] = set()

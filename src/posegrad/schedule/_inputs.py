@@ -209,7 +209,7 @@ class Inputs:
         return same and torch.allclose(self._value(number), copy, rtol=rounding, atol=0)
 
     def _value(self, number: int) -> Tensor:
-        """A copy of a parameter as every forward leaves it, or would."""
+        """A copy of a parameter, with rows shortened as an embedding with `max_norm` does."""
         parameter = self.tensors[number].detach()
         if number not in self._shortened:
             return parameter.clone()
