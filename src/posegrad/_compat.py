@@ -41,10 +41,12 @@ __all__ = [
     "is_packed",
     "is_packed_at",
     "is_python",
+    "memory_of",
     "on_intel",
     "outputs_of",
     "put_back",
     "saved",
+    "saved_tensors",
     "set_multithreading",
     "shape_of",
     "slot_names",
@@ -206,6 +208,22 @@ def slot_names(node: Node) -> list[str]:
     if kind not in _SLOTS:
         _SLOTS[kind] = [name for name in dir(kind) if name.startswith("_raw_saved_")]
     return _SLOTS[kind]
+
+
+def saved_tensors(node: Node) -> list[Tensor] | None:
+    """The tensors that a node saved; None if a checkpoint would have to recompute them."""
+    slots = [slot for name in slot_names(node) for slot in slots_of(node, name)]
+    if any(slot.unpack_hook is not None for slot in slots):
+        return None
+    return [slot.data for slot in slots if isinstance(slot.data, Tensor)]
+
+
+def memory_of(tensor: Tensor) -> int:
+    """The place in memory where a tensor, or what it is a view of, lies; -1 if in no single one."""
+    try:
+        return tensor.untyped_storage().data_ptr()
+    except (NotImplementedError, RuntimeError):  # sparse, or of no real memory
+        return -1
 
 
 def slots_of(node: Node, name: str) -> Sequence[Any]:

@@ -83,7 +83,7 @@ class Engine:
         self._setting = Setting(modules, predict, collate, chunk_size, self._ranks, self._named)
         sharded = self._ranks is not None and self._ranks.sharded
         self._roster = Roster(modules, sharded=sharded)
-        self._gatherer = Gatherer(check, batch_dim, block_bytes)
+        self._gatherer = Gatherer(check, batch_dim, block_bytes, self._roster.tensors)
         self._closed = False
         self._seasoned = False  # whether a group has been through without a complaint
 

@@ -45,9 +45,7 @@ SHARED = {
     "Siamese": A("one module on two inputs", lambda: mlp(out=3), states.pairs, dense=True),
     "weight_norm": A("", lambda: _seq(weight_norm(nn.Linear(WIDTH, 3)), nn.Tanh()), PLAIN),
     "spectral_norm": A("", lambda: _seq(spectral_norm(nn.Linear(WIDTH, 3)), nn.Tanh()), PLAIN),
-    "orthogonal": A(
-        "", lambda: _seq(orthogonal(nn.Linear(WIDTH, 3)), nn.Tanh()), PLAIN, SLOW, warns=True
-    ),
+    "orthogonal": A("", lambda: _seq(orthogonal(nn.Linear(WIDTH, 3)), nn.Tanh()), PLAIN),
     "Pruned": A(
         "torch.nn.utils.prune",
         lambda: _seq(prune.random_unstructured(nn.Linear(WIDTH, 3), "weight", 0.5), nn.Tanh()),

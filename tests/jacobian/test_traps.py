@@ -19,7 +19,7 @@ from posegrad import (
     StaleFactorError,
     UnsupportedModuleError,
 )
-from posegrad.capture._rungs import Reading
+from posegrad.capture._reading import Reading
 from posegrad.capture._verify import Reference
 from tests.device import DEVICE
 from tests.reference import rows, trainable

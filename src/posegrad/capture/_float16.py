@@ -14,7 +14,7 @@ from torch import Tensor
 
 from posegrad._restoring import ordinary_mode
 from posegrad.capture._guard import leaf_hooks_off
-from posegrad.capture._rungs import Parts
+from posegrad.capture._reading import Parts
 from posegrad.jacobian import Factors, Part, Rows, wide
 
 __all__ = ["Scaling"]

@@ -1,14 +1,14 @@
 """From an output with its graph to its Jacobian."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from itertools import groupby
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from posegrad._compat import is_hooked
+from posegrad._compat import is_hooked, memory_of
 from posegrad._warn import warn
 from posegrad.capture._boundary import (
     check_dimension,
@@ -25,12 +25,13 @@ from posegrad.capture._guard import (
     retained_set_aside,
     undisturbed,
 )
+from posegrad.capture._plan import SettledPlan
+from posegrad.capture._reading import Parts, Reading
 from posegrad.capture._recipe import Recipe, outlook, resolve, slow_parameters
 from posegrad.capture._release import release
-from posegrad.capture._routine import Routine
-from posegrad.capture._rungs import Parts, Reading
 from posegrad.capture._structure import Found, Structure, Structures
-from posegrad.capture._trial import Subject, Trial, attempt
+from posegrad.capture._subject import Subject
+from posegrad.capture._trial import Trial, attempt
 from posegrad.capture._verify import Reference
 from posegrad.errors import NotDifferentiableError, ReentrantCheckpointError, listed
 from posegrad.jacobian import Arrangement, Block, PoseJacobian, is_cast
@@ -41,27 +42,6 @@ CHECKS = ("first", "always", "never")
 
 Paths = dict[str, tuple[str, ...]]
 """For each parameter the path of each of its uses."""
-
-
-class _Asked(NamedTuple):
-    """What a caller said besides the output; see `Gatherer.gather`."""
-
-    parameters: Mapping[str, Tensor]
-    pose_index: Sequence[Tensor]
-    dim: int | None
-    quiet: bool
-
-
-class _Graph(NamedTuple):
-    """The graph of an output, and what is known of those like it.
-
-    `is_hooked` is whether activations are seen to have hooks.
-    """
-
-    output: Tensor
-    registry: EdgeRegistry
-    known: Structure
-    is_hooked: bool
 
 
 def _seeded() -> torch.Generator:
@@ -76,11 +56,13 @@ class Gatherer:
         check: `"first"`, `"always"` or `"never"`: when to compare with a plain backward.
         batch_dim: The output's dimension that counts poses, `"auto"`, or None for rows only.
         block_bytes: About how much memory rows that have no closed form may take at once.
+        tensors: Lists the parameters and buffers of the modules.
     """
 
     check: str
     batch_dim: int | str | None
     block_bytes: int
+    tensors: Callable[[], Iterable[Tensor]]
     _structures: Structures = field(default_factory=Structures)
     _scaling: Scaling = field(default_factory=Scaling)
     _generator: torch.Generator = field(default_factory=_seeded)
@@ -143,15 +125,18 @@ class Gatherer:
             check_dimension(output, dim)
             check_index(pose_index)
             if used:
-                asked = _Asked(used, pose_index, dim, quiet)
                 known = self._structures.of(registry, used, output, stated=bool(pose_index))
+                heard = listened_to(output, registry, known.slots)
+                inferred = known.inferred if known.is_fixed else {}
+                subject = Subject(
+                    output, registry, used, pose_index, dim, self._generator, inferred, self._own,
+                    any(map(is_hooked, heard)), quiet,
+                )  # fmt: skip
                 scale = known.has_float16
                 scale = registry.has_float16() if scale is None else scale
                 read = self._parts_in_float16 if scale else self._parts_of
-                heard = listened_to(output, registry, known.slots)
-                graph = _Graph(output, registry, known, any(map(is_hooked, heard)))
                 with retained_set_aside(heard):
-                    parts = read(graph, asked, keep_graph)
+                    parts = read(subject, known, keep_graph)
         if not parts and must_depend:
             raise NotDifferentiableError(unrelated_message(output, len(parameters)))
         blocks = {
@@ -159,98 +144,85 @@ class Gatherer:
         }
         return PoseJacobian(output.detach().clone(), parameters, blocks)
 
-    def _parts_of(self, graph: _Graph, asked: _Asked, keep_graph: bool) -> Parts:
-        output, registry, known, hooked = graph
-        used, index = asked.parameters, asked.pose_index
-        special = hooked or is_cast() or torch.is_inference_mode_enabled()
+    def _parts_of(self, subject: Subject, known: Structure, keep_graph: bool) -> Parts:
+        special = subject.is_hooked or is_cast() or torch.is_inference_mode_enabled()
+        reading = Reading(subject, self.block_bytes)
         with failures_named():
-            if known.routine is not None and not special:
-                parts = known.routine.parts(registry, output, used, keep_graph)
+            if known.plan is not None and not special:
+                with nullcontext() if known.plan.spares_graph else undisturbed():
+                    parts = reading.settled(known.plan, known.slots, keep_graph=keep_graph)
                 if parts is not None:
                     return parts
-            inferred = known.inferred if known.is_fixed else {}
-            subject = Subject(output, registry, index, asked.dim, self._generator, inferred, hooked)
-            recipe, parts = self._parts(subject, used, known, keep_graph, asked.quiet)
+            lock, aside, copied = python_contained(subject.registry, subject.parameters)
+            with undisturbed(), lock, aside, copied:
+                recipe, parts = self._read(reading, known.found)
+                if not keep_graph:
+                    release(subject.registry, known.slots)
         if not subject.is_fixed:
             known.is_fixed, known.inferred = False, {}
-        if known.is_fixed and not special and not self._is_due(recipe, subject, used):
-            known.routine = Routine.of(subject, recipe, parts, known.slots)
+        if not special and not self._is_due(recipe, subject):
+            known.plan = SettledPlan.of(subject, recipe, known.slots)
         return parts
 
-    def _parts_in_float16(self, graph: _Graph, asked: _Asked, keep_graph: bool) -> Parts:
-        output, registry, known, hooked = graph
-
+    def _parts_in_float16(self, subject: Subject, known: Structure, keep_graph: bool) -> Parts:
         def read(scaled: Tensor) -> Parts:
             own = EdgeRegistry(scaled)
-            stated = bool(asked.pose_index)
-            known = self._structures.of(own, asked.parameters, scaled, stated=stated)
-            seen = _Graph(scaled, own, known, hooked)
-            return self._parts_of(seen, asked, keep_graph=True)
+            stated = bool(subject.pose_index)
+            known = self._structures.of(own, subject.parameters, scaled, stated=stated)
+            inferred = known.inferred if known.is_fixed else {}
+            seen = replace(subject, output=scaled, registry=own, inferred=inferred)
+            return self._parts_of(seen, known, keep_graph=True)
 
-        lock, aside, copied = python_contained(registry, asked.parameters)
+        lock, aside, copied = python_contained(subject.registry, subject.parameters)
         with undisturbed(), lock, aside, copied, failures_named():
-            parts = self._scaling.parts(output, asked.parameters, read)
-            if not keep_graph:
-                release(registry, known.slots)
-        return parts
-
-    def _parts(
-        self,
-        subject: Subject,
-        parameters: Mapping[str, Tensor],
-        known: Structure,
-        keep_graph: bool,
-        quiet: bool,
-    ) -> tuple[Recipe, Parts]:
-        lock, aside, copied = python_contained(subject.registry, parameters)
-        with undisturbed(), lock, aside, copied:
-            reading = Reading(subject, parameters, self.block_bytes)
-            recipe, parts = self._read(reading, known.found, quiet)
+            parts = self._scaling.parts(subject.output, subject.parameters, read)
             if not keep_graph:
                 release(subject.registry, known.slots)
-        return recipe, parts
+        return parts
 
-    def _read(self, reading: Reading, found: Found, quiet: bool) -> tuple[Recipe, Parts]:
-        subject, parameters, is_lasting = reading.subject, reading.parameters, True
+    def _own(self) -> frozenset[int]:
+        """The memory of the modules' parameters and buffers."""
+        return frozenset(map(memory_of, self.tensors())) - {-1}
+
+    def _read(self, reading: Reading, found: Found) -> tuple[Recipe, Parts]:
+        subject, is_lasting = reading.subject, True
         recipe, reference, trial = found.recipe, None, None
-        if self._is_due(recipe, subject, parameters):
-            reference = Reference.of(subject, parameters)
+        if self._is_due(recipe, subject):
+            reference = Reference.of(subject)
         if recipe is not None:
             trial = _tried(subject, recipe)
         if recipe is None or trial is None or not all(map(trial.serves, recipe.sites)):
-            recipe, trial = self._new_recipe(subject, parameters)  # or poses mix this time
-            if reference is None and self._is_due(None, subject, parameters):
-                reference = Reference.of(subject, parameters)
+            recipe, trial = self._new_recipe(subject)  # or poses mix this time
+            if reference is None and self._is_due(None, subject):
+                reference = Reference.of(subject)
             slow = slow_parameters(recipe)
             is_lasting = not _is_lost_in_nan(trial)
-            if slow and not quiet and self.batch_dim is not None:
+            if slow and not subject.quiet and self.batch_dim is not None:
                 told = _coupled_message(slow) if is_lasting else _nan_message(slow, subject.output)
                 warn(told)
-        parts = reading.parts(recipe, trial)
+        parts = reading.open(recipe, trial)
         if reference is not None:
             once = self.check == "first" and not subject.is_hooked
             done = recipe.verified if once else frozenset()
             doubtful = frozenset(parts) - done - recipe.by_rows.keys()  # those are autograd's own
-            del trial  # its cotangents are large, and rarely needed again
-            recipe, parts = _verified(reading, recipe, parts, reference, doubtful, quiet)
+            recipe, parts = _verified(reading, recipe, parts, reference, doubtful)
         if is_lasting:
             found.recipe = recipe
         return recipe, parts
 
-    def _is_due(
-        self, recipe: Recipe | None, subject: Subject, parameters: Mapping[str, Tensor]
-    ) -> bool:
+    def _is_due(self, recipe: Recipe | None, subject: Subject) -> bool:
         """Whether rows are to be compared with a plain backward."""
         if self.check == "first" and not subject.is_hooked:
-            return recipe is None or not recipe.verified >= parameters.keys()
+            return recipe is None or not recipe.verified >= subject.parameters.keys()
         return self.check != "never"
 
-    def _new_recipe(
-        self, subject: Subject, parameters: Mapping[str, Tensor]
-    ) -> tuple[Recipe, Trial]:
+    def _new_recipe(self, subject: Subject) -> tuple[Recipe, Trial]:
         if self.batch_dim is None:
-            return Recipe(None, (), dict.fromkeys(parameters, "batch_dim=None")), Trial({}, {})
-        return resolve(subject, parameters)
+            return Recipe(None, (), dict.fromkeys(subject.parameters, "batch_dim=None")), _NOTHING
+        return resolve(subject)
+
+
+_NOTHING = Trial({}, {})
 
 
 def _graph_of(output: Tensor) -> EdgeRegistry:
@@ -286,13 +258,12 @@ def _verified(
     parts: Parts,
     reference: Reference,
     doubtful: frozenset[str],
-    quiet: bool,
 ) -> tuple[Recipe, Parts]:
     """Compares with autograd; what disagrees goes down the ladder, with one warning."""
-    registry, parameters = reading.registry, reading.parameters
-    wrong, sure = reference.disagreeing(registry, parameters, parts, doubtful)
+    subject = reading.subject
+    wrong, sure = reference.disagreeing(subject, parts, doubtful)
     if wrong:
-        if not quiet:
+        if not subject.quiet:
             warn(_disagreement_message(wrong))
         recipe = replace(
             recipe,
@@ -301,13 +272,13 @@ def _verified(
                 for site in recipe.sites
             ),
         )
-        parts = reading.parts(recipe, _tried(reading.subject, recipe))
-        still, _ = reference.disagreeing(registry, parameters, parts, wrong)
+        parts = reading.open(recipe, _tried(subject, recipe))
+        still, _ = reference.disagreeing(subject, parts, wrong)
         if still:
             sites = tuple(site for site in recipe.sites if site.parameter not in still)
             lost = {**recipe.by_rows, **dict.fromkeys(still, "disagreed with autograd")}
             recipe = replace(recipe, sites=sites, by_rows=lost)
-            parts = reading.parts(recipe, _tried(reading.subject, recipe))
+            parts = reading.open(recipe, _tried(subject, recipe))
     verified = recipe.verified | (sure & _live(parts)) | recipe.by_rows.keys()
     return replace(recipe, verified=verified), parts
 

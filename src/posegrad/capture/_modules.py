@@ -110,6 +110,11 @@ class Roster:
             raise UnsupportedModuleError(_complex_message(unreal))
         return found
 
+    def tensors(self) -> list[Tensor]:
+        """All parameters and buffers."""
+        buffers = [buffer for module in self._modules for buffer in module.buffers()]
+        return [*self.named().values(), *buffers]
+
     def _named_by(self, wanted: Iterable[str | Tensor]) -> dict[str, nn.Parameter]:
         trainable = self._trainable
         names = {id(parameter): name for name, parameter in trainable.items()}

@@ -80,6 +80,7 @@ class Kind(NamedTuple):
         keeps: Whether it keeps the order of numbers, so that it does nothing if the shape stays.
         is_transparent: Whether the gradient behind it is the same numbers: a transpose, a cast.
         multiplies: Whether data meets a parameter in it; an argument without a graph is data.
+        looks_up: Whether it looks up rows of its first argument by number.
     """
 
     moves: Rule | None = None
@@ -90,6 +91,7 @@ class Kind(NamedTuple):
     keeps: bool = False
     is_transparent: bool = False
     multiplies: bool = False
+    looks_up: bool = False
 
 
 UNKNOWN = Kind()
@@ -171,12 +173,12 @@ OPERATORS: dict[str, Kind] = {
     **_all("Mean/1 Median/1 Min Mode Nanmedian/1 Nansum Norm/1 Norm/2", Kind(reduced, _DIM)),
     **_all("Norm/3 Norm/4 Prod/1 Std StdMean Sum/1 Var VarMean", Kind(reduced, _DIM)),
     # By numbers
-    "IndexBackward0": Kind(picks=picked, forms={0: numbered}),
-    "IndexSelectBackward0": Kind(picks=picked, forms={0: numbered}),
+    "IndexBackward0": Kind(picks=picked, forms={0: numbered}, looks_up=True),
+    "IndexSelectBackward0": Kind(picks=picked, forms={0: numbered}, looks_up=True),
     "GatherBackward0": Kind(picks=picked_each),
     **_all("IndexAdd IndexPut", Kind(picks=added)),
     **_all("ScatterAdd ScatterReduce", Kind(picks=added_each)),
-    "EmbeddingBackward0": Kind(forms={0: table}),
+    "EmbeddingBackward0": Kind(forms={0: table}, looks_up=True),
     "EmbeddingBagBackward0": Kind(forms={0: bags}),
     # Products and systems of matrices
     "AddmmBackward0": Kind(

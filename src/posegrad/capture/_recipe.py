@@ -1,15 +1,18 @@
 """Finding out where every parameter's rows can be read."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 
 import torch
 from torch import Tensor
 
-from posegrad.capture._edges import EdgeRegistry
+from posegrad.capture._axis import Axis
+from posegrad.capture._edges import Edge, EdgeRegistry
 from posegrad.capture._sites import Site, beyond, carries_data, meets_itself, sites_of
-from posegrad.capture._trial import Subject, Trial, attempt
+from posegrad.capture._subject import Subject
+from posegrad.capture._trial import Trial, attempt
 from posegrad.jacobian import Arrangement
 
 __all__ = ["Recipe", "named", "outlook", "resolve", "slow_parameters"]
@@ -38,14 +41,9 @@ class Recipe:
     verified: frozenset[str] = frozenset()
 
 
-def resolve(subject: Subject, parameters: Mapping[str, Tensor]) -> tuple[Recipe, Trial]:
-    """The recipe of a structure not met before, and the cotangents it needs.
-
-    Args:
-        subject: What is differentiated.
-        parameters: Those that the output depends on.
-    """
-    registry, shape = subject.registry, subject.output.shape
+def resolve(subject: Subject) -> tuple[Recipe, Trial]:
+    """The recipe of a structure not met before, and the cotangents it needs."""
+    registry, parameters = subject.registry, subject.parameters
     if registry.is_nested():
         return Recipe(None, (), dict.fromkeys(parameters, "tensors are nested")), Trial({}, {})
     sites = [
@@ -55,6 +53,38 @@ def resolve(subject: Subject, parameters: Mapping[str, Tensor]) -> tuple[Recipe,
             registry, name, (registry.leaves[id(parameter)], 0), direct=True, light=True
         )
     ]
+    arrangement, trial = _first_look(subject, sites)
+    entering = {site.parameter for site in sites}
+    lost = {name: "no operator takes it" for name in parameters if name not in entering}
+    own = subject.own()
+    axes = subject.axes(arrangement)
+    data: dict[Edge, bool] = {}
+
+    def has_data(site: Site) -> bool:
+        if site.source not in data:
+            data[site.source] = carries_data(registry, site, axes, own)
+        return data[site.source]
+
+    mixed_sites = [site for site in sites if not trial.serves(site)]
+    if mixed_sites:
+        further = _further(subject, mixed_sites, axes, has_data)
+        trial = trial.joined(attempt(subject, arrangement, further))
+    settled = _settled(registry, sites, trial, lost)
+    for name in parameters:
+        if meets_itself(registry, [site for site in settled if site.parameter == name]):
+            lost[name] = "its own uses meet"
+    far = [s for s in settled if not (s.direct or s.light) and s.parameter not in lost]
+    if far and _is_dear(registry, far):
+        lost |= dict.fromkeys([site.parameter for site in far], "poses mix")
+    kept = tuple(site for site in settled if site.parameter not in lost)
+    left = [site for site in far if site.parameter not in lost]
+    activations = frozenset(site.source[0] for site in left if has_data(site))
+    return Recipe(arrangement.dim, kept, lost, activations), trial
+
+
+def _first_look(subject: Subject, sites: Sequence[Site]) -> tuple[Arrangement, Trial]:
+    """The arrangement of poses under which they mix at the fewest sites, and what is seen there."""
+    shape = subject.output.shape
     best: tuple[int, Arrangement, Trial] | None = None
     for dim in _pose_dimensions(shape) if subject.dim is None else [subject.dim]:
         arrangement = Arrangement(shape, dim)
@@ -65,21 +95,7 @@ def resolve(subject: Subject, parameters: Mapping[str, Tensor]) -> tuple[Recipe,
         if not mixed:
             break
     assert best is not None
-    _, arrangement, trial = best
-    entering = {site.parameter for site in sites}
-    lost = {name: "no operator takes it" for name in parameters if name not in entering}
-    mixed_sites = [site for site in sites if not trial.serves(site)]
-    if mixed_sites:
-        further = _further(registry, mixed_sites, parameters)
-        trial = trial.joined(attempt(subject, arrangement, further))
-    settled = _settled(registry, sites, trial, lost)
-    for name in parameters:
-        if meets_itself(registry, [site for site in settled if site.parameter == name]):
-            lost[name] = "its own uses meet"
-    kept = tuple(site for site in settled if site.parameter not in lost)
-    far = {site.source[0] for site in kept if not site.light}
-    activations = frozenset(node for node in far if carries_data(registry, node))
-    return Recipe(arrangement.dim, kept, lost, activations), trial
+    return best[1:]
 
 
 def outlook(registry: EdgeRegistry, name: str, parameter: Tensor) -> tuple[str, ...]:
@@ -130,20 +146,48 @@ def _settled(
 
 
 def _further(
-    registry: EdgeRegistry, mixed: Sequence[Site], parameters: Mapping[str, Tensor]
+    subject: Subject,
+    mixed: Sequence[Site],
+    axes: Mapping[Edge, Axis],
+    has_data: Callable[[Site], bool],
 ) -> list[Site]:
     """All sites that may be read instead, where what lies between may be a weight."""
+    registry, parameters = subject.registry, subject.parameters
     found: dict[Site, None] = {}
     pending = list(mixed)
     while pending and len(found) < _MOST_CLIMBED:
         for site in beyond(registry, pending.pop()) or ():
-            # What a weight enters may be of any size, as a network on the edges of all poses.
+            if site in found:
+                continue
+            told = all(edge in axes for edge in site.edges)
             size = registry.shape(site.source).numel()
             small = size <= _LARGEST_CLIMBED * max(parameters[site.parameter].numel(), 64)
-            if site not in found and small:
+            # What a weight enters may be of any size, as a network on the edges of all poses.
+            if told or small or not has_data(site):
                 found[site] = None
-                pending.append(site)
+                pending += [] if told else [site]
     return list(found)
+
+
+def _is_dear(registry: EdgeRegistry, far: Sequence[Site]) -> bool:
+    """Whether rows of the whole graph cost no more than those of tensors computed from parameters.
+
+    Both take a backward for each row: one through all numbers of the graph, for all parameters
+    together; the other through those below such a tensor, for the parameters it was computed from.
+    """
+    groups: dict[frozenset[Edge], None] = {}
+    for name in {site.parameter for site in far}:
+        own = [site.source for site in far if site.parameter == name and site.looked_up is None]
+        groups[frozenset(own)] = None
+    cost = sum(registry.shape(source).numel() for source in {site.source for site in far})
+    for sources in groups:
+        between = set[int]().union(*(registry.below(node) for node, _ in sources))
+        cost += sum(_numbers(registry, node) for node in between)
+    return cost >= sum(_numbers(registry, node) for node in range(len(registry.nodes)))
+
+
+def _numbers(registry: EdgeRegistry, node: int) -> int:
+    return sum(prod(shape) for shape in registry.sizes[node])
 
 
 def _pose_dimensions(shape: torch.Size) -> list[int | None]:

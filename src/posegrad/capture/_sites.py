@@ -1,10 +1,12 @@
 """Where a parameter's Jacobian is read off: the uses of it, and of tensors computed from it."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from posegrad._compat import device_of, dtype_of
+from posegrad._compat import device_of, dtype_of, memory_of, saved_tensors
+from posegrad.capture._axis import Axis
 from posegrad.capture._edges import Edge, EdgeRegistry
+from posegrad.capture._moves import aligned
 from posegrad.capture._operators import kind_of
 
 __all__ = ["Site", "beyond", "carries_data", "kept_shapes", "meets_itself", "sites_of"]
@@ -19,6 +21,8 @@ class Site:
         source: The tensor that enters: the parameter's leaf, or an edge computed from it.
         direct: Whether it is the leaf itself, so that nothing has to be pulled back.
         light: Whether what lies between only rearranges, and so needs no saved tensor.
+        looked_up: The operator that looked up rows of the parameter, if nothing but that and
+            rearrangements lies between.
         node: The number of the operator that takes it, and `argument`, as which argument.
         transposed: Whether a transpose lies between.
         closed: Whether a closed form is to be read; else the operator's own vjp is used.
@@ -34,10 +38,17 @@ class Site:
     transposed: bool
     closed: bool
     edges: tuple[Edge, ...]
+    looked_up: int | None = None
 
 
 def sites_of(
-    registry: EdgeRegistry, parameter: str, source: Edge, *, direct: bool, light: bool
+    registry: EdgeRegistry,
+    parameter: str,
+    source: Edge,
+    *,
+    direct: bool,
+    light: bool,
+    looked_up: int | None = None,
 ) -> Iterator[Site]:
     """The sites of a tensor: its uses, seen through transposes, casts and rearrangements."""
     stack = [(source, False)]
@@ -55,11 +66,13 @@ def sites_of(
                 stack.append(((use.node, 0), transposed ^ turned))
             elif kind.rearranges and not closed:
                 for output in outputs:
-                    yield from sites_of(registry, parameter, output, direct=False, light=light)
+                    yield from sites_of(
+                        registry, parameter, output, direct=False, light=light, looked_up=looked_up
+                    )
             else:
                 yield Site(
                     parameter, source, direct, light, use.node, use.argument, transposed, closed,
-                    outputs,
+                    outputs, looked_up,
                 )  # fmt: skip
 
 
@@ -80,9 +93,13 @@ def beyond(registry: EdgeRegistry, site: Site) -> list[Site] | None:
     """
     if registry.root in site.edges:
         return None
+    looks_up = kind_of(registry.names[site.node]).looks_up
+    table = site.node if looks_up and site.direct and site.closed and not site.transposed else None
     found: list[Site] = []
     for edge in site.edges:
-        found += sites_of(registry, site.parameter, edge, direct=False, light=False)
+        found += sites_of(
+            registry, site.parameter, edge, direct=False, light=False, looked_up=table
+        )
     return found
 
 
@@ -95,13 +112,53 @@ def meets_itself(registry: EdgeRegistry, sites: list[Site]) -> bool:
     return False
 
 
-def carries_data(registry: EdgeRegistry, node: int) -> bool:
-    """Whether a tensor was computed from data too, and so is an activation and no weight."""
-    return any(
-        registry.names[below] == "EmbeddingBackward0"
-        or (kind_of(registry.names[below]).multiplies and None in registry.sources[below])
-        for below in registry.below(node)
+def carries_data(
+    registry: EdgeRegistry, site: Site, axes: Mapping[Edge, Axis], own: frozenset[int]
+) -> bool:
+    """Whether what enters was computed from data too, and so is an activation and no weight.
+
+    Data enters a product as an operand without a graph, and a table as the rows to look up; unless
+    these are the modules' own, as buffers are. Rows that are looked up and then are broadcast along
+    the poses are alike for all of them: positions, distances.
+
+    Args:
+        registry: The graph.
+        site: Where it enters.
+        axes: Where poses lie.
+        own: The memory of the modules' parameters and buffers.
+    """
+    below = registry.below(site.source[0])
+    kinds = {node: kind_of(registry.names[node]) for node in below}
+    if any(
+        kind.multiplies and None in registry.sources[node] and not _has_only(registry, node, own)
+        for node, kind in kinds.items()
+    ):
+        return True
+    told = [node for node, kind in kinds.items() if kind.looks_up]
+    if all(_has_only(registry, node, own) for node in told):
+        return False
+    keeps = all(
+        kind.looks_up or kind.rearranges or kind.moves is aligned or not any(registry.sources[node])
+        for node, kind in kinds.items()
     )
+    return not (keeps and _is_shared(registry, site, axes))
+
+
+def _has_only(registry: EdgeRegistry, node: int, own: frozenset[int]) -> bool:
+    """Whether an operator saved nothing but the modules' own tensors, as far as can be seen."""
+    tensors = saved_tensors(registry.nodes[node])
+    return tensors is not None and all(memory_of(tensor) in own for tensor in tensors)
+
+
+def _is_shared(registry: EdgeRegistry, site: Site, axes: Mapping[Edge, Axis]) -> bool:
+    """Whether what enters is the same for all poses: it is broadcast, a factor, or a table."""
+    kind, axis = kind_of(registry.names[site.node]), axes.get(site.edges[0])
+    if axis is None or kind.looks_up:
+        return kind.looks_up
+    if kind.moves is None or not (kind.moves is aligned or kind.multiplies):
+        return False
+    out, inside = registry.shape(site.edges[0]), registry.shape(site.source)
+    return kind.moves(registry.facts[site.node], site.argument, axis, out, inside) is None
 
 
 def _keeps_shape(registry: EdgeRegistry, node: int) -> bool:

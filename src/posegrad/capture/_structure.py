@@ -8,9 +8,9 @@ from torch import Tensor
 
 from posegrad.capture._edges import EdgeRegistry
 from posegrad.capture._inference import Inferred
+from posegrad.capture._plan import SettledPlan
 from posegrad.capture._recipe import Recipe
 from posegrad.capture._release import Slot, slots_above
-from posegrad.capture._routine import Routine
 from posegrad.capture._sites import kept_shapes
 
 __all__ = ["Found", "Structure", "Structures"]
@@ -41,7 +41,7 @@ class Structure:
         slots: Where nodes above the parameters hold saved tensors.
         is_fixed: Whether that decides where poses lie, as far as is known: no numbers pick rows.
         inferred: Where poses lie, as far as it follows, by the output's dimension of poses.
-        routine: How to read it, once it is known.
+        plan: How to read it, once nothing is open.
     """
 
     found: Found
@@ -49,7 +49,7 @@ class Structure:
     slots: list[Slot]
     is_fixed: bool = True
     inferred: dict[int | None, Inferred] = field(default_factory=dict)
-    routine: Routine | None = None
+    plan: SettledPlan | None = None
 
 
 @dataclass

@@ -1,57 +1,20 @@
 """One look at the cotangents: what they are, and whose."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from posegrad.capture._axis import Axis
-from posegrad.capture._edges import Edge, EdgeRegistry
-from posegrad.capture._inference import Inferred, infer
+from posegrad.capture._edges import Edge
 from posegrad.capture._probing import disproved, narrowest, probed
 from posegrad.capture._sites import Site
+from posegrad.capture._subject import Subject
 from posegrad.capture._vjp import cotangents_at
 from posegrad.jacobian import Arrangement, Layout, single
 
-__all__ = ["Subject", "Trial", "attempt"]
-
-
-@dataclass(frozen=True)
-class Subject:
-    """What is being differentiated.
-
-    Args:
-        output: The predictions, with their graph.
-        registry: That graph.
-        pose_index: Owners of rows the caller has stated.
-        dim: The output's dimension that counts poses, if the caller has said.
-        generator: The engine's own source of random numbers.
-        inferred: What `axes` found in graphs of this very structure, by the dimension of poses.
-        is_hooked: Whether activations are seen to have hooks, which may do today what they did not
-            when rows were last compared with autograd.
-    """
-
-    output: Tensor
-    registry: EdgeRegistry
-    pose_index: Sequence[Tensor]
-    dim: int | None
-    generator: torch.Generator
-    inferred: dict[int | None, Inferred]
-    is_hooked: bool = False
-
-    def axes(self, arrangement: Arrangement) -> Mapping[Edge, Axis]:
-        """Where poses lie at the edges for which operators tell, one after another."""
-        if arrangement.dim not in self.inferred:
-            found = infer(self.registry, arrangement, self.generator)
-            self.inferred[arrangement.dim] = found
-        return self.inferred[arrangement.dim].axes
-
-    @property
-    def is_fixed(self) -> bool:
-        """Whether that holds for all graphs of this structure."""
-        return all(found.is_fixed for found in self.inferred.values())
+__all__ = ["Trial", "attempt", "known_layout"]
 
 
 @dataclass(frozen=True)
@@ -104,7 +67,7 @@ def attempt(subject: Subject, arrangement: Arrangement, sites: Sequence[Site]) -
     base = answer(edges, mix, torch.ones(count, device="cpu"))
     shared: dict[tuple[int, int], Layout] = {}
     layouts = {
-        edge: _known_layout(subject, arrangement, edge, b, shared) for edge, b in base.items()
+        edge: known_layout(subject, arrangement, edge, b, shared) for edge, b in base.items()
     }
     unknown = [edge for edge, layout in layouts.items() if layout is None]
     if unknown:
@@ -128,7 +91,7 @@ def _at(subject: Subject, edges: Sequence[Edge], cotangent: Tensor) -> dict[Edge
     return dict(zip(edges, found, strict=True))
 
 
-def _known_layout(
+def known_layout(
     subject: Subject,
     arrangement: Arrangement,
     edge: Edge,

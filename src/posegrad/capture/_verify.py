@@ -7,9 +7,8 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from posegrad.capture._edges import EdgeRegistry
 from posegrad.capture._guard import leaf_hooks_off
-from posegrad.capture._trial import Subject
+from posegrad.capture._subject import Subject
 from posegrad.capture._vjp import dense
 from posegrad.jacobian import Block, Part, Weights
 
@@ -39,9 +38,9 @@ class Reference:
     gradients: Mapping[str, Tensor | None]
 
     @classmethod
-    def of(cls, subject: Subject, parameters: Mapping[str, Tensor]) -> Self:
+    def of(cls, subject: Subject) -> Self:
         """One plain backward; the graph is kept."""
-        output = subject.output
+        output, parameters = subject.output, subject.parameters
         weights = torch.randn(
             output.shape, generator=subject.generator, dtype=torch.float64, device="cpu"
         )
@@ -59,8 +58,7 @@ class Reference:
 
     def disagreeing(
         self,
-        registry: EdgeRegistry,
-        parameters: Mapping[str, Tensor],
+        subject: Subject,
         parts: Mapping[str, Sequence[Part]],
         doubtful: Collection[str],
     ) -> tuple[frozenset[str], frozenset[str]]:
@@ -76,6 +74,7 @@ class Reference:
         errors of the whole gradient nothing is an error, for there are parameters whose gradient is
         zero but for rounding (the bias of attention's keys).
         """
+        registry, parameters = subject.registry, subject.parameters
         flat = self.weights.reshape(-1)
         size = _size(self.gradients.values())
         wrong, sure = set(), set()

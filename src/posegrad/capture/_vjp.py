@@ -107,18 +107,19 @@ def as_source(node: Node, argument: int, gradient: Tensor | None) -> Tensor:
 
 
 def rows_of_graph(
-    output: Tensor | GradientEdge,
-    cotangents: Callable[[int], Tensor],
-    sources: Sequence[Tensor],
+    outputs: Sequence[Tensor | GradientEdge],
+    cotangents: Callable[[int, int], list[Tensor]],
+    sources: Sequence[Tensor | GradientEdge],
     count: int,
     most: int,
 ) -> list[Tensor | None]:
     """Rows of the Jacobian by backwards through the graph, batched where torch can.
 
     Args:
-        output: What is differentiated.
-        cotangents: Row number to the cotangent.
-        sources: With respect to what: leaves.
+        outputs: What is differentiated.
+        cotangents: From the numbers of the first row and the one after the last to the cotangents
+            of these rows, `[rows, *shape]` for each output.
+        sources: With respect to what: leaves, or tensors of the graph.
         count: The number of rows.
         most: How many rows may be computed at once.
 
@@ -126,11 +127,11 @@ def rows_of_graph(
         `[count, *shape]` for each source, None where nothing flows.
     """
     chunks: list[list[Tensor | None]] = []
-    sources = list(sources)
-    with leaf_hooks_off(sources), _thawed(sources), ordinary_mode():
+    leaves = [source for source in sources if isinstance(source, Tensor)]
+    with leaf_hooks_off(leaves), _thawed(leaves), ordinary_mode():
         for start in range(0, count, most):
-            group = [cotangents(i) for i in range(start, min(start + most, count))]
-            chunks.append(_graph_group(output, group, sources))
+            batches = cotangents(start, min(start + most, count))
+            chunks.append(_graph_group(list(outputs), batches, list(sources)))
     return [
         None if column[0] is None else torch.cat(column) if len(column) > 1 else column[0]
         for column in zip(*chunks, strict=True)
@@ -154,23 +155,29 @@ class _thawed(Change):  # noqa: N801
 
 
 def _graph_group(
-    output: Tensor | GradientEdge, group: list[Tensor], sources: list[Tensor]
+    outputs: list[Tensor | GradientEdge],
+    batches: list[Tensor],
+    sources: list[Tensor | GradientEdge],
 ) -> list[Tensor | None]:
-    if len(group) > 1:
-        batch = torch.stack(group)
+    count = len(batches[0])
+    if count > 1:
         try:
             with _quiet():
-                found = _grad(output, batch, sources, batched=True)
+                found = _grad(outputs, batches, sources, batched=True)
             flowing = [g for g in found if g is not None]
             if not flowing:
                 return list(found)
             weights = _even_weights(flowing)
-            together = _grad(output, _weighted(weights, batch), sources, batched=False)
+            sums = [_weighted(weights, batch) for batch in batches]
+            together = _grad(outputs, sums, sources, batched=False)
             if _adds_up(weights, found, together):
                 return list(found)
         except RuntimeError:
             pass  # not every backward can run under vmap; one by one, all can
-    rows = [_grad(output, cotangent, sources, batched=False) for cotangent in group]
+    rows = [
+        _grad(outputs, [batch[i] for batch in batches], sources, batched=False)
+        for i in range(count)
+    ]
     return [
         None if column[0] is None else torch.stack([dense(g) for g in column])
         for column in zip(*rows, strict=True)
@@ -178,12 +185,16 @@ def _graph_group(
 
 
 def _grad(
-    output: Tensor | GradientEdge, cotangent: Tensor, sources: list[Tensor], *, batched: bool
+    outputs: list[Tensor | GradientEdge],
+    cotangents: list[Tensor],
+    sources: list[Tensor | GradientEdge],
+    *,
+    batched: bool,
 ) -> tuple[Tensor | None, ...]:
     return torch.autograd.grad(
-        [output],  # type: ignore[arg-type]
-        sources,
-        [cotangent],
+        outputs,  # type: ignore[arg-type]
+        sources,  # type: ignore[arg-type]
+        cotangents,
         retain_graph=True,
         allow_unused=True,
         is_grads_batched=batched,
