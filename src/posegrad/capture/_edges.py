@@ -15,7 +15,7 @@ from posegrad.capture._axis import Facts
 from posegrad.capture._operators import kind_of
 from posegrad.errors import ReentrantCheckpointError
 
-__all__ = ["LEAF", "Edge", "EdgeRegistry", "Use", "walk"]
+__all__ = ["LEAF", "LEAF_NAME", "Edge", "EdgeRegistry", "Use", "walk"]
 
 LEAF = type(get_gradient_edge(torch.zeros((), requires_grad=True, device="cpu")).node)
 """The class of the nodes that stand for leaves."""

@@ -23,7 +23,7 @@ import torch
 
 from posegrad._compat import is_packed, is_python
 from posegrad.capture._axis import Axis, agreed, axis_in
-from posegrad.capture._edges import Edge, EdgeRegistry
+from posegrad.capture._edges import LEAF_NAME, Edge, EdgeRegistry
 from posegrad.capture._operators import kind_of
 from posegrad.capture._probing import probed_alone
 from posegrad.jacobian import Arrangement
@@ -61,11 +61,12 @@ def infer(registry: EdgeRegistry, arrangement: Arrangement, generator: torch.Gen
         of_outputs = {i: axes.get((node, i)) for i in registry.outputs(node)}
         known = {i: axis for i, axis in of_outputs.items() if axis is not None}
         moved: dict[int, Axis | None] = {}
-        if len(known) == len(of_outputs) and not is_python(registry.nodes[node]):
-            moved, follows = _moved(registry, node, known, generator)
+        sources = _computed(registry, node)
+        if sources and len(known) == len(of_outputs) and not is_python(registry.nodes[node]):
+            moved, follows = _moved(registry, node, [*sources], known, generator)
             is_fixed &= follows
-        for argument, edge in enumerate(registry.sources[node]):
-            if edge is None or edge in lost:
+        for argument, edge in sources.items():
+            if edge in lost:
                 continue
             axis = moved.get(argument)
             if edge in axes:
@@ -77,15 +78,27 @@ def infer(registry: EdgeRegistry, arrangement: Arrangement, generator: torch.Gen
     return Inferred(axes, is_fixed)
 
 
+def _computed(registry: EdgeRegistry, node: int) -> dict[int, Edge]:
+    """The arguments of an operator that were computed by another; nothing lies behind leaves."""
+    return {
+        i: edge
+        for i, edge in enumerate(registry.sources[node])
+        if edge is not None and registry.names[edge[0]] != LEAF_NAME
+    }
+
+
 def _moved(
-    registry: EdgeRegistry, node: int, axes: Mapping[int, Axis], generator: torch.Generator
+    registry: EdgeRegistry,
+    node: int,
+    arguments: list[int],
+    axes: Mapping[int, Axis],
+    generator: torch.Generator,
 ) -> tuple[dict[int, Axis | None], bool]:
     """The axes of an operator's arguments by those of its outputs, and whether structure tells."""
     kind, operator = kind_of(registry.names[node]), registry.nodes[node]
-    arguments = [i for i, edge in enumerate(registry.sources[node]) if edge is not None]
     # Another release of torch may not save what a rule looks at.
     told = kind.moves is not None and None not in registry.facts[node]
-    if not told and (is_packed(operator) or not arguments):
+    if not told and is_packed(operator):
         return {}, True  # what a checkpoint would have to recompute is not read
     moved = {i: _by_rule(registry, node, i, axes) for i in arguments}
     if told or None not in moved.values():
