@@ -8,19 +8,24 @@ from torch import Tensor
 
 from posegrad.jacobian import NOBODY, Layout
 
-__all__ = ["Axis", "Facts", "Rule", "agreed", "axis_in", "dim_of"]
+__all__ = ["WHOLE", "Axis", "Facts", "Rule", "agreed", "axis_in", "dim_of"]
+
+
+WHOLE = -1
+"""The dimension of a tensor that belongs to a single pose as a whole."""
 
 
 class Axis(NamedTuple):
-    """Where the poses of a tensor lie: in one dimension.
+    """Where the poses of a tensor lie: in one dimension, unless it is a single pose's.
 
     Args:
-        dim: The dimension.
+        dim: The dimension, or `WHOLE`.
         poses: m, their number.
         inner: How many neighbours along it belong to one pose, if its size is
             `outer * poses * inner`.
         size: Its size.
-        owners: The pose of each entry along it, `[size]`, if they follow no such pattern.
+        owners: The pose of each entry along it, `[size]`, if they follow no such pattern; of a
+            whole tensor its own.
     """
 
     dim: int
@@ -31,7 +36,28 @@ class Axis(NamedTuple):
 
     def spelled(self, device: torch.device) -> Tensor:
         """The pose of each entry, `[size]`."""
-        return self.layout(device).owners
+        if self.owners is not None:
+            return self.owners.to(device)
+        return Layout.regular(self.poses, self.dim, self.size, self.inner, device).owners
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the whole tensor belongs to one pose."""
+        return self.dim == WHOLE
+
+    def part(self, start: int, stop: int) -> "Axis":
+        """The axis of entries that are cut out along it."""
+        return self.owned(self.dim, self.spelled(_CPU)[start:stop])
+
+    def entry(self, place: int) -> "Axis":
+        """The axis of one entry by itself: it belongs to one pose as a whole."""
+        return self.owned(WHOLE, self.spelled(_CPU)[place : place + 1])
+
+    def within(self, dim: int, size: int, places: slice) -> "Axis":
+        """The axis of a tensor that it was cut out of along a dimension; the rest is nobody's."""
+        owners = torch.full((size,), NOBODY, device=_CPU)
+        owners[places] = self.spelled(_CPU)
+        return self.owned(dim, owners)
 
     def owned(self, dim: int, owners: Tensor) -> "Axis":
         """An axis of the same poses with owners of its own."""
@@ -39,9 +65,14 @@ class Axis(NamedTuple):
 
     def layout(self, device: torch.device) -> Layout:
         """The layout of a tensor with this axis."""
+        if self.is_whole:
+            return Layout(self.poses, (), self.spelled(_CPU).to(device))
         if self.owners is not None:
             return Layout.along(self.poses, self.dim, self.owners.to(device))
         return Layout.regular(self.poses, self.dim, self.size, self.inner, device)
+
+
+_CPU = torch.device("cpu")
 
 
 def agreed(first: Axis | None, second: Axis | None) -> Axis | None:

@@ -27,6 +27,8 @@ def picked(node: Node, arg: int, axis: Axis, out: torch.Size, inside: torch.Size
     dim, index = _numbers(node, out)
     if index is None or _replaced(inside, dim, len(index)) != out:
         return None
+    if axis.is_whole:
+        axis = axis.owned(dim, axis.spelled(index.device).expand(len(index)))
     return axis if dim != axis.dim else _gathered(axis, index, inside[dim])
 
 

@@ -4,7 +4,8 @@ Probing finds the owners of any row and costs a backward. Most graphs need no pr
 `[m]` is a sum over T of `[m, T]`, and that a product of `[m, T, d]` with a weight, the dimension of
 poses can be followed from operator to operator by what each operator *is*, whatever numbers flow.
 An operator that is not in the table is probed alone, by its own vjp (`_probing.py`). Where poses
-mix, nothing is inferred for what lies behind.
+mix, nothing is inferred for what lies behind. Behind what belongs to one pose as a whole, so does
+everything, whatever the operators are.
 
 Rows may also be picked by number, as messages between atoms are; then owners follow the numbers
 (`_indexed.py`), and are found anew for each graph.
@@ -22,7 +23,8 @@ from typing import NamedTuple
 import torch
 
 from posegrad._compat import is_packed, is_python
-from posegrad.capture._axis import Axis, agreed, axis_in
+from posegrad.capture._axis import Axis, Facts, agreed, axis_in, dim_of
+from posegrad.capture._cuts import Cut
 from posegrad.capture._edges import LEAF_NAME, Edge, EdgeRegistry
 from posegrad.capture._operators import kind_of
 from posegrad.capture._probing import probed_alone
@@ -62,7 +64,7 @@ def infer(registry: EdgeRegistry, arrangement: Arrangement, generator: torch.Gen
         known = {i: axis for i, axis in of_outputs.items() if axis is not None}
         moved: dict[int, Axis | None] = {}
         sources = _computed(registry, node)
-        if sources and len(known) == len(of_outputs) and not is_python(registry.nodes[node]):
+        if sources and len(known) == len(of_outputs):
             moved, follows = _moved(registry, node, [*sources], known, generator)
             is_fixed &= follows
         for argument, edge in sources.items():
@@ -96,31 +98,61 @@ def _moved(
 ) -> tuple[dict[int, Axis | None], bool]:
     """The axes of an operator's arguments by those of its outputs, and whether structure tells."""
     kind, operator = kind_of(registry.names[node]), registry.nodes[node]
+    if not (kind.cuts or kind.looks_up) and (first := _single(axes)) is not None:
+        return dict.fromkeys(arguments, first), True
+    if is_python(operator):
+        return {}, True
     # Another release of torch may not save what a rule looks at.
     told = kind.moves is not None and None not in registry.facts[node]
     if not told and is_packed(operator):
         return {}, True  # what a checkpoint would have to recompute is not read
-    moved = {i: _by_rule(registry, node, i, axes) for i in arguments}
+    found = {i: _by_rule(registry, node, i, axes) for i in arguments}
+    moved = {i: axis for i, (axis, _) in found.items()}
+    follows = all(follows for _, follows in found.values())
     if told or None not in moved.values():
-        return moved, told
+        return moved, told and follows
     try:
         return probed_alone(registry, node, axes, generator), False
     except RuntimeError:  # it cannot be called alone; what lies behind it is probed
         return {}, False
 
 
+def _single(axes: Mapping[int, Axis]) -> Axis | None:
+    """The axis of outputs that belong to one and the same pose as a whole, if they do."""
+    one: Axis | None = next(iter(axes.values()))
+    one = reduce(agreed, axes.values(), one)
+    return one if one is not None and one.is_whole else None
+
+
 def _by_rule(
     registry: EdgeRegistry, node: int, argument: int, axes: Mapping[int, Axis]
-) -> Axis | None:
-    """The axis of one argument, on which all outputs must agree."""
-    kind, operator = kind_of(registry.names[node]), registry.nodes[node]
+) -> tuple[Axis | None, bool]:
+    """The axis of one argument, on which all outputs must agree, and whether structure tells."""
+    kind, operator, facts = (
+        kind_of(registry.names[node]),
+        registry.nodes[node],
+        registry.facts[node],
+    )
     edge = registry.sources[node][argument]
     assert edge is not None
-    inside, found = registry.shape(edge), []
+    inside, found, follows = registry.shape(edge), list[Axis | None](), True
     for number, axis in axes.items():
         out = registry.shape((node, number))
         if kind.picks is not None:
             found.append(kind.picks(operator, argument, axis, out, inside))
-        elif kind.moves is not None and None not in registry.facts[node]:
-            found.append(kind.moves(registry.facts[node], argument, axis, out, inside))
-    return reduce(agreed, found) if found else None
+        elif kind.moves is None or None in facts:
+            continue
+        elif kind.cuts is not None and _is_cut(facts, axis, out, inside):
+            sizes = [None if e is None else registry.shape(e) for e in registry.sources[node]]
+            dim = dim_of(facts[0], max(len(out), len(inside)))
+            cut = Cut(operator, dim, argument, number, sizes, registry.sizes[node])
+            moved, follows = kind.cuts(cut, axis)
+            found.append(moved)
+        else:
+            found.append(kind.moves(facts, argument, axis, out, inside))
+    return (reduce(agreed, found) if found else None), follows
+
+
+def _is_cut(facts: Facts, axis: Axis, out: torch.Size, inside: torch.Size) -> bool:
+    """Whether poses lie along the dimension in which tensors are put together or cut out."""
+    return axis.is_whole or (len(out) >= len(inside) and axis.dim == dim_of(facts[0], len(out)))

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from posegrad.capture._axis import Rule
+from posegrad.capture._cuts import CutRule, joined, parted, piled, sliced, taken, unbound
 from posegrad.capture._indexed import IndexRule, added, added_each, picked, picked_each
 from posegrad.capture._moves import (
     aligned,
@@ -75,6 +76,7 @@ class Kind(NamedTuple):
         moves: How poses move from its output to its arguments; None if nothing is known.
         told: The names under which it saved what `moves` looks at.
         picks: In place of `moves`, where numbers tell that the operator saved.
+        cuts: Besides, where tensors are put together along the poses, or cut out.
         forms: By argument, how the closed form of a parameter there is read.
         rearranges: Whether it only rearranges: what it makes of a parameter is read in its place.
         keeps: Whether it keeps the order of numbers, so that it does nothing if the shape stays.
@@ -86,6 +88,7 @@ class Kind(NamedTuple):
     moves: Rule | None = None
     told: tuple[str, ...] = ()
     picks: IndexRule | None = None
+    cuts: CutRule | None = None
     forms: Mapping[int, Reader] = {}
     rearranges: bool = False
     keeps: bool = False
@@ -155,10 +158,16 @@ OPERATORS: dict[str, Kind] = {
     "TBackward0": Kind(flipped, rearranges=True, is_transparent=True),
     **_all("Transpose Transpose/1", Kind(transposed, ("dim0", "dim1"), rearranges=True)),
     "PermuteBackward0": Kind(permuted, ("dims",), rearranges=True),
-    **_all("Select Unbind", Kind(selected, _DIM, rearranges=True)),
-    **_all("Slice Split SplitWithSizes UnsafeSplit", Kind(along, _DIM, rearranges=True)),
-    **_all("Cat Sort Sort/1 Topk", Kind(along, _DIM)),
-    "StackBackward0": Kind(stacked, _DIM),
+    "SelectBackward0": Kind(selected, _DIM, cuts=taken, rearranges=True),
+    "SliceBackward0": Kind(along, _DIM, cuts=sliced, rearranges=True),
+    "UnbindBackward0": Kind(selected, _DIM, cuts=unbound, rearranges=True),
+    **_all(
+        "Split SplitWithSizes UnsafeSplit UnsafeSplitWithSizes",
+        Kind(along, _DIM, cuts=parted, rearranges=True),
+    ),
+    **_all("Sort Sort/1 Topk", Kind(along, _DIM)),
+    "CatBackward0": Kind(along, _DIM, cuts=joined),
+    "StackBackward0": Kind(stacked, _DIM, cuts=piled),
     **_all("Flip Roll Rot90", Kind(along_each, ("dims",))),
     "SelectScatterBackward0": Kind(put_in, _DIM),
     "DiagonalBackward0": Kind(diagonal, ("dim1", "dim2")),

@@ -26,6 +26,8 @@ __all__ = ["Parts", "Reading"]
 
 Parts = dict[str, list[Part]]
 
+_LARGE = 2**14  # numbers of an operator that take longer than calling it
+
 Forms = list[ClosedForm | None]
 """The closed form of each use of a plan."""
 
@@ -312,7 +314,9 @@ class Reading:
         sources = [self.subject.parameters[name] for name in names]
         held = sum(p.numel() for p in sources)
         if not self.registry.is_nested():
-            held += sum(prod(shape) for sizes in self.registry.sizes for shape in sizes)
+            numbers = sum(prod(shape) for sizes in self.registry.sizes for shape in sizes)
+            # One after another where operators are large: nothing is gained by batching them.
+            held += numbers if numbers < _LARGE * len(self.registry.nodes) else self.block_bytes
 
         def units(start: int, stop: int) -> list[Tensor]:
             cotangents = output.new_zeros(stop - start, output.numel())

@@ -22,6 +22,12 @@ _MOST_CLIMBED = 512  # sites beyond a parameter's own that are looked at togethe
 _LARGEST_CLIMBED = 4  # times the parameter's size: what is larger is no weight
 
 
+_FEW = 8  # rows that are not worth a search for owners
+
+FEW_ROWS = "a few numbers put together"
+"""Why rows are taken one by one, where nothing is slow about it."""
+
+
 @dataclass(frozen=True)
 class Recipe:
     """How the Jacobian of one structure of graph is read.
@@ -53,6 +59,8 @@ def resolve(subject: Subject) -> tuple[Recipe, Trial]:
             registry, name, (registry.leaves[id(parameter)], 0), direct=True, light=True
         )
     ]
+    if _is_few_losses(subject, sites):
+        return Recipe(None, (), dict.fromkeys(parameters, FEW_ROWS)), Trial({}, {})
     arrangement, trial = _first_look(subject, sites)
     entering = {site.parameter for site in sites}
     lost = {name: "no operator takes it" for name in parameters if name not in entering}
@@ -80,6 +88,22 @@ def resolve(subject: Subject) -> tuple[Recipe, Trial]:
     left = [site for site in far if site.parameter not in lost]
     activations = frozenset(site.source[0] for site in left if has_data(site))
     return Recipe(arrangement.dim, kept, lost, activations), trial
+
+
+def _is_few_losses(subject: Subject, sites: Sequence[Site]) -> bool:
+    """Whether the output is a few numbers that were put together, as the losses of several tasks.
+
+    Each is then a pose as a whole, and what they have in common is nobody's. Plain backwards, one
+    for each number, cost no more than finding that out would.
+    """
+    arrangement = Arrangement(subject.output.shape, None)
+    if not 1 < arrangement.poses <= _FEW or subject.pose_index:
+        return False
+    axes = subject.axes(arrangement)
+    if not any(axis.is_whole for axis in axes.values()):
+        return False
+    told = [axes.get(edge) for site in sites for edge in site.edges]
+    return None in told and all(axis is None or axis.is_whole for axis in told)
 
 
 def _first_look(subject: Subject, sites: Sequence[Site]) -> tuple[Arrangement, Trial]:
@@ -119,7 +143,8 @@ def named(kind: str) -> str:
 def slow_parameters(recipe: Recipe) -> list[str]:
     """The parameters that take a backward, or a part of one, for each row."""
     far = {site.parameter for site in recipe.sites if site.source[0] in recipe.activations}
-    return sorted(recipe.by_rows.keys() | far)
+    slow = {name for name, why in recipe.by_rows.items() if why != FEW_ROWS}
+    return sorted(slow | far)
 
 
 def _settled(
