@@ -65,6 +65,14 @@ from posegrad.capture._read import (
     table,
     vector,
 )
+from posegrad.capture._recurrent import (
+    GATES,
+    Opening,
+    gate_bias,
+    input_weight,
+    recurrent,
+    state_weight,
+)
 
 __all__ = ["OPERATORS", "UNKNOWN", "Kind", "kind_of"]
 
@@ -78,6 +86,7 @@ class Kind(NamedTuple):
         picks: In place of `moves`, where numbers tell that the operator saved.
         cuts: Besides, where tensors are put together along the poses, or cut out.
         forms: By argument, how the closed form of a parameter there is read.
+        opens: Where the forms are those of a product inside the operator, the way to it.
         rearranges: Whether it only rearranges: what it makes of a parameter is read in its place.
         keeps: Whether it keeps the order of numbers, so that it does nothing if the shape stays.
         is_transparent: Whether the gradient behind it is the same numbers: a transpose, a cast.
@@ -90,6 +99,7 @@ class Kind(NamedTuple):
     picks: IndexRule | None = None
     cuts: CutRule | None = None
     forms: Mapping[int, Reader] = {}
+    opens: Opening | None = None
     rearranges: bool = False
     keeps: bool = False
     is_transparent: bool = False
@@ -266,6 +276,13 @@ OPERATORS: dict[str, Kind] = {
     ),
     # Told, so that a layer in training and in evaluation are two structures
     **_all("CudnnBatchNorm MiopenBatchNorm", Kind(told=("training",))),
+    # An LSTM's layer in one operator
+    "MkldnnRnnLayerBackward0": Kind(
+        recurrent,
+        forms={1: input_weight, 2: state_weight, 3: gate_bias, 4: gate_bias},
+        opens=GATES,
+        multiplies=True,
+    ),
     # Attention
     **_all("ScaledDotProductCudnnAttention ScaledDotProductEfficientAttention", Kind(attention)),
     **_all("ScaledDotProductFlashAttention", Kind(attention)),

@@ -14,6 +14,7 @@ from posegrad.capture._plan import Plan, SettledPlan, Use
 from posegrad.capture._pulled import Far, lifted, pulled
 from posegrad.capture._read import Operator
 from posegrad.capture._recipe import Recipe, named
+from posegrad.capture._recurrent import Opening
 from posegrad.capture._release import Slot, release
 from posegrad.capture._sites import Site
 from posegrad.capture._subject import Subject
@@ -57,6 +58,8 @@ class Reading:
     subject: Subject
     block_bytes: int
     _answers: dict[int, dict[int, Tensor | None]] = field(default_factory=dict)  # node, argument
+    _operators: dict[int, Operator] = field(default_factory=dict)
+    _insides: dict[int, tuple[Layout | None, list[Tensor | None]]] = field(default_factory=dict)
 
     def settled(self, settled: SettledPlan, slots: list[Slot], *, keep_graph: bool) -> Parts | None:
         """The parts of each parameter's block by a plan in which nothing is open.
@@ -97,6 +100,7 @@ class Reading:
             columns = self._columns(plan, keep_graph=True)
         layouts = [trial.layouts.get(edge) for edge in plan.edges]
         self._answers.clear()
+        self._insides.clear()
         trial.cotangents.clear()
         found = self._multiplied(plan, forms, tables, _Looked(columns, layouts))
         found.update(self._by_rows(recipe.by_rows))
@@ -108,7 +112,8 @@ class Reading:
         Returns:
             The form of each use, and those of tables that rows were looked up in, by operator.
         """
-        operators = {node: operator_at(self.registry, node) for node in plan.operators}
+        operators = self._operators
+        operators.update({node: operator_at(self.registry, node) for node in plan.operators})
         parameters = self.subject.parameters
         forms: Forms = []
         tables: dict[int, Embedding | None] = {}
@@ -189,6 +194,7 @@ class Reading:
                 far += [] if rows is None else [(site, rows)]
             for place in use.spent:
                 self._answers.pop(site.node, None)
+                self._insides.pop(site.node, None)
                 for column in looked.columns:
                     column[place] = None
         if far:
@@ -199,22 +205,17 @@ class Reading:
     def _part(self, plan: Plan, use: Use, form: ClosedForm | None, looked: _Looked) -> Part | None:
         """The part of a parameter that enters as it is, or rearranged."""
         site, arrangement = use.site, plan.arrangement
-        place = use.places[0]
-        layout = looked.layouts[place]
-        values = [column[place] for column in looked.columns]
-        present = next((value for value in values if value is not None), None)
-        if not _is_served(form, layout, present):
+        served = None if form is None else self._served(use, form, looked)
+        if form is None or served is None:
             rows = self._operator_rows(plan, use, form, looked)
             if rows is None:
                 return None
             pull = self._pull(site)
-            values_ = rows.rows if pull is None else pull(rows.rows)
-            return Rows(rows.path, 0, values_.to(self.subject.parameters[site.parameter].dtype))
-        if present is None:
+            values = rows.rows if pull is None else pull(rows.rows)
+            return Rows(rows.path, 0, values.to(self.subject.parameters[site.parameter].dtype))
+        layout, each = served
+        if not each:
             return None
-        assert form is not None
-        assert layout is not None
-        each = tuple([torch.zeros_like(present) if v is None else v for v in values])
         if site.direct:
             return Factors.direct(form, layout, arrangement, each)
         path = f"closed form ({type(form).__name__})"
@@ -222,20 +223,59 @@ class Reading:
 
     def _far(self, plan: Plan, use: Use, form: ClosedForm | None, looked: _Looked) -> Far | None:
         """The rows of a tensor that was computed from parameters."""
-        place = use.places[0]
-        layout, values = looked.layouts[place], [column[place] for column in looked.columns]
-        present = next((value for value in values if value is not None), None)
-        if not _is_served(form, layout, present):
+        served = None if form is None else self._served(use, form, looked)
+        if form is None or served is None:
             return self._operator_rows(plan, use, form, looked)
-        if present is None:
+        layout, each = served
+        if not each:
             return None
-        assert form is not None
-        assert layout is not None
-        each = tuple([torch.zeros_like(present) if v is None else v for v in values])
         path = f"closed form ({type(form).__name__}) of a computed weight"
         if use.site.source[0] in plan.recipe.activations:
             path = "rows of activations: poses mix"
         return Far(path, Factors(path, 0, form, layout, plan.arrangement, each).rows())
+
+    def _served(
+        self, use: Use, form: ClosedForm, looked: _Looked
+    ) -> tuple[Layout, tuple[Tensor, ...]] | None:
+        """The cotangents that a form takes, of all components, and whose their rows are.
+
+        Returns:
+            None if the form does not serve; no cotangents if nothing flows.
+        """
+        opens = kind_of(self.registry.names[use.site.node]).opens
+        if opens is None:
+            layout = looked.layouts[use.places[0]]
+            values = [column[use.places[0]] for column in looked.columns]
+        else:
+            layout, values = self._opened(opens, use, looked)
+        if layout is None:
+            return None
+        present = next((value for value in values if value is not None), None)
+        if present is None:
+            return layout, ()
+        if layout.dims and not form.accepts(present.shape, layout):
+            return None
+        return layout, tuple([torch.zeros_like(present) if v is None else v for v in values])
+
+    def _opened(
+        self, opens: Opening, use: Use, looked: _Looked
+    ) -> tuple[Layout | None, list[Tensor | None]]:
+        """The cotangents of a product inside an operator, by those of its outputs."""
+        node = use.site.node
+        if node not in self._insides:
+            numbers = range(len(self.registry.sizes[node]))
+            places = {i: place for place, (_, i) in zip(use.places, use.site.edges, strict=True)}
+            found: list[Tensor | None] = []
+            for column in looked.columns:
+                values = [column[places[i]] if i in places else None for i in numbers]
+                flows = any(value is not None for value in values)
+                found.append(opens.cotangents(self._operators[node], values) if flows else None)
+            live = [p for p in use.places if any(c[p] is not None for c in looked.columns)]
+            self._insides[node] = (
+                opens.layout([looked.layouts[p] for p in live or use.places]),
+                found,
+            )
+        return self._insides[node]
 
     def _operator_rows(
         self, plan: Plan, use: Use, form: ClosedForm | None, looked: _Looked
@@ -338,13 +378,6 @@ class Reading:
     def registry(self) -> EdgeRegistry:
         """The graph."""
         return self.subject.registry
-
-
-def _is_served(form: ClosedForm | None, layout: Layout | None, cotangent: Tensor | None) -> bool:
-    """Whether rows follow from a closed form."""
-    if form is None or layout is None:
-        return False
-    return cotangent is None or not layout.dims or form.accepts(cotangent.shape, layout)
 
 
 def operator_at(registry: EdgeRegistry, node: int) -> Operator:
