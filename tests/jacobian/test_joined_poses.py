@@ -1,4 +1,4 @@
-"""Poses that are put together, or cut out of a batch: one backward, and rows that are autograd's."""
+"""Poses that are put together, or cut out of a batch: one backward, rows that are autograd's."""
 
 import warnings
 from collections.abc import Callable
@@ -33,7 +33,7 @@ WAYS: dict[str, Score] = {
     "unbound": lambda f, x: torch.stack([z.sin().sum() for z in f(x).unbind(0)]),
     "slices": lambda f, x: (lambda z: torch.cat([z[::2].sin(), z[-1:], z[1:4:2] * 2]))(f(x))[:, 0],
     "split": lambda f, x: torch.cat([z.sin() for z in f(x).split([1, 3, 2])]).squeeze(1),
-    "masks": lambda f, x: (lambda z: torch.stack([z[_OWNERS == i].mean().sin() for i in range(3)]))(
+    "masks": lambda f, x: (lambda z: torch.stack([z[i == _OWNERS].mean().sin() for i in range(3)]))(
         f(x)
     ),
 }

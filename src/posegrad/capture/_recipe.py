@@ -109,8 +109,10 @@ def _is_few_losses(subject: Subject, sites: Sequence[Site]) -> bool:
 def _first_look(subject: Subject, sites: Sequence[Site]) -> tuple[Arrangement, Trial]:
     """The arrangement of poses under which they mix at the fewest sites, and what is seen there."""
     shape = subject.output.shape
+    dims = _pose_dimensions(shape) if subject.dim is None else [subject.dim]
+    told = [dim for dim in dims if _is_told(subject, Arrangement(shape, dim), sites)]
     best: tuple[int, Arrangement, Trial] | None = None
-    for dim in _pose_dimensions(shape) if subject.dim is None else [subject.dim]:
+    for dim in told[:1] or dims:
         arrangement = Arrangement(shape, dim)
         trial = attempt(subject, arrangement, sites)
         mixed = sum(not trial.serves(site) for site in sites)
@@ -120,6 +122,14 @@ def _first_look(subject: Subject, sites: Sequence[Site]) -> tuple[Arrangement, T
             break
     assert best is not None
     return best[1:]
+
+
+def _is_told(subject: Subject, arrangement: Arrangement, sites: Sequence[Site]) -> bool:
+    """Whether operators tell of all poses, and a backward a component costs less than probes."""
+    if arrangement.components > _FEW:
+        return False
+    axes = subject.axes(arrangement)
+    return all(edge in axes for site in sites for edge in site.edges)
 
 
 def outlook(registry: EdgeRegistry, name: str, parameter: Tensor) -> tuple[str, ...]:
