@@ -8,6 +8,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from posegrad.jacobian._joining import Joining
 from posegrad.jacobian._parts import Factors, Part, Rows, Weights
 from posegrad.jacobian._products import Products
 from posegrad.jacobian._record import record
@@ -122,6 +123,10 @@ class Block:
         for part in self.parts:
             found[part.start : part.start + part.count] |= part.live()
         return found
+
+    def as_one(self, joining: Joining) -> "Block":
+        """The block with the uses and chunks joined that can be."""
+        return replace(self, parts=joining.of(self.parts, self.count))
 
     def pairs(self, products: Products) -> Tensor | None:
         """The Gramian `[M, M]` without the rows, if that is cheaper: for a parameter used once.

@@ -1,7 +1,7 @@
 """What a closed form is."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 from typing import Any, ClassVar, Self
 
@@ -95,6 +95,26 @@ class ClosedForm(ABC):
 
     has_small_rows: ClassVar[bool] = False
     """Whether the rows of all poses take no more than a cotangent, in time and in memory."""
+
+    @property
+    def positions(self) -> tuple[int, ...]:
+        """The dimensions of every factor and of a cotangent that count positions; () if none do.
+
+        *Law:* `vjp` is a sum over positions, so the factors and cotangents of several uses,
+        concatenated along the first of these dimensions, are those of the sum of these uses.
+        """
+        return ()
+
+    @property
+    def fixed(self) -> tuple[Any, ...]:
+        """What uses must have in common to be concatenated."""
+        values = [getattr(self, field.name) for field in fields(self)]
+        return tuple([value for value in values if not isinstance(value, Factor)])
+
+    def of_positions(self, factors: Sequence[Tensor]) -> Self:
+        """The form with other positions, along the first of their dimensions alone."""
+        tensors = iter(factors)
+        return self._with(lambda factor: Factor.of(next(tensors), factor.beside))
 
     @abstractmethod
     def vjp(self, cotangent: Tensor) -> Tensor:

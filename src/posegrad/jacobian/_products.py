@@ -17,6 +17,7 @@ __all__ = [
     "cancels",
     "generalized",
     "inner_products",
+    "is_same",
     "multiplied",
     "pairs_are_cheaper",
     "summed_pairs",
@@ -43,8 +44,8 @@ class Products:
         """The products of the rows `[..., p]`, `[R, R']`, in float32 at least."""
         key = first.data_ptr(), second.data_ptr()  # their own, as long as they are held here
         known = self._known.pop(key, None)
-        if known is None or not _is_same(first, known[0]) or not _is_same(second, known[1]):
-            alike = key[0] == key[1] and _is_same(first, second)
+        if known is None or not is_same(first, known[0]) or not is_same(second, known[1]):
+            alike = key[0] == key[1] and is_same(first, second)
             left = wide(as_rows(first))
             found = inner_products(left) if alike else left @ wide(as_rows(second)).mT
             self._count += found.numel() - (0 if known is None else known[2].numel())
@@ -58,7 +59,7 @@ class Products:
     def squares(self, tensor: Tensor) -> Tensor:
         """The squared norms of the rows `[..., p]`, `[R]`, in float32 at least."""
         known = self._squares.get(tensor.data_ptr())
-        if known is None or not _is_same(tensor, known[0]):
+        if known is None or not is_same(tensor, known[0]):
             norms = torch.linalg.vector_norm(wide(as_rows(tensor)), dim=1)
             known = self._squares[tensor.data_ptr()] = tensor, norms.square()
         return known[1]
@@ -206,7 +207,7 @@ def _is_slow_at_once(rows: Tensor) -> bool:
     return few_and_long and narrow and torch.get_num_threads() == 1 and on_intel()
 
 
-def _is_same(first: Tensor, second: Tensor) -> bool:
+def is_same(first: Tensor, second: Tensor) -> bool:
     """Whether two tensors that begin at one address are the same numbers."""
     alike = first.shape == second.shape and first.stride() == second.stride()
     alike = alike and first.dtype == second.dtype and first.device == second.device

@@ -39,6 +39,10 @@ class BatchedLinear(ClosedForm):
     def accepts(self, cotangent: torch.Size, layout: Layout) -> bool:
         return layout.dims == ((2,) if self.on_left else (1,))
 
+    @property
+    def positions(self) -> tuple[int, ...]:
+        return (2,) if self.on_left else (1,)
+
     def vjp(self, cotangent: Tensor) -> Tensor:
         a = self.input.value.to(cotangent.dtype)
         return self._product(*((a.mT, cotangent.mT) if self.on_left else (a, cotangent)))

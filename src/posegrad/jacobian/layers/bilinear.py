@@ -34,6 +34,10 @@ class Bilinear(ClosedForm):
     def accepts(self, cotangent: torch.Size, layout: Layout) -> bool:
         return layout.dims == (0,)
 
+    @property
+    def positions(self) -> tuple[int, ...]:
+        return (0,)
+
     def vjp(self, cotangent: Tensor) -> Tensor:
         return self._of(cotangent, *self._inputs(cotangent))
 

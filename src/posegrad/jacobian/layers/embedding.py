@@ -87,6 +87,10 @@ class Embedding(Table):
     def accepts(self, cotangent: torch.Size, layout: Layout) -> bool:
         return all(dim < self.indices.tensor.ndim for dim in layout.dims)
 
+    @property
+    def positions(self) -> tuple[int, ...]:
+        return tuple(range(self.indices.tensor.ndim))
+
     def vjp(self, cotangent: Tensor) -> Tensor:
         indices = self.indices.value.reshape(-1)
         return self._added(indices, cotangent, torch.zeros_like(indices), 1)[0]

@@ -51,6 +51,10 @@ class Linear(ClosedForm):
     def accepts(self, cotangent: torch.Size, layout: Layout) -> bool:
         return self._features not in layout.dims
 
+    @property
+    def positions(self) -> tuple[int, ...]:
+        return (1,) if self.on_left else tuple(range(self.input.tensor.ndim - 1))
+
     def vjp(self, cotangent: Tensor) -> Tensor:
         a, b = self._rows_last(self.input.like(cotangent)), self._rows_last(cotangent)
         left, right = self._sides(a, b)
