@@ -160,8 +160,13 @@ class Block:
         part = self.parts[0] if self._is_whole() else None
         if not isinstance(part, Factors) or part.pull is not None or not part.layout.dims:
             return None
-        alone = part.arrangement.dim is None
-        return part.form.squares(part.cotangents[0], part.layout, products) if alone else None
+        each = []
+        for cotangent in part.cotangents:
+            found = part.form.squares(cotangent, part.layout, products)
+            if found is None:
+                return None
+            each.append(found)
+        return part.arrangement.join(torch.stack(each, dim=1))
 
     def _is_whole(self) -> bool:
         """Whether one part is all there is."""

@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from typing import final
 
 import torch
-from torch import Tensor
 
 from posegrad.jacobian._arrangement import Arrangement
 from posegrad.jacobian._parts import Factors, Part
@@ -38,19 +37,15 @@ class Joining:
             parts: Of one block.
             count: M, the number of its rows.
         """
-        groups: list[list[Factors]] = []
+        groups: list[tuple[object, list[Factors]]] = []
         others: list[Part] = []
         for part in parts:
-            if not isinstance(part, Factors) or part.pull is not None or not part.form.positions:
-                others.append(part)
-                continue
-            for group in groups:
-                if _are_alike(group[0], part):
-                    group.append(part)
-                    break
+            part = part.opened() if isinstance(part, Factors) else part
+            if isinstance(part, Factors) and part.pull is None and part.form.positions:
+                _sort(part, groups)
             else:
-                groups.append([part])
-        for group in groups:
+                others.append(part)
+        for _, group in groups:
             arrangement = _arrangement(group, count)
             others += group if arrangement is None else [self._joined(group, arrangement)]
         return others
@@ -77,28 +72,33 @@ class Joining:
         return found
 
 
-def _are_alike(one: Factors, other: Factors) -> bool:
-    """Whether they differ in their numbers and positions alone."""
-    first, second = one.form, other.form
-    if len(one.cotangents) != len(other.cotangents) or type(first) is not type(second):
-        return False
-    if first.fixed != second.fixed or first.positions[0] != second.positions[0]:
-        return False
-    pairs = zip(_tensors(one), _tensors(other), strict=True)
-    return all(_are_alike_beside(first.positions, a, second.positions, b) for a, b in pairs)
+def _sort(part: Factors, groups: list[tuple[object, list[Factors]]]) -> None:
+    """Adds a part to the group of its kind, or to a new one."""
+    kind = _kind(part)
+    for known, group in groups:
+        if known == kind:
+            group.append(part)
+            return
+    turned = part.turned() if groups else None
+    if turned is not None:
+        other = _kind(turned)
+        for known, group in groups:
+            if known == other:
+                group.append(turned)
+                return
+    groups.append((kind, [part]))
 
 
-def _tensors(part: Factors) -> list[Tensor]:
-    return [*(factor.tensor for factor in part.form.factors()), part.cotangents[0]]
+def _kind(part: Factors) -> object:
+    """What parts that can be joined have in common: all but their numbers and positions."""
+    form = part.form
+    tensors = [*[factor.tensor for factor in form.factors()], part.cotangents[0]]
+    inner = [(_but(tensor.shape, form.positions), tensor.dtype) for tensor in tensors]
+    return type(form), form.fixed, form.positions[0], len(part.cotangents), inner
 
 
-def _are_alike_beside(
-    dims: tuple[int, ...], tensor: Tensor, other_dims: tuple[int, ...], other: Tensor
-) -> bool:
-    """Whether two tensors differ in their positions alone."""
-    sizes = [size for dim, size in enumerate(tensor.shape) if dim not in dims]
-    others = [size for dim, size in enumerate(other.shape) if dim not in other_dims]
-    return sizes == others and tensor.dtype == other.dtype
+def _but(shape: torch.Size, dims: tuple[int, ...]) -> list[int]:
+    return [size for dim, size in enumerate(shape) if dim not in dims]
 
 
 def _arrangement(parts: Sequence[Factors], count: int) -> Arrangement | None:

@@ -53,6 +53,12 @@ class Bilinear(ClosedForm):
         x, z = self._inputs(first)
         return products.of(first, second) * products.of(x, x) * products.of(z, z)
 
+    def squares(self, cotangent: Tensor, layout: Layout, products: Products) -> Tensor | None:
+        if not self.prefers_pairs(cotangent.shape, layout, 1):
+            return None
+        x, z = self._inputs(cotangent)
+        return products.squares(cotangent) * products.squares(x) * products.squares(z)
+
     def _inputs(self, cotangent: Tensor) -> tuple[Tensor, Tensor]:
         return self.first.value.to(cotangent.dtype), self.second.value.to(cotangent.dtype)
 
