@@ -10,7 +10,7 @@ So forms need to know nothing of it: the factors of all uses, concatenated, are 
 """
 
 from collections.abc import Sequence
-from typing import final
+from typing import NamedTuple, final
 
 import torch
 
@@ -20,7 +20,21 @@ from posegrad.jacobian._positions import Positions
 
 __all__ = ["Joining"]
 
-_LATEST = 4  # weight and bias have cotangents in common, projections of one tensor their input
+_LATEST = 2  # a weight and its bias have positions in common
+
+
+class _Group(NamedTuple):
+    """Parts that can be joined.
+
+    Args:
+        kind: What they have in common.
+        parts: The parts.
+        dims: The dimensions that count the positions of each.
+    """
+
+    kind: object
+    parts: list[Factors]
+    dims: list[tuple[int, ...]]
 
 
 @final
@@ -37,74 +51,71 @@ class Joining:
             parts: Of one block.
             count: M, the number of its rows.
         """
-        groups: list[tuple[object, list[Factors]]] = []
+        groups: list[_Group] = []
         others: list[Part] = []
         for part in parts:
-            part = part.opened() if isinstance(part, Factors) else part
-            if isinstance(part, Factors) and part.pull is None and part.form.positions:
-                _sort(part, groups)
-            else:
+            found = part.opened() if isinstance(part, Factors) and part.pull is None else None
+            if found is None or not _is_sorted(found, groups):
                 others.append(part)
-        for _, group in groups:
-            arrangement = _arrangement(group, count)
-            others += group if arrangement is None else [self._joined(group, arrangement)]
+        for group in groups:
+            arrangement = _arrangement(group.parts, count)
+            others += group.parts if arrangement is None else [self._joined(group, arrangement)]
         return others
 
-    def _joined(self, parts: Sequence[Factors], arrangement: Arrangement) -> Part:
-        positions = self._positions(parts, arrangement)
+    def _joined(self, group: _Group, arrangement: Arrangement) -> Part:
+        parts = group.parts
+        positions = self._positions(group, arrangement)
         each = zip(*(part.form.factors() for part in parts), strict=True)
         factors = [positions.joined([factor.value for factor in uses]) for uses in each]
         form = parts[0].form.of_positions(factors)
         columns = zip(*(part.cotangents for part in parts), strict=True)
-        cotangents = tuple(positions.joined(uses) for uses in columns)
+        cotangents = tuple([positions.joined(uses) for uses in columns])
         return Factors.direct(form, positions.layout, arrangement, cotangents)
 
-    def _positions(self, parts: Sequence[Factors], arrangement: Arrangement) -> Positions:
+    def _positions(self, group: _Group, arrangement: Arrangement) -> Positions:
         found = Positions(
-            [part.layout for part in parts],
-            [part.start // arrangement.components for part in parts],
-            [part.cotangents[0].shape for part in parts],
-            [part.form.positions for part in parts],
+            [part.layout for part in group.parts],
+            [part.start // arrangement.components for part in group.parts],
+            [part.cotangents[0].shape for part in group.parts],
+            group.dims,
             arrangement.poses,
         )
-        found = next((known for known in self._latest if known.is_like(found)), found)
+        found = next((known for known in self._latest if known.key == found.key), found)
         self._latest = [found, *(known for known in self._latest if known is not found)][:_LATEST]
         return found
 
 
-def _sort(part: Factors, groups: list[tuple[object, list[Factors]]]) -> None:
-    """Adds a part to the group of its kind, or to a new one."""
-    kind = _kind(part)
-    for known, group in groups:
-        if known == kind:
-            group.append(part)
-            return
-    turned = part.turned() if groups else None
-    if turned is not None:
-        other = _kind(turned)
-        for known, group in groups:
-            if known == other:
-                group.append(turned)
-                return
-    groups.append((kind, [part]))
+def _is_sorted(part: Factors, groups: list[_Group]) -> bool:
+    """Adds a part to the group of its kind, or to a new one; False if it has no positions."""
+    dims = part.form.positions
+    if not dims:
+        return False
+    kind = _kind(part, dims)
+    group = next((group for group in groups if group.kind == kind), None)
+    if group is None and groups and (turned := part.turned()) is not None:
+        kind = _kind(turned, dims)
+        group = next((group for group in groups if group.kind == kind), None)
+        part = part if group is None else turned
+    if group is None:
+        group = _Group(_kind(part, dims), [], [])
+        groups.append(group)
+    group.parts.append(part)
+    group.dims.append(dims)
+    return True
 
 
-def _kind(part: Factors) -> object:
-    """What parts that can be joined have in common: all but their numbers and positions."""
-    form = part.form
-    tensors = [*[factor.tensor for factor in form.factors()], part.cotangents[0]]
-    inner = [(_but(tensor.shape, form.positions), tensor.dtype) for tensor in tensors]
-    return type(form), form.fixed, form.positions[0], len(part.cotangents), inner
-
-
-def _but(shape: torch.Size, dims: tuple[int, ...]) -> list[int]:
-    return [size for dim, size in enumerate(shape) if dim not in dims]
+def _kind(part: Factors, dims: tuple[int, ...]) -> object:
+    """What parts have in common that can be joined: all but their numbers and positions."""
+    form, b = part.form, part.cotangents[0]
+    tensors = [*[factor.tensor for factor in form.factors()], b]
+    widths = [[n for dim, n in enumerate(t.shape) if dim not in dims] for t in tensors]
+    return type(form), form.fixed, dims[0], len(part.cotangents), widths, [t.dtype for t in tensors]
 
 
 def _arrangement(parts: Sequence[Factors], count: int) -> Arrangement | None:
     """How poses and components of all parts number the rows; None if they disagree."""
     first = parts[0].arrangement
-    if all(part.arrangement == first and part.count == count for part in parts):
+    if all(part.arrangement == first for part in parts) and parts[0].count == count:
         return first
     kinds = {(part.arrangement.dim, part.arrangement.shape[1:]) for part in parts}
     if first.dim is None and {dim for dim, _ in kinds} == {None}:

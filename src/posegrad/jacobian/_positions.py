@@ -3,7 +3,6 @@
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from math import prod
-from operator import is_
 from typing import final
 
 import torch
@@ -24,6 +23,9 @@ class Positions:
     If each pose has as many as every other, they are sorted by pose; else each use follows the one
     before, as it is.
 
+    Attributes:
+        key: Equal for uses with the same positions.
+
     Args:
         layouts: Whose the positions of each use are.
         starts: The number of the first pose of each.
@@ -43,28 +45,16 @@ class Positions:
         self._layouts, self._starts, self._dims, self._count = layouts, starts, dims, count
         pairs = zip(shapes, dims, strict=True)
         self._sizes = [tuple([shape[dim] for dim in own]) for shape, own in pairs]
+        owners = [(own.count, own.dims, own.pattern or id(own.stated)) for own in layouts]
+        self.key = owners, starts, self._sizes, dims, count
         self._latest: list[tuple[Sequence[Tensor], Tensor]] = []
-
-    def is_like(self, other: "Positions") -> bool:
-        """Whether they are the same."""
-        same = self._starts == other._starts and self._sizes == other._sizes
-        same = same and self._dims == other._dims and self._count == other._count
-        return same and all(map(is_, self._layouts, other._layouts))
 
     def joined(self, tensors: Sequence[Tensor]) -> Tensor:
         """Factors or cotangents of all uses as one, with the positions along `layout.dims`."""
-        for known, found in self._latest:
-            if all(map(_are_same, known, tensors)):
-                return found
-        lined_up = list(map(self._lined_up, self._owned, self._dims, tensors))
-        if self._each is None:
-            joined = torch.cat(lined_up)
-        else:
-            spans = [_beside([lined_up[use] for use in uses]) for uses in self._spans.values()]
-            joined = (torch.cat(spans) if len(spans) > 1 else spans[0]).flatten(0, 1)
-        joined = joined.movedim(0, self._dim) if self._dim else joined
-        self._latest = [(tensors, joined), *self._latest[: _LATEST - 1]]
-        return joined
+        found = next((one for one in self._latest if all(map(_are_same, one[0], tensors))), None)
+        found = (tensors, self._joined(tensors)) if found is None else found
+        self._latest = [found, *(one for one in self._latest if one is not found)][:_LATEST]
+        return found[1]
 
     @cached_property
     def layout(self) -> Layout:
@@ -79,6 +69,24 @@ class Positions:
             own = torch.where(own == NOBODY, own, own + start) if start else own
             owners.append(own.repeat_interleave(prod(sizes) // max(len(own), 1)))
         return Layout.along(self._count, dim, torch.cat(owners))
+
+    def _joined(self, tensors: Sequence[Tensor]) -> Tensor:
+        lined_up = list(map(self._lined_up, self._owned, self._dims, tensors))
+        if self._each is None:
+            joined = torch.cat(lined_up)
+        else:
+            beside = torch.stack if self._is_one_each else torch.cat
+            spans = [
+                beside([lined_up[use] for use in uses], dim=1) for uses in self._spans.values()
+            ]
+            joined = (torch.cat(spans) if len(spans) > 1 else spans[0]).flatten(0, 1)
+        return joined.movedim(0, self._dim) if self._dim else joined
+
+    @cached_property
+    def _is_one_each(self) -> bool:
+        """Whether every use has one position a pose, in the order of poses."""
+        alike = {layout.is_one_each for layout in self._owned}
+        return alike == {True} and {len(dims) for dims in self._dims} == {1}
 
     @cached_property
     def _each(self) -> int | None:
@@ -117,8 +125,8 @@ class Positions:
         inner = len(dims) - len(layout.dims)
         if self._each is None:
             return layout.front(tensor).flatten(0, inner)
-        if layout.is_one_each and not inner:
-            return tensor.unsqueeze(1)
+        if self._is_one_each:
+            return tensor
         return layout.by_pose(tensor).flatten(1, 1 + inner)
 
 
@@ -131,8 +139,3 @@ def _of_one(layout: Layout, dim: int, size: int) -> Layout:
     if layout.count == 1 and int(owners) == 0:
         return Layout.regular(1, dim, size, max(size, 1), owners.device)
     return Layout.along(layout.count, dim, owners.expand(size))
-
-
-def _beside(tensors: list[Tensor]) -> Tensor:
-    """`[m, T, ...]` of several uses as one."""
-    return torch.cat(tensors, dim=1) if len(tensors) > 1 else tensors[0]

@@ -22,6 +22,8 @@ from posegrad.jacobian._record import record
 
 __all__ = ["Linear"]
 
+_AS_LONG_AS = 64  # multiplications, to pick a number by pose: to read it, and to write it
+
 
 @final
 @record
@@ -116,7 +118,13 @@ class Linear(ClosedForm):
         if layout.is_one_each and cotangent.ndim == 2:
             squares = products.squares(self.input.value) * products.squares(cotangent)
             return self._scaled_twice(squares)
-        inner = self._count(cotangent.shape) // max(layout.size, 1)
+        rows = self._count(cotangent.shape)
+        inner = rows // max(layout.size, 1)
+        if not layout.is_regular():
+            within = inner**2 * sum(size**2 for size in layout.sizes)
+            if rows**2 <= within + _AS_LONG_AS * rows:
+                gram = self.inner(cotangent, cotangent, layout, products)
+                return None if gram is None else gram.diagonal()
         pays = [pairs_are_cheaper(inner * length, 1, *self.shape) for length in layout.lengths]
         if not any(pays):
             return None
