@@ -8,6 +8,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from posegrad.jacobian._joining import Joining
 from posegrad.jacobian._parts import Factors, Part, Rows, Weights
 from posegrad.jacobian._products import Products
 from posegrad.jacobian._record import record
@@ -123,6 +124,10 @@ class Block:
             found[part.start : part.start + part.count] |= part.live()
         return found
 
+    def as_one(self, joining: Joining) -> "Block":
+        """The block with the uses and chunks joined that can be."""
+        return replace(self, parts=joining.of(self.parts, self.count))
+
     def pairs(self, products: Products) -> Tensor | None:
         """The Gramian `[M, M]` without the rows, if that is cheaper: for a parameter used once.
 
@@ -155,8 +160,13 @@ class Block:
         part = self.parts[0] if self._is_whole() else None
         if not isinstance(part, Factors) or part.pull is not None or not part.layout.dims:
             return None
-        alone = part.arrangement.dim is None
-        return part.form.squares(part.cotangents[0], part.layout, products) if alone else None
+        each = []
+        for cotangent in part.cotangents:
+            found = part.form.squares(cotangent, part.layout, products)
+            if found is None:
+                return None
+            each.append(found)
+        return part.arrangement.join(torch.stack(each, dim=1))
 
     def _is_whole(self) -> bool:
         """Whether one part is all there is."""

@@ -1,8 +1,8 @@
 """What a closed form is."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from dataclasses import fields, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar, Self
 
 import torch
@@ -96,6 +96,35 @@ class ClosedForm(ABC):
     has_small_rows: ClassVar[bool] = False
     """Whether the rows of all poses take no more than a cotangent, in time and in memory."""
 
+    @property
+    def positions(self) -> tuple[int, ...]:
+        """The dimensions of every factor and of a cotangent that count positions; () if none do.
+
+        *Law:* `vjp` is a sum over positions, so the factors and cotangents of several uses,
+        concatenated along the first of these dimensions, are those of the sum of these uses.
+        """
+        return ()
+
+    def opened(
+        self, cotangents: tuple[Tensor, ...], layout: Layout
+    ) -> tuple["ClosedForm", tuple[Tensor, ...], Layout]:
+        """The same use by a form that counts positions, if there is one."""
+        return self, cotangents, layout
+
+    def turned(self, cotangent: Tensor) -> tuple["ClosedForm", Tensor] | None:
+        """The same use with the cotangent for a factor and the factor for a cotangent."""
+        return None
+
+    @property
+    def fixed(self) -> tuple[Any, ...]:
+        """What uses must have in common to be concatenated."""
+        return tuple([value for value in vars(self).values() if not isinstance(value, Factor)])
+
+    def of_positions(self, factors: Sequence[Tensor]) -> Self:
+        """The form with other positions, along the first of their dimensions alone."""
+        tensors = iter(factors)
+        return self._with(lambda factor: Factor.of(next(tensors), factor.beside))
+
     @abstractmethod
     def vjp(self, cotangent: Tensor) -> Tensor:
         """The gradient of the parameter, `[*shape]`: autograd's own formula."""
@@ -142,8 +171,7 @@ class ClosedForm(ABC):
 
     def factors(self) -> list[Factor]:
         """The tensors of the forward that this form holds."""
-        values = [getattr(self, field.name) for field in fields(self)]
-        return [value for value in values if isinstance(value, Factor)]
+        return [value for value in vars(self).values() if isinstance(value, Factor)]
 
     def to(self, device: torch.device | str) -> Self:
         """The form on another device."""
@@ -154,8 +182,7 @@ class ClosedForm(ABC):
         return self._with(Factor.double)
 
     def _with(self, change: Callable[[Factor], Factor]) -> Self:
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
         changed: dict[str, Any] = {
-            name: change(value) for name, value in values.items() if isinstance(value, Factor)
+            name: change(value) for name, value in vars(self).items() if isinstance(value, Factor)
         }
         return replace(self, **changed)

@@ -1,5 +1,6 @@
 """Which pose each row of a tensor belongs to."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Self
@@ -112,6 +113,30 @@ class Layout:
         rows = self.front(tensor)
         return torch.split(rows if self._is_in_order else rows[self._order], self.sizes)
 
+    def groups(self, *tensors: Tensor) -> Iterator[tuple[Tensor | slice, list[Tensor]]]:
+        """The rows of each pose together, for poses of like numbers of rows at once.
+
+        Yields:
+            The poses, `[k]`, and of each tensor their rows, `[k, T, ...]`: zeros fill up those of
+            poses that have fewer. Poses without rows are left out.
+        """
+        if self.stride is not None:
+            yield slice(None), [self.by_pose(tensor) for tensor in tensors]
+            return
+        fronts = [self.front(tensor) for tensor in tensors]
+        for poses, places, is_absent in self._groups:
+            found = [rows[places] for rows in fronts]
+            for rows in found:
+                rows.masked_fill_(is_absent.reshape(*places.shape, *[1] * (rows.ndim - 2)), 0)
+            yield poses, found
+
+    @property
+    def lengths(self) -> list[int]:
+        """The number of rows T in each of `groups`."""
+        if self.stride is not None:
+            return [self.size // self.count]
+        return [places.shape[1] for _, places, _ in self._groups]
+
     def sum(self, rows: Tensor) -> Tensor:
         """Adds up the rows of each pose: `[R, ...]`, as `front` gives them, to `[m, ...]`."""
         if self.stride is not None:
@@ -168,6 +193,24 @@ class Layout:
         """Whether the poses follow each other, as they do in most batches."""
         owners = self.owners
         return bool((owners[1:] >= owners[:-1]).all()) and bool((owners[:1] != NOBODY).all())
+
+    @cached_property
+    def _groups(self) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """Poses whose sizes differ by less than a factor of two: where their rows are, and are not.
+
+        So at most half of what is multiplied is zeros, and there are few groups.
+        """
+        order = self._order
+        sizes = torch.tensor(self.sizes, device=order.device)
+        starts = sizes.cumsum(0) - sizes
+        powers = [size.bit_length() for size in self.sizes]
+        groups = []
+        for power in sorted({*powers} - {0}):
+            poses = (torch.tensor(powers, device=order.device) == power).nonzero().squeeze(1)
+            turns = torch.arange(int(sizes[poses].max()), device=order.device)
+            places = (starts[poses].unsqueeze(1) + turns).clamp(max=len(order) - 1)
+            groups.append((poses, order[places], turns >= sizes[poses].unsqueeze(1)))
+        return groups
 
     @cached_property
     def _order(self) -> Tensor:

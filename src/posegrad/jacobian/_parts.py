@@ -164,6 +164,18 @@ class Factors(Part):
         """The part with its rows in place of the factors."""
         return Rows(self.path, self.start, self.rows())
 
+    def opened(self) -> "Factors":
+        """The part by a form that counts positions, if there is one."""
+        form, cotangents, layout = self.form.opened(self.cotangents, self.layout)
+        if form is self.form:
+            return self
+        return replace(self, form=form, cotangents=cotangents, layout=layout)
+
+    def turned(self) -> "Factors | None":
+        """The part with the cotangent for a factor, if it has one and the form has such another."""
+        found = self.form.turned(self.cotangents[0]) if len(self.cotangents) == 1 else None
+        return None if found is None else replace(self, form=found[0], cotangents=(found[1],))
+
     @property
     def count(self) -> int:
         return self.arrangement.shape.numel()

@@ -1,6 +1,6 @@
 """Inner products of rows."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from math import prod
 
 import torch
@@ -14,11 +14,12 @@ __all__ = [
     "Products",
     "added",
     "as_rows",
-    "cancels",
     "generalized",
     "inner_products",
+    "is_same",
     "multiplied",
     "pairs_are_cheaper",
+    "squared_sums",
     "summed_pairs",
 ]
 
@@ -43,8 +44,8 @@ class Products:
         """The products of the rows `[..., p]`, `[R, R']`, in float32 at least."""
         key = first.data_ptr(), second.data_ptr()  # their own, as long as they are held here
         known = self._known.pop(key, None)
-        if known is None or not _is_same(first, known[0]) or not _is_same(second, known[1]):
-            alike = key[0] == key[1] and _is_same(first, second)
+        if known is None or not is_same(first, known[0]) or not is_same(second, known[1]):
+            alike = key[0] == key[1] and is_same(first, second)
             left = wide(as_rows(first))
             found = inner_products(left) if alike else left @ wide(as_rows(second)).mT
             self._count += found.numel() - (0 if known is None else known[2].numel())
@@ -58,7 +59,7 @@ class Products:
     def squares(self, tensor: Tensor) -> Tensor:
         """The squared norms of the rows `[..., p]`, `[R]`, in float32 at least."""
         known = self._squares.get(tensor.data_ptr())
-        if known is None or not _is_same(tensor, known[0]):
+        if known is None or not is_same(tensor, known[0]):
             norms = torch.linalg.vector_norm(wide(as_rows(tensor)), dim=1)
             known = self._squares[tensor.data_ptr()] = tensor, norms.square()
         return known[1]
@@ -173,31 +174,60 @@ def pairs_are_cheaper(
     return pairs <= (rows + 32 * numbers + numbers**2) * size
 
 
-def summed_pairs(pairs: Tensor, owners: Layout, *, alike: bool) -> Tensor | None:
+def summed_pairs(
+    pairs: Tensor, owners: Layout, *, alike: bool, in_double: Callable[[], Tensor]
+) -> Tensor | None:
     """Adds up the products `[R, R]` of rows to those of their owners' sums, `[m, m]`.
 
     Args:
         pairs: The products.
         owners: Whose each row is.
         alike: Whether the rows were multiplied with themselves.
+        in_double: The products in float64, for narrower rows that cancel.
 
     Returns:
         None if the rows of an owner cancel, so that the sum has lost digits its sum of rows has
         not.
     """
     total = owners.sum(owners.sum(pairs).mT).mT
-    summed = alike and len(pairs) > len(total)
-    if summed:
-        sizes = owners.sum(owners.sum(pairs.abs()).mT)
-        if cancels(sizes.diagonal(), total.diagonal()):
-            return None
-    return total
+    if not alike or len(pairs) == len(total):
+        return total
+    sizes = owners.sum(owners.sum(pairs.abs()).mT)
+    if not bool(_cancel(sizes.diagonal(), total.diagonal()).any()):
+        return total
+    if pairs.dtype == torch.float64:
+        return None
+    return owners.sum(owners.sum(in_double()).mT).mT.to(pairs.dtype)
 
 
-def cancels(sizes: Tensor, squares: Tensor) -> bool:
-    """Whether squared norms are far smaller than the sums of sizes they were added up from."""
-    scale = torch.finfo(sizes.dtype).eps ** 0.25
-    return bool((sizes * scale > squares).any())
+def squared_sums(a: Tensor, b: Tensor) -> Tensor | None:
+    r"""The squared norms :math:`\lVert \sum_r b_r a_r^\top \rVert^2` of k poses.
+
+    They are the sums of :math:`(A A^\top) \circ (B B^\top)`. Where rows cancel, these are taken in
+    float64: it keeps more digits than sums of narrower rows do.
+
+    Args:
+        a: `[k, ..., T, d]`.
+        b: `[k, ..., T, p]`.
+
+    Returns:
+        `[k]`; None if rows cancel that are float64 already.
+    """
+    pairs = ((a @ a.mT) * (b @ b.mT)).flatten(1)
+    squares = pairs.sum(1)
+    unsure = _cancel(pairs.abs().sum(1), squares)
+    if not bool(unsure.any()):
+        return squares
+    if squares.dtype == torch.float64:
+        return None
+    a, b = a[unsure].double(), b[unsure].double()
+    exact = ((a @ a.mT) * (b @ b.mT)).flatten(1).sum(1)
+    return squares.index_put_((unsure,), exact.clamp(min=0).to(squares.dtype))
+
+
+def _cancel(sizes: Tensor, squares: Tensor) -> Tensor:
+    """Which squared norms are far smaller than the sizes that they were added up from."""
+    return sizes.mul(torch.finfo(sizes.dtype).eps ** 0.25) > squares
 
 
 def _is_slow_at_once(rows: Tensor) -> bool:
@@ -206,7 +236,7 @@ def _is_slow_at_once(rows: Tensor) -> bool:
     return few_and_long and narrow and torch.get_num_threads() == 1 and on_intel()
 
 
-def _is_same(first: Tensor, second: Tensor) -> bool:
+def is_same(first: Tensor, second: Tensor) -> bool:
     """Whether two tensors that begin at one address are the same numbers."""
     alike = first.shape == second.shape and first.stride() == second.stride()
     alike = alike and first.dtype == second.dtype and first.device == second.device

@@ -9,7 +9,12 @@ from torch import Tensor
 from posegrad.jacobian._form import ClosedForm, Factor
 from posegrad.jacobian._layout import Layout
 from posegrad.jacobian._precision import wide
-from posegrad.jacobian._products import Products, pairs_are_cheaper, summed_pairs
+from posegrad.jacobian._products import (
+    Products,
+    pairs_are_cheaper,
+    squared_sums,
+    summed_pairs,
+)
 from posegrad.jacobian._record import record
 
 __all__ = ["BatchedLinear"]
@@ -39,6 +44,10 @@ class BatchedLinear(ClosedForm):
     def accepts(self, cotangent: torch.Size, layout: Layout) -> bool:
         return layout.dims == ((2,) if self.on_left else (1,))
 
+    @property
+    def positions(self) -> tuple[int, ...]:
+        return (2,) if self.on_left else (1,)
+
     def vjp(self, cotangent: Tensor) -> Tensor:
         a = self.input.value.to(cotangent.dtype)
         return self._product(*((a.mT, cotangent.mT) if self.on_left else (a, cotangent)))
@@ -63,7 +72,22 @@ class BatchedLinear(ClosedForm):
         if self.on_left:
             a, b, c = a.mT, b.mT, c.mT  # [E, R, features]
         pairs = ((a @ a.mT) * (b @ c.mT)).sum(0) * self.scale**2  # [R, R]
-        return summed_pairs(pairs, replace(layout, dims=(0,)), alike=first is second)
+
+        def in_double() -> Tensor:
+            x, y, z = a.double(), b.double(), c.double()
+            return ((x @ x.mT) * (y @ z.mT)).sum(0) * self.scale**2
+
+        owners = replace(layout, dims=(0,))
+        return summed_pairs(pairs, owners, alike=first is second, in_double=in_double)
+
+    def squares(self, cotangent: Tensor, layout: Layout, products: Products) -> Tensor | None:
+        pays = layout.is_regular() and pairs_are_cheaper(layout.lengths[0], 1, *self.shape[1:])
+        if not pays:
+            return None
+        b = wide(cotangent)
+        a, b = (layout.by_pose(t).transpose(1, 2) for t in (self.input.like(b), b))  # [m, E, T, .]
+        squares = squared_sums(a, b)
+        return None if squares is None else squares * self.scale**2
 
     def _product(self, a: Tensor, b: Tensor) -> Tensor:
         """The weights' shape, from `[..., E, R, d]` and `[..., E, R, p]`."""

@@ -34,6 +34,10 @@ class Bilinear(ClosedForm):
     def accepts(self, cotangent: torch.Size, layout: Layout) -> bool:
         return layout.dims == (0,)
 
+    @property
+    def positions(self) -> tuple[int, ...]:
+        return (0,)
+
     def vjp(self, cotangent: Tensor) -> Tensor:
         return self._of(cotangent, *self._inputs(cotangent))
 
@@ -48,6 +52,12 @@ class Bilinear(ClosedForm):
     def inner(self, first: Tensor, second: Tensor, layout: Layout, products: Products) -> Tensor:
         x, z = self._inputs(first)
         return products.of(first, second) * products.of(x, x) * products.of(z, z)
+
+    def squares(self, cotangent: Tensor, layout: Layout, products: Products) -> Tensor | None:
+        if not self.prefers_pairs(cotangent.shape, layout, 1):
+            return None
+        x, z = self._inputs(cotangent)
+        return products.squares(cotangent) * products.squares(x) * products.squares(z)
 
     def _inputs(self, cotangent: Tensor) -> tuple[Tensor, Tensor]:
         return self.first.value.to(cotangent.dtype), self.second.value.to(cotangent.dtype)

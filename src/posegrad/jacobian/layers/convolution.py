@@ -33,6 +33,10 @@ class Convolution(ClosedForm):
     def accepts(self, cotangent: torch.Size, layout: Layout) -> bool:
         return layout.dims == (0,)
 
+    @property
+    def positions(self) -> tuple[int, ...]:
+        return (0,)
+
     def vjp(self, cotangent: Tensor) -> Tensor:
         return self._summed(self.input.value, cotangent)
 

@@ -1,6 +1,8 @@
 """Parameters that are added to, or multiplied with, every row alike: biases and scales."""
 
-from typing import final
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, Self, final
 
 import torch
 from torch import Tensor
@@ -62,6 +64,20 @@ class Elementwise(Broadcast):
     """
 
     factor: Factor | float
+
+    @property
+    def positions(self) -> tuple[int, ...]:
+        """Those of a bias of features, which stand last: it has its cotangent with a weight."""
+        is_bias = isinstance(self.factor, float) and self.aligned[-1:] == self.shape
+        last = len(self.aligned) - 1
+        return tuple(range(last)) if is_bias and self.aligned[:last].numel() == 1 else ()
+
+    @property
+    def fixed(self) -> tuple[Any, ...]:
+        return self.shape, self.factor
+
+    def of_positions(self, factors: Sequence[Tensor]) -> Self:
+        return replace(self, aligned=torch.Size([1, *self.shape]))
 
     def prefers_pairs(self, cotangent: torch.Size, layout: Layout, components: int) -> bool:
         """For a bias with one row a pose: its rows are the cotangent."""

@@ -9,7 +9,7 @@ from torch import Tensor
 from posegrad.jacobian._form import ClosedForm, Factor
 from posegrad.jacobian._layout import NOBODY, Layout
 from posegrad.jacobian._precision import wide
-from posegrad.jacobian._products import Products, cancels
+from posegrad.jacobian._products import Products
 from posegrad.jacobian._record import record
 
 __all__ = ["Embedding", "EmbeddingBag"]
@@ -42,9 +42,37 @@ class Table(ClosedForm):
         times = torch.bincount(indices % self.shape[0])
         return components * int(times.square().sum()) <= count * self.shape[0]
 
-    def _inner(
-        self, indices: Tensor, sides: Sequence[Tensor], owners: Tensor, count: int, *, alike: bool
+    def _sums(
+        self, indices: Tensor, sides: Sequence[Tensor], owners: Tensor
+    ) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """The entries of the tables that are not zero.
+
+        Returns:
+            Their indices and owners, `[U]`, sorted by owner; for each of the sides the entries,
+            `[U, d]`.
+        """
+        live, width = owners != NOBODY, self.shape[1:].numel()
+        if self.padding is not None:
+            live &= indices != self.padding
+        height = self.shape[0]
+        keys = owners[live] * height + indices[live] % height
+        keys, places = torch.unique(keys, return_inverse=True)
+        entries = [wide(side.reshape(len(live), width)[live]) for side in sides]
+        sums = [each.new_zeros(len(keys), width).index_add_(0, places, each) for each in entries]
+        return keys % height, keys.div(height, rounding_mode="floor"), sums
+
+    def _squares(
+        self, indices: Tensor, entries: Tensor, owners: Tensor, count: int
     ) -> Tensor | None:
+        """The squared norms of tables, if they have more rows than there are entries."""
+        if len(indices) > count * self.shape[0]:
+            return None
+        _, owners, (sums,) = self._sums(indices, [entries], owners)
+        return sums.new_zeros(count).index_add_(0, owners, sums.square().sum(1))
+
+    def _inner(
+        self, indices: Tensor, sides: Sequence[Tensor], owners: Tensor, count: int
+    ) -> Tensor:
         r"""The inner products of tables from the entries that meet in a row of them.
 
         .. math:: \langle g_i, g_j \rangle = \sum_{r \in R_i,\, s \in R_j} [v_r = v_s]\,
@@ -52,12 +80,9 @@ class Table(ClosedForm):
 
         Sorted by index, the entries of one index lie together, and each meets all of them.
         """
-        live, width = owners != NOBODY, self.shape[1:].numel()
-        if self.padding is not None:
-            live &= indices != self.padding
-        indices, owners = indices[live] % self.shape[0], owners[live]
+        indices, owners, sums = self._sums(indices, sides, owners)
         order = torch.argsort(indices)
-        first, second = (wide(side.reshape(len(live), width)[live][order]) for side in sides)
+        first, second = (side[order] for side in sums)
         owners, times = owners[order], torch.bincount(indices, minlength=1)
         start, times = (t[indices[order]] for t in (times.cumsum(0) - times, times))  # [N]
         left = torch.arange(len(order), device=order.device).repeat_interleave(times)  # [pairs]
@@ -65,12 +90,7 @@ class Table(ClosedForm):
         right = start[left] + turn
         values = (first[left] * second[right]).sum(1)
         places = owners[left] * count + owners[right]
-        total = values.new_zeros(count * count).index_add_(0, places, values).reshape(count, count)
-        if alike:
-            sizes = torch.zeros_like(total).reshape(-1).index_add_(0, places, values.abs())
-            if cancels(sizes.reshape(count, count).diagonal(), total.diagonal()):
-                return None
-        return total
+        return values.new_zeros(count * count).index_add_(0, places, values).reshape(count, count)
 
 
 @final
@@ -87,6 +107,10 @@ class Embedding(Table):
     def accepts(self, cotangent: torch.Size, layout: Layout) -> bool:
         return all(dim < self.indices.tensor.ndim for dim in layout.dims)
 
+    @property
+    def positions(self) -> tuple[int, ...]:
+        return tuple(range(self.indices.tensor.ndim))
+
     def vjp(self, cotangent: Tensor) -> Tensor:
         indices = self.indices.value.reshape(-1)
         return self._added(indices, cotangent, torch.zeros_like(indices), 1)[0]
@@ -98,12 +122,14 @@ class Embedding(Table):
     def prefers_pairs(self, cotangent: torch.Size, layout: Layout, components: int) -> bool:
         return self._meet(self.indices.value.reshape(-1), layout.count, components)
 
-    def inner(
-        self, first: Tensor, second: Tensor, layout: Layout, products: Products
-    ) -> Tensor | None:
+    def inner(self, first: Tensor, second: Tensor, layout: Layout, products: Products) -> Tensor:
         indices, owners = self._looked_up(layout)
         sides = layout.front(first), layout.front(second)
-        return self._inner(indices, sides, owners, layout.count, alike=first is second)
+        return self._inner(indices, sides, owners, layout.count)
+
+    def squares(self, cotangent: Tensor, layout: Layout, products: Products) -> Tensor | None:
+        indices, owners = self._looked_up(layout)
+        return self._squares(indices, layout.front(cotangent), owners, layout.count)
 
     def _looked_up(self, layout: Layout) -> tuple[Tensor, Tensor]:
         """The indices and their owners, `[R]`."""
@@ -141,13 +167,23 @@ class EmbeddingBag(Table):
     def prefers_pairs(self, cotangent: torch.Size, layout: Layout, components: int) -> bool:
         return self._meet(self.indices.value, layout.count, components)
 
-    def inner(
-        self, first: Tensor, second: Tensor, layout: Layout, products: Products
-    ) -> Tensor | None:
+    def inner(self, first: Tensor, second: Tensor, layout: Layout, products: Products) -> Tensor:
         owners = layout.owners[self.bags.value]
         sides = self._entries(first), self._entries(second)
-        alike = first is second
-        return self._inner(self.indices.value, sides, owners, layout.count, alike=alike)
+        return self._inner(self.indices.value, sides, owners, layout.count)
+
+    def squares(self, cotangent: Tensor, layout: Layout, products: Products) -> Tensor | None:
+        owners = layout.owners[self.bags.value]
+        return self._squares(self.indices.value, self._entries(cotangent), owners, layout.count)
+
+    def opened(
+        self, cotangents: tuple[Tensor, ...], layout: Layout
+    ) -> tuple[ClosedForm, tuple[Tensor, ...], Layout]:
+        """A table of which every row is looked up by itself."""
+        owners = layout.owners.expand(len(cotangents[0]))[self.bags.value]
+        entries = tuple(map(self._entries, cotangents))
+        form = Embedding(self.shape, self.padding, self.indices)
+        return form, entries, Layout.along(layout.count, 0, owners)
 
     def _entries(self, cotangent: Tensor) -> Tensor:
         """The cotangent of every row that was looked up, `[N, d]`."""

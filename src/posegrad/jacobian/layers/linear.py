@@ -1,5 +1,6 @@
 """Matrix products with a weight: linear layers, projections, weights on either side."""
 
+from dataclasses import replace
 from math import prod
 from typing import final
 
@@ -12,14 +13,16 @@ from posegrad.jacobian._precision import wide
 from posegrad.jacobian._products import (
     Products,
     as_rows,
-    cancels,
     multiplied,
     pairs_are_cheaper,
+    squared_sums,
     summed_pairs,
 )
 from posegrad.jacobian._record import record
 
 __all__ = ["Linear"]
+
+_AS_LONG_AS = 64  # multiplications, to pick a number by pose: to read it, and to write it
 
 
 @final
@@ -50,6 +53,24 @@ class Linear(ClosedForm):
 
     def accepts(self, cotangent: torch.Size, layout: Layout) -> bool:
         return self._features not in layout.dims
+
+    @property
+    def positions(self) -> tuple[int, ...]:
+        return () if self.on_left else tuple(range(self.input.tensor.ndim - 1))
+
+    def opened(
+        self, cotangents: tuple[Tensor, ...], layout: Layout
+    ) -> tuple[ClosedForm, tuple[Tensor, ...], Layout]:
+        if not self.on_left:
+            return self, cotangents, layout
+        a = Factor.of(self.input.value.mT, self.input.beside)
+        rows = replace(layout, dims=(0,)) if layout.dims else layout
+        return replace(self, input=a, on_left=False), tuple(b.mT for b in cotangents), rows
+
+    def turned(self, cotangent: Tensor) -> tuple[ClosedForm, Tensor]:
+        """As is met beside its transpose, in tied autoencoders and in a second backward."""
+        b = Factor.of(cotangent, self.input.beside)
+        return replace(self, input=b, flipped=not self.flipped), self.input.value
 
     def vjp(self, cotangent: Tensor) -> Tensor:
         a, b = self._rows_last(self.input.like(cotangent)), self._rows_last(cotangent)
@@ -85,20 +106,41 @@ class Linear(ClosedForm):
         pairs = self._scaled_twice(products.of(a, a) * products.of(first, second))  # [R, R]
         if pairs.shape[0] == layout.count and layout.pattern:
             return pairs  # one row a pose, in order
-        return summed_pairs(pairs, self._flat(first.shape[:-1], layout), alike=alike)
+
+        def in_double() -> Tensor:
+            x, b, c = (as_rows(tensor).double() for tensor in (a, first, second))
+            return self._scaled_twice((x @ x.mT) * (b @ c.mT))
+
+        owners = self._flat(first.shape[:-1], layout)
+        return summed_pairs(pairs, owners, alike=alike, in_double=in_double)
 
     def squares(self, cotangent: Tensor, layout: Layout, products: Products) -> Tensor | None:
-        r"""Sums of :math:`(A_i A_i^\top) \circ (B_i B_i^\top)`, with the rows of pose i in both."""
         if layout.is_one_each and cotangent.ndim == 2:
             squares = products.squares(self.input.value) * products.squares(cotangent)
             return self._scaled_twice(squares)
-        length = self._count(cotangent.shape) // layout.count  # T
-        if not layout.is_regular() or not pairs_are_cheaper(length, 1, *self.shape):
+        rows = self._count(cotangent.shape)
+        inner = rows // max(layout.size, 1)
+        if not layout.is_regular():
+            within = inner**2 * sum(size**2 for size in layout.sizes)
+            if rows**2 <= within + _AS_LONG_AS * rows:
+                gram = self.inner(cotangent, cotangent, layout, products)
+                return None if gram is None else gram.diagonal()
+        pays = [pairs_are_cheaper(inner * length, 1, *self.shape) for length in layout.lengths]
+        if not any(pays):
             return None
-        a, b = self._by_pose(wide(cotangent), layout)  # [m, T, d], [m, T, p]
-        pairs = self._scaled_twice((a @ a.mT) * (b @ b.mT)).flatten(1)  # [m, T T]
-        squares = pairs.sum(1)
-        return None if cancels(pairs.abs().sum(1), squares) else squares
+        b = wide(cotangent)
+        squares = b.new_zeros(layout.count)
+        groups = layout.groups(self.input.like(b), b)
+        for (poses, sides), by_pairs in zip(groups, pays, strict=True):
+            a, b = (side.flatten(1, -2) for side in sides)  # [k, T, d], [k, T, p]
+            found = squared_sums(a, b) if by_pairs else self._row_squares(a, b)
+            if found is None:
+                return None
+            squares[poses] = found
+        return self._scaled_twice(squares)
+
+    def _row_squares(self, a: Tensor, b: Tensor) -> Tensor:
+        return multiplied(b.mT, a).flatten(1).square().sum(1)
 
     def combine(self, cotangent: Tensor, layout: Layout, weights: Tensor) -> Tensor | None:
         """With one row a pose, the weights go to the smaller of its two factors."""

@@ -25,6 +25,10 @@ class Vector(ClosedForm):
 
     input: Factor
 
+    @property
+    def positions(self) -> tuple[int, ...]:
+        return (0,)
+
     def vjp(self, cotangent: Tensor) -> Tensor:
         return cotangent @ self.input.value.to(cotangent.dtype)
 
