@@ -161,7 +161,7 @@ class Gatherer:
         if not subject.is_fixed:
             known.is_fixed, known.inferred = False, {}
         if not special and not self._is_due(recipe, subject):
-            known.plan = SettledPlan.of(subject, recipe, known.slots)
+            known.plan = SettledPlan.of(subject, recipe, known.slots, reading.declined)
         return parts
 
     def _parts_in_float16(self, subject: Subject, known: Structure, keep_graph: bool) -> Parts:

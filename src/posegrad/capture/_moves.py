@@ -31,6 +31,7 @@ __all__ = [
     "product",
     "put_in",
     "reduced",
+    "rows_alone",
     "same_front",
     "selected",
     "sequences",
@@ -156,6 +157,14 @@ def plus_vector(
 ) -> Axis | None:
     """A matrix times a vector, added to another."""
     return aligned(facts, arg, axis, out, inside) if arg == 0 else axis if arg == 1 else None
+
+
+def rows_alone(
+    facts: Facts, arg: int, axis: Axis, out: torch.Size, inside: torch.Size
+) -> Axis | None:
+    """A matrix `[R, d]` whose rows are multiplied by this weight or by that."""
+    matrices = len(out) == len(inside) == 2
+    return axis if arg == 0 and matrices and axis.dim == 0 and inside[0] == out[0] else None
 
 
 def outer(facts: Facts, arg: int, axis: Axis, out: torch.Size, inside: torch.Size) -> Axis | None:

@@ -1,7 +1,7 @@
 """What is to be read of a graph, use by use, in the order in which it is read."""
 
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple, Self
 
@@ -88,15 +88,19 @@ class SettledPlan:
         layouts: Whose the rows of the cotangents are; None if numbers tell, for each graph anew.
         packable: One slot of each operator that is read, to see whether a checkpoint holds it.
         left: The slots that the backward does not free.
+        declined: The sites whose closed form does not serve these cotangents.
     """
 
     plan: Plan
     layouts: list[Layout] | None
     packable: list[Slot]
-    left: list[Slot] = field(default_factory=list)
+    left: list[Slot]
+    declined: frozenset[Site]
 
     @classmethod
-    def of(cls, subject: Subject, recipe: Recipe, slots: list[Slot]) -> Self | None:
+    def of(
+        cls, subject: Subject, recipe: Recipe, slots: list[Slot], declined: Collection[Site]
+    ) -> Self | None:
         """The plan for graphs like this one; None if something is open."""
         registry = subject.registry
         if recipe.by_rows or not recipe.sites or registry.has_python():
@@ -114,12 +118,12 @@ class SettledPlan:
         layouts = None
         if several and subject.is_fixed:
             layouts = [axes[edge].layout(device_of(registry.nodes[edge[0]])) for edge in plan.edges]
-        return cls(plan, layouts, [*first.items()], left)
+        return cls(plan, layouts, [*first.items()], left, frozenset(declined))
 
     @cached_property
     def spares_graph(self) -> bool:
         """Whether the backward may free the graph on its way: nothing is read after it."""
-        reads_on = any(
+        reads_on = self.declined or any(
             use.reader is None or not (use.site.direct or use.site.light) for use in self.plan.uses
         )
         return self.layouts is not None and self.plan.arrangement.components == 1 and not reads_on

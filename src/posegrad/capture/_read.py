@@ -21,6 +21,7 @@ from posegrad.jacobian.layers import (
     Elementwise,
     Embedding,
     EmbeddingBag,
+    GroupedLinear,
     Linear,
     NormScale,
     Repeat,
@@ -37,6 +38,7 @@ __all__ = [
     "channel_bias",
     "copies",
     "denominator",
+    "experts",
     "factor",
     "group_scale",
     "kernel",
@@ -185,6 +187,15 @@ def middle(op: Operator, entry: Entry) -> ClosedForm | None:
     if entry.transposed or not tensors or told != ((1, 3), (0,), (1, 2), (2, 3)):
         return None
     return Bilinear(entry.shape, Factor.of(first, entry.name), Factor.of(second, entry.name))
+
+
+def experts(op: Operator, entry: Entry) -> ClosedForm | None:
+    """Of weights of which each serves some rows, those that end where the next one's begin."""
+    x, ends = op.saved("self"), op.saved("offs")
+    tensors = isinstance(x, Tensor) and isinstance(ends, Tensor)
+    if entry.transposed or not tensors or x.ndim != 2 or len(entry.shape) != 3:
+        return None
+    return GroupedLinear(entry.shape, Factor.of(x, entry.name), Factor.of(ends, entry.name))
 
 
 def slope(op: Operator, entry: Entry) -> ClosedForm | None:

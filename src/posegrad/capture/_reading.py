@@ -53,10 +53,12 @@ class Reading:
     Args:
         subject: What is differentiated.
         block_bytes: About how much memory rows without a closed form may take at once.
+        declined: The sites whose closed form was found not to serve.
     """
 
     subject: Subject
     block_bytes: int
+    declined: set[Site] = field(default_factory=set)
     _answers: dict[int, dict[int, Tensor | None]] = field(default_factory=dict)  # node, argument
     _operators: dict[int, Operator] = field(default_factory=dict)
     _insides: dict[int, tuple[Layout | None, list[Tensor | None]]] = field(default_factory=dict)
@@ -71,8 +73,9 @@ class Reading:
         if any(is_packed_at(registry.nodes[number], name) for number, name in settled.packable):
             return None  # by a checkpoint, which had better be read in one go
         forms, tables = self._forms(plan)
-        if any(form is None and use.reader for use, form in zip(plan.uses, forms, strict=True)):
-            return None
+        for use, form in zip(plan.uses, forms, strict=True):
+            if form is None and use.reader and use.site not in settled.declined:
+                return None
         layouts: list[Layout | None] | None = None
         if settled.layouts is not None:
             layouts = [*settled.layouts]
@@ -211,7 +214,7 @@ class Reading:
             if rows is None:
                 return None
             pull = self._pull(site)
-            values = rows.rows if pull is None else pull(rows.rows)
+            values = rows.rows if pull is None else pull.back(rows.rows)
             return Rows(rows.path, 0, values.to(self.subject.parameters[site.parameter].dtype))
         layout, each = served
         if not each:
@@ -296,6 +299,7 @@ class Reading:
                     values[i] = torch.zeros(sizes[i], dtype=dtypes[i], device=device)
             return values
 
+        self.declined.add(site)
         answers = self._answers.setdefault(site.node, {})
         if site.argument not in answers:
             alike = [s for s in plan.recipe.sites if s.node == site.node and not s.closed]
@@ -338,13 +342,13 @@ class Reading:
         parameter = self.subject.parameters[site.parameter]
         most = self._most(2 * parameter.numel())
 
-        def pull(rows: Tensor) -> Tensor:
+        def back(rows: Tensor) -> Tensor:
             (found,) = rows_of_graph(
                 [edge], lambda i, j: [rows[i:j].to(dtype)], [parameter], len(rows), most
             )
             return rows.new_zeros(len(rows), *parameter.shape) if found is None else found
 
-        return pull
+        return Pull(back, keeps=self.registry.shape(site.source).numel() == parameter.numel())
 
     def _by_rows(self, reasons: Mapping[str, str]) -> Parts:
         """One backward through the whole graph for every number of the output."""

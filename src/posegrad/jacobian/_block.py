@@ -135,7 +135,7 @@ class Block:
         not; so they take the rows.
         """
         part = self.parts[0] if self._is_whole() else None
-        if not isinstance(part, Factors) or part.pull is not None:
+        if not isinstance(part, Factors) or not part.keeps_products:
             return None
         cotangents, layout = part.cotangents, part.layout
         if not layout.dims or not part.form.prefers_pairs(
@@ -158,7 +158,7 @@ class Block:
     def squares(self, products: Products) -> Tensor | None:
         """The squared norms of the rows `[M]` without the rows, if that is cheaper."""
         part = self.parts[0] if self._is_whole() else None
-        if not isinstance(part, Factors) or part.pull is not None or not part.layout.dims:
+        if not isinstance(part, Factors) or not part.keeps_products or not part.layout.dims:
             return None
         each = []
         for cotangent in part.cotangents:

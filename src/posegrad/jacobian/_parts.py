@@ -25,8 +25,18 @@ __all__ = [
     "checked_weights",
 ]
 
-Pull = Callable[[Tensor], Tensor]
-"""From gradients `[N, ...]` of a tensor computed from the parameter to those of the parameter."""
+
+@record
+class Pull:
+    """From a tensor that was computed from the parameter to the parameter.
+
+    Args:
+        back: From gradients `[N, ...]` of the tensor to those of the parameter.
+        keeps: Whether it only puts numbers in another order, so that inner products stay.
+    """
+
+    back: Callable[[Tensor], Tensor]
+    keeps: bool
 
 
 @record
@@ -164,6 +174,11 @@ class Factors(Part):
         """The part with its rows in place of the factors."""
         return Rows(self.path, self.start, self.rows())
 
+    @property
+    def keeps_products(self) -> bool:
+        """Whether inner products of the form's gradients are those of the parameter's."""
+        return self.pull is None or self.pull.keeps
+
     def opened(self) -> "Factors":
         """The part by a form that counts positions, if there is one."""
         form, cotangents, layout = self.form.opened(self.cotangents, self.layout)
@@ -186,7 +201,7 @@ class Factors(Part):
             rows = each[0]
         else:
             rows = self.arrangement.join(torch.stack(each, dim=1))
-        return rows if self.pull is None else wide(self.pull(rows))
+        return rows if self.pull is None else wide(self.pull.back(rows))
 
     def write(self, into: Tensor) -> None:
         alone = self.arrangement.dim is None and self.pull is None
@@ -204,7 +219,7 @@ class Factors(Part):
         total = self.form.vjp(weighed)
         if total.data_ptr() == weighed.data_ptr():  # nothing was summed
             total = total.clone()  # for another parameter may have the same
-        return total if self.pull is None else wide(self.pull(total.unsqueeze(0))[0])
+        return total if self.pull is None else wide(self.pull.back(total.unsqueeze(0))[0])
 
     def weighed(self, weights: Tensor) -> Tensor:
         """The cotangents times the weights `[count]` of their owners, over all components."""

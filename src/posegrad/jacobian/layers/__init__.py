@@ -5,6 +5,7 @@ from posegrad.jacobian.layers.bilinear import Bilinear
 from posegrad.jacobian.layers.convolution import Convolution
 from posegrad.jacobian.layers.elementwise import Elementwise
 from posegrad.jacobian.layers.embedding import Embedding, EmbeddingBag
+from posegrad.jacobian.layers.grouped import GroupedLinear
 from posegrad.jacobian.layers.linear import Linear
 from posegrad.jacobian.layers.norm import NormScale
 from posegrad.jacobian.layers.repeat import Repeat
@@ -17,6 +18,7 @@ __all__ = [
     "Elementwise",
     "Embedding",
     "EmbeddingBag",
+    "GroupedLinear",
     "Linear",
     "NormScale",
     "Repeat",
