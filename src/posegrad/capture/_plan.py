@@ -8,14 +8,14 @@ from typing import NamedTuple, Self
 from posegrad._compat import device_of
 from posegrad.capture._edges import Edge, EdgeRegistry
 from posegrad.capture._operators import kind_of
-from posegrad.capture._read import Entry, Reader
+from posegrad.capture._read import Entry, Operator, Reader
 from posegrad.capture._recipe import Recipe
 from posegrad.capture._release import Slot
 from posegrad.capture._sites import Site
 from posegrad.capture._subject import Subject
-from posegrad.jacobian import Arrangement, Layout
+from posegrad.jacobian import Arrangement, Layout, Purpose
 
-__all__ = ["Plan", "SettledPlan", "Use", "entry_of"]
+__all__ = ["Plan", "SettledPlan", "Use", "entry_of", "operator_at"]
 
 
 class Use(NamedTuple):
@@ -118,11 +118,28 @@ class SettledPlan:
 
     @cached_property
     def spares_graph(self) -> bool:
-        """Whether the backward may free the graph on its way: nothing is read after it."""
+        """Whether the backward may free the graph on its way: nothing is read after it.
+
+        There is no other backward then.
+        """
         reads_on = any(
             use.reader is None or not (use.site.direct or use.site.light) for use in self.plan.uses
         )
         return self.layouts is not None and self.plan.arrangement.components == 1 and not reads_on
+
+    def count(self, subject: Subject) -> None:
+        """Notes its backwards, but for components and rows; the one that spares a graph is ONE."""
+        if self.spares_graph:
+            return
+        plan = self.plan
+        subject.backwards.add(Purpose.ACTIVATIONS, int(plan.arrangement.components == 1))
+        subject.backwards.blame(lost=plan.recipe.lost)
+        subject.blame(plan.arrangement, plan.edges)
+
+
+def operator_at(registry: EdgeRegistry, node: int) -> Operator:
+    """The operator of a node, as its forms are read from it."""
+    return Operator(registry.nodes[node], registry.sizes[node][0], registry.dtypes[node][0], {})
 
 
 def entry_of(registry: EdgeRegistry, site: Site) -> Entry:
