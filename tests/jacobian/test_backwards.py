@@ -172,3 +172,16 @@ def test_the_whole_graph_counts_by_rows() -> None:
     engine = Engine(model, batch_dim=None, check="never")
     assert "6 backwards for rows of the whole graph" in str(engine.plan(output, Mean()))
     assert engine.jacobian(output).report().splitlines()[1].startswith("6 backwards for rows")
+
+
+def test_a_few_losses_put_together_count_by_rows() -> None:
+    model = _network(torch.tanh)
+    scores = model(torch.randn(M, 3, dtype=torch.float64))
+    output = torch.stack([scores.square().mean(), scores.abs().mean()])
+    plan = str(Engine(model).plan(output, Mean())).splitlines()[0]
+    J = Engine(model, check="never").jacobian(output)
+    assert (
+        plan
+        == f"2 rows, {J.report().splitlines()[1]}"
+        == "2 rows, " + ("2 backwards for rows of the whole graph")
+    )

@@ -242,17 +242,13 @@ class Gatherer:
         return self.check != "never"
 
     def _new_recipe(self, subject: Subject) -> tuple[Recipe, Trial]:
-        if self.batch_dim is None and (whole := self._of_rows(subject)):
-            return whole, _NOTHING
-        return resolve(subject)
+        whole = self._of_rows(subject)
+        return resolve(subject) if whole is None else (whole, Trial({}, {}))
 
     def _of_rows(self, subject: Subject) -> Recipe | None:
         if self.batch_dim is None:
             return Recipe(None, (), dict.fromkeys(subject.parameters, "batch_dim=None"))
         return of_rows(subject)
-
-
-_NOTHING = Trial({}, {})
 
 
 def _graph_of(output: Tensor) -> EdgeRegistry:

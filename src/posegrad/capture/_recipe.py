@@ -50,9 +50,6 @@ class Recipe:
 def resolve(subject: Subject) -> tuple[Recipe, Trial]:
     """The recipe of a structure not met before, and the cotangents it needs."""
     registry, parameters = subject.registry, subject.parameters
-    whole = of_rows(subject)
-    if whole is not None:
-        return whole, Trial({}, {})
     sites = [site for name in parameters for site in uses_of(subject, name)]
     arrangement, trial = _first_look(subject, sites)
     entering = {site.parameter for site in sites}
@@ -88,14 +85,13 @@ def resolve(subject: Subject) -> tuple[Recipe, Trial]:
 
 def of_rows(subject: Subject) -> Recipe | None:
     """The recipe of rows of the whole graph, where no other is worth a look; else None."""
-    why = None
     if subject.registry.is_nested():
         why = "tensors are nested"
-    elif _is_few_losses(
-        subject, [s for name in subject.parameters for s in uses_of(subject, name)]
-    ):
+    elif _is_few_losses(subject):
         why = FEW_ROWS
-    return None if why is None else Recipe(None, (), dict.fromkeys(subject.parameters, why))
+    else:
+        return None
+    return Recipe(None, (), dict.fromkeys(subject.parameters, why))
 
 
 def uses_of(subject: Subject, name: str) -> Iterator[Site]:
@@ -105,7 +101,7 @@ def uses_of(subject: Subject, name: str) -> Iterator[Site]:
     return sites_of(registry, name, source, direct=True, light=True)
 
 
-def _is_few_losses(subject: Subject, sites: Sequence[Site]) -> bool:
+def _is_few_losses(subject: Subject) -> bool:
     """Whether the output is a few numbers that were put together, as the losses of several tasks.
 
     Each is then a pose as a whole, and what they have in common is nobody's. Plain backwards, one
@@ -117,6 +113,7 @@ def _is_few_losses(subject: Subject, sites: Sequence[Site]) -> bool:
     axes = subject.axes(arrangement)
     if not any(axis.is_whole for axis in axes.values()):
         return False
+    sites = (site for name in subject.parameters for site in uses_of(subject, name))
     told = [axes.get(edge) for site in sites for edge in site.edges]
     return None in told and all(axis is None or axis.is_whole for axis in told)
 
