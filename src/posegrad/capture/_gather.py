@@ -172,7 +172,7 @@ class Gatherer:
                 with nullcontext() if known.plan.spares_graph else undisturbed():
                     parts = reading.settled(known.plan, known.slots, keep_graph=keep_graph)
                 if parts is not None:
-                    return parts, ONE if known.plan.spares_graph else subject.backwards
+                    return parts, ONE if known.plan.takes_one else subject.backwards
             lock, aside, copied = python_contained(subject.registry, subject.parameters)
             with undisturbed(), lock, aside, copied:
                 recipe, parts = self._read(reading, known.found)

@@ -118,23 +118,29 @@ class SettledPlan:
 
     @cached_property
     def spares_graph(self) -> bool:
-        """Whether the backward may free the graph on its way: nothing is read after it.
-
-        There is no other backward then.
-        """
+        """Whether the backward may free the graph on its way: nothing is read after it."""
         reads_on = any(
             use.reader is None or not (use.site.direct or use.site.light) for use in self.plan.uses
         )
         return self.layouts is not None and self.plan.arrangement.components == 1 and not reads_on
 
+    @cached_property
+    def takes_one(self) -> bool:
+        """Whether one backward is all it takes, and nothing is to blame for more."""
+        arrangement, uses = self.plan.arrangement, self.plan.uses
+        is_fixed = self.layouts is not None or arrangement.poses == 1
+        near = all(use.site.direct or use.site.light for use in uses)
+        return is_fixed and arrangement.components == 1 and near
+
     def count(self, subject: Subject) -> None:
-        """Notes its backwards, but for components and rows; the one that spares a graph is ONE."""
-        if self.spares_graph:
+        """Notes its backwards, but for components and rows, if they are not the one."""
+        if self.takes_one:
             return
         plan = self.plan
         subject.backwards.add(Purpose.ACTIVATIONS, int(plan.arrangement.components == 1))
-        subject.backwards.blame(lost=plan.recipe.lost)
         subject.blame(plan.arrangement, plan.edges)
+        if plan.recipe.lost:
+            subject.backwards.blame(lost=plan.recipe.lost)
 
 
 def operator_at(registry: EdgeRegistry, node: int) -> Operator:

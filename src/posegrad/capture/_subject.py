@@ -65,8 +65,11 @@ class Subject:
     def blame(self, arrangement: Arrangement, edges: Iterable[Edge]) -> None:
         """Names what is to blame for what it takes to look at some edges."""
         found = self.inferred.get(arrangement.dim)
-        alone = () if found is None else found.alone
-        self.backwards.blame(self.lost_at(arrangement, edges), self._names(alone))
+        if found is None:
+            return
+        lost = [found.lost[edge] for edge in edges if edge in found.lost]
+        if lost or found.alone:
+            self.backwards.blame(self._names(lost), self._names(found.alone))
 
     def _names(self, nodes: Iterable[int]) -> list[str]:
         return [named(self.registry.names[node]) for node in dict.fromkeys(nodes)]

@@ -1,6 +1,5 @@
 """How many backwards a Jacobian took, what each was for, and what is to blame for more than one."""
 
-from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import Enum
@@ -34,32 +33,34 @@ class Backwards:
         alone: Operators that were probed by their own backward.
     """
 
-    counts: Counter[Purpose] = field(default_factory=Counter)
+    counts: dict[Purpose, int] = field(default_factory=dict)
     lost: list[str] = field(default_factory=list)
     alone: list[str] = field(default_factory=list)
 
     def add(self, purpose: Purpose, count: int = 1) -> None:
         """Counts some more."""
-        self.counts[purpose] += count
+        self.counts[purpose] = self.counts.get(purpose, 0) + count
 
     def blame(self, lost: Iterable[str] = (), alone: Iterable[str] = ()) -> None:
         """Notes operators, each once."""
-        self.lost = list(dict.fromkeys([*self.lost, *lost]))
-        self.alone = list(dict.fromkeys([*self.alone, *alone]))
+        self.lost += [name for name in dict.fromkeys(lost) if name not in self.lost]
+        self.alone += [name for name in dict.fromkeys(alone) if name not in self.alone]
 
     def joined(self, other: "Backwards") -> "Backwards":
         """Both together."""
-        both = Backwards(self.counts + other.counts)
-        both.blame([*self.lost, *other.lost], [*self.alone, *other.alone])
+        both = Backwards(dict(self.counts), [*self.lost], [*self.alone])
+        for purpose, count in other.counts.items():
+            both.add(purpose, count)
+        both.blame(other.lost, other.alone)
         return both
 
     @property
     def total(self) -> int:
         """How many they are."""
-        return self.counts.total()
+        return sum(self.counts.values())
 
     def __str__(self) -> str:
-        several = [purpose for purpose in Purpose if self.counts[purpose]]
+        several = [purpose for purpose in Purpose if self.counts.get(purpose)]
         text = f"{self.total or 'no'} backward" + "s" * (self.total != 1)
         if len(several) == 1:
             text += f" {several[0].value}"
@@ -70,5 +71,5 @@ class Backwards:
         return text + (f"; probed alone: {listed(self.alone)}" if self.alone else "")
 
 
-ONE = Backwards(Counter({Purpose.ACTIVATIONS: 1}))
+ONE = Backwards({Purpose.ACTIVATIONS: 1})
 """What most Jacobians take. Never written to."""
