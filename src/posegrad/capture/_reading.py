@@ -12,6 +12,7 @@ from posegrad.capture._edges import EdgeRegistry, named
 from posegrad.capture._operators import kind_of
 from posegrad.capture._plan import Plan, SettledPlan, Use, operator_at
 from posegrad.capture._pulled import Far, lifted, pulled
+from posegrad.capture._read import Operator
 from posegrad.capture._recipe import Recipe
 from posegrad.capture._recurrent import Opening
 from posegrad.capture._release import Slot, release
@@ -381,5 +382,3 @@ class Reading:
     def registry(self) -> EdgeRegistry:
         """The graph."""
         return self.subject.registry
-
-
