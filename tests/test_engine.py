@@ -314,7 +314,7 @@ def test_a_plan_for_an_output_says_how_its_rows_would_be_read() -> None:
 
     plan = str(engine.plan(output, Mean()))
 
-    assert plan.startswith("5 rows, from one backward to the activations")
+    assert plan.startswith("5 rows, 1 backward to the activations; more in a first call")
     assert "0.0.weight  1     closed form (Addmm)" in plan
     assert "0.1.weight  1     operator vjp (Pow): no closed form" in plan
     assert "1.weight    0     unused" in plan

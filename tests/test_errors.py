@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch_geometric.data import Batch, Data
 
 import posegrad
 from posegrad import (
@@ -22,6 +23,7 @@ from posegrad import (
     NotDifferentiableError,
     PerPoseLossError,
     PosegradError,
+    PosesError,
     ReentrantCheckpointError,
     ShapeMismatchError,
     StaleParametersError,
@@ -70,7 +72,15 @@ IN_COMBINE = {
     "no poses": Bad(NoPosesError, r"no poses: a combination of none", poses=[]),
     "empty tensor": Bad(NoPosesError, r"no poses", poses=torch.zeros(0, FEATURES)),
     "empty generator": Bad(NoPosesError, r"no poses", poses=iter(())),
-    "a mapping": Bad(TypeError, r"poses is a dict.*\n.*\[pose\]", poses={"x": torch.ones(2)}),
+    "a mapping": Bad(PosesError, r"poses is a dict.*\n.*\[pose\]", poses={"x": torch.ones(2)}),
+    "a batch of PyG": Bad(
+        PosesError,
+        r"poses is a DataBatch, several graphs.*\n.*to_data_list\(\)",
+        poses=Batch.from_data_list([Data(x=torch.ones(2, FEATURES))] * 2),
+    ),
+    "a graph of PyG": Bad(
+        PosesError, r"poses is a Data, one graph.*\n.*\[pose\]", poses=Data(x=torch.ones(2, 3))
+    ),
     "a rule that returns no tensor": Bad(
         TypeError,
         r"rule made torch.return_types.min.*\n?.*min\(dim=0\)",
@@ -403,7 +413,7 @@ BAD_ENGINES: dict[str, tuple[type[Exception], str, Callable[[], Engine]]] = {
     "infinite k": (ValueError, r"k is inf", lambda: TopK(float("inf"))),  # type: ignore[arg-type]
     "a schedule for an output": (
         ValueError,
-        r"shape \[4, 1\] was computed from the engine's parameters.*\n.*detach",
+        r"shape \[4, 1\] was computed from the engine's parameters.*\n.*list\(poses",
         lambda: Engine(LINEAR).plan(LINEAR(_poses()), Mean(), schedule="store"),
     ),
     "no rule for an output": (

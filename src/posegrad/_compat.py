@@ -177,9 +177,15 @@ def device_of(node: Node) -> torch.device:
 def outputs_of(node: Node) -> tuple[tuple[tuple[int, ...], ...], tuple[torch.dtype, ...]]:
     """The sizes and the dtypes of a node's outputs."""
     data = node._input_metadata
-    if len(data) == 1:
-        return (tuple(data[0].shape),), (data[0].dtype,)
-    return tuple([tuple(d.shape) for d in data]), tuple([d.dtype for d in data])
+    try:
+        if len(data) == 1:
+            return (tuple(data[0].shape),), (data[0].dtype,)
+        return tuple([tuple(d.shape) for d in data]), tuple([d.dtype for d in data])
+    except RuntimeError:  # a nested tensor that is not jagged has no shape at all
+        return ((_NO_SIZE,),) * len(data), tuple([d.dtype for d in data])
+
+
+_NO_SIZE: Any = None  # what stands for the sizes of such a tensor: no number
 
 
 def facts_of(node: Node, names: Iterable[str]) -> tuple[Any, ...]:

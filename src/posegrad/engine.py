@@ -7,7 +7,7 @@ from typing import Any, Self
 from torch import Tensor, nn
 from torch.amp import GradScaler
 
-from posegrad.capture import Gatherer, Roster, check_modules, unwrapped
+from posegrad.capture import Gatherer, Roster, Wanted, check_modules, unwrapped
 from posegrad.combination._base import Rule
 from posegrad.errors import ClosedEngineError
 from posegrad.jacobian import PoseJacobian, SharedJacobian, of_all
@@ -15,7 +15,7 @@ from posegrad.schedule._call import Setting
 from posegrad.schedule._chunks import ChunkSize
 from posegrad.schedule._combine import run
 from posegrad.schedule._gather import Loss, gather
-from posegrad.schedule._plan import Plan, ReadingPlan, reading_plan
+from posegrad.schedule._plan import Plan, ReadingPlan, may_be_output, reading_plan
 from posegrad.schedule._poses import Pose
 from posegrad.schedule._session import Combined
 from posegrad.weighting._rules import AnyRule
@@ -54,8 +54,7 @@ class Engine:
     Raises:
         TypeError: if a module is not an `nn.Module`.
         ValueError: if there is no module, or an option is unknown.
-        UnsupportedModuleError: if one module is inside another, or has parts that are wrapped for
-            distributed training.
+        UnsupportedModuleError: if one is inside another, or has parts wrapped for DDP or FSDP1.
 
     Example:
         >>> model = nn.Linear(3, 1)
@@ -81,8 +80,7 @@ class Engine:
         check_modules(modules)
         self.modules = modules
         self._setting = Setting(modules, predict, collate, chunk_size, self._ranks, self._named)
-        sharded = self._ranks is not None and self._ranks.sharded
-        self._roster = Roster(modules, sharded=sharded)
+        self._roster = Roster(modules, sharded=self._ranks is not None and self._ranks.sharded)
         self._gatherer = Gatherer(check, batch_dim, block_bytes, self._roster.tensors)
         self._closed = False
         self._seasoned = False  # whether a group has been through without a complaint
@@ -119,6 +117,7 @@ class Engine:
 
         Raises:
             NoPosesError: if there are none.
+            PosesError: if they are a mapping or a PyG Batch.
             NonFinitePredictionError: if predictions are nan or infinite; names the poses.
             ShapeMismatchError: if predictions do not fit the chunk or each other.
             NotDifferentiableError: if predictions cannot carry a gradient.
@@ -144,8 +143,7 @@ class Engine:
             m (F + B), m graphs.
 
         Example:
-            >>> poses = [torch.ones(3), torch.zeros(3)]
-            >>> prediction, per_pose = Engine(nn.Linear(3, 1)).combine(poses, Mean())
+            >>> prediction, per_pose = Engine(nn.Linear(3, 1)).combine(torch.eye(3), Mean())
             >>> bool(prediction == per_pose.mean())
             True
         """
@@ -158,7 +156,7 @@ class Engine:
         self,
         output: Tensor,
         *,
-        params: Iterable[str | Tensor] | None = None,
+        params: Wanted = None,
         pose_index: Tensor | Sequence[Tensor] | None = None,
         retain_graph: bool = False,
     ) -> PoseJacobian | SharedJacobian:
@@ -194,13 +192,12 @@ class Engine:
 
         Example:
             >>> model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1))
-            >>> J = Engine(model).jacobian(model(torch.randn(6, 3)).squeeze(1))
-            >>> J.gramian().shape
+            >>> Engine(model).jacobian(model(torch.randn(6, 3)).squeeze(1)).gramian().shape
             torch.Size([6, 6])
         """
         index = [pose_index] if isinstance(pose_index, Tensor) else list(pose_index or ())
         own = partial(self._gatherer.gather, output, pose_index=index, keep_graph=retain_graph)
-        return of_all(own, partial(self._trainable, params), self._ranks)
+        return of_all(own, partial(self._trained, params), self._ranks)
 
     def gather(
         self, poses: Iterable[Pose] | Tensor, *, loss: Loss | None = None, form: str = "auto"
@@ -237,7 +234,7 @@ class Engine:
             scorer, (_, chunks) = self._setting.scorer(poses), self._setting.chunks(poses)
             return gather(self._gatherer, scorer, chunks, parameters, loss, form)
 
-        return of_all(own, self._trainable, self._ranks)
+        return of_all(own, self._trained, self._ranks)
 
     def compute_gramian(self, output: Tensor) -> Tensor:
         """The Gramian of an output's gradients, as by TorchJD's engine; the graph is kept.
@@ -294,6 +291,8 @@ class Engine:
 
         Args:
             poses_or_output: Poses as for `combine`, with a length; or an output with its graph.
+                A tensor computed from the parameters is an output if the rule looks at gradients or
+                it has one number a row; else its rows are poses, as those of a list always are.
             rule: As for those.
             groups: As for `combine`; refused (ValueError) for an output.
             schedule: Likewise.
@@ -315,12 +314,13 @@ class Engine:
             graphs     1 at a time
             holds      1 running sum: 16 B
         """
-        parameters = self._trainable()
-        if paths := self._gatherer.paths(poses_or_output, parameters):
-            return reading_plan(poses_or_output, paths, rule, groups, schedule, skip_below)
-        return self._setting.plan(
-            poses_or_output, rule, groups, schedule, skip_below, parameters.values()
-        )
+        parameters = self._trained(real=False)
+        wishes = rule, groups, schedule, skip_below
+        output = poses_or_output if may_be_output(poses_or_output, rule) else None
+        if outlook := self._gatherer.outlook(output, parameters):
+            self._trained()
+            return reading_plan(output, outlook, *wishes)
+        return self._setting.plan(poses_or_output, *wishes, parameters.values())
 
     def close(self) -> None:
         """Ends the engine's life, as `with Engine(model) as engine:` does; nothing is to be undone.
@@ -341,9 +341,9 @@ class Engine:
         self._check_open()
         return self._roster.named()
 
-    def _trainable(self, wanted: Iterable[str | Tensor] | None = None) -> dict[str, nn.Parameter]:
+    def _trained(self, wanted: Wanted = None, *, real: bool = True) -> dict[str, nn.Parameter]:
         self._check_open()
-        return self._roster.trainable(wanted)
+        return self._roster.trainable(wanted, real=real)
 
     def _check_open(self) -> None:
         if self._closed:

@@ -17,6 +17,7 @@ __all__ = [
     "NotDifferentiableError",
     "PerPoseLossError",
     "PosegradError",
+    "PosesError",
     "RankError",
     "ReentrantCheckpointError",
     "ReplayError",
@@ -47,6 +48,14 @@ class NoPosesError(PosegradError, ValueError):
 
     Raised by `Engine.combine`, `Engine.plan`, `Engine.gather` and `Engine.jacobian` for an empty
     iterable of poses, an empty group, an empty output.
+    """
+
+
+class PosesError(PosegradError, TypeError):
+    """Poses that come as one object, whose parts are not the poses.
+
+    Raised by `Engine.combine`, `Engine.gather` and `Engine.plan` for a mapping, or a graph or batch
+    of PyTorch Geometric.
     """
 
 

@@ -18,7 +18,7 @@ def _jacobian(model: nn.Module, batch: Tensor, **options: object) -> PoseJacobia
 
 def _rows(text: str) -> dict[str, list[str]]:
     """The cells of every parameter."""
-    lines = [re.split(r"  +", line) for line in text.splitlines()[2:]]
+    lines = [re.split(r"  +", line) for line in text.splitlines()[3:]]
     return {name: cells for name, *cells in lines}
 
 

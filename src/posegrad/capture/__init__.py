@@ -3,14 +3,17 @@
 from posegrad.capture._edges import EdgeRegistry
 from posegrad.capture._gather import Gatherer
 from posegrad.capture._guard import alone, failures_named, grad_set_aside, leaf_hooks_off
-from posegrad.capture._modules import Roster, check_modules
+from posegrad.capture._modules import Roster, Wanted, check_modules
+from posegrad.capture._outlook import Outlook
 from posegrad.capture._tracked import check_tracked, graph_clock, is_row_of_leaf, leaf_of_row
 from posegrad.capture._wrapped import check_no_talk, unwrapped
 
 __all__ = [
     "EdgeRegistry",
     "Gatherer",
+    "Outlook",
     "Roster",
+    "Wanted",
     "alone",
     "check_modules",
     "check_no_talk",

@@ -1,5 +1,6 @@
 """The graph as the registry: nodes, edges, and where each parameter enters."""
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,7 +16,7 @@ from posegrad.capture._axis import Facts
 from posegrad.capture._operators import kind_of
 from posegrad.errors import ReentrantCheckpointError
 
-__all__ = ["LEAF", "LEAF_NAME", "Edge", "EdgeRegistry", "Use", "walk"]
+__all__ = ["LEAF", "LEAF_NAME", "Edge", "EdgeRegistry", "Use", "named", "walk"]
 
 LEAF = type(get_gradient_edge(torch.zeros((), requires_grad=True, device="cpu")).node)
 """The class of the nodes that stand for leaves."""
@@ -182,6 +183,11 @@ class EdgeRegistry:
     def at(self, edges: Iterable[Edge]) -> list[GradientEdge]:
         """The edges as `torch.autograd.grad` takes them."""
         return [GradientEdge(self.nodes[node], number) for node, number in edges]
+
+
+def named(kind: str) -> str:
+    """An operator by the name of its node: `Addmm` of `AddmmBackward0`."""
+    return re.sub(r"Backward\d*$", "", kind)
 
 
 def walk(root: Node) -> Iterator[Node]:

@@ -15,7 +15,7 @@ from torch import Tensor
 from posegrad._restoring import ordinary_mode
 from posegrad.capture._guard import leaf_hooks_off
 from posegrad.capture._reading import Parts
-from posegrad.jacobian import Factors, Part, Rows, wide
+from posegrad.jacobian import Backwards, Factors, Part, Purpose, Rows, wide
 
 __all__ = ["Scaling"]
 
@@ -37,7 +37,11 @@ class Scaling:
     level: float = 0.0
 
     def parts(
-        self, output: Tensor, leaves: Mapping[str, Tensor], read: Callable[[Tensor], Parts]
+        self,
+        output: Tensor,
+        leaves: Mapping[str, Tensor],
+        read: Callable[[Tensor], Parts],
+        backwards: Backwards,
     ) -> Parts:
         """What `read` finds for an output, with gradients that neither underflow nor overflow.
 
@@ -45,21 +49,26 @@ class Scaling:
             output: Its graph is kept.
             leaves: The parameters, by name.
             read: Reads the parts of an output's Jacobian.
+            backwards: Where those beside the reader's are counted.
 
         Note:
             Time: one reading; where the size of the gradients has changed much, as at first, seven
             plain backwards to find the power, and another reading.
         """
         if self.exponent is not None:
-            parts = read(_times(output, self.exponent))
+            parts = read(self.scaled(output))
             if self._serves(_largest(parts)):
                 return _divided(parts, self.exponent)
-        found = _greatest_finite(output, list(leaves.values()))
+        found = _greatest_finite(output, list(leaves.values()), backwards)
         exponent = 0 if found is None else found - _HEADROOM
         parts = read(_times(output, exponent))
         if found is not None:  # else gradients are infinite or nan whatever the scale
             self.exponent, self.level = exponent, _largest(parts)
         return _divided(parts, exponent)
+
+    def scaled(self, output: Tensor) -> Tensor:
+        """The output as it is read."""
+        return _times(output, self.exponent or 0)
 
     def _serves(self, largest: float) -> bool:
         return min(_LOW, self.level / 16) <= largest < float("inf")
@@ -70,18 +79,21 @@ def _times(output: Tensor, exponent: int) -> Tensor:
         return wide(output) * 2.0**exponent
 
 
-def _greatest_finite(output: Tensor, leaves: list[Tensor]) -> int | None:
+def _greatest_finite(output: Tensor, leaves: list[Tensor], backwards: Backwards) -> int | None:
     """The greatest power of two, as a cotangent of every number, that nothing overflows under."""
     low, high = _EXPONENTS.start, _EXPONENTS.stop
-    if not _is_finite(output, leaves, low):
+    if not _is_finite(output, leaves, low, backwards):
         return None
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (middle, high) if _is_finite(output, leaves, middle) else (low, middle)
+        low, high = (
+            (middle, high) if _is_finite(output, leaves, middle, backwards) else (low, middle)
+        )
     return low
 
 
-def _is_finite(output: Tensor, leaves: list[Tensor], exponent: int) -> bool:
+def _is_finite(output: Tensor, leaves: list[Tensor], exponent: int, backwards: Backwards) -> bool:
+    backwards.add(Purpose.SCALE)
     scaled = _times(output, exponent)
     with leaf_hooks_off(leaves):
         found = torch.autograd.grad(

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
-from itertools import groupby
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -25,23 +25,29 @@ from posegrad.capture._guard import (
     retained_set_aside,
     undisturbed,
 )
+from posegrad.capture._outlook import Outlook, foreseen
 from posegrad.capture._plan import SettledPlan
 from posegrad.capture._reading import Parts, Reading
-from posegrad.capture._recipe import Recipe, outlook, resolve, slow_parameters
+from posegrad.capture._recipe import Recipe, of_rows, resolve, slow_parameters
 from posegrad.capture._release import release
 from posegrad.capture._structure import Found, Structure, Structures
 from posegrad.capture._subject import Subject
 from posegrad.capture._trial import Trial, attempt
 from posegrad.capture._verify import Reference
-from posegrad.errors import NotDifferentiableError, ReentrantCheckpointError, listed
-from posegrad.jacobian import Arrangement, Block, PoseJacobian, is_cast
+from posegrad.capture._warnings import (
+    coupled_message,
+    disagreement_message,
+    nan_message,
+    nested_message,
+)
+from posegrad.errors import NotDifferentiableError, ReentrantCheckpointError
+from posegrad.jacobian import ONE, Arrangement, Backwards, Block, PoseJacobian, is_cast
 
 __all__ = ["Gatherer"]
 
 CHECKS = ("first", "always", "never")
 
-Paths = dict[str, tuple[str, ...]]
-"""For each parameter the path of each of its uses."""
+_NO_BACKWARDS = Backwards()
 
 
 def _seeded() -> torch.Generator:
@@ -78,14 +84,25 @@ class Gatherer:
         if type(self.block_bytes) is not int or self.block_bytes < 1:
             raise ValueError(f"block_bytes is {self.block_bytes!r}, but it is a number of bytes.")
 
-    def paths(self, output: object, parameters: Mapping[str, Tensor]) -> Paths:
-        """How the rows of each use would be read if no poses mix; empty for anything else."""
+    def outlook(self, output: object, parameters: Mapping[str, Tensor]) -> Outlook | None:
+        """How an output would be read; None for anything that depends on no parameter."""
         if not isinstance(output, Tensor) or output.grad_fn is None:
-            return {}
+            return None
         registry = _graph_of(output)
-        if not any(id(parameter) in registry.leaves for parameter in parameters.values()):
-            return {}
-        return {name: outlook(registry, name, parameter) for name, parameter in parameters.items()}
+        used = {n: p for n, p in parameters.items() if id(p) in registry.leaves and p.numel()}
+        if not used:
+            return None
+        if registry.has_float16():  # it is a multiple that is read
+            output = self._scaling.scaled(output)
+            registry = _graph_of(output)
+        dim = self.batch_dim if isinstance(self.batch_dim, int) and output.ndim else None
+        known = self._structures.of(registry, used, output, stated=False)
+        subject = Subject(output, registry, used, (), dim, _seeded(), {}, self._own)
+        recipe = known.found.recipe
+        is_due = self.check == "always" if recipe is None else self._is_due(recipe, subject)
+        with failures_named(), undisturbed():
+            recipe = recipe or self._of_rows(subject)
+            return foreseen(subject, parameters, recipe, known.plan, is_due=is_due)
 
     def gather(
         self,
@@ -114,6 +131,7 @@ class Gatherer:
         """
         check_output(output)
         parts: Parts = {}
+        backwards = _NO_BACKWARDS
         if output.requires_grad:
             registry = _graph_of(output)
             used = {
@@ -136,15 +154,17 @@ class Gatherer:
                 scale = registry.has_float16() if scale is None else scale
                 read = self._parts_in_float16 if scale else self._parts_of
                 with retained_set_aside(heard):
-                    parts = read(subject, known, keep_graph)
+                    parts, backwards = read(subject, known, keep_graph)
         if not parts and must_depend:
             raise NotDifferentiableError(unrelated_message(output, len(parameters)))
         blocks = {
             name: Block.of(p, output.numel(), parts.get(name, ())) for name, p in parameters.items()
         }
-        return PoseJacobian(output.detach().clone(), parameters, blocks)
+        return PoseJacobian(output.detach().clone(), parameters, blocks, backwards)
 
-    def _parts_of(self, subject: Subject, known: Structure, keep_graph: bool) -> Parts:
+    def _parts_of(
+        self, subject: Subject, known: Structure, keep_graph: bool
+    ) -> tuple[Parts, Backwards]:
         special = subject.is_hooked or is_cast() or torch.is_inference_mode_enabled()
         reading = Reading(subject, self.block_bytes)
         with failures_named():
@@ -152,7 +172,7 @@ class Gatherer:
                 with nullcontext() if known.plan.spares_graph else undisturbed():
                     parts = reading.settled(known.plan, known.slots, keep_graph=keep_graph)
                 if parts is not None:
-                    return parts
+                    return parts, ONE if known.plan.takes_one else subject.backwards
             lock, aside, copied = python_contained(subject.registry, subject.parameters)
             with undisturbed(), lock, aside, copied:
                 recipe, parts = self._read(reading, known.found)
@@ -162,23 +182,29 @@ class Gatherer:
             known.is_fixed, known.inferred = False, {}
         if not special and not self._is_due(recipe, subject):
             known.plan = SettledPlan.of(subject, recipe, known.slots, reading.declined)
-        return parts
+        return parts, subject.backwards
 
-    def _parts_in_float16(self, subject: Subject, known: Structure, keep_graph: bool) -> Parts:
+    def _parts_in_float16(
+        self, subject: Subject, known: Structure, keep_graph: bool
+    ) -> tuple[Parts, Backwards]:
+        readings: list[Backwards] = []
+
         def read(scaled: Tensor) -> Parts:
             own = EdgeRegistry(scaled)
             stated = bool(subject.pose_index)
             known = self._structures.of(own, subject.parameters, scaled, stated=stated)
             inferred = known.inferred if known.is_fixed else {}
             seen = replace(subject, output=scaled, registry=own, inferred=inferred)
-            return self._parts_of(seen, known, keep_graph=True)
+            parts, backwards = self._parts_of(seen, known, keep_graph=True)
+            readings.append(backwards)
+            return parts
 
         lock, aside, copied = python_contained(subject.registry, subject.parameters)
         with undisturbed(), lock, aside, copied, failures_named():
-            parts = self._scaling.parts(subject.output, subject.parameters, read)
+            parts = self._scaling.parts(subject.output, subject.parameters, read, subject.backwards)
             if not keep_graph:
                 release(subject.registry, known.slots)
-        return parts
+        return parts, reduce(Backwards.joined, readings, subject.backwards)
 
     def _own(self) -> frozenset[int]:
         """The memory of the modules' parameters and buffers."""
@@ -196,10 +222,9 @@ class Gatherer:
             if reference is None and self._is_due(None, subject):
                 reference = Reference.of(subject)
             slow = slow_parameters(recipe)
-            is_lasting = not _is_lost_in_nan(trial)
+            is_lasting = not trial.is_lost_in_nan()
             if slow and not subject.quiet and self.batch_dim is not None:
-                told = _coupled_message(slow) if is_lasting else _nan_message(slow, subject.output)
-                warn(told)
+                warn(_why_slow(slow, subject, is_lasting=is_lasting))
         parts = reading.open(recipe, trial)
         if reference is not None:
             once = self.check == "first" and not subject.is_hooked
@@ -217,12 +242,13 @@ class Gatherer:
         return self.check != "never"
 
     def _new_recipe(self, subject: Subject) -> tuple[Recipe, Trial]:
+        whole = self._of_rows(subject)
+        return resolve(subject) if whole is None else (whole, Trial({}, {}))
+
+    def _of_rows(self, subject: Subject) -> Recipe | None:
         if self.batch_dim is None:
-            return Recipe(None, (), dict.fromkeys(subject.parameters, "batch_dim=None")), _NOTHING
-        return resolve(subject)
-
-
-_NOTHING = Trial({}, {})
+            return Recipe(None, (), dict.fromkeys(subject.parameters, "batch_dim=None"))
+        return of_rows(subject)
 
 
 def _graph_of(output: Tensor) -> EdgeRegistry:
@@ -238,13 +264,16 @@ def _graph_of(output: Tensor) -> EdgeRegistry:
 
 def _tried(subject: Subject, recipe: Recipe) -> Trial:
     """The cotangents a known recipe needs."""
-    return attempt(subject, Arrangement(subject.output.shape, recipe.dim), recipe.sites)
+    arrangement = Arrangement(subject.output.shape, recipe.dim)
+    trial = attempt(subject, arrangement, recipe.sites)
+    subject.blame(arrangement, trial.layouts)
+    return trial
 
 
-def _is_lost_in_nan(trial: Trial) -> bool:
-    """Whether rows have no owners that can be found, because they are nan or infinite."""
-    unclear = [b for edge, b in trial.cotangents.items() if trial.layouts[edge] is None]
-    return any(b is not None and not bool(b.isfinite().all()) for b in unclear)
+def _why_slow(slow: Sequence[str], subject: Subject, *, is_lasting: bool) -> str:
+    if subject.registry.is_nested():
+        return nested_message()
+    return coupled_message(slow) if is_lasting else nan_message(slow, subject.output)
 
 
 def _live(parts: Parts) -> frozenset[str]:
@@ -264,7 +293,7 @@ def _verified(
     wrong, sure = reference.disagreeing(subject, parts, doubtful)
     if wrong:
         if not subject.quiet:
-            warn(_disagreement_message(wrong))
+            warn(disagreement_message(wrong))
         recipe = replace(
             recipe,
             sites=tuple(
@@ -281,35 +310,3 @@ def _verified(
             parts = reading.open(recipe, _tried(subject, recipe))
     verified = recipe.verified | (sure & _live(parts)) | recipe.by_rows.keys()
     return replace(recipe, verified=verified), parts
-
-
-def _modules_of(names: Sequence[str]) -> str:
-    modules = [module for module, _ in groupby(name.rpartition(".")[0] or name for name in names)]
-    return ", ".join(modules[:8]) + (f" and {len(modules) - 8} more" if len(modules) > 8 else "")
-
-
-def _coupled_message(names: Sequence[str]) -> str:
-    return (
-        f"The predictions of different poses depend on each other through the activations of: "
-        f"{_modules_of(names)}. Batch statistics or a mean over the batch do that. Their per-pose "
-        f"gradients are exact, but take one backward through the graph for each prediction."
-    )
-
-
-def _nan_message(names: Sequence[str], output: Tensor) -> str:
-    places = (~output.detach().isfinite()).nonzero().tolist()
-    shown = [place[0] if len(place) == 1 else place for place in places]
-    where = f", as the output is at {listed(shown)}" if shown else ""
-    return (
-        f"Gradients are nan or infinite at the activations of: {_modules_of(names)}{where}. Whose "
-        f"they are cannot be told then, so this Jacobian takes one backward through the graph for "
-        f"each number of the output."
-    )
-
-
-def _disagreement_message(names: frozenset[str]) -> str:
-    return (
-        f"The per-pose gradients read off the graph do not add up to autograd's for: "
-        f"{_modules_of(sorted(names))}. A hook or a custom backward that is not linear does that. "
-        f"They are taken by slower, exact ways from now on."
-    )

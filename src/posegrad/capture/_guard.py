@@ -199,7 +199,8 @@ class failures_named:  # noqa: N801
 
     Raises:
         StaleFactorError: if a saved tensor was changed in place.
-        UnsupportedModuleError: if a compiled graph can be used only once.
+        UnsupportedModuleError: if a compiled graph, or one of a selective checkpoint, can be used
+            only once.
     """
 
     def __enter__(self) -> None:
@@ -218,4 +219,11 @@ class failures_named:  # noqa: N801
                 "A part of the model was compiled so that its graph can be used only once, and "
                 "this needs it more often.\nSet torch._functorch.config.donated_buffer = False "
                 "before the model is compiled."
+            ) from error
+        if "under selective activation checkpoint" in str(error):
+            raise UnsupportedModuleError(
+                "A part of the model was run under a selective activation checkpoint, which can be "
+                "recomputed only once, and this needs it more often.\n"
+                "Use checkpoint(..., use_reentrant=False) without context_fn=; or combine() with a "
+                "rule of the predictions, which recomputes each pose once."
             ) from error

@@ -15,7 +15,7 @@ belongs to pose :math:`\lfloor n / b \rfloor \bmod m`. Views keep b, the *stride
 move it with their dimensions (`_axis.py`).
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import reduce
 from math import prod
 from typing import NamedTuple
@@ -39,10 +39,14 @@ class Inferred(NamedTuple):
     Args:
         axes: By edge.
         is_fixed: Whether it holds for all graphs of the structure; else numbers were looked at.
+        lost: For every other edge the operator at which poses were lost.
+        alone: The operators that were probed alone.
     """
 
     axes: Mapping[Edge, Axis]
     is_fixed: bool
+    lost: Mapping[Edge, int]
+    alone: Sequence[int]
 
 
 def infer(registry: EdgeRegistry, arrangement: Arrangement, generator: torch.Generator) -> Inferred:
@@ -57,7 +61,8 @@ def infer(registry: EdgeRegistry, arrangement: Arrangement, generator: torch.Gen
     stride = 1 if dim is None else prod(shape[dim + 1 :])
     start = axis_in(shape, stride, arrangement.poses)
     axes = {} if start is None else {registry.root: start}
-    lost: set[Edge] = set()  # edges at which poses may mix
+    lost: dict[Edge, int] = {}  # edges at which poses may mix, and the operators that may mix them
+    alone: list[int] = []
     is_fixed = True
     for node in registry.in_order():
         of_outputs = {i: axes.get((node, i)) for i in registry.outputs(node)}
@@ -65,7 +70,7 @@ def infer(registry: EdgeRegistry, arrangement: Arrangement, generator: torch.Gen
         moved: dict[int, Axis | None] = {}
         sources = _computed(registry, node)
         if sources and len(known) == len(of_outputs):
-            moved, follows = _moved(registry, node, [*sources], known, generator)
+            moved, follows = _moved(registry, node, [*sources], known, generator, alone)
             is_fixed &= follows
         for argument, edge in sources.items():
             if edge in lost:
@@ -74,10 +79,11 @@ def infer(registry: EdgeRegistry, arrangement: Arrangement, generator: torch.Gen
             if edge in axes:
                 axis = agreed(axes.pop(edge), axis)
             if axis is None:
-                lost.add(edge)
+                before = (lost[o] for i in of_outputs if (o := (node, i)) in lost)
+                lost[edge] = next(before, node)
             else:
                 axes[edge] = axis
-    return Inferred(axes, is_fixed)
+    return Inferred(axes, is_fixed, lost, alone)
 
 
 def _computed(registry: EdgeRegistry, node: int) -> dict[int, Edge]:
@@ -95,8 +101,12 @@ def _moved(
     arguments: list[int],
     axes: Mapping[int, Axis],
     generator: torch.Generator,
+    alone: list[int],
 ) -> tuple[dict[int, Axis | None], bool]:
-    """The axes of an operator's arguments by those of its outputs, and whether structure tells."""
+    """The axes of an operator's arguments by those of its outputs, and whether structure tells.
+
+    It is added to `alone` if it was probed.
+    """
     kind, operator = kind_of(registry.names[node]), registry.nodes[node]
     if not (kind.cuts or kind.looks_up) and (first := _single(axes)) is not None:
         return dict.fromkeys(arguments, first), True
@@ -112,9 +122,11 @@ def _moved(
     if told or None not in moved.values():
         return moved, told and follows
     try:
-        return probed_alone(registry, node, axes, generator), False
+        moved = probed_alone(registry, node, axes, generator)
     except RuntimeError:  # it cannot be called alone; what lies behind it is probed
         return {}, False
+    alone.append(node)
+    return moved, False
 
 
 def _single(axes: Mapping[int, Axis]) -> Axis | None:

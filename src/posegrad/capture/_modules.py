@@ -9,7 +9,10 @@ from torch.nn.parameter import is_lazy
 from posegrad.capture._wrapped import is_wrapper, reshard
 from posegrad.errors import UnsupportedModuleError
 
-__all__ = ["Roster", "check_modules"]
+__all__ = ["Roster", "Wanted", "check_modules"]
+
+Wanted = Iterable[str | Tensor] | None
+"""Parameters or names of some; None for all."""
 
 _WRAPPERS = ("DistributedDataParallel", "FullyShardedDataParallel")
 
@@ -90,11 +93,12 @@ class Roster:
             self._within_lists = all(map(_lists_all, self._within))
         return self._named
 
-    def trainable(self, wanted: Iterable[str | Tensor] | None = None) -> dict[str, nn.Parameter]:
+    def trainable(self, wanted: Wanted = None, *, real: bool = True) -> dict[str, nn.Parameter]:
         """The trainable parameters, each once; only those wanted, if any are named.
 
         Args:
             wanted: Names or parameters, or None for all.
+            real: Whether complex ones will not do.
 
         Raises:
             ValueError: if one that is wanted is not there or not trainable.
@@ -106,7 +110,8 @@ class Roster:
             self._trainable, self._kinds = _trainable(named), kinds
             self._complex = [name for name, p in self._trainable.items() if p.is_complex()]
         found = self._trainable if wanted is None else self._named_by(wanted)
-        if unreal := [name for name in self._complex if name in found]:
+        unreal = [name for name in self._complex if real and name in found]
+        if unreal:
             raise UnsupportedModuleError(_complex_message(unreal))
         return found
 
@@ -175,6 +180,6 @@ def _trainable(named: dict[str, nn.Parameter]) -> dict[str, nn.Parameter]:
 def _complex_message(names: Sequence[str]) -> str:
     return (
         f"Complex parameters: {', '.join(names)}. A Jacobian of real rows has no entry for them.\n"
-        f"Leave them out, jacobian(output, params=[...]); or hold them as torch.view_as_real(...) "
-        f"and view them as complex in the forward."
+        f"Leave them out, jacobian(output, params=[...]), or freeze them; or hold them as "
+        f"torch.view_as_real(...) and view them as complex in the forward. combine() serves them."
     )

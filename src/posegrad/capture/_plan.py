@@ -8,14 +8,14 @@ from typing import NamedTuple, Self
 from posegrad._compat import device_of
 from posegrad.capture._edges import Edge, EdgeRegistry
 from posegrad.capture._operators import kind_of
-from posegrad.capture._read import Entry, Reader
+from posegrad.capture._read import Entry, Operator, Reader
 from posegrad.capture._recipe import Recipe
 from posegrad.capture._release import Slot
 from posegrad.capture._sites import Site
 from posegrad.capture._subject import Subject
-from posegrad.jacobian import Arrangement, Layout
+from posegrad.jacobian import Arrangement, Layout, Purpose
 
-__all__ = ["Plan", "SettledPlan", "Use", "entry_of"]
+__all__ = ["Plan", "SettledPlan", "Use", "entry_of", "operator_at"]
 
 
 class Use(NamedTuple):
@@ -127,6 +127,29 @@ class SettledPlan:
             use.reader is None or not (use.site.direct or use.site.light) for use in self.plan.uses
         )
         return self.layouts is not None and self.plan.arrangement.components == 1 and not reads_on
+
+    @cached_property
+    def takes_one(self) -> bool:
+        """Whether one backward is all it takes, and nothing is to blame for more."""
+        arrangement, uses = self.plan.arrangement, self.plan.uses
+        is_fixed = self.layouts is not None or arrangement.poses == 1
+        near = all(use.site.direct or use.site.light for use in uses)
+        return is_fixed and arrangement.components == 1 and near
+
+    def count(self, subject: Subject) -> None:
+        """Notes its backwards, but for components and rows, if they are not the one."""
+        if self.takes_one:
+            return
+        plan = self.plan
+        subject.backwards.add(Purpose.ACTIVATIONS, int(plan.arrangement.components == 1))
+        subject.blame(plan.arrangement, plan.edges)
+        if plan.recipe.lost:
+            subject.backwards.blame(lost=plan.recipe.lost)
+
+
+def operator_at(registry: EdgeRegistry, node: int) -> Operator:
+    """The operator of a node, as its forms are read from it."""
+    return Operator(registry.nodes[node], registry.sizes[node][0], registry.dtypes[node][0], {})
 
 
 def entry_of(registry: EdgeRegistry, site: Site) -> Entry:

@@ -18,10 +18,10 @@ from posegrad.capture._read import Entry, Operator
 from posegrad.capture._sites import Site
 from posegrad.capture._subject import Subject
 from posegrad.capture._vjp import rows_of_graph
-from posegrad.jacobian import Arrangement, Factor, Factors, Layout, Part, Rows
+from posegrad.jacobian import Arrangement, Factor, Factors, Layout, Part, Purpose, Rows
 from posegrad.jacobian.layers import Embedding
 
-__all__ = ["Far", "lifted", "pulled"]
+__all__ = ["Far", "lifted", "pulled", "pulls"]
 
 
 class Far(NamedTuple):
@@ -83,6 +83,25 @@ def pulled(
             yield name, _entries(subject, own, table, form, arrangement, most)
 
 
+def pulls(sites: Sequence[Site]) -> int:
+    """How often rows will be pulled back, if all tables can be read."""
+    alike: dict[tuple[str, int | None], list[Site]] = {}
+    for site in sites:
+        if not (site.direct or site.light):
+            alike.setdefault((site.parameter, site.looked_up), []).append(site)
+    groups = {
+        tuple([(s.node, s.argument, s.transposed, s.closed) for s in own])
+        for (_, table), own in alike.items()
+        if table is None
+    }
+    behind = [
+        own
+        for (_, table), own in alike.items()
+        if table is not None and any(site.source != (table, 0) for site in own)
+    ]
+    return len(groups) + len(behind)
+
+
 def _entries(
     subject: Subject,
     own: Sequence[tuple[Site, Far]],
@@ -126,6 +145,7 @@ def _back(
     dtypes = [dtype_of(edge.node)[edge.output_nr] for edge in edges]
     values = [one.to(dtype) for one, dtype in zip(rows.values(), dtypes, strict=True)]
     count = len(values[0])
+    subject.backwards.add(Purpose.PULLS, count)
     held = sum(value[0].numel() for value in values) + sum(map(_numbers, targets))
 
     def batch(start: int, stop: int) -> list[Tensor]:

@@ -8,19 +8,19 @@ import torch
 from torch import Tensor
 
 from posegrad._compat import dtype_of, in_backward, is_packed, is_packed_at
-from posegrad.capture._edges import EdgeRegistry
+from posegrad.capture._edges import EdgeRegistry, named
 from posegrad.capture._operators import kind_of
-from posegrad.capture._plan import Plan, SettledPlan, Use
+from posegrad.capture._plan import Plan, SettledPlan, Use, operator_at
 from posegrad.capture._pulled import Far, lifted, pulled
 from posegrad.capture._read import Operator
-from posegrad.capture._recipe import Recipe, named
+from posegrad.capture._recipe import Recipe
 from posegrad.capture._recurrent import Opening
 from posegrad.capture._release import Slot, release
 from posegrad.capture._sites import Site
 from posegrad.capture._subject import Subject
 from posegrad.capture._trial import Trial, known_layout
 from posegrad.capture._vjp import cotangents_at, node_rows, rows_of_graph
-from posegrad.jacobian import NOBODY, ClosedForm, Factors, Layout, Part, Pull, Rows
+from posegrad.jacobian import NOBODY, ClosedForm, Factors, Layout, Part, Pull, Purpose, Rows
 from posegrad.jacobian.layers import Embedding
 
 __all__ = ["Parts", "Reading"]
@@ -85,6 +85,7 @@ class Reading:
                 return None
         frees = settled.spares_graph and not keep_graph
         columns = self._columns(plan, keep_graph=not frees)
+        settled.count(self.subject)
         if layouts is None:
             layouts = self._layouts(plan, columns)
             if layouts is None:
@@ -105,6 +106,7 @@ class Reading:
         self._answers.clear()
         self._insides.clear()
         trial.cotangents.clear()
+        self.subject.backwards.blame(lost=recipe.lost)
         found = self._multiplied(plan, forms, tables, _Looked(columns, layouts))
         found.update(self._by_rows(recipe.by_rows))
         return found
@@ -149,6 +151,7 @@ class Reading:
             ones = torch.ones_like(output)  # not kept: a hook may write to it
             return [cotangents_at(output, edges, ones, keep_graph=keep_graph)]
         found = []
+        self.subject.backwards.add(Purpose.COMPONENTS, arrangement.components)
         for k in range(arrangement.components):
             unit = torch.zeros(arrangement.poses, arrangement.components, device="cpu")
             unit[:, k] = 1
@@ -367,6 +370,7 @@ class Reading:
             cotangents[range(stop - start), range(start, stop)] = 1
             return [cotangents.reshape(-1, *output.shape)]
 
+        self.subject.backwards.add(Purpose.ROWS, output.numel())
         found = rows_of_graph([output], units, sources, output.numel(), self._most(held))
         rung = "rows of the whole graph"
         return {
@@ -382,8 +386,3 @@ class Reading:
     def registry(self) -> EdgeRegistry:
         """The graph."""
         return self.subject.registry
-
-
-def operator_at(registry: EdgeRegistry, node: int) -> Operator:
-    """The operator of a node, as its forms are read from it."""
-    return Operator(registry.nodes[node], registry.sizes[node][0], registry.dtypes[node][0], {})

@@ -1,12 +1,10 @@
 """Finding out where every parameter's rows can be read."""
 
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 
 import torch
-from torch import Tensor
 
 from posegrad.capture._axis import Axis
 from posegrad.capture._edges import Edge, EdgeRegistry
@@ -15,7 +13,7 @@ from posegrad.capture._subject import Subject
 from posegrad.capture._trial import Trial, attempt
 from posegrad.jacobian import Arrangement
 
-__all__ = ["Recipe", "named", "outlook", "resolve", "slow_parameters"]
+__all__ = ["Recipe", "of_rows", "pose_dimensions", "resolve", "slow_parameters", "uses_of"]
 
 _MOST_CLIMBED = 512  # sites beyond a parameter's own that are looked at together
 
@@ -37,6 +35,7 @@ class Recipe:
         sites: Where rows are read.
         by_rows: Parameters that take a backward through the whole graph for each row, and why.
         activations: Numbers of nodes that rows are pulled back from and that data flows through.
+        lost: Operators through which poses could not be followed to where parameters enter.
         verified: Parameters whose rows were compared with autograd's gradient.
     """
 
@@ -44,23 +43,14 @@ class Recipe:
     sites: tuple[Site, ...]
     by_rows: Mapping[str, str]
     activations: frozenset[int] = frozenset()
+    lost: tuple[str, ...] = ()
     verified: frozenset[str] = frozenset()
 
 
 def resolve(subject: Subject) -> tuple[Recipe, Trial]:
     """The recipe of a structure not met before, and the cotangents it needs."""
     registry, parameters = subject.registry, subject.parameters
-    if registry.is_nested():
-        return Recipe(None, (), dict.fromkeys(parameters, "tensors are nested")), Trial({}, {})
-    sites = [
-        site
-        for name, parameter in parameters.items()
-        for site in sites_of(
-            registry, name, (registry.leaves[id(parameter)], 0), direct=True, light=True
-        )
-    ]
-    if _is_few_losses(subject, sites):
-        return Recipe(None, (), dict.fromkeys(parameters, FEW_ROWS)), Trial({}, {})
+    sites = [site for name in parameters for site in uses_of(subject, name)]
     arrangement, trial = _first_look(subject, sites)
     entering = {site.parameter for site in sites}
     lost = {name: "no operator takes it" for name in parameters if name not in entering}
@@ -87,10 +77,31 @@ def resolve(subject: Subject) -> tuple[Recipe, Trial]:
     kept = tuple(site for site in settled if site.parameter not in lost)
     left = [site for site in far if site.parameter not in lost]
     activations = frozenset(site.source[0] for site in left if has_data(site))
-    return Recipe(arrangement.dim, kept, lost, activations), trial
+    mixed_at = [edge for site in mixed_sites for edge in site.edges]
+    through = tuple(subject.lost_at(arrangement, mixed_at))
+    subject.blame(arrangement, [edge for site in sites for edge in site.edges])
+    return Recipe(arrangement.dim, kept, lost, activations, through), trial
 
 
-def _is_few_losses(subject: Subject, sites: Sequence[Site]) -> bool:
+def of_rows(subject: Subject) -> Recipe | None:
+    """The recipe of rows of the whole graph, where no other is worth a look; else None."""
+    if subject.registry.is_nested():
+        why = "tensors are nested"
+    elif _is_few_losses(subject):
+        why = FEW_ROWS
+    else:
+        return None
+    return Recipe(None, (), dict.fromkeys(subject.parameters, why))
+
+
+def uses_of(subject: Subject, name: str) -> Iterator[Site]:
+    """The sites of a parameter itself."""
+    registry, parameter = subject.registry, subject.parameters[name]
+    source = registry.leaves[id(parameter)], 0
+    return sites_of(registry, name, source, direct=True, light=True)
+
+
+def _is_few_losses(subject: Subject) -> bool:
     """Whether the output is a few numbers that were put together, as the losses of several tasks.
 
     Each is then a pose as a whole, and what they have in common is nobody's. Plain backwards, one
@@ -102,6 +113,7 @@ def _is_few_losses(subject: Subject, sites: Sequence[Site]) -> bool:
     axes = subject.axes(arrangement)
     if not any(axis.is_whole for axis in axes.values()):
         return False
+    sites = (site for name in subject.parameters for site in uses_of(subject, name))
     told = [axes.get(edge) for site in sites for edge in site.edges]
     return None in told and all(axis is None or axis.is_whole for axis in told)
 
@@ -109,7 +121,7 @@ def _is_few_losses(subject: Subject, sites: Sequence[Site]) -> bool:
 def _first_look(subject: Subject, sites: Sequence[Site]) -> tuple[Arrangement, Trial]:
     """The arrangement of poses under which they mix at the fewest sites, and what is seen there."""
     shape = subject.output.shape
-    dims = _pose_dimensions(shape) if subject.dim is None else [subject.dim]
+    dims = pose_dimensions(shape) if subject.dim is None else [subject.dim]
     told = [dim for dim in dims if _is_told(subject, Arrangement(shape, dim), sites)]
     best: tuple[int, Arrangement, Trial] | None = None
     for dim in told[:1] or dims:
@@ -132,22 +144,11 @@ def _is_told(subject: Subject, arrangement: Arrangement, sites: Sequence[Site]) 
     return all(edge in axes for site in sites for edge in site.edges)
 
 
-def outlook(registry: EdgeRegistry, name: str, parameter: Tensor) -> tuple[str, ...]:
-    """How the rows of each use of a parameter would be read, as far as the graph alone can tell."""
-    leaf = registry.leaves.get(id(parameter))
-    if leaf is None:
-        return ()
-    sites = sites_of(registry, name, (leaf, 0), direct=True, light=True)
-    kinds = [(named(registry.names[site.node]), site.closed) for site in sites]
-    return tuple(
-        f"closed form ({kind})" if closed else f"operator vjp ({kind}): no closed form"
-        for kind, closed in kinds
-    )
-
-
-def named(kind: str) -> str:
-    """An operator by the name of its node: `Addmm` of `AddmmBackward0`."""
-    return re.sub(r"Backward\d*$", "", kind)
+def pose_dimensions(shape: torch.Size) -> list[int | None]:
+    """Ways to number poses, the most likely first: every number one, or one dimension."""
+    several = [dim for dim, size in enumerate(shape) if 1 < size < shape.numel()]
+    alone = [0] if len(shape) > 1 and shape[0] == 1 < shape.numel() else []
+    return [None, *alone, *several]
 
 
 def slow_parameters(recipe: Recipe) -> list[str]:
@@ -223,10 +224,3 @@ def _is_dear(registry: EdgeRegistry, far: Sequence[Site]) -> bool:
 
 def _numbers(registry: EdgeRegistry, node: int) -> int:
     return sum(prod(shape) for shape in registry.sizes[node])
-
-
-def _pose_dimensions(shape: torch.Size) -> list[int | None]:
-    """Ways to number poses, the most likely first: every number one, or one dimension."""
-    several = [dim for dim, size in enumerate(shape) if 1 < size < shape.numel()]
-    alone = [0] if len(shape) > 1 and shape[0] == 1 < shape.numel() else []
-    return [None, *alone, *several]

@@ -164,7 +164,7 @@ def _is_shared(registry: EdgeRegistry, site: Site, axes: Mapping[Edge, Axis]) ->
 def _keeps_shape(registry: EdgeRegistry, node: int) -> bool:
     """Whether an operator of one argument leaves the shape as it is."""
     (source,) = registry.sources[node]
-    return source is not None and registry.sizes[node] == (registry.shape(source),)
+    return source is not None and registry.sizes[node] == (registry.sizes[source[0]][source[1]],)
 
 
 def _is_transparent(registry: EdgeRegistry, edge: Edge, node: int) -> bool:

@@ -1,15 +1,16 @@
 """What is asked of a graph."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from posegrad.capture._axis import Axis
-from posegrad.capture._edges import Edge, EdgeRegistry
+from posegrad.capture._edges import Edge, EdgeRegistry, named
 from posegrad.capture._inference import Inferred, infer
-from posegrad.jacobian import Arrangement
+from posegrad.jacobian import Arrangement, Backwards
 
 __all__ = ["Subject"]
 
@@ -49,6 +50,29 @@ class Subject:
             found = infer(self.registry, arrangement, self.generator)
             self.inferred[arrangement.dim] = found
         return self.inferred[arrangement.dim].axes
+
+    @cached_property
+    def backwards(self) -> Backwards:
+        """Those that it took so far; the plainest reading counts none."""
+        return Backwards()
+
+    def lost_at(self, arrangement: Arrangement, edges: Iterable[Edge]) -> list[str]:
+        """The operators through which poses cannot be followed to some edges."""
+        found = self.inferred.get(arrangement.dim)
+        lost = {} if found is None else found.lost
+        return self._names(lost[edge] for edge in edges if edge in lost)
+
+    def blame(self, arrangement: Arrangement, edges: Iterable[Edge]) -> None:
+        """Names what is to blame for what it takes to look at some edges."""
+        found = self.inferred.get(arrangement.dim)
+        if found is None:
+            return
+        lost = [found.lost[edge] for edge in edges if edge in found.lost]
+        if lost or found.alone:
+            self.backwards.blame(self._names(lost), self._names(found.alone))
+
+    def _names(self, nodes: Iterable[int]) -> list[str]:
+        return [named(self.registry.names[node]) for node in dict.fromkeys(nodes)]
 
     @property
     def is_fixed(self) -> bool:

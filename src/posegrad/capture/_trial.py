@@ -12,7 +12,7 @@ from posegrad.capture._probing import disproved, narrowest, probed
 from posegrad.capture._sites import Site
 from posegrad.capture._subject import Subject
 from posegrad.capture._vjp import cotangents_at
-from posegrad.jacobian import Arrangement, Layout, single
+from posegrad.jacobian import Arrangement, Layout, Purpose, single
 
 __all__ = ["Trial", "attempt", "known_layout"]
 
@@ -37,6 +37,11 @@ class Trial:
         """Whether a site was looked at."""
         return all(edge in self.layouts for edge in site.edges)
 
+    def is_lost_in_nan(self) -> bool:
+        """Whether rows have no owners that can be found, because they are nan or infinite."""
+        unclear = [b for edge, b in self.cotangents.items() if self.layouts[edge] is None]
+        return any(b is not None and not bool(b.isfinite().all()) for b in unclear)
+
     def joined(self, other: "Trial") -> "Trial":
         """Both trials."""
         return Trial({**self.cotangents, **other.cotangents}, {**self.layouts, **other.layouts})
@@ -59,12 +64,14 @@ def attempt(subject: Subject, arrangement: Arrangement, sites: Sequence[Site]) -
             parts, dtype=torch.float64, device="cpu", generator=subject.generator
         )
 
-    def answer(edges: Sequence[Edge], own: Tensor, scales: Tensor) -> dict[Edge, Tensor | None]:
+    def answer(
+        edges: Sequence[Edge], own: Tensor, scales: Tensor, purpose: Purpose = Purpose.PROBES
+    ) -> dict[Edge, Tensor | None]:
         """The cotangents under numbers for components and for poses, `[K]` and `[m]`."""
         each = arrangement.join(scales.double().unsqueeze(1) * own).reshape(output.shape)
-        return _at(subject, edges, each.to(output))
+        return _at(subject, edges, each.to(output), purpose)
 
-    base = answer(edges, mix, torch.ones(count, device="cpu"))
+    base = answer(edges, mix, torch.ones(count, device="cpu"), Purpose.ACTIVATIONS)
     shared: dict[tuple[int, int], Layout] = {}
     layouts = {
         edge: known_layout(subject, arrangement, edge, b, shared) for edge, b in base.items()
@@ -83,9 +90,12 @@ def attempt(subject: Subject, arrangement: Arrangement, sites: Sequence[Site]) -
     return Trial(base, layouts)
 
 
-def _at(subject: Subject, edges: Sequence[Edge], cotangent: Tensor) -> dict[Edge, Tensor | None]:
+def _at(
+    subject: Subject, edges: Sequence[Edge], cotangent: Tensor, purpose: Purpose
+) -> dict[Edge, Tensor | None]:
     if not edges:
         return {}
+    subject.backwards.add(purpose)
     cotangent = cotangent.clone()  # a hook may write to it
     found = cotangents_at(subject.output, subject.registry.at(edges), cotangent)
     return dict(zip(edges, found, strict=True))

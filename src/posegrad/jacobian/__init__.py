@@ -1,6 +1,7 @@
 """The Jacobian of a group of poses, held in the cheapest form that is exact."""
 
 from posegrad.jacobian._arrangement import Arrangement
+from posegrad.jacobian._backwards import ONE, Backwards, Purpose
 from posegrad.jacobian._block import Block
 from posegrad.jacobian._form import ClosedForm, Factor
 from posegrad.jacobian._layout import NOBODY, Layout, single
@@ -11,7 +12,9 @@ from posegrad.jacobian.shared import SharedJacobian, of_all
 
 __all__ = [
     "NOBODY",
+    "ONE",
     "Arrangement",
+    "Backwards",
     "Block",
     "ClosedForm",
     "Factor",
@@ -20,6 +23,7 @@ __all__ = [
     "Part",
     "PoseJacobian",
     "Pull",
+    "Purpose",
     "Rows",
     "SharedJacobian",
     "Weights",

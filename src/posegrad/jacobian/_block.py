@@ -107,6 +107,10 @@ class Block:
         rows = self.rows()
         return replace(self, parts=[Rows(path, 0, rows if dtype is None else rows.to(dtype))])
 
+    def smaller(self) -> "Block":
+        """The block as it is or as plain rows, whichever are less."""
+        return self if self.bytes() <= self.dense_bytes() else self.dense()
+
     def to(self, device: torch.device | str) -> "Block":
         """The block on another device."""
         return replace(

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 
+from posegrad.jacobian._backwards import Backwards
 from posegrad.jacobian._block import Block
 from posegrad.jacobian._parts import Factors
 from posegrad.jacobian._table import Line, size, table
@@ -11,12 +12,13 @@ __all__ = ["report"]
 HEADER = ("parameter", "uses", "held as", "each", "path")
 
 
-def report(count: int, blocks: Mapping[str, Block]) -> str:
-    """What J and its matrix take, then a line for each parameter, or for several that are alike.
+def report(count: int, blocks: Mapping[str, Block], backwards: Backwards) -> str:
+    """What J and its matrix take, the backwards, and a line for each parameter or several alike.
 
     Args:
         count: M, the number of rows.
         blocks: By parameter.
+        backwards: What reading them took.
     """
     numbers = sum(block.shape.numel() for block in blocks.values())
     whole = sum(block.shape.numel() * block.dtype.itemsize for block in blocks.values())
@@ -24,7 +26,9 @@ def report(count: int, blocks: Mapping[str, Block]) -> str:
         f"{count} rows of {numbers} numbers, held in {size(_kept(blocks))}; "
         f"as a matrix {size(count * whole)}"
     )
-    return "\n".join([first, table(HEADER, [_line(*item) for item in blocks.items()])])
+    return "\n".join(
+        [first, str(backwards), table(HEADER, [_line(*item) for item in blocks.items()])]
+    )
 
 
 def _line(name: str, block: Block) -> Line:

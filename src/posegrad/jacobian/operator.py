@@ -7,6 +7,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
+from posegrad.jacobian._backwards import ONE, Backwards
 from posegrad.jacobian._block import Block
 from posegrad.jacobian._deliver import deliver_step
 from posegrad.jacobian._iterate import each, one_at
@@ -55,10 +56,12 @@ class PoseJacobian:
         predictions: Tensor,
         parameters: Mapping[str, Tensor],
         blocks: Mapping[str, Block],
+        backwards: Backwards = ONE,
     ) -> None:
         self.predictions = predictions
         self._parameters = dict(parameters)
         self._blocks = dict(blocks)
+        self._backwards = backwards
 
     @classmethod
     def joined(cls, jacobians: Sequence["PoseJacobian"]) -> "PoseJacobian":
@@ -69,7 +72,8 @@ class PoseJacobian:
             name: Block.joined([jacobian._blocks[name] for jacobian in jacobians])
             for name in first._blocks
         }
-        return cls(predictions, first._parameters, blocks)
+        backwards = reduce(Backwards.joined, [jacobian._backwards for jacobian in jacobians])
+        return cls(predictions, first._parameters, blocks, backwards)
 
     @property
     def blocks(self) -> Mapping[str, Block]:
@@ -80,13 +84,9 @@ class PoseJacobian:
         """The same rows as `"factors"`, `"dense"`, or in the smaller form of each block."""
         if form == "factors":
             return self
-        blocks = {
-            name: block
-            if form == "auto" and block.bytes() <= block.dense_bytes()
-            else block.dense()
-            for name, block in self._blocks.items()
-        }
-        return PoseJacobian(self.predictions, self._parameters, blocks)
+        own, auto = self._blocks.items(), form == "auto"
+        blocks = {name: block.smaller() if auto else block.dense() for name, block in own}
+        return PoseJacobian(self.predictions, self._parameters, blocks, self._backwards)
 
     @property
     def used(self) -> list[str]:
@@ -289,10 +289,10 @@ class PoseJacobian:
     def to(self, device: torch.device | str) -> "PoseJacobian":
         """The Jacobian on another device; `backward` still serves the parameters where they are."""
         blocks = {name: block.to(device) for name, block in self._blocks.items()}
-        return PoseJacobian(self.predictions.to(device), self._parameters, blocks)
+        return PoseJacobian(self.predictions.to(device), self._parameters, blocks, self._backwards)
 
     def report(self) -> str:
-        """How each parameter's rows are held: by which path they came, and if a slow one, why.
+        """How many backwards J took, and by which path each parameter's rows came; if slow, why.
 
         Four or more parameters that differ in the number of their layer and in nothing else are one
         line. What parameters have in common counts once in the first line, in full for `each`.
@@ -301,13 +301,14 @@ class PoseJacobian:
             >>> model = nn.Sequential(*(nn.Linear(3, 3) for _ in range(9)), nn.Linear(3, 1))
             >>> print(Engine(model).jacobian(model(torch.ones(4, 3)).squeeze(1)).report())
             4 rows of 112 numbers, held in 928 B; as a matrix 1.75 KiB
+            2 backwards: 1 to the activations, 1 to compare with plain autograd
             parameter           uses  held as  each  path
             {0-8}.weight (x 9)  1     factors  96 B  closed form (Linear)
             {0-8}.bias (x 9)    1     factors  48 B  closed form (Elementwise)
             9.weight            1     factors  64 B  closed form (Linear)
             9.bias              1     factors  16 B  closed form (Elementwise)
         """
-        return report(self.predictions.numel(), self._blocks)
+        return report(self.predictions.numel(), self._blocks, self._backwards)
 
     @property
     def paths(self) -> dict[str, tuple[str, ...]]:

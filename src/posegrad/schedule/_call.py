@@ -17,7 +17,7 @@ from posegrad.errors import NoPosesError, RankError, ShapeMismatchError, listed
 from posegrad.ranks import Ranks
 from posegrad.schedule._chunks import ChunkSize, checked, in_chunks
 from posegrad.schedule._plan import Plan, Request, choose, chunks_in, count_of, describe
-from posegrad.schedule._poses import Pose, each_pose
+from posegrad.schedule._poses import Pose, check_poses, each_pose
 from posegrad.schedule._replay import scales_float16
 from posegrad.schedule._session import Scorer
 from posegrad.weighting._rules import rule_of_predictions
@@ -122,6 +122,7 @@ class Setting:
     ) -> Plan:
         """What such a call would do, for poses that have a length."""
         self._how_scored()
+        check_poses(poses)
         count = count_of(poses)
         chunks = chunks_in(poses, count, self._chunk_size)
         whole = _rule_of(rule, _groups_of(groups, poses, all_here=self._ranks is None))
@@ -132,17 +133,13 @@ class Setting:
         """How these poses are scored.
 
         Raises:
-            TypeError: if they are a mapping.
+            PosesError: if they are a mapping or a graph.
             ShapeMismatchError: if they are a tensor without rows.
             ValueError: if they must be joined, or pass through several modules, and nobody said
                 how.
         """
         predict = self._how_scored()
-        if isinstance(poses, Mapping):
-            raise TypeError(
-                f"poses is a {type(poses).__name__}, whose keys would be scored one by one.\n"
-                f"Pass [pose] if it is one pose, or poses.values() if it holds several."
-            )
+        check_poses(poses)
         if isinstance(poses, Tensor) and poses.ndim == 0:
             raise ShapeMismatchError(
                 "The poses are a tensor without dimensions; its rows would be the poses.\n"

@@ -7,14 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from posegrad.capture import Outlook
 from posegrad.combination import Combination, OnlineForm
 from posegrad.combination._groups import groups_of, ungrouped
 from posegrad.errors import NoPosesError, UnsupportedModuleError
+from posegrad.jacobian import Backwards
 from posegrad.jacobian._table import Line, size, table
 from posegrad.ranks import shown
 from posegrad.schedule._chunks import Budget, ChunkSize, in_chunks
 from posegrad.schedule._poses import each_pose
-from posegrad.weighting._rules import AnyRule, as_gradient_rule
+from posegrad.weighting._rules import AnyRule, as_gradient_rule, is_of_predictions
 
 __all__ = [
     "SCHEDULES",
@@ -25,6 +27,8 @@ __all__ = [
     "chunks_in",
     "count_of",
     "describe",
+    "may_be_output",
+    "reading_plan",
     "underflow",
 ]
 
@@ -187,11 +191,13 @@ class ReadingPlan:
     Args:
         rows: The number of its rows.
         paths: For each parameter how the rows of each use are read, unless poses turn out to mix.
+        backwards: How many backwards a call takes, and what is to blame for more than one.
+        remarks: When it takes more.
 
     Example:
         >>> model = nn.Linear(3, 1)
         >>> print(Engine(model).plan(model(torch.ones(4, 3)), Clip(1.0)))
-        4 rows, from one backward to the activations (more where poses mix)
+        4 rows, 1 backward to the activations; more in a first call, which compares
         parameter  uses  path
         weight     1     closed form (Addmm)
         bias       1     closed form (Addmm)
@@ -199,19 +205,33 @@ class ReadingPlan:
 
     rows: int
     paths: Mapping[str, tuple[str, ...]]
+    backwards: Backwards
+    remarks: tuple[str, ...]
 
     def __str__(self) -> str:
         lines = [
             Line(name, (str(len(paths)), " + ".join(dict.fromkeys(paths)) or "unused"))
             for name, paths in self.paths.items()
         ]
-        first = f"{self.rows} rows, from one backward to the activations (more where poses mix)"
+        first = "; ".join([f"{self.rows} rows, {self.backwards}", *self.remarks])
         return "\n".join([first, table(("parameter", "uses", "path"), lines)])
+
+
+def may_be_output(tensor: object, rule: object) -> bool:
+    """Whether a rule could be handed a tensor as an output, and not as poses.
+
+    Poses that a part of the model has made carry its graph too. A rule of predictions makes one
+    number of an output, which must have one a row for that.
+    """
+    if not isinstance(tensor, Tensor):
+        return False
+    alone = tensor.ndim == 0 or tensor.numel() == len(tensor)
+    return alone or not is_of_predictions(rule)
 
 
 def reading_plan(
     output: Any,
-    paths: Mapping[str, tuple[str, ...]],
+    outlook: Outlook,
     rule: Tensor | AnyRule,
     groups: object,
     schedule: str,
@@ -228,9 +248,11 @@ def reading_plan(
         raise ValueError(
             f"The tensor of shape {list(output.shape)} was computed from the engine's parameters, "
             f"so it is an output for backward(), which has no groups, schedule or skip_below.\n"
-            f"Leave these out; or detach the tensor, if its rows are poses."
+            f"Leave these out; or pass list(poses), if its rows are poses."
         )
-    return ReadingPlan(output.numel(), paths)
+    remarks = [] if outlook.is_known else ["more in a first call, which compares"]
+    remarks += [f"{output.numel()} more where poses mix"] if outlook.may_mix else []
+    return ReadingPlan(output.numel(), outlook.paths, outlook.backwards, tuple(remarks))
 
 
 def count_of(poses: object) -> int:

@@ -8,10 +8,33 @@ from typing import Any
 
 from torch import Tensor
 
-__all__ = ["Pose", "copied", "each_pose", "map_tensors", "tensors_of"]
+from posegrad.errors import PosesError
+
+__all__ = ["Pose", "check_poses", "copied", "each_pose", "map_tensors", "tensors_of"]
 
 Pose = Any
 """What the model is called with: a tensor, a container of tensors, a PyG Data, anything."""
+
+
+def check_poses(poses: object) -> None:
+    """Refuses one object that iterates over something else than poses.
+
+    Raises:
+        PosesError: if it is a mapping, or a graph of PyG.
+    """
+    kind = type(poses).__name__
+    if isinstance(poses, Mapping):
+        raise PosesError(
+            f"poses is a {kind}, whose keys would be scored one by one.\n"
+            f"Pass [pose] if it is one pose, or poses.values() if it holds several."
+        )
+    if _is_graph(poses):
+        several = hasattr(poses, "to_data_list")
+        what = "several graphs in one" if several else "one graph"
+        how = "batch.to_data_list(), the graphs one by one" if several else "[pose]"
+        raise PosesError(
+            f"poses is a {kind}, {what}, whose attributes would be scored one by one.\nPass {how}."
+        )
 
 
 def each_pose(poses: Iterable[Pose] | Tensor) -> Iterator[Pose]:

@@ -17,7 +17,13 @@ from posegrad.errors import (
 )
 from posegrad.weighting._base import GradientRule, Jacobian, Step, weighted
 
-__all__ = ["AnyRule", "OfPredictions", "as_gradient_rule", "rule_of_predictions"]
+__all__ = [
+    "AnyRule",
+    "OfPredictions",
+    "as_gradient_rule",
+    "is_of_predictions",
+    "rule_of_predictions",
+]
 
 AnyRule = GradientRule | Combination | nn.Module | Callable[[Tensor], Tensor]
 
@@ -117,16 +123,25 @@ def rule_of_predictions(rule: Rule) -> Combination:
         TypeError: if the rule looks at gradients, or is no rule.
     """
     rule = uncovered(rule)
-    looks = isinstance(rule, GradientRule)
-    if not looks and _is_of_torchjd(rule):
-        looks = importlib.import_module(_ADAPTER).looks_at_gradients(rule)
-    if looks:
+    if _looks_at_gradients(rule):
         raise TypeError(
             f"{type(rule).__name__} looks at gradients, and combine() gives a rule nothing but "
             f"predictions.\n"
             f"Use engine.gather(poses).backward(rule), or engine.backward(output, rule)."
         )
     return as_combination(rule)
+
+
+def is_of_predictions(rule: object) -> bool:
+    """Whether something is no weights and does not look at gradients."""
+    rule = uncovered(rule)
+    return not isinstance(rule, Tensor) and not _looks_at_gradients(rule)
+
+
+def _looks_at_gradients(rule: object) -> bool:
+    if isinstance(rule, GradientRule):
+        return True
+    return _is_of_torchjd(rule) and importlib.import_module(_ADAPTER).looks_at_gradients(rule)
 
 
 _ADAPTER = "posegrad.interop.torchjd"
