@@ -25,7 +25,7 @@ __all__ = [
 def convolved(
     facts: Facts, arg: int, axis: Axis, out: torch.Size, inside: torch.Size
 ) -> Axis | None:
-    """A convolution, also a transposed one; its facts are those of the row in the table."""
+    """A convolution, also a transposed one: groups of channels keep apart."""
     groups, stride, padding, transposed = facts
     if arg == 2:  # the bias, [C]
         return _first_if_channels(axis)
@@ -91,6 +91,7 @@ def sampled(facts: Facts, arg: int, axis: Axis, out: torch.Size, inside: torch.S
 def shuffled_channels(
     facts: Facts, arg: int, axis: Axis, out: torch.Size, inside: torch.Size
 ) -> Axis | None:
+    """Channels change places."""
     return None if axis.dim == 1 else axis
 
 

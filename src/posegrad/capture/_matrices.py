@@ -95,6 +95,7 @@ def distances(
 def times_vector(
     facts: Facts, arg: int, axis: Axis, out: torch.Size, inside: torch.Size
 ) -> Axis | None:
+    """A matrix times a vector."""
     return axis if arg == 0 else None
 
 

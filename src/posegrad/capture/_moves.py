@@ -58,17 +58,20 @@ def viewed(facts: Facts, arg: int, axis: Axis, out: torch.Size, inside: torch.Si
 def transposed(
     facts: Facts, arg: int, axis: Axis, out: torch.Size, inside: torch.Size
 ) -> Axis | None:
+    """Two dimensions change places."""
     first, second = (dim_of(dim, len(out)) for dim in facts)
     return axis._replace(dim={first: second, second: first}.get(axis.dim, axis.dim))
 
 
 def flipped(facts: Facts, arg: int, axis: Axis, out: torch.Size, inside: torch.Size) -> Axis | None:
-    return axis._replace(dim=len(out) - 1 - axis.dim)  # t(), of at most two dimensions
+    """The transpose of a matrix."""
+    return axis._replace(dim=len(out) - 1 - axis.dim)  # of at most two dimensions
 
 
 def permuted(
     facts: Facts, arg: int, axis: Axis, out: torch.Size, inside: torch.Size
 ) -> Axis | None:
+    """The dimensions in another order."""
     return axis._replace(dim=dim_of(facts[0][axis.dim], len(out)))
 
 
@@ -119,11 +122,13 @@ def selected(
 
 
 def stacked(facts: Facts, arg: int, axis: Axis, out: torch.Size, inside: torch.Size) -> Axis | None:
+    """Tensors behind each other, along a new dimension."""
     new = dim_of(facts[0], len(out))
     return None if axis.dim == new else axis._replace(dim=axis.dim - (axis.dim > new))
 
 
 def padded(facts: Facts, arg: int, axis: Axis, out: torch.Size, inside: torch.Size) -> Axis | None:
+    """Numbers are added before and behind; not along the poses."""
     (pads,) = facts  # two for each dimension, the last one first
     own = 2 * (len(out) - 1 - axis.dim)
     return None if any(pads[own : own + 2]) else axis
