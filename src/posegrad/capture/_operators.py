@@ -106,6 +106,7 @@ class Kind(NamedTuple):
         rearranges: Whether it only rearranges: what it makes of a parameter is read in its place.
         keeps: Whether it keeps the order of numbers, so that it does nothing if the shape stays.
         is_transparent: Whether the gradient behind it is the same numbers: a transpose, a cast.
+        casts: Whether it is a cast.
         multiplies: Whether data meets a parameter in it; an argument without a graph is data.
         looks_up: Whether it looks up rows of its first argument by number.
     """
@@ -119,6 +120,7 @@ class Kind(NamedTuple):
     rearranges: bool = False
     keeps: bool = False
     is_transparent: bool = False
+    casts: bool = False
     multiplies: bool = False
     looks_up: bool = False
 
@@ -172,7 +174,7 @@ OPERATORS: dict[str, Kind] = {
     "ExpandBackward0": Kind(aligned, forms={0: summand()}, keeps=True),
     "RepeatBackward0": Kind(repeated, forms={0: copies}),
     "CloneBackward0": Kind(aligned, rearranges=True, keeps=True),
-    "ToCopyBackward0": Kind(aligned, rearranges=True, is_transparent=True),
+    "ToCopyBackward0": Kind(aligned, rearranges=True, is_transparent=True, casts=True),
     "torch::autograd::CopyBackwards": Kind(aligned),
     # The same numbers in the same order
     **_all("Alias ReshapeAlias UnsafeView View", Kind(viewed, rearranges=True, keeps=True)),

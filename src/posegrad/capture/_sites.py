@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from posegrad._compat import device_of, dtype_of, memory_of, saved_tensors
 from posegrad.capture._axis import Axis
 from posegrad.capture._edges import Edge, EdgeRegistry
-from posegrad.capture._moves import aligned, repeated
+from posegrad.capture._moves import aligned, flipped, repeated
 from posegrad.capture._operators import kind_of
 
 __all__ = ["Site", "beyond", "carries_data", "kept_shapes", "meets_itself", "sites_of"]
@@ -57,14 +57,13 @@ def sites_of(
     while stack:
         edge, transposed = stack.pop()
         for use in registry.uses(edge):
-            name = registry.names[use.node]
-            kind = kind_of(name)
+            kind = kind_of(registry.names[use.node])
             outputs = tuple((use.node, number) for number in registry.outputs(use.node))
             closed = use.argument in kind.forms
             if kind.keeps and _keeps_shape(registry, use.node):
                 stack.append(((use.node, 0), transposed))
             elif kind.is_transparent and _is_transparent(registry, edge, use.node):
-                turned = name == "TBackward0" and len(registry.sizes[use.node][0]) == 2
+                turned = kind.moves is flipped and len(registry.sizes[use.node][0]) == 2
                 stack.append(((use.node, 0), transposed ^ turned))
             elif kind.rearranges and not closed:
                 for output in outputs:
