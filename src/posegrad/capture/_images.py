@@ -26,7 +26,7 @@ def convolved(
     facts: Facts, arg: int, axis: Axis, out: torch.Size, inside: torch.Size
 ) -> Axis | None:
     """A convolution, also a transposed one: groups of channels keep apart."""
-    groups, stride, padding, transposed = facts
+    groups, padding, transposed = facts
     if arg == 2:  # the bias, [C]
         return _first_if_channels(axis)
     if axis.dim == 1:
@@ -40,10 +40,9 @@ def convolved(
         return None if group is None else _finer(group, inside[dim] // groups)._replace(dim=dim)
     if arg == 1 or inside[axis.dim] != out[axis.dim]:
         return None
-    if axis.dim > 1:  # of the same size without padding: the kernel's is one
-        at = axis.dim - 2
-        return axis if (_at(stride, at), _at(padding, at)) == (1, 0) else None
-    return axis
+    if axis.dim > 1 and _at(padding, axis.dim - 2):
+        return None
+    return axis  # of the same size without padding, so the kernel's and the stride are one
 
 
 def group_norm(

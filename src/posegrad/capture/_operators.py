@@ -272,7 +272,7 @@ OPERATORS: dict[str, Kind] = {
     # Images
     "ConvolutionBackward0": Kind(
         convolved,
-        ("groups", "stride", "padding", "transposed"),
+        ("groups", "padding", "transposed"),
         forms={1: kernel, 2: channel_bias},
         multiplies=True,
     ),
