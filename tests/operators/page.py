@@ -12,7 +12,7 @@ import torch
 from posegrad.capture import _images, _indexed, _matrices, _moves
 from posegrad.capture._operators import OPERATORS, Kind
 from tests.operators.cases import Case, reading_of
-from tests.operators.coverage import examined
+from tests.operators.coverage import examined, line
 from tests.operators.layers import LAYERS
 from tests.operators.losses import LOSSES
 from tests.operators.network import Reading
@@ -140,5 +140,8 @@ _COLUMNS = ("inferred", "alone", "probed", "mixing")
 
 def _counts_of(name: str) -> Counter[str]:
     """How many of the pairs that keep poses apart came to what, and how many pairs mix them."""
-    found = examined(name, SAMPLES)
+    found = list(examined(name, SAMPLES))
+    wrong = [line(o) for o in found if o.reading.kind in ("wrong", "doubted")]
+    if wrong:
+        raise ValueError("\n".join(wrong))  # such a page had better not be written
     return Counter(o.reading.kind if o.pair.keeps else "mixing" for o in found)
