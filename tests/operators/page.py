@@ -1,6 +1,7 @@
 """The table of operators, and what the coverage comes to, as a page of the docs."""
 
 import re
+import sys
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -9,7 +10,6 @@ from pathlib import Path
 
 import torch
 
-from posegrad.capture import _images, _indexed, _matrices, _moves
 from posegrad.capture._operators import OPERATORS, Kind
 from tests.operators.cases import Case, reading_of
 from tests.operators.coverage import examined, line
@@ -94,8 +94,7 @@ def _rule_of(kind: Kind) -> str:
     if rule is None:
         return "It is probed alone where there is something behind it."
     name = rule.__qualname__.split(".")[0]  # of the function that makes it
-    modules = (_moves, _matrices, _images, _indexed)
-    told = next(getattr(module, name).__doc__ for module in modules if hasattr(module, name))
+    told = getattr(sys.modules[rule.__module__], name).__doc__
     return str(told).strip().split("\n\n")[0].replace("\n    ", " ").replace("|", "\\|")
 
 
