@@ -1,4 +1,7 @@
-"""Prints what is inferred: `python -m tests.operators [samples]`, `... losses`."""
+"""Prints what is followed: `python -m tests.operators [samples]`, `... losses`.
+
+`python -m tests.operators page` writes docs/operators.md.
+"""
 
 import sys
 import warnings
@@ -10,6 +13,7 @@ from tests.operators.cases import reported
 from tests.operators.coverage import examined, report
 from tests.operators.layers import LAYERS
 from tests.operators.losses import LOSSES
+from tests.operators.page import PAGE, page
 from tests.operators.samples import OPERATORS
 
 
@@ -23,5 +27,8 @@ def _lines(arguments: list[str]) -> Iterable[str]:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    for line in _lines(sys.argv[1:]):
-        print(line)
+    if sys.argv[1:] == ["page"]:
+        PAGE.write_text(page(), encoding="utf-8")
+    else:
+        for line in _lines(sys.argv[1:]):
+            print(line)

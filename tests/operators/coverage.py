@@ -9,7 +9,7 @@ from tests.operators.samples import pairs_of, samples_of
 
 __all__ = ["KINDS", "examined", "line", "not_inferred", "report"]
 
-KINDS = ("inferred", "probed", "mixing", "doubted", "not finite", "wrong")
+KINDS = ("inferred", "alone", "probed", "mixing", "doubted", "not finite", "wrong")
 
 
 def examined(name: str, samples: int, pairs: int | None = None) -> Iterator[Outcome]:
@@ -31,14 +31,14 @@ def examined(name: str, samples: int, pairs: int | None = None) -> Iterator[Outc
 def not_inferred(outcomes: Sequence[Outcome]) -> list[tuple[str, int, list[str]]]:
     """The nodes that stand in the way, with the number of pairs and the operators, most first.
 
-    A node stands in the way if it is in no pair that was inferred. If all were, each is named with
-    a question mark: it is followed along some dimensions only.
+    A node stands in the way if it is in no pair that takes one backward. If each is in one, they
+    are named with a question mark: they are followed along some dimensions only.
     """
-    known = {n for o in outcomes if o.reading.kind == "inferred" for n in o.nodes}
+    known = {n for o in outcomes if o.reading.is_fast for n in o.nodes}
     counts: Counter[str] = Counter()
     operators: dict[str, set[str]] = {}
     for outcome in outcomes:
-        if outcome.reading.kind == "inferred":
+        if outcome.reading.is_fast:
             continue
         new = outcome.nodes - known
         for name in new or {f"{name}?" for name in outcome.nodes}:
@@ -60,9 +60,9 @@ def report(outcomes: Iterable[Outcome]) -> Iterator[str]:
     yield "\nnodes that stand in the way, pairs, operators"
     for name, count, operators in not_inferred(outcomes):
         yield f"{count:5d}  {name:42s} {', '.join(operators)}"
-    yield "\npairs that are not inferred"
+    yield "\npairs that take more than one backward"
     for outcome in outcomes:
-        if outcome.reading.kind != "inferred":
+        if not outcome.reading.is_fast:
             yield line(outcome)
 
 

@@ -132,6 +132,16 @@ def _transformed(theta: Tensor) -> Tensor:
 
 
 def _shapes() -> Iterator[tuple[str, Case]]:
+    yield "logcumsumexp", function_case((4, 3), lambda x: x.logcumsumexp(1))
+    yield "matrix_exp", function_case((3, 3), torch.matrix_exp)
+    yield (
+        "AdaptiveAvgPool2d 1 channels_last",
+        layer_case(
+            (2, 4, 4),
+            lambda: nn.AdaptiveAvgPool2d(1),
+            lambda f, x: f(x.to(memory_format=torch.channels_last)),
+        ),
+    )
     yield "PixelShuffle", layer_case((4, 3, 3), lambda: nn.PixelShuffle(2))
     yield "PixelUnshuffle", layer_case((1, 4, 4), lambda: nn.PixelUnshuffle(2))
     yield "ChannelShuffle", layer_case((4, 3, 3), lambda: nn.ChannelShuffle(2))

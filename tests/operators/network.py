@@ -4,6 +4,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import ModuleType
 from unittest.mock import patch
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import Node
 
 from posegrad import Engine
-from posegrad.capture import _vjp
+from posegrad.capture import _inference, _vjp
 from tests.operators.samples import Pair, Sample
 from tests.reference import rows, trainable
 
@@ -76,6 +77,7 @@ class Reading:
         disagreed: Whether a warning said that rows were wrong at first.
         error: The largest difference from plain autograd, relative to the largest number.
         is_finite: Whether all numbers are finite.
+        alone: Whether some operator was probed alone, in the last call.
     """
 
     backwards: int
@@ -83,6 +85,7 @@ class Reading:
     disagreed: bool
     error: float
     is_finite: bool = True
+    alone: bool = False
 
     @property
     def kind(self) -> str:
@@ -95,7 +98,14 @@ class Reading:
             return "doubted"
         if self.mixes:
             return "mixing"
-        return "inferred" if self.backwards == 1 else "probed"
+        if self.backwards > 1:
+            return "probed"
+        return "alone" if self.alone else "inferred"
+
+    @property
+    def is_fast(self) -> bool:
+        """Whether it is right, and takes one backward."""
+        return self.kind in ("inferred", "alone")
 
 
 @dataclass(frozen=True)
@@ -132,17 +142,19 @@ def read(model: nn.Module, output: Callable[[], Tensor]) -> Reading:
         any(each.disagreed for each in found),
         max(each.error for each in found),
         all(each.is_finite for each in found),
+        found[-1].alone,
     )
 
 
 def _read_once(engine: Engine, model: nn.Module, output: Tensor) -> Reading:
     expected = rows(output, trainable(model))
-    with warnings.catch_warnings(record=True) as caught, _counted() as count:
+    backwards, alone = _counted(_vjp, "backward_to"), _counted(_inference, "probed_alone")
+    with warnings.catch_warnings(record=True) as caught, backwards as count, alone as single:
         warnings.simplefilter("always")
         matrix = engine.jacobian(output).matrix()
     said = " ".join(str(warning.message) for warning in caught)
     error, is_finite = _error(matrix, expected), bool(expected.isfinite().all())
-    return Reading(len(count), MIXING in said, SLOWER in said, error, is_finite)
+    return Reading(len(count), MIXING in said, SLOWER in said, error, is_finite, bool(single))
 
 
 def _error(found: Tensor, expected: Tensor) -> float:
@@ -154,16 +166,16 @@ def _error(found: Tensor, expected: Tensor) -> float:
 
 
 @contextmanager
-def _counted() -> Iterator[list[None]]:
-    """One entry for each backward to the activations."""
+def _counted(module: ModuleType, name: str) -> Iterator[list[None]]:
+    """One entry for each call of a function by the code of a module."""
     count: list[None] = []
-    backward = _vjp.backward_to
+    function = getattr(module, name)
 
-    def counting(*args: object, **kwargs: object) -> tuple[Tensor | None, ...]:
+    def counting(*args: object, **kwargs: object) -> object:
         count.append(None)
-        return backward(*args, **kwargs)
+        return function(*args, **kwargs)
 
-    with patch.object(_vjp, "backward_to", counting):
+    with patch.object(module, name, counting):
         yield count
 
 

@@ -91,8 +91,8 @@ def taken(cut: Cut, axis: Axis) -> tuple[Axis | None, bool]:
 
 def sliced(cut: Cut, axis: Axis) -> tuple[Axis | None, bool]:
     """`x[start:stop:step]`: some entries of the argument, by number."""
-    start, stop = (dim_of(saved(cut.node, name), cut.size) for name in ("start", "end"))
-    places = slice(start, stop, saved(cut.node, "step"))
+    given = [saved(cut.node, name) for name in ("start", "end", "step")]
+    places = slice(*(None if value is None else dim_of(value, cut.size) for value in given))
     if len(range(cut.size)[places]) != cut.outputs[0][cut.dim]:
         return None, False
     return axis.within(cut.dim, cut.size, places), False

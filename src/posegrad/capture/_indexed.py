@@ -74,7 +74,7 @@ def _numbers(node: Node, out: torch.Size) -> tuple[int, Tensor | None]:
     """The dimension and the row numbers `[E]` of an indexing operator, if it has one such index."""
     index, dim = saved(node, "index"), saved(node, "dim")
     if index is None:
-        indices = saved(node, "indices")
+        indices = saved(node, "indices") or ()
         given = [place for place, one in enumerate(indices) if one is not None]
         if len(given) != 1:
             return 0, None
@@ -89,7 +89,7 @@ def _numbers(node: Node, out: torch.Size) -> tuple[int, Tensor | None]:
 def _numbers_each(node: Node, out: torch.Size) -> tuple[int, Tensor | None]:
     """The dimension and the row numbers of an operator that has one for each element."""
     index = saved(node, "index")
-    if index.numel() == 0 or index.ndim != len(out):
+    if index is None or index.numel() == 0 or index.ndim != len(out):
         return 0, None
     return dim_of(saved(node, "dim"), len(out)), index
 

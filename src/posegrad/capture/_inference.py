@@ -154,6 +154,8 @@ def _by_rule(
             found.append(kind.picks(operator, argument, axis, out, inside))
         elif kind.moves is None or None in facts:
             continue
+        elif kind.cuts is not None and out == inside:
+            found.append(axis)  # all of it is cut out
         elif kind.cuts is not None and _is_cut(facts, axis, out, inside):
             sizes = [None if e is None else registry.shape(e) for e in registry.sources[node]]
             dim = dim_of(facts[0], max(len(out), len(inside)))

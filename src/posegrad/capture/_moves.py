@@ -15,29 +15,21 @@ __all__ = [
     "along_each",
     "attention",
     "batch_norm",
-    "between_two",
     "classes",
     "diagonal",
-    "distances",
     "first_alone",
     "flipped",
-    "images",
     "layer_norm",
-    "matrices",
-    "outer",
     "padded",
     "permuted",
-    "plus_vector",
-    "product",
     "put_in",
     "reduced",
-    "rows_alone",
+    "repeated",
+    "rotated",
     "same_front",
     "selected",
     "sequences",
     "stacked",
-    "summed_products",
-    "times_vector",
     "transposed",
     "viewed",
     "windows",
@@ -66,17 +58,20 @@ def viewed(facts: Facts, arg: int, axis: Axis, out: torch.Size, inside: torch.Si
 def transposed(
     facts: Facts, arg: int, axis: Axis, out: torch.Size, inside: torch.Size
 ) -> Axis | None:
+    """Two dimensions change places."""
     first, second = (dim_of(dim, len(out)) for dim in facts)
     return axis._replace(dim={first: second, second: first}.get(axis.dim, axis.dim))
 
 
 def flipped(facts: Facts, arg: int, axis: Axis, out: torch.Size, inside: torch.Size) -> Axis | None:
-    return axis._replace(dim=len(out) - 1 - axis.dim)  # t(), of at most two dimensions
+    """The transpose of a matrix."""
+    return axis._replace(dim=len(out) - 1 - axis.dim)  # of at most two dimensions
 
 
 def permuted(
     facts: Facts, arg: int, axis: Axis, out: torch.Size, inside: torch.Size
 ) -> Axis | None:
+    """The dimensions in another order."""
     return axis._replace(dim=dim_of(facts[0][axis.dim], len(out)))
 
 
@@ -97,6 +92,28 @@ def along(facts: Facts, arg: int, axis: Axis, out: torch.Size, inside: torch.Siz
     return axis if apart and inside[axis.dim] == out[axis.dim] else None
 
 
+def rotated(facts: Facts, arg: int, axis: Axis, out: torch.Size, inside: torch.Size) -> Axis | None:
+    """`rot90`: of the two dimensions one becomes the other, and that one backwards the first."""
+    dims, times = facts
+    first, second = (dim_of(dim, len(out)) for dim in dims)
+    if axis.dim not in (first, second) or times % 4 == 0:
+        return axis
+    kept = {1: (second, first), 3: (first, second)}.get(times % 4)
+    return axis._replace(dim=kept[1]) if kept and axis.dim == kept[0] else None
+
+
+def repeated(
+    facts: Facts, arg: int, axis: Axis, out: torch.Size, inside: torch.Size
+) -> Axis | None:
+    """Copies behind each other; poses keep apart if each copy holds them all."""
+    dim = axis.dim - (len(out) - len(inside))
+    if dim < 0 or inside[dim] == out[axis.dim]:
+        return aligned(facts, arg, axis, out, inside)
+    if axis.owners is not None or inside[dim] % (axis.inner * axis.poses):
+        return None
+    return axis._replace(dim=dim, size=inside[dim])
+
+
 def selected(
     facts: Facts, arg: int, axis: Axis, out: torch.Size, inside: torch.Size
 ) -> Axis | None:
@@ -105,32 +122,13 @@ def selected(
 
 
 def stacked(facts: Facts, arg: int, axis: Axis, out: torch.Size, inside: torch.Size) -> Axis | None:
+    """Tensors behind each other, along a new dimension."""
     new = dim_of(facts[0], len(out))
     return None if axis.dim == new else axis._replace(dim=axis.dim - (axis.dim > new))
 
 
-def product(left: int, right: int) -> Rule:
-    """A matrix product: poses lie in rows of the left operand or in columns of the right."""
-
-    def rule(
-        facts: Facts, arg: int, axis: Axis, out: torch.Size, inside: torch.Size
-    ) -> Axis | None:
-        if arg not in (left, right):
-            return aligned(facts, arg, axis, out, inside)  # the summand of addmm
-        batched = axis.dim < len(out) - 2
-        own = len(out) - (2 if arg == left else 1)
-        return axis if batched or axis.dim == own else None
-
-    return rule
-
-
-def images(facts: Facts, arg: int, axis: Axis, out: torch.Size, inside: torch.Size) -> Axis | None:
-    """Operators on `[N, ...]` that treat every entry of N alone."""
-    alone = arg == 0 and axis.dim == 0 and len(inside) == len(out) and inside[0] == out[0]
-    return axis if alone else None
-
-
 def padded(facts: Facts, arg: int, axis: Axis, out: torch.Size, inside: torch.Size) -> Axis | None:
+    """Numbers are added before and behind; not along the poses."""
     (pads,) = facts  # two for each dimension, the last one first
     own = 2 * (len(out) - 1 - axis.dim)
     return None if any(pads[own : own + 2]) else axis
@@ -139,56 +137,19 @@ def padded(facts: Facts, arg: int, axis: Axis, out: torch.Size, inside: torch.Si
 def layer_norm(
     facts: Facts, arg: int, axis: Axis, out: torch.Size, inside: torch.Size
 ) -> Axis | None:
-    apart = axis.dim < len(out) - len(facts[0])
-    return axis if arg == 0 and apart else None
+    """Statistics of the last dimensions, then a scale and a shift of their shape."""
+    if arg > 0:
+        return aligned(facts, arg, axis, out, inside)
+    return axis if axis.dim < len(out) - len(facts[0]) else None
 
 
 def batch_norm(
     facts: Facts, arg: int, axis: Axis, out: torch.Size, inside: torch.Size
 ) -> Axis | None:
-    """Channels never mix; images do if the statistics are the batch's."""
+    """Channels never mix; nothing does unless the statistics are the batch's."""
     if arg > 0:  # scale and shift, [C]
         return axis._replace(dim=0) if axis.dim == 1 else None
-    return axis if axis.dim == 1 or (axis.dim == 0 and facts[0] is False) else None
-
-
-def plus_vector(
-    facts: Facts, arg: int, axis: Axis, out: torch.Size, inside: torch.Size
-) -> Axis | None:
-    """A matrix times a vector, added to another."""
-    return aligned(facts, arg, axis, out, inside) if arg == 0 else axis if arg == 1 else None
-
-
-def rows_alone(
-    facts: Facts, arg: int, axis: Axis, out: torch.Size, inside: torch.Size
-) -> Axis | None:
-    """A matrix `[R, d]` whose rows are multiplied by this weight or by that."""
-    matrices = len(out) == len(inside) == 2
-    return axis if arg == 0 and matrices and axis.dim == 0 and inside[0] == out[0] else None
-
-
-def outer(facts: Facts, arg: int, axis: Axis, out: torch.Size, inside: torch.Size) -> Axis | None:
-    """The outer product of two vectors, added to a matrix."""
-    if arg == 0:
-        return aligned(facts, arg, axis, out, inside)
-    return axis._replace(dim=0) if axis.dim == arg - 1 else None
-
-
-def summed_products(
-    facts: Facts, arg: int, axis: Axis, out: torch.Size, inside: torch.Size
-) -> Axis | None:
-    """Products of a batch of matrices, added up, and to a matrix."""
-    if arg == 0:
-        return aligned(facts, arg, axis, out, inside)
-    return axis._replace(dim=arg) if axis.dim == arg - 1 else None
-
-
-def between_two(
-    facts: Facts, arg: int, axis: Axis, out: torch.Size, inside: torch.Size
-) -> Axis | None:
-    """`F.bilinear`: from `[m, d]` and `[m, e]` to `[m, p]`."""
-    plain = tuple(map(tuple, facts)) == ((1, 3), (0,), (1, 2), (2, 3))
-    return first_alone(facts, arg, axis, out, inside) if plain and arg != 1 else None
+    return axis if axis.dim == 1 or facts[0] is False else None
 
 
 def put_in(facts: Facts, arg: int, axis: Axis, out: torch.Size, inside: torch.Size) -> Axis | None:
@@ -196,12 +157,6 @@ def put_in(facts: Facts, arg: int, axis: Axis, out: torch.Size, inside: torch.Si
     if arg == 0:
         return axis
     return stacked(facts, arg, axis, out, inside)
-
-
-def times_vector(
-    facts: Facts, arg: int, axis: Axis, out: torch.Size, inside: torch.Size
-) -> Axis | None:
-    return axis if arg == 0 else None
 
 
 def attention(
@@ -231,25 +186,6 @@ def within_last(count: int) -> Rule:
         return axis if apart and inside[axis.dim] == out[axis.dim] else None
 
     return rule
-
-
-def matrices(
-    facts: Facts, arg: int, axis: Axis, out: torch.Size, inside: torch.Size
-) -> Axis | None:
-    """An operator on matrices `[..., n, k]`, each by itself."""
-    apart = axis.dim < len(inside) - 2 and axis.dim < len(out)
-    return axis if apart and inside[axis.dim] == out[axis.dim] else None
-
-
-def distances(
-    facts: Facts, arg: int, axis: Axis, out: torch.Size, inside: torch.Size
-) -> Axis | None:
-    """From `[..., n, d]` and `[..., k, d]` to `[..., n, k]`."""
-    if axis.dim < len(out) - 2:
-        kept = len(inside) == len(out) and inside[axis.dim] == out[axis.dim]
-        return axis if kept else None
-    own = axis.dim - (len(out) - 2) == arg
-    return axis._replace(dim=len(inside) - 2) if own else None
 
 
 def first_alone(
@@ -291,7 +227,10 @@ def windows(facts: Facts, arg: int, axis: Axis, out: torch.Size, inside: torch.S
 def diagonal(
     facts: Facts, arg: int, axis: Axis, out: torch.Size, inside: torch.Size
 ) -> Axis | None:
-    """Two dimensions become the last one."""
-    gone = {dim_of(dim, len(inside)) for dim in facts}
+    """Two dimensions become the last one, entry by entry; only the diagonal reaches the output."""
+    gone = [dim_of(dim, len(inside)) for dim in facts[:2]]
     kept = [dim for dim in range(len(inside)) if dim not in gone]
-    return axis._replace(dim=kept[axis.dim]) if axis.dim < len(kept) else None
+    if axis.dim < len(kept):
+        return axis._replace(dim=kept[axis.dim])
+    whole = [dim for dim in gone if inside[dim] == axis.size]  # so it starts with the first entry
+    return axis._replace(dim=whole[0]) if whole else None

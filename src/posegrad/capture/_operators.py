@@ -10,36 +10,52 @@ from typing import NamedTuple
 
 from posegrad.capture._axis import Rule
 from posegrad.capture._cuts import CutRule, joined, parted, piled, sliced, taken, unbound
+from posegrad.capture._images import (
+    convolved,
+    group_norm,
+    pooled,
+    pooled_to_size,
+    sampled,
+    shuffled_channels,
+    spread_channels,
+    spread_pixels,
+)
 from posegrad.capture._indexed import IndexRule, added, added_each, picked, picked_each
+from posegrad.capture._matrices import (
+    between_two,
+    distances,
+    matrices,
+    outer,
+    plus_vector,
+    product,
+    reflected,
+    rows_alone,
+    summed_products,
+    system,
+    system_or_vectors,
+    times_vector,
+)
 from posegrad.capture._moves import (
     aligned,
     along,
     along_each,
     attention,
     batch_norm,
-    between_two,
     classes,
     diagonal,
-    distances,
     first_alone,
     flipped,
-    images,
     layer_norm,
-    matrices,
-    outer,
     padded,
     permuted,
-    plus_vector,
-    product,
     put_in,
     reduced,
-    rows_alone,
+    repeated,
+    rotated,
     same_front,
     selected,
     sequences,
     stacked,
-    summed_products,
-    times_vector,
     transposed,
     viewed,
     windows,
@@ -92,6 +108,7 @@ class Kind(NamedTuple):
         rearranges: Whether it only rearranges: what it makes of a parameter is read in its place.
         keeps: Whether it keeps the order of numbers, so that it does nothing if the shape stays.
         is_transparent: Whether the gradient behind it is the same numbers: a transpose, a cast.
+        casts: Whether it is a cast.
         multiplies: Whether data meets a parameter in it; an argument without a graph is data.
         looks_up: Whether it looks up rows of its first argument by number.
     """
@@ -105,6 +122,7 @@ class Kind(NamedTuple):
     rearranges: bool = False
     keeps: bool = False
     is_transparent: bool = False
+    casts: bool = False
     multiplies: bool = False
     looks_up: bool = False
 
@@ -156,9 +174,9 @@ OPERATORS: dict[str, Kind] = {
     "DivBackward0": Kind(aligned, forms={0: scaled_by("other", inverse=True), 1: denominator}),
     "PreluKernelBackward0": Kind(aligned, forms={1: slope}),
     "ExpandBackward0": Kind(aligned, forms={0: summand()}, keeps=True),
-    "RepeatBackward0": Kind(aligned, forms={0: copies}),
+    "RepeatBackward0": Kind(repeated, forms={0: copies}),
     "CloneBackward0": Kind(aligned, rearranges=True, keeps=True),
-    "ToCopyBackward0": Kind(aligned, rearranges=True, is_transparent=True),
+    "ToCopyBackward0": Kind(aligned, rearranges=True, is_transparent=True, casts=True),
     "torch::autograd::CopyBackwards": Kind(aligned),
     # The same numbers in the same order
     **_all("Alias ReshapeAlias UnsafeView View", Kind(viewed, rearranges=True, keeps=True)),
@@ -180,7 +198,8 @@ OPERATORS: dict[str, Kind] = {
     **_all("Sort Sort/1 Topk", Kind(along, _DIM)),
     "CatBackward0": Kind(along, _DIM, cuts=joined),
     "StackBackward0": Kind(stacked, _DIM, cuts=piled),
-    **_all("Flip Roll Rot90", Kind(along_each, ("dims",))),
+    **_all("Flip Roll", Kind(along_each, ("dims",))),
+    "Rot90Backward0": Kind(rotated, ("dims", "k")),
     "SelectScatterBackward0": Kind(put_in, _DIM),
     "DiagonalBackward0": Kind(diagonal, ("dim1", "dim2")),
     "UnfoldBackward0": Kind(windows, ("dimension",)),
@@ -197,8 +216,8 @@ OPERATORS: dict[str, Kind] = {
     "IndexBackward0": Kind(picks=picked, forms={0: numbered}, looks_up=True),
     "IndexSelectBackward0": Kind(picks=picked, forms={0: numbered}, looks_up=True),
     "GatherBackward0": Kind(picks=picked_each),
-    **_all("IndexAdd IndexPut", Kind(picks=added)),
-    **_all("ScatterAdd ScatterReduce", Kind(picks=added_each)),
+    **_all("IndexAdd IndexCopy IndexFill IndexPut IndexReduce", Kind(picks=added)),
+    **_all("Scatter Scatter/1 ScatterAdd ScatterReduce", Kind(picks=added_each)),
     "EmbeddingBackward0": Kind(forms={0: table}, looks_up=True),
     "EmbeddingBagBackward0": Kind(forms={0: bags}),
     # Products and systems of matrices
@@ -244,27 +263,40 @@ OPERATORS: dict[str, Kind] = {
         between_two, ("expand1", "expand2", "expand3", "sumdim"), forms={1: middle}
     ),
     **_all("Cdist EuclideanDist", Kind(distances)),
-    **_all("Cholesky CholeskyInverse CholeskySolve LuUnpack Ormqr TriangularSolve", Kind(matrices)),
-    **_all("LinalgEig LinalgHouseholderProduct LinalgLu LinalgLuSolve", Kind(matrices)),
-    **_all("LinalgCholeskyEx LinalgDet LinalgEigh LinalgInvEx", Kind(matrices)),
+    **_all("Cholesky CholeskyInverse LinalgCholeskyEx LinalgDet LinalgEig", Kind(matrices)),
+    **_all("LinalgEigh LinalgHouseholderProduct LinalgInvEx LinalgLu", Kind(matrices)),
     **_all("LinalgLuFactorEx LinalgMatrixExp LinalgPinv LinalgQr LinalgSlogdet", Kind(matrices)),
-    **_all("LinalgSolveEx LinalgSolveTriangular LinalgSvd", Kind(matrices)),
+    "LinalgSvdBackward0": Kind(matrices),
+    "LuUnpackBackward0": Kind(aligned),
+    **_all("CholeskySolve TriangularSolve", Kind(system(0))),
+    **_all("LinalgLuSolve LinalgSolveTriangular", Kind(system(1), ("left",))),
+    "LinalgSolveExBackward0": Kind(system_or_vectors),
+    "OrmqrBackward0": Kind(reflected, ("left",)),
     # Images
-    "ConvolutionBackward0": Kind(images, forms={1: kernel, 2: channel_bias}, multiplies=True),
-    **_all("AdaptiveAvgPool2D AdaptiveMaxPool2D AvgPool2D", Kind(within_last(2))),
-    **_all("FractionalMaxPool2D MaxPool2DWithIndices MaxUnpool2D", Kind(within_last(2))),
-    **_all("AdaptiveAvgPool3D AdaptiveMaxPool3D AvgPool3D", Kind(within_last(3))),
-    **_all("FractionalMaxPool3D MaxPool3DWithIndices MaxUnpool3D", Kind(within_last(3))),
-    **_all("ReflectionPad1D ReplicationPad1D UpsampleLinear1D", Kind(within_last(1))),
-    **_all("UpsampleNearest1D UpsampleNearestExact1D", Kind(within_last(1))),
-    **_all("ReflectionPad2D ReplicationPad2D UpsampleBicubic2D", Kind(within_last(2))),
+    "ConvolutionBackward0": Kind(
+        convolved,
+        ("groups", "padding", "transposed"),
+        forms={1: kernel, 2: channel_bias},
+        multiplies=True,
+    ),
+    **_all("AvgPool2D MaxPool2DWithIndices", Kind(pooled(2), ("kernel_size",))),
+    **_all("AvgPool3D MaxPool3DWithIndices", Kind(pooled(3), ("kernel_size",))),
+    **_all("AdaptiveAvgPool2D AdaptiveMaxPool2D", Kind(pooled_to_size)),
+    **_all("AdaptiveAvgPool3D AdaptiveMaxPool3D", Kind(pooled_to_size)),
+    **_all("FractionalMaxPool2D MaxUnpool2D UpsampleBicubic2D", Kind(within_last(2))),
+    **_all("FractionalMaxPool3D MaxUnpool3D", Kind(within_last(3))),
+    **_all("UpsampleLinear1D UpsampleNearest1D UpsampleNearestExact1D", Kind(within_last(1))),
     **_all("UpsampleBilinear2D UpsampleBicubic2DAa UpsampleBilinear2DAa", Kind(within_last(2))),
     **_all("UpsampleNearest2D UpsampleNearestExact2D", Kind(within_last(2))),
-    **_all("ReflectionPad3D ReplicationPad3D UpsampleTrilinear3D", Kind(within_last(3))),
-    **_all("UpsampleNearest3D UpsampleNearestExact3D", Kind(within_last(3))),
-    **_all("ChannelShuffle PixelShuffle PixelUnshuffle", Kind(within_last(3))),
-    **_all("AffineGridGenerator Col2Im GridSampler2D GridSampler3D Im2Col", Kind(first_alone)),
+    **_all("UpsampleNearest3D UpsampleNearestExact3D UpsampleTrilinear3D", Kind(within_last(3))),
+    "ChannelShuffleBackward0": Kind(shuffled_channels),
+    "PixelShuffleBackward0": Kind(spread_channels, ("upscale_factor",)),
+    "PixelUnshuffleBackward0": Kind(spread_pixels, ("downscale_factor",)),
+    **_all("GridSampler2D GridSampler3D", Kind(sampled)),
+    **_all("AffineGridGenerator Col2Im Im2Col", Kind(first_alone)),
     "ConstantPadNdBackward0": Kind(padded, ("pad",)),
+    **_all("ReflectionPad1D ReflectionPad2D ReflectionPad3D", Kind(padded, ("padding",))),
+    **_all("ReplicationPad1D ReplicationPad2D ReplicationPad3D", Kind(padded, ("padding",))),
     # Statistics
     "NativeLayerNormBackward0": Kind(
         layer_norm, ("normalized_shape",), forms={1: layer_scale, 2: summand()}
@@ -272,7 +304,9 @@ OPERATORS: dict[str, Kind] = {
     "FusedRmsNormBackward0": Kind(
         layer_norm, ("normalized_shape",), forms={1: root_mean_square_scale}
     ),
-    "NativeGroupNormBackward0": Kind(images, forms={1: group_scale, 2: channel_bias}),
+    "NativeGroupNormBackward0": Kind(
+        group_norm, ("group",), forms={1: group_scale, 2: channel_bias}
+    ),
     "NativeBatchNormLegitBackward0": Kind(batch_norm, ("training",)),
     "NativeBatchNormBackward0": Kind(
         batch_norm, ("training",), forms={1: batch_scale, 2: channel_bias}

@@ -143,7 +143,12 @@ def _axis(layout: Layout) -> Axis | None:
     """The axis of a tensor of this layout; None if owners do not change along one dimension."""
     if len(layout.dims) != 1:
         return None
-    (dim,), size = layout.dims, layout.size
+    (dim,), size, count, owners = layout.dims, layout.size, layout.count, layout.owners
     if layout.stride is not None:
-        return Axis(dim, layout.count, layout.stride, size)
-    return Axis(dim, layout.count, 0, size, layout.owners)
+        return Axis(dim, count, layout.stride, size)
+    inner = int((owners != owners[:1]).int().argmax()) or size if size else 1  # of the first pose
+    if size % (inner * count) == 0:
+        regular = Layout.regular(count, dim, size, inner, owners.device)
+        if torch.equal(regular.owners, owners):
+            return Axis(dim, count, inner, size)
+    return Axis(dim, count, 0, size, owners)

@@ -6,10 +6,12 @@ from dataclasses import dataclass
 from posegrad._compat import device_of, dtype_of, memory_of, saved_tensors
 from posegrad.capture._axis import Axis
 from posegrad.capture._edges import Edge, EdgeRegistry
-from posegrad.capture._moves import aligned
+from posegrad.capture._moves import aligned, flipped, repeated
 from posegrad.capture._operators import kind_of
 
 __all__ = ["Site", "beyond", "carries_data", "kept_shapes", "meets_itself", "sites_of"]
+
+_ALIGNED = aligned, repeated  # the rules of operators that go element by element
 
 
 @dataclass(frozen=True)
@@ -55,14 +57,13 @@ def sites_of(
     while stack:
         edge, transposed = stack.pop()
         for use in registry.uses(edge):
-            name = registry.names[use.node]
-            kind = kind_of(name)
+            kind = kind_of(registry.names[use.node])
             outputs = tuple((use.node, number) for number in registry.outputs(use.node))
             closed = use.argument in kind.forms
             if kind.keeps and _keeps_shape(registry, use.node):
                 stack.append(((use.node, 0), transposed))
             elif kind.is_transparent and _is_transparent(registry, edge, use.node):
-                turned = name == "TBackward0" and len(registry.sizes[use.node][0]) == 2
+                turned = kind.moves is flipped and len(registry.sizes[use.node][0]) == 2
                 stack.append(((use.node, 0), transposed ^ turned))
             elif kind.rearranges and not closed:
                 for output in outputs:
@@ -138,7 +139,10 @@ def carries_data(
     if all(_has_only(registry, node, own) for node in told):
         return False
     keeps = all(
-        kind.looks_up or kind.rearranges or kind.moves is aligned or not any(registry.sources[node])
+        kind.looks_up
+        or kind.rearranges
+        or kind.moves in _ALIGNED
+        or not any(registry.sources[node])
         for node, kind in kinds.items()
     )
     return not (keeps and _is_shared(registry, site, axes))
@@ -155,7 +159,7 @@ def _is_shared(registry: EdgeRegistry, site: Site, axes: Mapping[Edge, Axis]) ->
     kind, axis = kind_of(registry.names[site.node]), axes.get(site.edges[0])
     if axis is None or kind.looks_up:
         return kind.looks_up
-    if kind.moves is None or not (kind.moves is aligned or kind.multiplies):
+    if kind.moves is None or not (kind.moves in _ALIGNED or kind.multiplies):
         return False
     out, inside = registry.shape(site.edges[0]), registry.shape(site.source)
     return kind.moves(registry.facts[site.node], site.argument, axis, out, inside) is None

@@ -16,7 +16,9 @@ from torch.autograd.graph import Node, get_gradient_edge
 
 from posegrad._compat import carries_float16, set_multithreading, thread_state
 from posegrad._restoring import Change
+from posegrad.capture._cuts import unbound
 from posegrad.capture._edges import LEAF, walk
+from posegrad.capture._operators import kind_of
 from posegrad.errors import UntrackedTensorError
 
 __all__ = ["Tracked", "check_tracked", "graph_clock", "is_row_of_leaf", "leaf_of_row"]
@@ -90,7 +92,7 @@ def is_row_of_leaf(tensor: Tensor) -> bool:
 def leaf_of_row(tensor: Tensor) -> Tensor | None:
     """The stacked leaf that a tensor is a row of; None if it is none."""
     node = tensor.grad_fn
-    if node is None or node.name() != "UnbindBackward0":
+    if node is None or kind_of(node.name()).cuts is not unbound:
         return None
     stacked = node.next_functions[0][0]
     return _variable(stacked) if type(stacked) is LEAF else None
@@ -98,7 +100,7 @@ def leaf_of_row(tensor: Tensor) -> Tensor | None:
 
 def _is_cached_cast(node: Node) -> bool:
     """Autocast casts a parameter once and reuses the copy in later forwards."""
-    return type(node).__name__ == "ToCopyBackward0" and all(
+    return kind_of(node.name()).casts and all(
         type(parent) is LEAF for parent, _ in node.next_functions
     )
 
