@@ -71,11 +71,6 @@ def test_only_the_core_is_needed_to_import() -> None:
 
 
 @pytest.mark.parametrize("path", FILES, ids=str)
-def test_files_hold_one_idea(path: Path) -> None:
-    assert len((SRC / path).read_text().splitlines()) <= 350
-
-
-@pytest.mark.parametrize("path", FILES, ids=str)
 def test_operators_are_named_in_their_table_alone(path: Path) -> None:
     nodes = ast.walk(ast.parse((SRC / path).read_text()))
     texts = {n.value for n in nodes if isinstance(n, ast.Constant) and isinstance(n.value, str)}
