@@ -111,6 +111,7 @@ class Kind(NamedTuple):
         casts: Whether it is a cast.
         multiplies: Whether data meets a parameter in it; an argument without a graph is data.
         looks_up: Whether it looks up rows of its first argument by number.
+        is_unbatched: Whether torch has no rule to run its backward on a batch of cotangents.
     """
 
     moves: Rule | None = None
@@ -125,6 +126,7 @@ class Kind(NamedTuple):
     casts: bool = False
     multiplies: bool = False
     looks_up: bool = False
+    is_unbatched: bool = False
 
 
 UNKNOWN = Kind()
@@ -319,11 +321,12 @@ OPERATORS: dict[str, Kind] = {
         forms={1: input_weight, 2: state_weight, 3: gate_bias, 4: gate_bias},
         opens=GATES,
         multiplies=True,
+        is_unbatched=True,
     ),
     # Attention
     **_all("ScaledDotProductCudnnAttention ScaledDotProductEfficientAttention", Kind(attention)),
     **_all("ScaledDotProductFlashAttention", Kind(attention)),
-    **_all("ScaledDotProductFlashAttentionForCpu", Kind(attention)),
+    "ScaledDotProductFlashAttentionForCpuBackward0": Kind(attention, is_unbatched=True),
     # Losses that pick a class
     **_all("NllLoss NllLoss2D", Kind(classes)),
     **_all("MultiMarginLoss MultilabelMarginLoss", Kind(first_alone)),

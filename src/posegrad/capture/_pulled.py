@@ -21,7 +21,7 @@ from posegrad.capture._vjp import rows_of_graph
 from posegrad.jacobian import Arrangement, Factor, Factors, Layout, Part, Purpose, Rows
 from posegrad.jacobian.layers import Embedding
 
-__all__ = ["Far", "lifted", "pulled", "pulls"]
+__all__ = ["Far", "entries", "lifted", "pulled", "pulls"]
 
 
 class Far(NamedTuple):
@@ -118,12 +118,24 @@ def _entries(
         assert found is not None
         total = found if total is None else total + found
     assert total is not None
+    return entries("closed form (Embedding)", table, total, arrangement)
+
+
+def entries(path: str, table: Embedding, rows: Tensor, arrangement: Arrangement) -> Part:
+    """The part of a table by rows `[M, ...]` of what was looked up in it.
+
+    Args:
+        path: How they were found.
+        table: How it was looked up: alike for all rows.
+        rows: The rows.
+        arrangement: The poses in the output.
+    """
     indices = table.indices.value
     repeated = indices.expand(arrangement.poses, *indices.shape)
     form = replace(table, indices=Factor.of(repeated, table.indices.beside))
-    layout = Layout.regular(arrangement.poses, 0, arrangement.poses, 1, total.device)
-    cotangents = arrangement.split(total).unbind(1)
-    return Factors("closed form (Embedding)", 0, form, layout, arrangement, cotangents)
+    layout = Layout.regular(arrangement.poses, 0, arrangement.poses, 1, rows.device)
+    cotangents = arrangement.split(rows).unbind(1)
+    return Factors(path, 0, form, layout, arrangement, cotangents)
 
 
 def _summed(own: Sequence[tuple[Site, Far]]) -> dict[Edge, Tensor]:

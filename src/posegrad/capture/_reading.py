@@ -1,33 +1,44 @@
 """The ladder: closed forms, the vjp of one operator, rows of the whole graph."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge
 
 from posegrad._compat import dtype_of, in_backward, is_packed, is_packed_at
-from posegrad.capture._edges import EdgeRegistry, named
+from posegrad.capture._edges import LEAF_NAME, EdgeRegistry, named
 from posegrad.capture._operators import kind_of
 from posegrad.capture._plan import Plan, SettledPlan, Use, operator_at
-from posegrad.capture._pulled import Far, lifted, pulled
+from posegrad.capture._pulled import Far, entries, lifted, pulled
 from posegrad.capture._read import Operator
-from posegrad.capture._recipe import Recipe
+from posegrad.capture._recipe import Recipe, uses_of
 from posegrad.capture._recurrent import Opening
 from posegrad.capture._release import Slot, release
-from posegrad.capture._sites import Site
+from posegrad.capture._sites import Site, looks_up
 from posegrad.capture._subject import Subject
 from posegrad.capture._trial import Trial, known_layout
 from posegrad.capture._vjp import cotangents_at, node_rows, rows_of_graph
-from posegrad.jacobian import NOBODY, ClosedForm, Factors, Layout, Part, Pull, Purpose, Rows
+from posegrad.jacobian import (
+    NOBODY,
+    Arrangement,
+    ClosedForm,
+    Factors,
+    Layout,
+    Part,
+    Pull,
+    Purpose,
+    Rows,
+)
 from posegrad.jacobian.layers import Embedding
 
 __all__ = ["Parts", "Reading"]
 
 Parts = dict[str, list[Part]]
 
-_LARGE = 2**14  # numbers of an operator that take longer than calling it
+_LARGE = 2**13  # numbers of an operator that take longer than calling it
 
 Forms = list[ClosedForm | None]
 """The closed form of each use of a plan."""
@@ -358,12 +369,7 @@ class Reading:
         if not reasons:
             return {}
         names, output = sorted(reasons), self.subject.output
-        sources = [self.subject.parameters[name] for name in names]
-        held = sum(p.numel() for p in sources)
-        if not self.registry.is_nested():
-            numbers = sum(prod(shape) for sizes in self.registry.sizes for shape in sizes)
-            # One after another where operators are large: nothing is gained by batching them.
-            held += numbers if numbers < _LARGE * len(self.registry.nodes) else self.block_bytes
+        targets = [self._target(name) for name in names]
 
         def units(start: int, stop: int) -> list[Tensor]:
             cotangents = output.new_zeros(stop - start, output.numel())
@@ -371,12 +377,49 @@ class Reading:
             return [cotangents.reshape(-1, *output.shape)]
 
         self.subject.backwards.add(Purpose.ROWS, output.numel())
-        found = rows_of_graph([output], units, sources, output.numel(), self._most(held))
-        rung = "rows of the whole graph"
-        return {
-            name: [] if rows is None else [Rows(f"{rung}: {reasons[name]}", 0, rows)]
-            for name, rows in zip(names, found, strict=True)
-        }
+        sources = [source for source, _ in targets]
+        found = rows_of_graph([output], units, sources, output.numel(), self._at_once(names))
+        parts: Parts = {}
+        for name, (_, table), rows in zip(names, targets, found, strict=True):
+            path = f"rows of the whole graph: {reasons[name]}"
+            if rows is None:
+                parts[name] = []
+            elif table is None:
+                parts[name] = [Rows(path, 0, rows)]
+            else:
+                parts[name] = [entries(path, table, rows, Arrangement(output.shape, None))]
+        return parts
+
+    def _target(self, name: str) -> tuple[Tensor | GradientEdge, Embedding | None]:
+        """By what rows of the whole graph are taken, and the table if it is what was looked up."""
+        registry, parameter = self.registry, self.subject.parameters[name]
+        if not registry.is_nested():
+            uses = [*uses_of(self.subject, name)]
+            if len(uses) == 1 and looks_up(registry, uses[0]):
+                operator = operator_at(registry, uses[0].node)
+                table = None if is_packed(operator.node) else lifted(operator, parameter, uses[0])
+                (edge,) = registry.at([(uses[0].node, 0)])
+                return (parameter if table is None else edge), table
+        return parameter, None
+
+    def _at_once(self, names: Sequence[str]) -> int:
+        """How many rows of the whole graph to take at once.
+
+        One after another, where operators are large or take cotangents one by one: then nothing is
+        gained by batching them.
+        """
+        registry = self.registry
+        held = sum(self.subject.parameters[name].numel() for name in names)
+        if registry.is_nested():
+            return self._most(held)
+        numbers = sum(
+            prod(shape)
+            for name, sizes in zip(registry.names, registry.sizes, strict=True)
+            for shape in sizes
+            if name != LEAF_NAME
+        )
+        alone = any(kind_of(name).is_unbatched for name in registry.names)
+        return 1 if alone or numbers > _LARGE * len(registry.nodes) else self._most(held + numbers)
 
     def _most(self, numbers: int) -> int:
         """How many rows of so many numbers may be in memory at once."""

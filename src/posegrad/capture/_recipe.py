@@ -115,7 +115,7 @@ def _is_few_losses(subject: Subject) -> bool:
         return False
     sites = (site for name in subject.parameters for site in uses_of(subject, name))
     told = [axes.get(edge) for site in sites for edge in site.edges]
-    return None in told and all(axis is None or axis.is_whole for axis in told)
+    return None in told
 
 
 def _first_look(subject: Subject, sites: Sequence[Site]) -> tuple[Arrangement, Trial]:

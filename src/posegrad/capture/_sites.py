@@ -9,7 +9,7 @@ from posegrad.capture._edges import Edge, EdgeRegistry
 from posegrad.capture._moves import aligned, flipped, repeated
 from posegrad.capture._operators import kind_of
 
-__all__ = ["Site", "beyond", "carries_data", "kept_shapes", "meets_itself", "sites_of"]
+__all__ = ["Site", "beyond", "carries_data", "kept_shapes", "looks_up", "meets_itself", "sites_of"]
 
 _ALIGNED = aligned, repeated  # the rules of operators that go element by element
 
@@ -94,14 +94,19 @@ def beyond(registry: EdgeRegistry, site: Site) -> list[Site] | None:
     """
     if registry.root in site.edges:
         return None
-    looks_up = kind_of(registry.names[site.node]).looks_up
-    table = site.node if looks_up and site.direct and site.closed and not site.transposed else None
+    table = site.node if looks_up(registry, site) else None
     found: list[Site] = []
     for edge in site.edges:
         found += sites_of(
             registry, site.parameter, edge, direct=False, light=False, looked_up=table
         )
     return found
+
+
+def looks_up(registry: EdgeRegistry, site: Site) -> bool:
+    """Whether rows of the parameter are looked up there."""
+    plain = site.direct and site.closed and not site.transposed
+    return plain and kind_of(registry.names[site.node]).looks_up
 
 
 def meets_itself(registry: EdgeRegistry, sites: list[Site]) -> bool:
