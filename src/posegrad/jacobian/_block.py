@@ -133,11 +133,7 @@ class Block:
         return replace(self, parts=joining.of(self.parts, self.count))
 
     def pairs(self, products: Products) -> Tensor | None:
-        """The Gramian `[M, M]` without the rows, if that is cheaper: for a parameter used once.
-
-        Several uses may cancel, and then products of sums are precise where sums of products are
-        not; so they take the rows.
-        """
+        """The Gramian `[M, M]` without the rows, if that is cheaper and all uses are one."""
         part = self.parts[0] if self._is_whole() else None
         if not isinstance(part, Factors) or not part.keeps_products:
             return None

@@ -218,8 +218,9 @@ class PoseJacobian:
         """The Euclidean norm of every row, in `output_shape`.
 
         Note:
-            Time: for a linear layer with T rows a pose the lesser of `m T^2 (d + p)`, without any
-            gradient, and of its rows; for other layers their rows.
+            Time: for a linear layer with T rows a pose, over all its uses, the lesser of
+            `m T^2 (d + p)`, without any gradient, and of its rows; for a table what was looked up
+            in it; for other layers their rows.
 
         References:
             Goodfellow (2015), as for `gramian`, for T = 1; Li et al., "Large language models can
