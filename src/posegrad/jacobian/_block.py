@@ -13,7 +13,7 @@ from posegrad.jacobian._parts import Factors, Part, Rows, Weights
 from posegrad.jacobian._products import Products
 from posegrad.jacobian._record import record
 
-__all__ = ["Block"]
+__all__ = ["Block", "join"]
 
 
 @record
@@ -171,3 +171,11 @@ class Block:
     def _is_whole(self) -> bool:
         """Whether one part is all there is."""
         return len(self.parts) == 1 and self.parts[0].count == self.count
+
+
+def join(blocks: dict[str, Block]) -> None:
+    """Makes one of the uses of each parameter; once, for their factors are kept so."""
+    joining = Joining()
+    for name, block in list(blocks.items()):
+        if len(block.parts) > 1:
+            blocks[name] = block.as_one(joining)
