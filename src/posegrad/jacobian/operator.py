@@ -262,8 +262,7 @@ class PoseJacobian:
                 f"There is no trainable parameter {name!r}; there are "
                 f"{', '.join(self._blocks) or 'none'}."
             )
-        block = self._blocks[name]
-        rows = self._matrix_of(name).to(block.dtype)
+        rows = self._matrix_of(name).to(self._blocks[name].dtype)
         block = self._blocks[name]
         if any(_share(rows, held) for part in block.parts for held in part.held()):
             rows = rows.clone()  # the caller's to write to
@@ -325,8 +324,7 @@ class PoseJacobian:
         gram = self._blocks[name].pairs(products)
         if gram is None:
             rows = self._matrix_of(name)
-            rows = rows if dtype is None else rows.to(dtype)
-            gram = inner_products(rows)
+            gram = inner_products(rows if dtype is None else rows.to(dtype))
         return gram if dtype is None else gram.to(dtype)
 
     def _squares_of(self, name: str, products: Products) -> Tensor:
