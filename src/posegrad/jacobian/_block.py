@@ -13,7 +13,7 @@ from posegrad.jacobian._parts import Factors, Part, Rows, Weights
 from posegrad.jacobian._products import Products
 from posegrad.jacobian._record import record
 
-__all__ = ["Block"]
+__all__ = ["Block", "join"]
 
 
 @record
@@ -133,11 +133,7 @@ class Block:
         return replace(self, parts=joining.of(self.parts, self.count))
 
     def pairs(self, products: Products) -> Tensor | None:
-        """The Gramian `[M, M]` without the rows, if that is cheaper: for a parameter used once.
-
-        Several uses may cancel, and then products of sums are precise where sums of products are
-        not; so they take the rows.
-        """
+        """The Gramian `[M, M]` without the rows, if that is cheaper and all uses are one."""
         part = self.parts[0] if self._is_whole() else None
         if not isinstance(part, Factors) or not part.keeps_products:
             return None
@@ -175,3 +171,11 @@ class Block:
     def _is_whole(self) -> bool:
         """Whether one part is all there is."""
         return len(self.parts) == 1 and self.parts[0].count == self.count
+
+
+def join(blocks: dict[str, Block]) -> None:
+    """Makes one of the uses of each parameter; once, for their factors are kept so."""
+    joining = Joining()
+    for name, block in list(blocks.items()):
+        if len(block.parts) > 1:
+            blocks[name] = block.as_one(joining)

@@ -58,7 +58,8 @@ class Joining:
             if found is None or not _is_sorted(found, groups):
                 others.append(part)
         for group in groups:
-            arrangement = _arrangement(group.parts, count)
+            is_one = len(group.parts) == 1 and group.parts[0].count == count
+            arrangement = None if is_one else _arrangement(group.parts, count)
             others += group.parts if arrangement is None else [self._joined(group, arrangement)]
         return others
 

@@ -8,10 +8,9 @@ import torch
 from torch import Tensor
 
 from posegrad.jacobian._backwards import ONE, Backwards
-from posegrad.jacobian._block import Block
+from posegrad.jacobian._block import Block, join
 from posegrad.jacobian._deliver import deliver_step
 from posegrad.jacobian._iterate import each, one_at
-from posegrad.jacobian._joining import Joining
 from posegrad.jacobian._parts import Weights, checked_weights
 from posegrad.jacobian._precision import exact
 from posegrad.jacobian._products import Products, added, generalized, inner_products
@@ -134,7 +133,7 @@ class PoseJacobian:
             >>> J.combine(torch.tensor([1.0, 10.0]))
             {'weight': tensor([[ 1., 10.]]), 'bias': tensor([11.])}
         """
-        self._join()
+        join(self._blocks)
         flat = Weights(checked_weights(weights, self.output_shape).to(self._device).reshape(-1))
         # Backwards: a bias before its weight, whose product sweeps from the processor's cache the
         # cotangents that both need.
@@ -197,7 +196,7 @@ class PoseJacobian:
             Goodfellow, "Efficient per-example gradient computations" (2015), for one row a pose;
             Rochette et al. (2019) for convolutions.
         """
-        self._join()
+        join(self._blocks)
         products = Products()
         grams = {
             name: self._gramian_of(name, products, dtype)
@@ -219,13 +218,13 @@ class PoseJacobian:
 
         Note:
             Time: for a linear layer with T rows a pose the lesser of `m T^2 (d + p)`, without any
-            gradient, and of its rows; for other layers their rows.
+            gradient, and of its rows; for tables what was looked up; for other layers their rows.
 
         References:
             Goodfellow (2015), as for `gramian`, for T = 1; Li et al., "Large language models can
             be strong differentially private learners", ICLR 2022.
         """
-        self._join()
+        join(self._blocks)
         products = Products()
         squares = (self._squares_of(name, products) for name in self.used)
         total = added(squares, self._device)
@@ -263,8 +262,7 @@ class PoseJacobian:
                 f"There is no trainable parameter {name!r}; there are "
                 f"{', '.join(self._blocks) or 'none'}."
             )
-        block = self._blocks[name]
-        rows = self._matrix_of(name).to(block.dtype)
+        rows = self._matrix_of(name).to(self._blocks[name].dtype)
         block = self._blocks[name]
         if any(_share(rows, held) for part in block.parts for held in part.held()):
             rows = rows.clone()  # the caller's to write to
@@ -321,20 +319,12 @@ class PoseJacobian:
     def _device(self) -> torch.device:
         return self.predictions.device
 
-    def _join(self) -> None:
-        """Makes one of the uses of each parameter; once, for the factors are kept so."""
-        joining = Joining()
-        for name, block in list(self._blocks.items()):
-            if len(block.parts) > 1:
-                self._blocks[name] = block.as_one(joining)
-
     def _gramian_of(self, name: str, products: Products, dtype: torch.dtype | None) -> Tensor:
         """The inner products of one parameter's rows, `[M, M]`, by the cheaper of two ways."""
         gram = self._blocks[name].pairs(products)
         if gram is None:
             rows = self._matrix_of(name)
-            rows = rows if dtype is None else rows.to(dtype)
-            gram = inner_products(rows)
+            gram = inner_products(rows if dtype is None else rows.to(dtype))
         return gram if dtype is None else gram.to(dtype)
 
     def _squares_of(self, name: str, products: Products) -> Tensor:
