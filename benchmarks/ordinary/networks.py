@@ -1,5 +1,7 @@
 """Networks in plain torch, with the losses that people write."""
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812, as everybody calls it
@@ -29,7 +31,7 @@ def classifier(network: nn.Module, x: Tensor, classes: Tensor) -> Tensor:
 
 def _mlp(*widths: int, act: type[nn.Module] = nn.ReLU) -> nn.Sequential:
     layers: list[nn.Module] = []
-    for i, o in zip(widths, widths[1:], strict=False):
+    for i, o in pairwise(widths):
         layers += [nn.Linear(i, o), act()]
     return nn.Sequential(*layers[:-1])
 

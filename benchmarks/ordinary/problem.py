@@ -9,7 +9,9 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Losses", "Problem"]
+__all__ = ["MAX_NORM", "Losses", "Problem"]
+
+MAX_NORM = 1.0  # that rows are clipped to
 
 Losses = Callable[..., Tensor]
 
@@ -42,6 +44,10 @@ class Problem:
     def of(self, network: Any) -> Tensor:
         """The losses by a network that is put in the place of the problem's own."""
         return self.losses(network, *self.inputs)
+
+    def copied(self) -> Self:
+        """The same problem with a network of its own."""
+        return replace(self, network=copy.deepcopy(self.network))
 
     def double(self) -> Self:
         """A copy of the problem in float64."""
