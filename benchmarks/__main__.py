@@ -37,7 +37,10 @@ SUITES: dict[str, _Suite] = {
     "overhead": _Suite(overhead.run, overhead.NETWORKS),
     "forms": _Suite(forms.run, forms.LAYERS),
     "rules": _Suite(rules.run, rules.NETWORKS),
-    "ordinary": _Suite(ordinary.run, ordinary.CASES, devices=("cpu",)),
+    **{
+        suite: _Suite(partial(ordinary.run, suite), cases, devices=("cpu",))
+        for suite, cases in ordinary.SUITES.items()
+    },
 }
 
 

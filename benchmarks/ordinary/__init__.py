@@ -1,6 +1,5 @@
-"""The suite `ordinary`."""
+"""The suites `ordinary` and `published`."""
 
-from benchmarks.ordinary.cases import CASES
-from benchmarks.ordinary.suite import run
+from benchmarks.ordinary.suite import SUITES, run
 
-__all__ = ["CASES", "run"]
+__all__ = ["SUITES", "run"]

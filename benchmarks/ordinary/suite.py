@@ -1,39 +1,46 @@
 """Ordinary code: losses and networks as people write them, beside the naive ways and the peers.
 
+`ordinary` has a network of each kind, and all peers; `published` has published models at three
+sizes, beside the naive ways alone.
+
 All as a ratio to a plain step, forward and backward of the summed losses, within a round. A peer
 that raises on a network has no figure but its error's first line. The allocator matters as in
 `batches.py`.
 """
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tqdm import tqdm
 
-from benchmarks.ordinary import ways
-from benchmarks.ordinary.cases import CASES
+from benchmarks.ordinary import published, ways
+from benchmarks.ordinary.cases import CASES, Case
 from benchmarks.ordinary.exact import Exact, seeded
 from benchmarks.ordinary.problem import Problem
 from benchmarks.ordinary.reading import read
-from benchmarks.ordinary.tasks import TASKS, missing
+from benchmarks.ordinary.tasks import NAIVE, TASKS, Task, missing
 from benchmarks.ordinary.ways import Bind, Found, Step
 from benchmarks.per_pose import PLAIN
 from benchmarks.rounds import interleaved
 from benchmarks.settings import Row, Settings
 from benchmarks.side_by_side import Key
 
-__all__ = ["measured", "run"]
+__all__ = ["SUITES", "run"]
 
-LEAST = 6.0  # seconds for a case
+SUITES: dict[str, Mapping[str, Case]] = {"ordinary": CASES, "published": published.CASES}
+"""The cases of each."""
+
+LEAST = 3.0  # seconds for a case
 SAME_RANDOM = ("posegrad", "loop of autograd.grad")  # the others draw other numbers
 
 
-def run(cases: Sequence[str], settings: Settings) -> dict[str, Any]:
-    """Run the suite.
+def run(suite: str, cases: Sequence[str], settings: Settings) -> dict[str, Any]:
+    """Run one of the suites.
 
     Args:
-        cases: Names out of `CASES`.
+        suite: A name out of `SUITES`.
+        cases: Names out of its cases.
         settings: How.
 
     Returns:
@@ -41,23 +48,27 @@ def run(cases: Sequence[str], settings: Settings) -> dict[str, Any]:
         task and way, or the reason why it was not run.
     """
     settings.prepare()
-    absent = missing()
+    absent = missing() if suite == "ordinary" else {}
+    tasks = TASKS if suite == "ordinary" else NAIVE
     rows: list[Row] = []
     told: list[Row] = []
     for case in tqdm(cases):
-        problem = CASES[case].make()
-        told.append({"case": case, "text": CASES[case].text, "poses": problem.m, **read(problem)})
-        rows += [{"case": case, **row} for row in measured(problem, absent, settings)]
-    titles = {task: TASKS[task].text for task in TASKS}
-    return settings.result("ordinary", rows, missing=absent, cases=told, tasks=titles)
+        made = SUITES[suite][case]
+        problem = made.make()
+        told.append({"case": case, "text": made.text, "poses": problem.m, **read(problem)})
+        rows += [{"case": case, **row} for row in _measured(problem, tasks, absent, settings)]
+    titles = {name: task.text for name, task in tasks.items()}
+    return settings.result(suite, rows, missing=absent, cases=told, tasks=titles)
 
 
-def measured(problem: Problem, absent: dict[str, str], settings: Settings) -> list[Row]:
+def _measured(
+    problem: Problem, tasks: Mapping[str, Task], absent: dict[str, str], settings: Settings
+) -> list[Row]:
     """Errors and seconds of every way to every task, or why there are none."""
     exact = Exact.of(problem)
     calls: dict[Key, Step] = {(PLAIN, PLAIN): ways.plain(problem.copied())}
     rows: dict[Key, Row] = {(PLAIN, PLAIN): {}}
-    for task, what in TASKS.items():
+    for task, what in tasks.items():
         for name, method in what.ways.items():
             key, unfit = (task, name), method.unfit(problem)
             if method.package in absent:

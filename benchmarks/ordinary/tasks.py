@@ -9,7 +9,7 @@ from benchmarks.ordinary import peers, ways
 from benchmarks.ordinary.problem import Problem
 from benchmarks.ordinary.ways import Bind
 
-__all__ = ["TASKS", "Method", "Task", "missing"]
+__all__ = ["NAIVE", "TASKS", "Method", "Task", "missing"]
 
 NOT_SLICED = "a loss is not that of one item"
 MANY = "not run: its solver takes seconds"
@@ -88,6 +88,13 @@ TASKS: dict[str, Task] = {
         },
     ),
 }
+
+NAIVE: dict[str, Task] = {
+    name: Task(task.text, {n: way for n, way in task.ways.items() if way.package is None})
+    for name, task in TASKS.items()
+    if name != "upgrad"
+}
+"""The tasks with posegrad's ways and those that need no package."""
 
 REQUIREMENTS = {
     "torchjd": "torchjd>=0.18",

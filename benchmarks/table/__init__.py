@@ -27,6 +27,7 @@ SUITES: dict[str, Callable[[dict[str, Any]], str]] = {
     "forms": forms.markdown,
     "rules": rules.markdown,
     "ordinary": ordinary.markdown,
+    "published": ordinary.markdown,
 }
 
 
