@@ -119,6 +119,7 @@ def _mixer(size: int) -> Problem:
     network = MlpMixer(
         img_size=side, patch_size=4, num_blocks=blocks, embed_dim=width, num_classes=10
     )
+    network.head.reset_parameters()  # zeros at first, and so the gradient of all before it
     return _images(network, side, networks.classifier)
 
 
