@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks import batches, forms, multipose, overhead, processes, rules, scaling
+from benchmarks import batches, forms, multipose, ordinary, overhead, processes, rules, scaling
 from benchmarks.models import MODELS
 from benchmarks.settings import Memory, Settings
 from benchmarks.table import markdown
@@ -37,6 +37,10 @@ SUITES: dict[str, _Suite] = {
     "overhead": _Suite(overhead.run, overhead.NETWORKS),
     "forms": _Suite(forms.run, forms.LAYERS),
     "rules": _Suite(rules.run, rules.NETWORKS),
+    **{
+        suite: _Suite(partial(ordinary.run, suite), cases, devices=("cpu",))
+        for suite, cases in ordinary.SUITES.items()
+    },
 }
 
 

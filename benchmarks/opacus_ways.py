@@ -20,6 +20,7 @@ __all__ = [
     "hooked",
     "opacus_rows",
     "packed",
+    "split",
 ]
 
 Wrap = Callable[[nn.Module], nn.Module]
@@ -56,7 +57,7 @@ def hooked(network: nn.Module) -> nn.Module:
     """The network in Opacus's wrapper; its attentions are replaced in place, sharing memory."""
     from opacus import GradSampleModule
 
-    wrapped: nn.Module = GradSampleModule(_split(network), loss_reduction="sum")
+    wrapped: nn.Module = GradSampleModule(split(network), loss_reduction="sum")
     return wrapped
 
 
@@ -64,14 +65,14 @@ def functorch(network: nn.Module) -> nn.Module:
     """Likewise, with `torch.func` instead of formulas in the hooks."""
     from opacus import GradSampleModule
 
-    return GradSampleModule(_split(network), loss_reduction="sum", force_functorch=True)
+    return GradSampleModule(split(network), loss_reduction="sum", force_functorch=True)
 
 
 def expanded(network: nn.Module) -> nn.Module:
     """Likewise, with torch's expanded weights instead of hooks."""
     from opacus.grad_sample.gsm_exp_weights import GradSampleModuleExpandedWeights
 
-    wrapped: nn.Module = GradSampleModuleExpandedWeights(_split(network), loss_reduction="sum")
+    wrapped: nn.Module = GradSampleModuleExpandedWeights(split(network), loss_reduction="sum")
     return wrapped
 
 
@@ -112,7 +113,7 @@ def clipped_ghost(network: nn.Module) -> Step:
     from opacus.utils.fast_gradient_clipping_utils import DPTensorFastGradientClipping
 
     wrapped = GradSampleModuleFastGradientClipping(
-        _split(network), loss_reduction="sum", max_grad_norm=1, use_ghost_clipping=True
+        split(network), loss_reduction="sum", max_grad_norm=1, use_ghost_clipping=True
     )
     descent = torch.optim.SGD(wrapped.parameters(), lr=0.0)
     optimizer = DPOptimizerFastGradientClipping(
@@ -135,7 +136,8 @@ def _taken(parameter: Any) -> Tensor:
     return rows
 
 
-def _split(network: nn.Module) -> nn.Module:
+def split(network: nn.Module) -> nn.Module:
+    """The network, its attentions replaced in place by `SplitAttention`."""
     warnings.filterwarnings("ignore", message="Full backward hook is firing")
     for parent in list(network.modules()):
         for name, child in parent.named_children():

@@ -6,7 +6,7 @@ from torch import nn
 from benchmarks.cases import Problem
 from benchmarks.per_pose import Found, Step, named
 
-__all__ = ["autojac_rows", "torchjd"]
+__all__ = ["autojac_rows", "owners", "torchjd"]
 
 
 def torchjd(batch_dim: int | None, network: nn.Module) -> Step:
@@ -17,7 +17,7 @@ def torchjd(batch_dim: int | None, network: nn.Module) -> Step:
     """
     from torchjd.autogram import Engine
 
-    engine = Engine(*_owners(network, set()), batch_dim=batch_dim)
+    engine = Engine(*owners(network, set()), batch_dim=batch_dim)
     parameters = dict(network.named_parameters())
 
     def step(problem: Problem) -> Found:
@@ -42,11 +42,11 @@ def autojac_rows(network: nn.Module) -> Step:
     return step
 
 
-def _owners(module: nn.Module, seen: set[nn.Module]) -> list[nn.Module]:
+def owners(module: nn.Module, seen: set[nn.Module]) -> list[nn.Module]:
     """The modules that TorchJD hooks, each once: the first on each path with own parameters."""
     if module in seen:
         return []
     seen.add(module)
     if any(p.requires_grad for p in module.parameters(recurse=False)):
         return [module]
-    return [owner for child in module.children() for owner in _owners(child, seen)]
+    return [owner for child in module.children() for owner in owners(child, seen)]

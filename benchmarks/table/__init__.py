@@ -3,7 +3,16 @@
 from collections.abc import Callable
 from typing import Any
 
-from benchmarks.table import batches, forms, multipose, overhead, processes, rules, scaling
+from benchmarks.table import (
+    batches,
+    forms,
+    multipose,
+    ordinary,
+    overhead,
+    processes,
+    rules,
+    scaling,
+)
 
 __all__ = ["SUITES", "markdown"]
 
@@ -17,6 +26,8 @@ SUITES: dict[str, Callable[[dict[str, Any]], str]] = {
     "overhead": overhead.markdown,
     "forms": forms.markdown,
     "rules": rules.markdown,
+    "ordinary": ordinary.markdown,
+    "published": ordinary.markdown,
 }
 
 

@@ -1,0 +1,112 @@
+"""What is asked of the losses of a batch, and the ways to it."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from importlib.util import find_spec
+
+from benchmarks.ordinary import peers, ways
+from benchmarks.ordinary.problem import Problem
+from benchmarks.ordinary.ways import Bind
+
+__all__ = ["NAIVE", "TASKS", "Method", "Task", "missing"]
+
+NOT_SLICED = "a loss is not that of one item"
+MANY = "not run: its solver takes seconds"
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way of doing a task.
+
+    Attributes:
+        bind: Makes its step for a problem, which nothing else may use.
+        package: What it needs beside torch and posegrad.
+        unfit: Why it is not run on a problem, if it is not.
+    """
+
+    bind: Bind
+    package: str | None = None
+    unfit: Callable[[Problem], str | None] = lambda problem: None
+
+
+@dataclass(frozen=True)
+class Task:
+    """Something to find.
+
+    Attributes:
+        text: What, in words.
+        ways: How.
+    """
+
+    text: str
+    ways: Mapping[str, Method]
+
+
+def _of_items(problem: Problem) -> str | None:
+    return None if problem.is_sliced else NOT_SLICED
+
+
+def _few(problem: Problem) -> str | None:
+    return None if problem.m <= 64 else MANY
+
+
+def _vmap(end: str) -> Method:
+    return Method(partial(ways.of_rows, ways.vmap_rows, end), None, _of_items)
+
+
+TASKS: dict[str, Task] = {
+    "norms": Task(
+        "Forward, the norm of each pose's gradient",
+        {"posegrad": Method(ways.norms), "vmap(grad)": _vmap("norms")},
+    ),
+    "clip": Task(
+        "Forward, the sum of the poses' gradients, each clipped to norm 1",
+        {
+            "posegrad": Method(ways.clipped),
+            "loop of autograd.grad": Method(ways.loop_clipped),
+            "vmap(grad)": _vmap("clip"),
+            "Opacus, flat": Method(peers.opacus_flat, "opacus", _of_items),
+            "Opacus, ghost": Method(peers.opacus_ghost, "opacus", _of_items),
+        },
+    ),
+    "gramian": Task(
+        "Forward, Gramian of the poses' gradients, weighted gradient",
+        {
+            "posegrad": Method(ways.products),
+            "loop of autograd.grad": Method(partial(ways.of_rows, ways.loop_rows, "gramian")),
+            "vmap(grad)": _vmap("gramian"),
+            "TorchJD": Method(peers.torchjd, "torchjd"),
+            "dattri-llm": Method(peers.dattri, "dattri_llm", _of_items),
+        },
+    ),
+    "upgrad": Task(
+        "Forward, gradient by UPGrad",
+        {
+            "posegrad": Method(ways.projected, "torchjd", _few),
+            "TorchJD": Method(peers.torchjd_projected, "torchjd", _few),
+        },
+    ),
+}
+
+NAIVE: dict[str, Task] = {
+    name: Task(task.text, {n: way for n, way in task.ways.items() if way.package is None})
+    for name, task in TASKS.items()
+    if name != "upgrad"
+}
+"""The tasks with posegrad's ways and those that need no package."""
+
+REQUIREMENTS = {
+    "torchjd": "torchjd>=0.18",
+    "opacus": "opacus>=1.6",
+    "dattri_llm": "dattri-llm>=0.1",
+}
+
+
+def missing() -> dict[str, str]:
+    """The peers that are not installed, and the command that does."""
+    return {
+        package: f"pip install '{requirement}'"
+        for package, requirement in REQUIREMENTS.items()
+        if find_spec(package) is None
+    }
