@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 import posegrad
 from posegrad import Clip, Engine, Min
-from posegrad._compat import thread_state
+from posegrad._threads import thread_state
 from tests.device import DEVICE
 from tests.models import FEATURES
 

@@ -1,4 +1,4 @@
-"""Imports point one way, and names private to torch are used in one place."""
+"""Imports point one way, and a file holds one idea."""
 
 import ast
 from pathlib import Path
@@ -10,18 +10,12 @@ from posegrad.capture._operators import OPERATORS
 
 SRC = Path(posegrad.__file__).parent
 ORDER = [
-    "_compat", "_restoring", "_warn", "errors", "ranks", "combination", "weighting", "jacobian",
-    "capture", "schedule", "engine", "multipose", "testing", "interop", "plot",
+    "_compat", "_threads", "_restoring", "_warn", "errors", "ranks", "combination", "weighting",
+    "jacobian", "capture", "schedule", "engine", "multipose", "testing", "interop", "plot",
 ]  # fmt: skip
 FILES = sorted(
     path.relative_to(SRC) for path in SRC.rglob("*.py") if path.parent != SRC or path.stem in ORDER
 )
-COMPAT = Path("_compat.py")
-
-
-def _private_attributes(path: Path) -> set[str]:
-    nodes = ast.walk(ast.parse((SRC / path).read_text()))
-    return {n.attr for n in nodes if isinstance(n, ast.Attribute) and n.attr.startswith("_")}
 
 
 def _imports(path: Path) -> set[str]:
@@ -44,21 +38,6 @@ def test_rooms_import_only_what_lies_before_them(path: Path) -> None:
     own = ORDER.index(_room(path))
     rooms = {name.split(".")[1] for name in _imports(path) if name.startswith("posegrad.")}
     assert all(ORDER.index(room) <= own for room in rooms), rooms
-
-
-@pytest.mark.parametrize("path", FILES, ids=str)
-def test_private_torch_names_are_imported_in_compat_only(path: Path) -> None:
-    private = {
-        name
-        for name in _imports(path)
-        if name.startswith("torch.") and any(part.startswith("_") for part in name.split("."))
-    }
-    assert not private or path == COMPAT
-
-
-@pytest.mark.parametrize("path", FILES, ids=str)
-def test_private_torch_attributes_of_compat_are_used_in_compat_only(path: Path) -> None:
-    assert path == COMPAT or not _private_attributes(path) & _private_attributes(COMPAT)
 
 
 def test_only_the_core_is_needed_to_import() -> None:

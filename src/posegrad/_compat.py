@@ -1,71 +1,68 @@
-"""The only place that uses names PyTorch does not promise to keep."""
+"""The only place that uses names PyTorch does not promise to keep.
 
-from collections.abc import Callable, Iterable, Sequence
+Where a release of torch lacks one, an exact way does without it: a public function, or a slower
+look at the numbers themselves. A test renames one after the other.
+"""
+
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from functools import cache
-from operator import call
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor
-from torch._C import _InferenceMode as InferenceGuard
-from torch._C._autograd import SavedTensor
+from torch import Tensor, UntypedStorage, nn
 from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import GradientEdge, Node
 from torch.autograd.variable import Variable
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 __all__ = [
-    "InferenceGuard",
-    "ThreadState",
-    "TorchDispatchMode",
-    "add_each",
-    "apply_node",
-    "backward_into_leaves",
-    "backward_to",
-    "carries_float16",
-    "device_kinds",
-    "device_of",
-    "dtype_of",
-    "dtypes_passed",
-    "facts_of",
-    "has_hooks",
-    "hooks_of",
-    "in_backward",
-    "in_ddp",
-    "in_fsdp_backward",
-    "in_static_ddp",
-    "is_hooked",
-    "is_listened_to",
-    "is_packed",
-    "is_packed_at",
-    "is_python",
-    "memory_of",
-    "on_intel",
-    "outputs_of",
-    "put_back",
-    "saved",
-    "saved_tensors",
-    "set_multithreading",
-    "shape_of",
-    "slot_names",
-    "slots_of",
-    "thread_state",
-    "tree_leaves",
-]
+    "TorchDispatchMode", "UntoldError", "add_each", "address_of", "backward_into_leaves",
+    "backward_to", "calls_by", "device_of", "dtype_of", "facts_of", "has_forward_hooks",
+    "has_hooks", "holds", "hooks_of", "in_ddp", "in_fsdp_backward", "in_static_ddp",
+    "inside_compiled", "is_hooked", "is_listened_to", "is_packed", "is_packed_at", "is_python",
+    "made_at", "memory_of", "mode_guard", "mode_stack", "multithreading", "on_intel", "outputs_of",
+    "saved", "saved_tensors", "set_grad", "set_multithreading", "shape_of", "slot_names",
+    "slots_of", "tables_of", "tells_slots", "tree_leaves", "version_of",
+]  # fmt: skip
+
+
+class UntoldError(Exception):
+    """An operator of this release of torch does not tell what it was asked for."""
+
+
+def _found(look: Callable[[], Any], otherwise: Any) -> Any:
+    try:
+        return look()
+    except AttributeError:
+        return otherwise
+
+
+TorchDispatchMode: Any = _found(lambda: torch.utils._python_dispatch.TorchDispatchMode, object)
+"""What sees every operator; without it memory cannot be measured."""
 
 
 def add_each(totals: list[Tensor], terms: list[Tensor], factor: float) -> None:
     """Adds `factor` times each term to its total in place, in one call."""
-    torch._foreach_add_(totals, terms, alpha=factor)
+    _found(lambda: torch._foreach_add_, _add_one_by_one)(totals, terms, alpha=factor)
+
+
+def _add_one_by_one(totals: list[Tensor], terms: list[Tensor], alpha: float) -> None:
+    for total, term in zip(totals, terms, strict=True):
+        total.add_(term, alpha=alpha)
 
 
 def backward_to(
     output: Tensor, edges: Sequence[GradientEdge], cotangent: Tensor, *, keep_graph: bool
 ) -> tuple[Tensor | None, ...]:
     """`torch.autograd.grad` at edges, without its checks, which cost as much as a small layer."""
-    found: tuple[Tensor | None, ...] = Variable._execution_engine.run_backward(
+    try:
+        run = Variable._execution_engine.run_backward
+    except AttributeError:
+        return torch.autograd.grad(
+            (output,), tuple(edges), (cotangent,), retain_graph=keep_graph, allow_unused=True
+        )
+    found: tuple[Tensor | None, ...] = run(
         (output,), (cotangent,), keep_graph, False, tuple(edges), True, accumulate_grad=False
     )
     return found
@@ -73,89 +70,67 @@ def backward_to(
 
 def backward_into_leaves(outputs: tuple[Tensor, ...], cotangents: tuple[Tensor, ...]) -> None:
     """`torch.autograd.backward` without its checks, and without a hold on the cotangents."""
-    Variable._execution_engine.run_backward(
-        outputs, cotangents, False, False, (), True, accumulate_grad=True
-    )
+    try:
+        run = Variable._execution_engine.run_backward
+    except AttributeError:
+        torch.autograd.backward(outputs, cotangents)
+    else:
+        run(outputs, cotangents, False, False, (), True, accumulate_grad=True)
 
 
 def hooks_of(leaf: Tensor) -> dict[int, Any] | None:
     """The table of a tensor's `register_hook` hooks, to be written to; None if it never had one."""
-    table: dict[int, Any] | None = leaf._backward_hooks
-    return table
+    # Hooks that are not seen run more often than in a plain backward.
+    return _found(lambda: leaf._backward_hooks, None)  # type: ignore[no-any-return]
 
 
-@cache
-def device_kinds() -> tuple[str, ...]:
-    """The kinds of device that this machine has."""
-    accelerator = torch.accelerator.current_accelerator()
-    return ("cpu",) if accelerator is None else ("cpu", accelerator.type)
-
-
-class ThreadState(NamedTuple):
-    """What torch's context managers set for a thread, and leave behind if they are cut short."""
-
-    grad: bool
-    multithreading: bool
-    casts: list[tuple[str, bool, torch.dtype]]
-    cache: bool
-    nesting: int
-    modes: int
-
-
-def thread_state() -> ThreadState:
-    """That of this thread, in a microsecond or two."""
-    return ThreadState(
-        torch.is_grad_enabled(),
-        torch._C._is_multithreading_enabled(),
-        [
-            (kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
-            for kind in device_kinds()
-        ],
-        torch.is_autocast_cache_enabled(),
-        _nesting(),
-        torch._C._len_torch_function_stack(),
-    )
-
-
-def put_back(state: ThreadState) -> None:
-    """Makes it that of this thread again; harmless if nothing has changed."""
-    while torch._C._len_torch_function_stack() > state.modes:  # default devices are such modes
-        torch._C._pop_torch_function_stack()
-    for kind, enabled, dtype in state.casts:
-        torch.set_autocast_enabled(kind, enabled)
-        torch.set_autocast_dtype(kind, dtype)
-    torch.set_autocast_cache_enabled(state.cache)
-    for _ in range(_nesting() - state.nesting):
-        torch.autocast_decrement_nesting()
-    torch.clear_autocast_cache()  # casts made without a graph carry no gradient
-    set_multithreading(state.multithreading)
-    torch._C._set_grad_enabled(state.grad)
+def set_grad(enabled: bool) -> None:
+    """Whether this thread makes graphs."""
+    _found(lambda: torch._C._set_grad_enabled, torch.set_grad_enabled)(enabled)
 
 
 def set_multithreading(enabled: bool) -> None:
     """Whether backwards that this thread starts may run on others."""
-    torch._C._set_multithreading_enabled(enabled)
+    public = torch.autograd.set_multithreading_enabled
+    _found(lambda: torch._C._set_multithreading_enabled, public)(enabled)
 
 
-def _nesting() -> int:
-    """How many autocasts this thread is in.
+def multithreading() -> bool:
+    """Whether they may; as by default if it is not told."""
+    try:
+        return torch._C._is_multithreading_enabled()
+    except AttributeError:
+        return True
 
-    torch tells only while it counts up or down. Both calls are made by `map`, between which no
-    signal is looked for.
-    """
-    up, _ = map(call, (torch.autocast_increment_nesting, torch.autocast_decrement_nesting))
-    return up - 1
+
+def mode_stack() -> tuple[Callable[[], int], Callable[[], Any]]:
+    """How many modes see torch's functions, if it is told, and what takes the last one away."""
+    try:
+        return torch._C._len_torch_function_stack, torch._C._pop_torch_function_stack
+    except AttributeError:
+        return int, int
+
+
+def mode_guard(inference: bool) -> AbstractContextManager[Any]:
+    """A context manager of inference mode that has been entered."""
+    return _found(lambda: torch._C._InferenceMode, _entered)(inference)  # type: ignore[no-any-return]
+
+
+def _entered(inference: bool) -> AbstractContextManager[Any]:
+    (guard := torch.inference_mode(inference)).__enter__()
+    return guard
 
 
 def has_hooks(tensor: Tensor) -> bool:
     """Whether functions of the user's run on a tensor's gradient, before or after it is added."""
-    return bool(tensor._backward_hooks or tensor._post_accumulate_grad_hooks)
+    # What is done for hooks is exact without them, too.
+    return bool(_found(lambda: tensor._backward_hooks or tensor._post_accumulate_grad_hooks, True))
 
 
 @cache
 def on_intel() -> bool:
-    """Whether the processor is one of Intel's; False if torch does not say."""
-    return "Intel" in torch.cpu.get_capabilities().get("cpu_name", "")
+    """Whether the processor is one of Intel's, on which only time depends; False if not told."""
+    return "Intel" in _found(lambda: torch.cpu.get_capabilities(), {}).get("cpu_name", "")
 
 
 def shape_of(node: Node) -> tuple[torch.Size, ...]:
@@ -170,27 +145,32 @@ def dtype_of(node: Node) -> list[torch.dtype]:
 
 def device_of(node: Node) -> torch.device:
     """The device of a node's first output."""
-    device: torch.device = node._input_metadata[0].device
-    return device
+    return torch.device(node._input_metadata[0].device)
 
 
 def outputs_of(node: Node) -> tuple[tuple[tuple[int, ...], ...], tuple[torch.dtype, ...]]:
-    """The sizes and the dtypes of a node's outputs."""
-    data = node._input_metadata
+    """The sizes and the dtypes of a node's outputs.
+
+    Where they are not told, no number stands for a size, as for a nested tensor: rows take
+    backwards through the whole graph. The dtype is the one that takes most care.
+    """
     try:
+        data = node._input_metadata
         if len(data) == 1:
             return (tuple(data[0].shape),), (data[0].dtype,)
         return tuple([tuple(d.shape) for d in data]), tuple([d.dtype for d in data])
+    except AttributeError:
+        return (_NO_SIZE,), (torch.float16,)
     except RuntimeError:  # a nested tensor that is not jagged has no shape at all
-        return ((_NO_SIZE,),) * len(data), tuple([d.dtype for d in data])
+        return (_NO_SIZE,) * len(data), tuple([d.dtype for d in data])
 
 
-_NO_SIZE: Any = None  # what stands for the sizes of such a tensor: no number
+_NO_SIZE: Any = (None,)  # what stands for the sizes of such a tensor: no number
 
 
 def facts_of(node: Node, names: Iterable[str]) -> tuple[Any, ...]:
-    """What a node saved under some names, hashable."""
-    values = [saved(node, name) for name in names]
+    """What a node saved under some names, hashable; None for what it does not tell."""
+    values = [getattr(node, f"_saved_{name}", None) for name in names]
     return tuple([tuple(value) if isinstance(value, list) else value for value in values])
 
 
@@ -200,12 +180,21 @@ def is_python(node: Node) -> bool:
 
 
 def saved(node: Node, name: str) -> Any:
-    """What a node saved under a name in the forward; None if it saved nothing.
+    """What a node saved under a name in the forward; None if there was nothing to save.
 
     Raises:
+        UntoldError: if nodes of its kind have no such name.
         RuntimeError: if it is a tensor that was changed in place since, or was freed.
     """
-    return getattr(node, f"_saved_{name}", None)
+    try:
+        return getattr(node, f"_saved_{name}")
+    except AttributeError:
+        raise UntoldError(name) from None
+
+
+def holds(node: Node, name: str) -> bool:
+    """Whether nodes of its kind save something under a name."""
+    return hasattr(type(node), f"_saved_{name}")
 
 
 def slot_names(node: Node) -> list[str]:
@@ -218,9 +207,9 @@ def slot_names(node: Node) -> list[str]:
 
 def saved_tensors(node: Node) -> list[Tensor] | None:
     """The tensors that a node saved; None if a checkpoint would have to recompute them."""
-    slots = [slot for name in slot_names(node) for slot in slots_of(node, name)]
-    if any(slot.unpack_hook is not None for slot in slots):
+    if is_packed(node):
         return None
+    slots = [slot for name in slot_names(node) for slot in slots_of(node, name)]
     return [slot.data for slot in slots if isinstance(slot.data, Tensor)]
 
 
@@ -238,87 +227,110 @@ def slots_of(node: Node, name: str) -> Sequence[Any]:
     return value if isinstance(value, tuple | list) else (value,)
 
 
-def dtypes_passed(node: Node) -> set[torch.dtype]:
-    """The dtypes in which a gradient passes a node.
-
-    One node can stand for many operators: a compiled graph, a custom function. What such a node
-    saved tells what it computes in; it is not unpacked for that, as a checkpoint would run again.
-    """
-    dtypes = {data.dtype for data in node._input_metadata}
-    if is_python(node):
-        packed = [slot.data for name in slot_names(node) for slot in slots_of(node, name)]
-        found = [leaf for data in packed for leaf in tree_leaves(data)]
-        dtypes.update(leaf.dtype for leaf in found if isinstance(leaf, Tensor))
-    return dtypes
-
-
-def carries_float16(node: Node) -> bool:
-    """Whether a gradient passes a node as float16."""
-    return torch.float16 in dtypes_passed(node)
-
-
 def is_packed(node: Node) -> bool:
     """Whether a saved tensor has to be unpacked first: by a checkpoint, which recomputes it."""
-    return any(is_packed_at(node, name) for name in slot_names(node))
+    return any(is_packed_at(node, name) for name in slot_names(node)) or not tells_slots()
 
 
 def is_packed_at(node: Node, name: str) -> bool:
     """Whether the tensor saved under one name has to be."""
     value = getattr(node, name)
-    if isinstance(value, SavedTensor):  # nearly always
-        return value.unpack_hook is not None  # type: ignore[attr-defined]
-    return any(slot.unpack_hook is not None for slot in value)
+    try:
+        if not isinstance(value, _SEVERAL):  # nearly always
+            return value.unpack_hook is not None
+        return any(slot.unpack_hook is not None for slot in value)
+    except AttributeError:
+        return True  # what is done for a checkpoint is exact without one, too
 
 
 def is_listened_to(tensor: Tensor) -> bool:
     """Whether somebody wants to see or change the gradient of an activation."""
-    return bool(tensor._backward_hooks or tensor.retains_grad) and not tensor.is_leaf
+    try:
+        return bool(tensor._backward_hooks or tensor.retains_grad) and not tensor.is_leaf
+    except AttributeError:
+        return not tensor.is_leaf
 
 
 def is_hooked(tensor: Tensor) -> bool:
     """Whether functions of the user's run on a tensor's gradient."""
-    return bool(tensor._backward_hooks)
+    return bool(_found(lambda: tensor._backward_hooks, True))
 
 
+@cache
+def tells_slots() -> bool:
+    """Whether nodes tell where they keep what they saved."""
+    with torch.enable_grad():
+        node = torch.zeros((), requires_grad=True, device="cpu").exp().grad_fn
+    return node is not None and bool(slot_names(node))
+
+
+_SEVERAL = (tuple, list)
 _SLOTS: dict[type, list[str]] = {}
 
 
-def apply_node(node: Node, cotangents: list[Tensor | None]) -> tuple[Tensor | None, ...]:
-    """One operator's vector-Jacobian product: a gradient for each of its arguments.
-
-    No hook runs, and nothing beyond the operator.
-    """
-    if not is_python(node):
-        result = node(*cotangents)  # type: ignore[operator]
-        return result if isinstance(result, tuple) else (result,)
-    # A function of Python answers for all its arguments, tensors or not, and its node has edges for
-    # the tensors alone; those that need a gradient stand in the same order in both.
-    places = zip(shape_of(node), dtype_of(node), strict=True)
-    filled = [
-        torch.zeros(shape, dtype=dtype, device=device_of(node)) if b is None else b
-        for b, (shape, dtype) in zip(cotangents, places, strict=True)
-    ]
-    result = node.apply(*filled)  # type: ignore[attr-defined]
-    answers = result if isinstance(result, tuple) else (result,)
-    needed = [i for i, needs in enumerate(node.needs_input_grad) if needs]  # type: ignore[attr-defined]
-    live = [i for i, (source, _) in enumerate(node.next_functions) if source is not None]
-    by_edge = dict(zip(live, needed, strict=True))
-    return tuple(
-        answers[by_edge[i]] if i in by_edge else None for i in range(len(node.next_functions))
-    )
+def made_at(node: Node) -> int:
+    """The number of a node in the order in which its thread made them; always 0 if not told."""
+    try:
+        return node._sequence_nr()
+    except AttributeError:
+        return 0
 
 
-def in_backward(function: Callable[[], None]) -> None:
-    """Calls a function inside a backward of its own.
+def version_of(tensor: Tensor) -> int:
+    """A number that is another one after every change in place."""
+    try:
+        return tensor._version
+    except AttributeError:
+        return hash(str(tensor.tolist()))  # other numbers
 
-    Saved tensors of a checkpoint are recomputed once for each backward they are read in; outside
-    of any, once for each tensor.
-    """
-    with torch.enable_grad():
-        start = torch.zeros((), requires_grad=True, device="cpu")
-        end = start.clone()
-    end.register_hook(lambda _: function())  # type: ignore[no-untyped-call]
-    torch.autograd.grad(end, start)
+
+def address_of(storage: UntypedStorage) -> int:
+    """A number that no other storage has while this one lives."""
+    # Empty ones have the same one there, and count for nothing.
+    return int(_found(lambda: storage._cdata, None) or storage.data_ptr())
+
+
+def tree_leaves(tree: Any) -> Any:
+    """What containers within containers hold, as a list."""
+    return _found(lambda: torch.utils._pytree.tree_leaves, _leaves_of)(tree)
+
+
+def _leaves_of(tree: Any) -> list[Any]:
+    if not isinstance(tree, (*_SEVERAL, Mapping)):
+        return [tree]
+    parts = tree.values() if isinstance(tree, Mapping) else tree
+    return [leaf for part in parts for leaf in _leaves_of(part)]
+
+
+def tables_of(modules: Collection[nn.Module]) -> list[tuple[Mapping[str, Any], ...]]:
+    """The own parameters, parts and buffers of each module, by name."""
+    try:
+        return [(m._parameters, m._modules, m._buffers) for m in modules]
+    except AttributeError:
+        return [
+            (
+                dict(m.named_parameters(recurse=False)),
+                dict(m.named_children()),
+                dict(m.named_buffers(recurse=False)),
+            )
+            for m in modules
+        ]
+
+
+def has_forward_hooks(module: nn.Module) -> bool:
+    """Whether there are hooks, which might look at what the module is given."""
+    return bool(_found(lambda: module._forward_hooks or module._forward_pre_hooks, True))
+
+
+def inside_compiled(module: nn.Module) -> nn.Module | None:
+    """What `torch.compile` wrapped; None if a module is no such wrapper."""
+    inner = _found(lambda: module._orig_mod, None)
+    return inner if isinstance(inner, nn.Module) else None
+
+
+def calls_by(module: nn.Module, function: Callable[..., Any]) -> None:
+    """Has a module run a function in place of its forward, if this torch looks for one."""
+    module._compiled_call_impl = function
 
 
 def in_fsdp_backward(modules: Iterable[Any]) -> bool:

@@ -11,13 +11,15 @@ would undo a second time, later, what somebody else has set meanwhile.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import wraps
 from threading import local
 from typing import Any, ParamSpec, TypeVar, final
 
 import torch
 
-from posegrad._compat import InferenceGuard, ThreadState, device_kinds, put_back, thread_state
+from posegrad._compat import mode_guard
+from posegrad._threads import ThreadState, device_kinds, put_back, thread_state
 
 __all__ = ["Change", "no_autocast", "no_graph", "ordinary_mode", "restoring"]
 
@@ -112,11 +114,11 @@ class ordinary_mode(Change):  # noqa: N801
     """Inference mode off. Left to the collector, torch's own guard would undo it at any time."""
 
     def __init__(self) -> None:
-        self._guard: InferenceGuard | None = None
+        self._guard: AbstractContextManager[Any] | None = None
 
     def make(self) -> None:
         if torch.is_inference_mode_enabled():
-            self._guard = InferenceGuard(False)
+            self._guard = mode_guard(False)
 
     def undo(self) -> None:
         if self._guard is not None:

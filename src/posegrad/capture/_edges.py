@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
-from posegrad._compat import carries_float16, dtypes_passed, facts_of, is_python, outputs_of
+from posegrad._compat import facts_of, is_python, outputs_of
 from posegrad.capture._axis import Facts
+from posegrad.capture._dtypes import carries_float16, dtypes_passed
 from posegrad.capture._operators import kind_of
 from posegrad.errors import ReentrantCheckpointError
 
@@ -26,7 +27,7 @@ LEAF_NAME = "AccumulateGrad"
 Edge = tuple[int, int]
 """A tensor of the graph: the number of the node that computed it, and which of its outputs."""
 
-Sizes = tuple[tuple[int, ...], ...]
+Sizes = tuple[tuple[Any, ...], ...]
 Dtypes = tuple[torch.dtype, ...]
 
 
@@ -105,7 +106,7 @@ class EdgeRegistry:
         return [edge[1] for edge in edges if edge in self._consumers or edge == self.root]
 
     def is_nested(self) -> bool:
-        """Whether there are nested tensors in it, whose shapes are no numbers."""
+        """Whether shapes in it are no numbers: of nested tensors, or where torch tells none."""
         return any(
             not isinstance(size, int) for sizes in self.sizes for shape in sizes for size in shape
         )

@@ -12,14 +12,17 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
-from posegrad._compat import saved
+from posegrad._compat import holds, saved
 from posegrad.capture._axis import Axis, dim_of
 from posegrad.jacobian import NOBODY
 
 __all__ = ["IndexRule", "added", "added_each", "picked", "picked_each"]
 
 IndexRule = Callable[[Node, int, Axis, torch.Size, torch.Size], Axis | None]
-"""As `_axis.Rule`, but it looks at the numbers the operator saved."""
+"""As `_axis.Rule`, but it looks at the numbers the operator saved.
+
+Raises `UntoldError` if this torch does not save them.
+"""
 
 
 def picked(node: Node, arg: int, axis: Axis, out: torch.Size, inside: torch.Size) -> Axis | None:
@@ -72,9 +75,10 @@ def added_each(
 
 def _numbers(node: Node, out: torch.Size) -> tuple[int, Tensor | None]:
     """The dimension and the row numbers `[E]` of an indexing operator, if it has one such index."""
-    index, dim = saved(node, "index"), saved(node, "dim")
-    if index is None:
-        indices = saved(node, "indices") or ()
+    if not holds(node, "indices"):
+        index, dim = saved(node, "index"), saved(node, "dim")
+    else:
+        indices = saved(node, "indices")
         given = [place for place, one in enumerate(indices) if one is not None]
         if len(given) != 1:
             return 0, None

@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 import torch
 
-from posegrad._compat import is_packed, is_python
+from posegrad._compat import UntoldError, is_packed, is_python
 from posegrad.capture._axis import Axis, Facts, agreed, axis_in, dim_of
 from posegrad.capture._cuts import Cut
 from posegrad.capture._edges import LEAF_NAME, Edge, EdgeRegistry
@@ -116,7 +116,12 @@ def _moved(
     told = kind.moves is not None and None not in registry.facts[node]
     if not told and is_packed(operator):
         return {}, True  # what a checkpoint would have to recompute is not read
-    found = {i: _by_rule(registry, node, i, axes) for i in arguments}
+    try:
+        found = {i: _by_rule(registry, node, i, axes) for i in arguments}
+    except UntoldError:
+        if is_packed(operator):
+            return {}, True
+        told, found = False, dict.fromkeys(arguments, (None, False))
     moved = {i: axis for i, (axis, _) in found.items()}
     follows = all(follows for _, follows in found.values())
     if told or None not in moved.values():

@@ -1,11 +1,12 @@
 """Which modules an engine can follow, and their parameters by name."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from operator import is_
 
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from posegrad._compat import tables_of
 from posegrad.capture._wrapped import is_wrapper, reshard
 from posegrad.errors import UnsupportedModuleError
 
@@ -144,10 +145,10 @@ def _lists_all(module: nn.Module) -> bool:
 _NAMED_PARAMETERS, _NAMED_MODULES = nn.Module.named_parameters, nn.Module.named_modules
 
 
-def _held_by(modules: Iterable[nn.Module]) -> list[object]:
+def _held_by(modules: Collection[nn.Module]) -> list[object]:
     held: list[object] = []
-    for module in modules:
-        for table in (module._parameters, module._modules):
+    for parameters, parts, _ in tables_of(modules):
+        for table in (parameters, parts):
             held += table.keys()  # a new name is another object; scripted tables cannot iterate
             held += table.values()
     return held

@@ -6,7 +6,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from posegrad._compat import apply_node, device_of, dtype_of, shape_of
+from posegrad._compat import device_of, dtype_of, shape_of
+from posegrad.capture._alone import apply_node
 from posegrad.capture._axis import Axis
 from posegrad.capture._edges import EdgeRegistry
 from posegrad.capture._owners import faint_poses, find_layout, is_scaled, make_probes

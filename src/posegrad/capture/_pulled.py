@@ -14,7 +14,7 @@ from torch.autograd.graph import GradientEdge
 from posegrad._compat import dtype_of, shape_of
 from posegrad.capture._edges import Edge
 from posegrad.capture._operators import kind_of
-from posegrad.capture._read import Entry, Operator
+from posegrad.capture._read import Entry, Operator, form_of
 from posegrad.capture._sites import Site
 from posegrad.capture._subject import Subject
 from posegrad.capture._vjp import rows_of_graph
@@ -39,7 +39,7 @@ class Far(NamedTuple):
 def lifted(operator: Operator, parameter: Tensor, site: Site) -> Embedding | None:
     """The table that a parameter is to an operator that looked up rows of it."""
     reader = kind_of(operator.node.name()).forms[0]
-    form = reader(operator, Entry(parameter.shape, False, site.parameter))
+    form = form_of(reader, operator, Entry(parameter.shape, False, site.parameter))
     return form if isinstance(form, Embedding) else None
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
-from posegrad._compat import saved
+from posegrad._compat import UntoldError, holds, saved
 from posegrad.jacobian import ClosedForm, Factor
 from posegrad.jacobian.layers import (
     BatchedLinear,
@@ -40,6 +40,7 @@ __all__ = [
     "denominator",
     "experts",
     "factor",
+    "form_of",
     "group_scale",
     "kernel",
     "layer_scale",
@@ -69,7 +70,11 @@ class Operator(NamedTuple):
     read: dict[str, Any]
 
     def saved(self, name: str) -> Any:
-        """What the node saved under a name in the forward; None if it saved nothing."""
+        """What the node saved under a name in the forward; None if there was nothing to save.
+
+        Raises:
+            UntoldError: if nodes of its kind have no such name.
+        """
         if name not in self.read:
             self.read[name] = saved(self.node, name)
         return self.read[name]
@@ -91,6 +96,14 @@ class Entry(NamedTuple):
 
 Reader = Callable[[Operator, Entry], ClosedForm | None]
 """From an operator and how the parameter enters it to the form; None if this use is special."""
+
+
+def form_of(reader: Reader, op: Operator, entry: Entry) -> ClosedForm | None:
+    """The form that a reader finds; None as well if this torch does not save what it looks for."""
+    try:
+        return reader(op, entry)
+    except UntoldError:
+        return None
 
 
 def factor(argument: str, *, on_left: bool, has_scale: bool) -> Reader:
@@ -245,10 +258,11 @@ def _padding(op: Operator) -> int | None:
 
 def numbered(op: Operator, entry: Entry) -> ClosedForm | None:
     """Rows of a parameter by number, as from a table."""
-    index, dim = op.saved("index"), op.saved("dim")
-    if index is None:
+    if holds(op.node, "indices"):
         index, *others = op.saved("indices")
         dim = 0 if all(other is None for other in others) else None
+    else:
+        index, dim = op.saved("index"), op.saved("dim")
     if entry.transposed or dim != 0 or not isinstance(index, Tensor):
         return None
     if index.dtype not in (torch.int64, torch.int32):

@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from posegrad._compat import dtype_of, in_backward, is_packed, is_packed_at
+from posegrad._compat import dtype_of, is_packed, is_packed_at
+from posegrad.capture._alone import in_backward
 from posegrad.capture._edges import LEAF_NAME, EdgeRegistry, named
 from posegrad.capture._operators import kind_of
 from posegrad.capture._plan import Plan, SettledPlan, Use, operator_at
 from posegrad.capture._pulled import Far, entries, lifted, pulled
-from posegrad.capture._read import Operator
+from posegrad.capture._read import Operator, form_of
 from posegrad.capture._recipe import Recipe, uses_of
 from posegrad.capture._recurrent import Opening
 from posegrad.capture._release import Slot, release
@@ -128,25 +129,22 @@ class Reading:
         Returns:
             The form of each use, and those of tables that rows were looked up in, by operator.
         """
-        operators = self._operators
-        operators.update({node: operator_at(self.registry, node) for node in plan.operators})
+        at = self._operators
+        at.update({node: operator_at(self.registry, node) for node in plan.operators})
         parameters = self.subject.parameters
         forms: Forms = []
         tables: dict[int, Embedding | None] = {}
 
         def read_all() -> None:
             for use in plan.uses:
-                form = None
-                if use.reader is not None:
-                    form = use.reader(operators[use.site.node], use.entry)
-                forms.append(form)
+                forms.append(use.reader and form_of(use.reader, at[use.site.node], use.entry))
                 looked_up = use.site.looked_up
                 if looked_up is not None:
                     tables[looked_up] = lifted(
-                        operators[looked_up], parameters[use.site.parameter], use.site
+                        at[looked_up], parameters[use.site.parameter], use.site
                     )
 
-        if any(is_packed(operator.node) for operator in operators.values()):
+        if any(is_packed(operator.node) for operator in at.values()):
             in_backward(read_all)
         else:
             read_all()

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node, get_gradient_edge
 
-from posegrad._compat import carries_float16, set_multithreading, thread_state
+from posegrad._compat import made_at, multithreading, set_multithreading
 from posegrad._restoring import Change
 from posegrad.capture._cuts import unbound
+from posegrad.capture._dtypes import carries_float16
 from posegrad.capture._edges import LEAF, walk
 from posegrad.capture._operators import kind_of
 from posegrad.errors import UntrackedTensorError
@@ -48,8 +49,8 @@ class graph_clock(Change):  # noqa: N801
         with torch.enable_grad():
             node = torch.zeros((), requires_grad=True, device="cpu").view(()).grad_fn
         assert node is not None
-        self._start = node._sequence_nr()
-        self._before = thread_state().multithreading
+        self._start = made_at(node)
+        self._before = multithreading()
 
     def make(self) -> int:
         set_multithreading(False)
@@ -77,7 +78,7 @@ def check_tracked(output: Tensor, known: Collection[int], since: int) -> Tracked
             if id(_variable(node)) not in known and _references(node) > _HELD_BY_GRAPH_ALONE:
                 raise UntrackedTensorError(_leaf_message(_variable(node)))
             leaves.add(id(_variable(node)))
-        elif node._sequence_nr() < since and not _is_cached_cast(node):
+        elif made_at(node) < since and not _is_cached_cast(node):
             raise UntrackedTensorError(_older_message(node))
         else:
             narrow = narrow or carries_float16(node)

@@ -10,14 +10,9 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
-from posegrad._compat import (
-    apply_node,
-    backward_to,
-    device_of,
-    dtype_of,
-    shape_of,
-)
+from posegrad._compat import backward_to, device_of, dtype_of, shape_of
 from posegrad._restoring import Change, ordinary_mode
+from posegrad.capture._alone import apply_node
 from posegrad.capture._guard import leaf_hooks_off
 
 __all__ = ["as_source", "cotangents_at", "dense", "node_rows", "rows_of_graph"]

@@ -5,6 +5,8 @@ from typing import Any
 
 from torch import nn
 
+from posegrad._compat import calls_by, inside_compiled
+
 __all__ = ["uncovered"]
 
 
@@ -14,9 +16,9 @@ def uncovered(rule: Any) -> Any:
     The wrapper hides what a rule is: whether it looks at gradients, whether it streams. The copy
     runs the compiled forward, and its parameters and buffers are the module's own.
     """
-    inner = getattr(rule, "_orig_mod", None) if isinstance(rule, nn.Module) else None
-    if not isinstance(inner, nn.Module):
+    inner = inside_compiled(rule) if isinstance(rule, nn.Module) else None
+    if inner is None:
         return rule
     own = copy.copy(inner)
-    own._compiled_call_impl = rule.__call__  # what Module.compile() sets
+    calls_by(own, rule.__call__)
     return own

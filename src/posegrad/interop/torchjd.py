@@ -18,6 +18,7 @@ from typing import Any, final, get_args
 import torch
 from torch import Tensor
 
+from posegrad._compat import has_forward_hooks
 from posegrad._restoring import Change
 from posegrad.errors import MissingExtraError, ShapeMismatchError, UnsupportedModuleError
 from posegrad.jacobian._precision import wide
@@ -71,7 +72,7 @@ def adapted(rule: Any) -> GradientRule | None:
     if isinstance(rule, theirs.WeightedAggregator):
         return _of_weighted(rule, rule.weighting, Matrix)
     if isinstance(rule, theirs.Aggregator):
-        by_column = type(rule) in _BY_COLUMN and not _is_hooked(rule)
+        by_column = type(rule) in _BY_COLUMN and not has_forward_hooks(rule)
         return _ByColumn(rule) if by_column else _OfMatrix(rule)
     return None
 
@@ -111,9 +112,9 @@ def _refuse_two_batches(rule: Any) -> None:
 
 def _counts(rule: Any) -> bool:
     """Whether a weighting asks for nothing but the number of rows."""
-    if isinstance(rule, theirs.CRMOGMWeighting) and not _is_hooked(rule):
+    if isinstance(rule, theirs.CRMOGMWeighting) and not has_forward_hooks(rule):
         return _counts(rule.weighting)
-    return type(rule) in _COUNTING and not _is_hooked(rule)
+    return type(rule) in _COUNTING and not has_forward_hooks(rule)
 
 
 def _statistic(rule: Any) -> type | None:
@@ -133,12 +134,7 @@ def _is_weighted_sum(rule: Any) -> bool:
     if kind.forward is not plain.forward or kind._combine is not plain._combine:
         return False
     around = rule.weighting if isinstance(rule, theirs.GramianWeightedAggregator) else rule
-    return not _is_hooked(rule) and not _is_hooked(around)
-
-
-def _is_hooked(module: Any) -> bool:
-    """Whether there are hooks, which might look at what the module is given."""
-    return bool(module._forward_hooks or module._forward_pre_hooks)
+    return not has_forward_hooks(rule) and not has_forward_hooks(around)
 
 
 class _OfTheirs(GradientRule):

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
+from posegrad._compat import version_of
 from posegrad.errors import StaleFactorError
 from posegrad.jacobian._layout import Layout
 from posegrad.jacobian._products import Products
@@ -35,7 +36,7 @@ class Factor:
     @classmethod
     def of(cls, tensor: Tensor, beside: str) -> Self:
         """A factor as it is now."""
-        return cls(tensor.detach(), beside, tensor._version)
+        return cls(tensor.detach(), beside, version_of(tensor))
 
     @property
     def value(self) -> Tensor:
@@ -44,10 +45,11 @@ class Factor:
         Raises:
             StaleFactorError: if it was changed in place.
         """
-        if self.tensor._version != self.version:
+        version = version_of(self.tensor)
+        if version != self.version:
             raise StaleFactorError(
                 f"The input beside {self.beside}, of shape {list(self.tensor.shape)}, was changed "
-                f"in place after the forward (version {self.tensor._version}, expected "
+                f"in place after the forward (version {version}, expected "
                 f"{self.version}).\n"
                 f"The per-pose gradients are products with the old values, which are gone.\n"
                 f"Use the Jacobian before that change, or change a clone."

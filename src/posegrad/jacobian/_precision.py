@@ -7,8 +7,8 @@ from typing import ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
-from posegrad._compat import device_kinds
 from posegrad._restoring import no_autocast, restoring
+from posegrad._threads import device_kinds
 
 __all__ = ["exact", "is_cast", "wide"]
 

@@ -6,6 +6,7 @@ from typing import final
 import torch
 from torch import Tensor, nn
 
+from posegrad._compat import tables_of, version_of
 from posegrad._restoring import Change
 from posegrad.errors import ReplayError, listed
 
@@ -36,7 +37,8 @@ class Buffers:
 
     def __init__(self, training: Mapping[nn.Module, bool]) -> None:
         self._training = dict(training)
-        self._holders = [module for module in training if module._buffers]
+        own = zip(training, tables_of(training), strict=True)
+        self._holders = [module for module, (*_, buffers) in own if buffers]
         self._seen = self._own()
         self.values: Values = _copied(self._seen)
         self._marks = _marked(self._seen)
@@ -94,7 +96,8 @@ class Buffers:
         return _Exchanged(own, _copied({place: values[place] for place in stale}))
 
     def _own(self) -> dict[Place, Tensor | None]:
-        return {(m, name): b for m in self._holders for name, b in m._buffers.items()}
+        own = zip(self._holders, tables_of(self._holders), strict=True)
+        return {(m, name): b for m, (*_, buffers) in own for name, b in buffers.items()}
 
     def _is_compared(self, place: Place) -> bool:
         """Whether to compare a buffer by value after the chunk that just ran."""
@@ -240,4 +243,4 @@ def _marked(buffers: Values) -> dict[Place, tuple[int, int]]:
 
 
 def _mark(buffer: Tensor | None) -> tuple[int, int]:
-    return id(buffer), 0 if buffer is None or buffer.is_inference() else buffer._version
+    return id(buffer), 0 if buffer is None or buffer.is_inference() else version_of(buffer)

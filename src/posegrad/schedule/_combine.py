@@ -34,6 +34,8 @@ def run(call: Call, gatherer: Gatherer, *, wary: bool) -> tuple[Combined, bool]:
     Raises:
         UnsupportedModuleError: if processes talk to each other in a forward.
     """
+    # torch 2.10 takes casts that a forward without a graph has left for a forward with one.
+    torch.clear_autocast_cache()
     request, ranks = call.request, call.ranks
     name, _ = choose(request)
     inputs = Inputs(call.named, ranks, call.scorer.modules)

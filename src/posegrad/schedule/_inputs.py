@@ -6,7 +6,7 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor, nn
 
-from posegrad._compat import has_hooks
+from posegrad._compat import has_hooks, version_of
 from posegrad._restoring import no_autocast
 from posegrad.capture import (
     alone,
@@ -246,7 +246,7 @@ def _mark(parameter: Tensor) -> tuple[int, int, bool]:
 
 
 def _version(parameter: Tensor) -> int:
-    return 0 if parameter.is_inference() else parameter._version
+    return 0 if parameter.is_inference() else version_of(parameter)
 
 
 def _upstream_message(tensor: Tensor) -> str:

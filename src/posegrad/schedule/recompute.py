@@ -5,6 +5,7 @@ from itertools import chain
 import torch
 from torch import Tensor
 
+from posegrad._compat import version_of
 from posegrad.combination import Combination
 from posegrad.combination._base import flush_denormals
 from posegrad.combination._groups import Groups, groups_of
@@ -173,7 +174,7 @@ class _Tape:
 
 
 def _versions(pose: Pose) -> list[int]:
-    return [0 if t.is_inference() else t._version for t in tensors_of(pose)]
+    return [0 if t.is_inference() else version_of(t) for t in tensors_of(pose)]
 
 
 def _sizes(values: Tensor) -> Tensor:

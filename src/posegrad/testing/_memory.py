@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, UntypedStorage
 
-from posegrad._compat import TorchDispatchMode, tree_leaves
+from posegrad._compat import TorchDispatchMode, address_of, tree_leaves
 
 __all__ = ["PeakBytes", "peak_live_bytes"]
 
@@ -62,11 +62,11 @@ def peak_live_bytes() -> Iterator[PeakBytes]:
         ledger.close()
 
 
-class _Ledger(TorchDispatchMode):
+class _Ledger(TorchDispatchMode):  # type: ignore[misc]
     """Live storages, by address; each is written off when it dies."""
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.peak = self.live = 0
         self._known: dict[int, weakref.ref[UntypedStorage]] = {}
 
@@ -85,7 +85,7 @@ class _Ledger(TorchDispatchMode):
 
     def _note(self, tensor: Tensor, *, made_here: bool) -> None:
         storage = tensor.untyped_storage()
-        key, size = storage._cdata, storage.nbytes() if made_here else 0
+        key, size = address_of(storage), storage.nbytes() if made_here else 0
         if key in self._known:
             return
 

@@ -1,0 +1,70 @@
+"""What torch's context managers set for a thread, read and put back."""
+
+from functools import cache
+from operator import call
+from typing import NamedTuple
+
+import torch
+
+from posegrad._compat import mode_stack, multithreading, set_grad, set_multithreading
+
+__all__ = ["ThreadState", "device_kinds", "put_back", "thread_state"]
+
+
+@cache
+def device_kinds() -> tuple[str, ...]:
+    """The kinds of device that this machine has."""
+    accelerator = torch.accelerator.current_accelerator()
+    return ("cpu",) if accelerator is None else ("cpu", accelerator.type)
+
+
+class ThreadState(NamedTuple):
+    """What torch's context managers set for a thread, and leave behind if they are cut short."""
+
+    grad: bool
+    multithreading: bool
+    casts: list[tuple[str, bool, torch.dtype]]
+    cache: bool
+    nesting: int
+    modes: int
+
+
+def thread_state() -> ThreadState:
+    """That of this thread, in a microsecond or two."""
+    return ThreadState(
+        torch.is_grad_enabled(),
+        multithreading(),
+        [
+            (kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
+            for kind in device_kinds()
+        ],
+        torch.is_autocast_cache_enabled(),
+        _nesting(),
+        mode_stack()[0](),
+    )
+
+
+def put_back(state: ThreadState) -> None:
+    """Makes it that of this thread again; harmless if nothing has changed."""
+    depth, pop = mode_stack()
+    while depth() > state.modes:  # default devices are such modes
+        pop()
+    for kind, enabled, dtype in state.casts:
+        torch.set_autocast_enabled(kind, enabled)
+        torch.set_autocast_dtype(kind, dtype)
+    torch.set_autocast_cache_enabled(state.cache)
+    for _ in range(_nesting() - state.nesting):
+        torch.autocast_decrement_nesting()
+    torch.clear_autocast_cache()  # casts made without a graph carry no gradient
+    set_multithreading(state.multithreading)
+    set_grad(state.grad)
+
+
+def _nesting() -> int:
+    """How many autocasts this thread is in.
+
+    torch tells only while it counts up or down. Both calls are made by `map`, between which no
+    signal is looked for.
+    """
+    up, _ = map(call, (torch.autocast_increment_nesting, torch.autocast_decrement_nesting))
+    return up - 1
