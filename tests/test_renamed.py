@@ -71,6 +71,7 @@ def drawn(*shape: int) -> Tensor:
     return torch.randn(*shape, dtype=torch.float64)
 
 
+@pytest.mark.filterwarnings("ignore:Nested tensors are in the graph:UserWarning")
 @pytest.mark.filterwarnings("ignore:The predictions of different poses:UserWarning")
 @pytest.mark.parametrize("name", NAMES)
 def test_rows_without_a_private_name(name: str, hidden: Callable[[str], None]) -> None:

@@ -78,7 +78,7 @@ def _numbers(node: Node, out: torch.Size) -> tuple[int, Tensor | None]:
     if not holds(node, "indices"):
         index, dim = saved(node, "index"), saved(node, "dim")
     else:
-        indices = saved(node, "indices")
+        indices = saved(node, "indices") or ()
         given = [place for place, one in enumerate(indices) if one is not None]
         if len(given) != 1:
             return 0, None
