@@ -252,7 +252,7 @@ def _adds_up(
 
 
 def _norm(tensor: Tensor) -> float:
-    return float(tensor.abs().double().norm())
+    return float(tensor.detach().abs().double().norm())
 
 
 @final
