@@ -200,7 +200,7 @@ OPERATORS: dict[str, Kind] = {
     **_all("Sort Sort/1 Topk", Kind(along, _DIM)),
     "CatBackward0": Kind(along, _DIM, cuts=joined),
     "StackBackward0": Kind(stacked, _DIM, cuts=piled),
-    **_all("Flip Roll", Kind(along_each, ("dims",))),
+    **_all("Flip Roll", Kind(along_each, ("dims",), rearranges=True)),
     "Rot90Backward0": Kind(rotated, ("dims", "k")),
     "SelectScatterBackward0": Kind(put_in, _DIM),
     "DiagonalBackward0": Kind(diagonal, ("dim1", "dim2")),
