@@ -80,9 +80,12 @@ def agreed(first: Axis | None, second: Axis | None) -> Axis | None:
     if first is None or second is None or (first.dim, first.size) != (second.dim, second.size):
         return None
     named = second.owners if first.owners is None else first.owners
-    if named is None:
-        return first if first.inner == second.inner else None
+    if first.owners is second.owners:
+        return first if named is not None or first.inner == second.inner else None
+    assert named is not None
     one, other = first.spelled(named.device), second.spelled(named.device)
+    if torch.equal(one, other):
+        return second if first.owners is None else first
     alike = (one == other) | (one == NOBODY) | (other == NOBODY)
     return first.owned(first.dim, torch.maximum(one, other)) if bool(alike.all()) else None
 

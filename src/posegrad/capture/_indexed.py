@@ -6,7 +6,7 @@ messages, so it belongs to their owner if they have only one; and that is seen f
 alone, whatever values flow.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 
 import torch
 from torch import Tensor
@@ -16,27 +16,32 @@ from posegrad._compat import holds, saved
 from posegrad.capture._axis import Axis, dim_of
 from posegrad.jacobian import NOBODY
 
-__all__ = ["IndexRule", "added", "added_each", "picked", "picked_each"]
+__all__ = ["IndexRule", "Memo", "added", "added_each", "picked", "picked_each"]
 
-IndexRule = Callable[[Node, int, Axis, torch.Size, torch.Size], Axis | None]
+Memo = dict[Hashable, tuple[Axis, Tensor, Axis | None]]
+"""What was found for axes and indices of one graph: layers of a network have theirs in common."""
+
+IndexRule = Callable[[Node, int, Axis, torch.Size, torch.Size, Memo], Axis | None]
 """As `_axis.Rule`, but it looks at the numbers the operator saved.
 
 Raises `UntoldError` if this torch does not save them.
 """
 
 
-def picked(node: Node, arg: int, axis: Axis, out: torch.Size, inside: torch.Size) -> Axis | None:
+def picked(
+    node: Node, arg: int, axis: Axis, out: torch.Size, inside: torch.Size, memo: Memo
+) -> Axis | None:
     """`out = x.index_select(dim, index)`, and `x[index]`."""
     dim, index = _numbers(node, out)
     if index is None or _replaced(inside, dim, len(index)) != out:
         return None
     if axis.is_whole:
         axis = axis.owned(dim, axis.spelled(index.device).expand(len(index)))
-    return axis if dim != axis.dim else _gathered(axis, index, inside[dim])
+    return axis if dim != axis.dim else _known(memo, _gathered, axis, index, inside[dim])
 
 
 def picked_each(
-    node: Node, arg: int, axis: Axis, out: torch.Size, inside: torch.Size
+    node: Node, arg: int, axis: Axis, out: torch.Size, inside: torch.Size, memo: Memo
 ) -> Axis | None:
     """`out = x.gather(dim, index)`."""
     dim, index = _numbers_each(node, out)
@@ -45,21 +50,23 @@ def picked_each(
     if dim != axis.dim:
         return axis if inside[axis.dim] == out[axis.dim] else None
     vector = _vector(index, dim)
-    return None if vector is None else _gathered(axis, vector, inside[dim])
+    return None if vector is None else _known(memo, _gathered, axis, vector, inside[dim])
 
 
-def added(node: Node, arg: int, axis: Axis, out: torch.Size, inside: torch.Size) -> Axis | None:
+def added(
+    node: Node, arg: int, axis: Axis, out: torch.Size, inside: torch.Size, memo: Memo
+) -> Axis | None:
     """`out = x.index_add(dim, index, source)` and the like: row e goes to row `index[e]`."""
     if arg == 0:
         return axis
     dim, index = _numbers(node, out)
     if index is None or inside != _replaced(out, dim, len(index)):
         return None  # a source that is broadcast may meet several poses
-    return axis if dim != axis.dim else _spread(axis, index)
+    return axis if dim != axis.dim else _known(memo, _spread, axis, index, 0)
 
 
 def added_each(
-    node: Node, arg: int, axis: Axis, out: torch.Size, inside: torch.Size
+    node: Node, arg: int, axis: Axis, out: torch.Size, inside: torch.Size, memo: Memo
 ) -> Axis | None:
     """`out = x.scatter_add(dim, index, source)`, `scatter_reduce`."""
     if arg == 0:
@@ -70,7 +77,7 @@ def added_each(
     if dim != axis.dim:
         return axis if inside[axis.dim] == out[axis.dim] else None
     vector = _vector(index, dim)
-    return None if vector is None else _spread(axis, vector)
+    return None if vector is None else _known(memo, _spread, axis, vector, 0)
 
 
 def _numbers(node: Node, out: torch.Size) -> tuple[int, Tensor | None]:
@@ -114,6 +121,21 @@ def _vector(index: Tensor, dim: int) -> Tensor | None:
     return vector
 
 
+def _known(
+    memo: Memo,
+    rule: Callable[[Axis, Tensor, int], Axis | None],
+    axis: Axis,
+    index: Tensor,
+    size: int,
+) -> Axis | None:
+    """What a rule says, asked once for each axis and index."""
+    place = index.data_ptr(), index.dtype, index.shape, index.stride()
+    key = rule, place, axis._replace(owners=None), id(axis.owners), size
+    if key not in memo:
+        memo[key] = axis, index, rule(axis, index, size)  # held, so that no other takes its place
+    return memo[key][2]
+
+
 def _gathered(axis: Axis, index: Tensor, size: int) -> Axis | None:
     """Rows that were picked: each belongs to the owner of all its copies."""
     copies = axis.spelled(index.device)  # [E]
@@ -127,6 +149,6 @@ def _gathered(axis: Axis, index: Tensor, size: int) -> Axis | None:
     return axis.owned(axis.dim, owners)
 
 
-def _spread(axis: Axis, index: Tensor) -> Axis:
+def _spread(axis: Axis, index: Tensor, size: int) -> Axis:
     """Rows that were added up: each belongs to the owner of the sum it went into."""
     return axis.owned(axis.dim, axis.spelled(index.device)[index])

@@ -26,6 +26,7 @@ from posegrad._compat import UntoldError, is_packed, is_python
 from posegrad.capture._axis import Axis, Facts, agreed, axis_in, dim_of
 from posegrad.capture._cuts import Cut
 from posegrad.capture._edges import LEAF_NAME, Edge, EdgeRegistry
+from posegrad.capture._indexed import Memo
 from posegrad.capture._operators import kind_of
 from posegrad.capture._probing import probed_alone
 from posegrad.jacobian import Arrangement
@@ -63,6 +64,7 @@ def infer(registry: EdgeRegistry, arrangement: Arrangement, generator: torch.Gen
     axes = {} if start is None else {registry.root: start}
     lost: dict[Edge, int] = {}  # edges at which poses may mix, and the operators that may mix them
     alone: list[int] = []
+    memo: Memo = {}
     is_fixed = True
     for node in registry.in_order():
         of_outputs = {i: axes.get((node, i)) for i in registry.outputs(node)}
@@ -70,7 +72,7 @@ def infer(registry: EdgeRegistry, arrangement: Arrangement, generator: torch.Gen
         moved: dict[int, Axis | None] = {}
         sources = _computed(registry, node)
         if sources and len(known) == len(of_outputs):
-            moved, follows = _moved(registry, node, [*sources], known, generator, alone)
+            moved, follows = _moved(registry, node, [*sources], known, generator, alone, memo)
             is_fixed &= follows
         for argument, edge in sources.items():
             if edge in lost:
@@ -102,6 +104,7 @@ def _moved(
     axes: Mapping[int, Axis],
     generator: torch.Generator,
     alone: list[int],
+    memo: Memo,
 ) -> tuple[dict[int, Axis | None], bool]:
     """The axes of an operator's arguments by those of its outputs, and whether structure tells.
 
@@ -117,7 +120,7 @@ def _moved(
     if not told and is_packed(operator):
         return {}, True  # what a checkpoint would have to recompute is not read
     try:
-        found = {i: _by_rule(registry, node, i, axes) for i in arguments}
+        found = {i: _by_rule(registry, node, i, axes, memo) for i in arguments}
     except UntoldError:
         if is_packed(operator):
             return {}, True
@@ -142,7 +145,7 @@ def _single(axes: Mapping[int, Axis]) -> Axis | None:
 
 
 def _by_rule(
-    registry: EdgeRegistry, node: int, argument: int, axes: Mapping[int, Axis]
+    registry: EdgeRegistry, node: int, argument: int, axes: Mapping[int, Axis], memo: Memo
 ) -> tuple[Axis | None, bool]:
     """The axis of one argument, on which all outputs must agree, and whether structure tells."""
     kind, operator, facts = (
@@ -156,7 +159,7 @@ def _by_rule(
     for number, axis in axes.items():
         out = registry.shape((node, number))
         if kind.picks is not None:
-            found.append(kind.picks(operator, argument, axis, out, inside))
+            found.append(kind.picks(operator, argument, axis, out, inside, memo))
         elif kind.moves is None or None in facts:
             continue
         elif kind.cuts is not None and out == inside:

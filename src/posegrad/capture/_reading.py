@@ -172,7 +172,7 @@ class Reading:
         self, plan: Plan, columns: list[list[Tensor | None]]
     ) -> list[Layout | None] | None:
         """Whose the rows are, by the numbers that picked them; None if these do not tell."""
-        shared: dict[tuple[int, int], Layout] = {}
+        shared: list[Layout] = []
         found: list[Layout | None] = []
         for edge, *values in zip(plan.edges, *columns, strict=True):
             value = next((v for v in values if v is not None), None)

@@ -72,7 +72,7 @@ def attempt(subject: Subject, arrangement: Arrangement, sites: Sequence[Site]) -
         return _at(subject, edges, each.to(output), purpose)
 
     base = answer(edges, mix, torch.ones(count, device="cpu"), Purpose.ACTIVATIONS)
-    shared: dict[tuple[int, int], Layout] = {}
+    shared: list[Layout] = []
     layouts = {
         edge: known_layout(subject, arrangement, edge, b, shared) for edge, b in base.items()
     }
@@ -106,7 +106,7 @@ def known_layout(
     arrangement: Arrangement,
     edge: Edge,
     cotangent: Tensor | None,
-    shared: dict[tuple[int, int], Layout],
+    shared: list[Layout],
 ) -> Layout | None:
     """The layout that needs no probe: of one pose, of nothing, inferred, or stated."""
     count = arrangement.poses
@@ -119,12 +119,22 @@ def known_layout(
     if axis is not None:
         if axis.owners is None:
             return axis.layout(cotangent.device)
-        key = id(axis.owners), axis.dim  # the graph's own, so they stay
-        layout = shared.setdefault(key, axis.layout(cotangent.device))
+        layout = _shared(axis.layout(cotangent.device), shared)
         return None if layout.has_strays(cotangent) else layout
     if subject.pose_index and cotangent.ndim:
         return _stated(subject.pose_index, arrangement, cotangent)
     return None
+
+
+def _shared(layout: Layout, known: list[Layout]) -> Layout:
+    """The layout that is known already, for what it has worked out; or it is from now on."""
+    for other in known:
+        if layout.dims == other.dims and (
+            layout.stated is other.stated or torch.equal(layout.owners, other.owners)
+        ):
+            return other
+    known.append(layout)
+    return layout
 
 
 def _stated(

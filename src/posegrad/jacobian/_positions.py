@@ -90,7 +90,7 @@ class Positions:
 
     @cached_property
     def _each(self) -> int | None:
-        """How many positions a pose has, if they follow a pattern and all have as many."""
+        """How many positions each pose has, if they follow a pattern and it has some."""
         if not all(layout.is_regular() for layout in self._owned):
             return None
         end, numbers = 0, set()
@@ -99,7 +99,9 @@ class Positions:
                 return None
             end += count
             numbers.add(sum(prod(self._sizes[use]) for use in uses) // count)
-        return numbers.pop() if end == self._count and len(numbers) == 1 else None
+        if end != self._count or len(numbers) > 1:
+            return None
+        return numbers.pop() or None  # none has any
 
     @cached_property
     def _spans(self) -> dict[tuple[int, int], list[int]]:

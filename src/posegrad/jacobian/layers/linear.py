@@ -22,6 +22,7 @@ from posegrad.jacobian._record import record
 
 __all__ = ["Linear"]
 
+_FEW, _SMALL = 16, 2**17  # poses and numbers of rows that take no longer than to sort them does
 _AS_LONG_AS = 64  # multiplications, to pick a number by pose: to read it, and to write it
 
 
@@ -121,6 +122,8 @@ class Linear(ClosedForm):
         rows = self._count(cotangent.shape)
         inner = rows // max(layout.size, 1)
         if not layout.is_regular():
+            if layout.count <= _FEW and layout.count * self.shape.numel() <= _SMALL:
+                return None
             within = inner**2 * sum(size**2 for size in layout.sizes)
             if rows**2 <= within + _AS_LONG_AS * rows:
                 gram = self.inner(cotangent, cotangent, layout, products)
