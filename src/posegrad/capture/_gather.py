@@ -97,7 +97,7 @@ class Gatherer:
             registry = _graph_of(output)
         dim = self.batch_dim if isinstance(self.batch_dim, int) and output.ndim else None
         known = self._structures.of(registry, used, output, stated=False)
-        subject = Subject(output, registry, used, (), dim, _seeded(), {}, self._own)
+        subject = Subject(output, registry, used, (), dim, _seeded(), known.steps, {}, self._own)
         recipe = known.found.recipe
         is_due = self.check == "always" if recipe is None else self._is_due(recipe, subject)
         with failures_named(), undisturbed():
@@ -147,8 +147,8 @@ class Gatherer:
                 heard = listened_to(output, registry, known.slots)
                 inferred = known.inferred if known.is_fixed else {}
                 subject = Subject(
-                    output, registry, used, pose_index, dim, self._generator, inferred, self._own,
-                    any(map(is_hooked, heard)), quiet,
+                    output, registry, used, pose_index, dim, self._generator, known.steps, inferred,
+                    self._own, any(map(is_hooked, heard)), quiet,
                 )  # fmt: skip
                 scale = known.has_float16
                 scale = registry.has_float16() if scale is None else scale
@@ -194,7 +194,9 @@ class Gatherer:
             stated = bool(subject.pose_index)
             known = self._structures.of(own, subject.parameters, scaled, stated=stated)
             inferred = known.inferred if known.is_fixed else {}
-            seen = replace(subject, output=scaled, registry=own, inferred=inferred)
+            seen = replace(
+                subject, output=scaled, registry=own, steps=known.steps, inferred=inferred
+            )
             parts, backwards = self._parts_of(seen, known, keep_graph=True)
             readings.append(backwards)
             return parts

@@ -15,7 +15,8 @@ belongs to pose :math:`\lfloor n / b \rfloor \bmod m`. Views keep b, the *stride
 move it with their dimensions (`_axis.py`).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import reduce
 from math import prod
 from typing import NamedTuple
@@ -27,11 +28,11 @@ from posegrad.capture._axis import Axis, Facts, agreed, axis_in, dim_of
 from posegrad.capture._cuts import Cut
 from posegrad.capture._edges import LEAF_NAME, Edge, EdgeRegistry
 from posegrad.capture._indexed import Memo
-from posegrad.capture._operators import kind_of
+from posegrad.capture._operators import Kind, kind_of
 from posegrad.capture._probing import probed_alone
 from posegrad.jacobian import Arrangement
 
-__all__ = ["Inferred", "infer"]
+__all__ = ["Inferred", "Step", "infer", "steps_of"]
 
 
 class Inferred(NamedTuple):
@@ -50,11 +51,56 @@ class Inferred(NamedTuple):
     alone: Sequence[int]
 
 
-def infer(registry: EdgeRegistry, arrangement: Arrangement, generator: torch.Generator) -> Inferred:
+class Step(NamedTuple):
+    """An operator behind which others lie.
+
+    Args:
+        node: Its number.
+        kind: What is known of it.
+        outputs: The numbers of its outputs that something depends on, and their edges.
+        arguments: The numbers of its arguments that were computed by others, and their edges.
+        is_told: Whether its rule can be asked: another release of torch may not save what that
+            looks at.
+    """
+
+    node: int
+    kind: Kind
+    outputs: tuple[tuple[int, Edge], ...]
+    arguments: tuple[tuple[int, Edge], ...]
+    is_told: bool
+
+
+def steps_of(registry: EdgeRegistry) -> list[Step]:
+    """The operators of a graph, each after those that take what it computes.
+
+    They are those of all graphs of the structure. Nothing lies behind leaves.
+    """
+    found = []
+    for node in registry.in_order():
+        arguments = tuple([
+            (i, edge)
+            for i, edge in enumerate(registry.sources[node])
+            if edge is not None and registry.names[edge[0]] != LEAF_NAME
+        ])  # fmt: skip
+        if arguments:
+            kind = kind_of(registry.names[node])
+            outputs = tuple([(i, (node, i)) for i in registry.outputs(node)])
+            is_told = kind.moves is not None and None not in registry.facts[node]
+            found.append(Step(node, kind, outputs, arguments, is_told))
+    return found
+
+
+def infer(
+    registry: EdgeRegistry,
+    steps: Iterable[Step],
+    arrangement: Arrangement,
+    generator: torch.Generator,
+) -> Inferred:
     """The axis of poses of every edge to which it can be followed from the output.
 
     Args:
         registry: The graph.
+        steps: Its operators, as `steps_of` lists them.
         arrangement: The poses in the output.
         generator: The engine's own, for operators that are probed alone.
     """
@@ -63,116 +109,107 @@ def infer(registry: EdgeRegistry, arrangement: Arrangement, generator: torch.Gen
     start = axis_in(shape, stride, arrangement.poses)
     axes = {} if start is None else {registry.root: start}
     lost: dict[Edge, int] = {}  # edges at which poses may mix, and the operators that may mix them
-    alone: list[int] = []
-    memo: Memo = {}
+    following = _Following(registry, generator)
     is_fixed = True
-    for node in registry.in_order():
-        of_outputs = {i: axes.get((node, i)) for i in registry.outputs(node)}
-        known = {i: axis for i, axis in of_outputs.items() if axis is not None}
-        moved: dict[int, Axis | None] = {}
-        sources = _computed(registry, node)
-        if sources and len(known) == len(of_outputs):
-            moved, follows = _moved(registry, node, [*sources], known, generator, alone, memo)
+    for step in steps:
+        known = {i: axis for i, edge in step.outputs if (axis := axes.get(edge)) is not None}
+        moved: Mapping[int, Axis | None] = {}
+        if len(known) == len(step.outputs):
+            moved, follows = following.moved(step, known)
             is_fixed &= follows
-        for argument, edge in sources.items():
+        for argument, edge in step.arguments:
             if edge in lost:
                 continue
             axis = moved.get(argument)
             if edge in axes:
                 axis = agreed(axes.pop(edge), axis)
             if axis is None:
-                before = (lost[o] for i in of_outputs if (o := (node, i)) in lost)
-                lost[edge] = next(before, node)
+                before = (lost[output] for _, output in step.outputs if output in lost)
+                lost[edge] = next(before, step.node)
             else:
                 axes[edge] = axis
-    return Inferred(axes, is_fixed, lost, alone)
+    return Inferred(axes, is_fixed, lost, following.alone)
 
 
-def _computed(registry: EdgeRegistry, node: int) -> dict[int, Edge]:
-    """The arguments of an operator that were computed by another; nothing lies behind leaves."""
-    return {
-        i: edge
-        for i, edge in enumerate(registry.sources[node])
-        if edge is not None and registry.names[edge[0]] != LEAF_NAME
-    }
+@dataclass
+class _Following:
+    """Poses being followed through one graph.
 
-
-def _moved(
-    registry: EdgeRegistry,
-    node: int,
-    arguments: list[int],
-    axes: Mapping[int, Axis],
-    generator: torch.Generator,
-    alone: list[int],
-    memo: Memo,
-) -> tuple[dict[int, Axis | None], bool]:
-    """The axes of an operator's arguments by those of its outputs, and whether structure tells.
-
-    It is added to `alone` if it was probed.
+    Args:
+        registry: The graph.
+        generator: The engine's own.
+        memo: What was found for numbers.
+        alone: The operators that were probed alone.
     """
-    kind, operator = kind_of(registry.names[node]), registry.nodes[node]
-    if not (kind.cuts or kind.looks_up) and (first := _single(axes)) is not None:
-        return dict.fromkeys(arguments, first), True
-    if is_python(operator):
-        return {}, True
-    # Another release of torch may not save what a rule looks at.
-    told = kind.moves is not None and None not in registry.facts[node]
-    if not told and is_packed(operator):
-        return {}, True  # what a checkpoint would have to recompute is not read
-    try:
-        found = {i: _by_rule(registry, node, i, axes, memo) for i in arguments}
-    except UntoldError:
-        if is_packed(operator):
+
+    registry: EdgeRegistry
+    generator: torch.Generator
+    memo: Memo = field(default_factory=dict)
+    alone: list[int] = field(default_factory=list)
+
+    def moved(self, step: Step, axes: Mapping[int, Axis]) -> tuple[Mapping[int, Axis | None], bool]:
+        """The axes of an operator's arguments by those of its outputs, and if structure tells."""
+        kind, operator = step.kind, self.registry.nodes[step.node]
+        if not (kind.cuts or kind.looks_up) and (first := _single(axes)) is not None:
+            return {i: first for i, _ in step.arguments}, True
+        if is_python(operator):
             return {}, True
-        told, found = False, dict.fromkeys(arguments, (None, False))
-    moved = {i: axis for i, (axis, _) in found.items()}
-    follows = all(follows for _, follows in found.values())
-    if told or None not in moved.values():
-        return moved, told and follows
-    try:
-        moved = probed_alone(registry, node, axes, generator)
-    except RuntimeError:  # it cannot be called alone; what lies behind it is probed
-        return {}, False
-    alone.append(node)
-    return moved, False
+        told = step.is_told
+        if not told and is_packed(operator):
+            return {}, True  # what a checkpoint would have to recompute is not read
+        try:
+            found = {i: self._by_rule(step, i, edge, axes) for i, edge in step.arguments}
+        except UntoldError:
+            if is_packed(operator):
+                return {}, True
+            told, found = False, {i: (None, False) for i, _ in step.arguments}
+        moved = {i: axis for i, (axis, _) in found.items()}
+        follows = all(follows for _, follows in found.values())
+        if told or None not in moved.values():
+            return moved, told and follows
+        try:
+            moved = probed_alone(self.registry, step.node, axes, self.generator)
+        except RuntimeError:  # it cannot be called alone; what lies behind it is probed
+            return {}, False
+        self.alone.append(step.node)
+        return moved, False
+
+    def _by_rule(
+        self, step: Step, argument: int, edge: Edge, axes: Mapping[int, Axis]
+    ) -> tuple[Axis | None, bool]:
+        """The axis of one argument, on which all outputs must agree, and if structure tells."""
+        registry, node, kind = self.registry, step.node, step.kind
+        facts, inside = registry.facts[node], registry.shape(edge)
+        found: list[Axis | None] = []
+        follows = True
+        for number, axis in axes.items():
+            out = registry.shape((node, number))
+            if kind.picks is not None:
+                operator = registry.nodes[node]
+                found.append(kind.picks(operator, argument, axis, out, inside, self.memo))
+            elif kind.moves is None or not step.is_told:
+                continue
+            elif kind.cuts is not None and out == inside:
+                found.append(axis)  # all of it is cut out
+            elif kind.cuts is not None and _is_cut(facts, axis, out, inside):
+                sizes = [None if e is None else registry.shape(e) for e in registry.sources[node]]
+                dim = dim_of(facts[0], max(len(out), len(inside)))
+                outputs = registry.sizes[node]
+                cut = Cut(registry.nodes[node], dim, argument, number, sizes, outputs)
+                axis_of_all, follows = kind.cuts(cut, axis)
+                found.append(axis_of_all)
+            else:
+                found.append(kind.moves(facts, argument, axis, out, inside))
+        return (reduce(agreed, found) if found else None), follows
 
 
 def _single(axes: Mapping[int, Axis]) -> Axis | None:
     """The axis of outputs that belong to one and the same pose as a whole, if they do."""
-    one: Axis | None = next(iter(axes.values()))
-    one = reduce(agreed, axes.values(), one)
-    return one if one is not None and one.is_whole else None
-
-
-def _by_rule(
-    registry: EdgeRegistry, node: int, argument: int, axes: Mapping[int, Axis], memo: Memo
-) -> tuple[Axis | None, bool]:
-    """The axis of one argument, on which all outputs must agree, and whether structure tells."""
-    kind, operator, facts = (
-        kind_of(registry.names[node]),
-        registry.nodes[node],
-        registry.facts[node],
-    )
-    edge = registry.sources[node][argument]
-    assert edge is not None
-    inside, found, follows = registry.shape(edge), list[Axis | None](), True
-    for number, axis in axes.items():
-        out = registry.shape((node, number))
-        if kind.picks is not None:
-            found.append(kind.picks(operator, argument, axis, out, inside, memo))
-        elif kind.moves is None or None in facts:
-            continue
-        elif kind.cuts is not None and out == inside:
-            found.append(axis)  # all of it is cut out
-        elif kind.cuts is not None and _is_cut(facts, axis, out, inside):
-            sizes = [None if e is None else registry.shape(e) for e in registry.sources[node]]
-            dim = dim_of(facts[0], max(len(out), len(inside)))
-            cut = Cut(operator, dim, argument, number, sizes, registry.sizes[node])
-            moved, follows = kind.cuts(cut, axis)
-            found.append(moved)
-        else:
-            found.append(kind.moves(facts, argument, axis, out, inside))
-    return (reduce(agreed, found) if found else None), follows
+    first = next(iter(axes.values()))
+    if not first.is_whole:
+        return None
+    one: Axis | None = first
+    return reduce(agreed, axes.values(), one)
 
 
 def _is_cut(facts: Facts, axis: Axis, out: torch.Size, inside: torch.Size) -> bool:

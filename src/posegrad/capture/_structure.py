@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from posegrad.capture._edges import EdgeRegistry
-from posegrad.capture._inference import Inferred
+from posegrad.capture._inference import Inferred, Step
 from posegrad.capture._plan import SettledPlan
 from posegrad.capture._recipe import Recipe
 from posegrad.capture._release import Slot, slots_above
@@ -39,6 +39,7 @@ class Structure:
         has_float16: Whether gradients pass through float16; None if only the numbers of a function
             written in Python tell.
         slots: Where nodes above the parameters hold saved tensors.
+        steps: Its operators, once poses were followed through them.
         is_fixed: Whether that decides where poses lie, as far as is known: no numbers pick rows.
         inferred: Where poses lie, as far as it follows, by the output's dimension of poses.
         plan: How to read it, once nothing is open.
@@ -47,6 +48,7 @@ class Structure:
     found: Found
     has_float16: bool | None
     slots: list[Slot]
+    steps: list[Step] = field(default_factory=list)
     is_fixed: bool = True
     inferred: dict[int | None, Inferred] = field(default_factory=dict)
     plan: SettledPlan | None = None

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from posegrad.capture._axis import Axis
 from posegrad.capture._edges import Edge, EdgeRegistry, named
-from posegrad.capture._inference import Inferred, infer
+from posegrad.capture._inference import Inferred, Step, infer, steps_of
 from posegrad.jacobian import Arrangement, Backwards
 
 __all__ = ["Subject"]
@@ -26,6 +26,7 @@ class Subject:
         pose_index: Owners of rows the caller has stated.
         dim: The output's dimension that counts poses, if the caller has said.
         generator: The engine's own source of random numbers.
+        steps: The operators of graphs of this very structure, once they were followed.
         inferred: What `axes` found in graphs of this very structure, by the dimension of poses.
         own: The memory of the modules' parameters and buffers, which are no data.
         is_hooked: Whether activations are seen to have hooks, which may do today what they did not
@@ -39,6 +40,7 @@ class Subject:
     pose_index: Sequence[Tensor]
     dim: int | None
     generator: torch.Generator
+    steps: list[Step]
     inferred: dict[int | None, Inferred]
     own: Callable[[], frozenset[int]]
     is_hooked: bool = False
@@ -47,7 +49,8 @@ class Subject:
     def axes(self, arrangement: Arrangement) -> Mapping[Edge, Axis]:
         """Where poses lie at the edges for which operators tell, one after another."""
         if arrangement.dim not in self.inferred:
-            found = infer(self.registry, arrangement, self.generator)
+            self.steps.extend(() if self.steps else steps_of(self.registry))
+            found = infer(self.registry, self.steps, arrangement, self.generator)
             self.inferred[arrangement.dim] = found
         return self.inferred[arrangement.dim].axes
 
