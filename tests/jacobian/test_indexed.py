@@ -1133,3 +1133,32 @@ def test_a_table_that_nothing_is_looked_up_in() -> None:
     looked_up = functional.embedding(none, model.table)
     output = model.energy(model.rows(3).index_add(0, none, looked_up))
     _assert_exact(_engines(model), model, output)
+
+
+class Picking(nn.Module):
+    """Outputs that pick rows of one batch: the same for two of them, they mix."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.below, self.above = nn.Linear(3, 4), nn.Linear(4, 1)
+
+    def forward(self, x: Tensor, picks: Tensor) -> Tensor:
+        scores: Tensor = self.above(self.below(x).tanh()[picks]).squeeze(1)
+        return scores
+
+
+@pytest.mark.parametrize("first", ["apart", "mixed"])
+def test_a_batch_that_mixes_has_no_effect_on_those_after_it(first: str) -> None:
+    model = Picking().double()
+    engine = Engine(model)
+    apart, mixed = torch.tensor([2, 0, 3, 1]), torch.tensor([2, 0, 2, 1])
+    order = [apart, apart, mixed] if first == "apart" else [mixed, apart, apart]
+    for picks in [*order, apart, mixed, apart, mixed, apart]:
+        output = model(torch.randn(4, 3, dtype=torch.float64), picks)
+        expected = rows(output, trainable(model))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            J = engine.jacobian(output)
+        torch.testing.assert_close(J.matrix(), expected)
+    assert J.report().splitlines()[1] == "1 backward to the activations"
+    assert all(path.startswith("closed form") for own in J.paths.values() for path in own)

@@ -180,7 +180,10 @@ class Gatherer:
                     release(subject.registry, known.slots)
         if not subject.is_fixed:
             known.is_fixed, known.inferred = False, {}
-        if not special and not self._is_due(recipe, subject):
+        is_usual = recipe is known.found.recipe and (
+            subject.is_fixed or not slow_parameters(recipe)
+        )
+        if is_usual and not special and not self._is_due(recipe, subject):
             known.plan = SettledPlan.of(subject, recipe, known.slots, reading.declined)
         return parts, subject.backwards
 
@@ -214,12 +217,9 @@ class Gatherer:
 
     def _read(self, reading: Reading, found: Found) -> tuple[Recipe, Parts]:
         subject, is_lasting = reading.subject, True
-        recipe, reference, trial = found.recipe, None, None
-        if self._is_due(recipe, subject):
-            reference = Reference.of(subject)
-        if recipe is not None:
-            trial = _tried(subject, recipe)
-        if recipe is None or trial is None or not all(map(trial.serves, recipe.sites)):
+        reference = Reference.of(subject) if self._is_due(found.recipe, subject) else None
+        recipe, trial = _serving(subject, found)
+        if recipe is None or trial is None:
             recipe, trial = self._new_recipe(subject)  # or poses mix this time
             if reference is None and self._is_due(None, subject):
                 reference = Reference.of(subject)
@@ -234,7 +234,7 @@ class Gatherer:
             doubtful = frozenset(parts) - done - recipe.by_rows.keys()  # those are autograd's own
             recipe, parts = _verified(reading, recipe, parts, reference, doubtful)
         if is_lasting:
-            found.recipe = recipe
+            found.keep(recipe, subject)
         return recipe, parts
 
     def _is_due(self, recipe: Recipe | None, subject: Subject) -> bool:
@@ -262,6 +262,15 @@ def _graph_of(output: Tensor) -> EdgeRegistry:
             "works under a plain backward() only, so no row can be read.\n"
             "Use use_reentrant=False."
         ) from None
+
+
+def _serving(subject: Subject, found: Found) -> tuple[Recipe | None, Trial | None]:
+    """A recipe that is known and serves this graph, and the cotangents it needs."""
+    for recipe in found.likely(subject):
+        trial = _tried(subject, recipe)
+        if all(map(trial.serves, recipe.sites)):
+            return recipe, trial
+    return None, None
 
 
 def _tried(subject: Subject, recipe: Recipe) -> Trial:

@@ -13,7 +13,16 @@ from posegrad.capture._subject import Subject
 from posegrad.capture._trial import Trial, attempt
 from posegrad.jacobian import Arrangement
 
-__all__ = ["Recipe", "of_rows", "pose_dimensions", "resolve", "slow_parameters", "uses_of"]
+__all__ = [
+    "Recipe",
+    "is_followed",
+    "keeps_apart",
+    "of_rows",
+    "pose_dimensions",
+    "resolve",
+    "slow_parameters",
+    "uses_of",
+]
 
 _MOST_CLIMBED = 512  # sites beyond a parameter's own that are looked at together
 
@@ -134,6 +143,22 @@ def _first_look(subject: Subject, sites: Sequence[Site]) -> tuple[Arrangement, T
             break
     assert best is not None
     return best[1:]
+
+
+def is_followed(subject: Subject, recipe: Recipe) -> bool:
+    """Whether poses are followed to all that a recipe reads."""
+    axes = subject.axes(Arrangement(subject.output.shape, recipe.dim))
+    return all(edge in axes for site in recipe.sites for edge in site.edges)
+
+
+def keeps_apart(subject: Subject, recipe: Recipe) -> bool:
+    """Whether numbers keep poses apart this time, in every use of every parameter."""
+    arrangement = Arrangement(subject.output.shape, recipe.dim)
+    axes = subject.axes(arrangement)
+    if subject.is_fixed:
+        return False  # there are no such numbers
+    sites = (site for name in subject.parameters for site in uses_of(subject, name))
+    return all(edge in axes for site in sites for edge in site.edges)
 
 
 def _is_told(subject: Subject, arrangement: Arrangement, sites: Sequence[Site]) -> bool:

@@ -1,6 +1,6 @@
 """What is remembered of graphs, and for which others it holds."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,9 +9,10 @@ from torch import Tensor
 from posegrad.capture._edges import EdgeRegistry
 from posegrad.capture._inference import Inferred, Step
 from posegrad.capture._plan import SettledPlan
-from posegrad.capture._recipe import Recipe
+from posegrad.capture._recipe import Recipe, is_followed, keeps_apart, slow_parameters
 from posegrad.capture._release import Slot, slots_above
 from posegrad.capture._sites import kept_shapes
+from posegrad.capture._subject import Subject
 
 __all__ = ["Found", "Structure", "Structures"]
 
@@ -25,9 +26,38 @@ negative dimension is saved, are one."""
 
 @dataclass
 class Found:
-    """The recipe of a structure, once there is one; it serves graphs of other sizes too."""
+    """The recipe of a structure, once there is one; it serves graphs of other sizes too.
+
+    Args:
+        recipe: The recipe.
+        other: Where numbers tell whose rows are, as they pick them: a recipe for graphs in which
+            they mix poses. So a batch that does has no effect on those after it.
+    """
 
     recipe: Recipe | None = None
+    other: Recipe | None = None
+
+    def likely(self, subject: Subject) -> Iterator[Recipe]:
+        """The recipes that may serve a graph, the likelier first."""
+        first, other = self.recipe, self.other
+        if first is None or (slow_parameters(first) and keeps_apart(subject, first)):
+            return
+        if other is None or is_followed(subject, first):
+            yield first
+        if other is not None:
+            yield other
+
+    def keep(self, recipe: Recipe, subject: Subject) -> None:
+        """Keeps a recipe for graphs to come."""
+        known = self.recipe
+        if known is None or subject.is_fixed or not slow_parameters(recipe):
+            if known is not None and not subject.is_fixed and slow_parameters(known):
+                self.other = known
+            self.recipe = recipe
+        elif slow_parameters(known):
+            self.recipe = recipe
+        else:
+            self.other = recipe
 
 
 @dataclass
