@@ -14,6 +14,7 @@ __all__ = [
     "Products",
     "added",
     "as_rows",
+    "cancel",
     "generalized",
     "inner_products",
     "is_same",
@@ -193,7 +194,7 @@ def summed_pairs(
     if not alike or len(pairs) == len(total):
         return total
     sizes = owners.sum(owners.sum(pairs.abs()).mT)
-    if not bool(_cancel(sizes.diagonal(), total.diagonal()).any()):
+    if not bool(cancel(sizes.diagonal(), total.diagonal()).any()):
         return total
     if pairs.dtype == torch.float64:
         return None
@@ -215,7 +216,7 @@ def squared_sums(a: Tensor, b: Tensor) -> Tensor | None:
     """
     pairs = ((a @ a.mT) * (b @ b.mT)).flatten(1)
     squares = pairs.sum(1)
-    unsure = _cancel(pairs.abs().sum(1), squares)
+    unsure = cancel(pairs.abs().sum(1), squares)
     if not bool(unsure.any()):
         return squares
     if squares.dtype == torch.float64:
@@ -225,7 +226,7 @@ def squared_sums(a: Tensor, b: Tensor) -> Tensor | None:
     return squares.index_put_((unsure,), exact.clamp(min=0).to(squares.dtype))
 
 
-def _cancel(sizes: Tensor, squares: Tensor) -> Tensor:
+def cancel(sizes: Tensor, squares: Tensor) -> Tensor:
     """Which squared norms are far smaller than the sizes that they were added up from."""
     return sizes.mul(torch.finfo(sizes.dtype).eps ** 0.25) > squares
 

@@ -1,5 +1,6 @@
 """Convolutions, transposed ones included."""
 
+from math import prod
 from typing import Any, final
 
 import torch
@@ -7,19 +8,36 @@ from torch import Tensor
 
 from posegrad.jacobian._form import ClosedForm, Factor
 from posegrad.jacobian._layout import Layout
+from posegrad.jacobian._precision import wide
+from posegrad.jacobian._products import Products, cancel, summed_pairs
 from posegrad.jacobian._record import record
+from posegrad.jacobian.layers._image_products import Images, Way
+from posegrad.jacobian.layers._windows import Windows
 
 __all__ = ["Convolution"]
+
+_AS_LONG_AS = 32  # multiplications, to write a number of a gradient and to read it again
 
 
 @final
 @record
 class Convolution(ClosedForm):
-    """The kernel of a convolution of any kind over `[N, C, ...]`.
+    r"""The kernel of a convolution of any kind over `[N, C, ...]`.
 
-    With one image a pose, the kernels' gradients are those of one convolution in which every image
-    is a group of channels: `[1, N C, ...]`. It costs little more than the one call of a plain
-    backward, 1.1 to 1.4 times on a CPU.
+    With :math:`u_p` what the kernel meets at position p of an image and :math:`b_p` the cotangent
+    there,
+
+    .. math::
+        \frac{\partial \hat y_i}{\partial W} = \sum_{p} b_p u_p^\top, \qquad
+        \langle g_i, g_j \rangle = \sum_{p, q} (u_p \cdot u_q)(b_p \cdot b_q)
+
+    with p over the positions of pose i and q over those of pose j. The second needs no gradient,
+    and is the cheaper where kernels are large and positions few. A transposed convolution is the
+    same with images and cotangents changed over.
+
+    Gradients are those of one convolution in which every image is a group of channels:
+    `[1, N C, ...]`. It costs little more than the one call of a plain backward, 1.1 to 1.4 times on
+    a CPU, but for few positions: those are products of matrices.
 
     Args:
         input: The images.
@@ -57,6 +75,104 @@ class Convolution(ClosedForm):
             row.copy_(self._summed(own, b))  # while it is in the cache
         return gradients
 
+    def write_rows(self, cotangent: Tensor, layout: Layout, into: Tensor) -> None:
+        fits = layout.is_one_each and into.dtype == cotangent.dtype
+        if fits and self._has_few_positions(cotangent.shape):
+            images = self.input.like(cotangent)
+            left, right = self._matrices(images, cotangent)
+            torch.bmm(left, right, out=into.view(len(into), self.shape[0], -1))
+        else:
+            super().write_rows(cotangent, layout, into)
+
+    def prefers_pairs(self, cotangent: torch.Size, layout: Layout, components: int) -> bool:
+        if self._groups > 1:
+            return False
+        numbers, size = components * layout.count, self.shape.numel()
+        rows = self._cost_of_rows(cotangent, numbers, components) + numbers**2 * size
+        work, held = self._way(cotangent).of_gramian(layout.size, components)
+        return work <= rows and held <= numbers * size
+
+    def inner(
+        self, first: Tensor, second: Tensor, layout: Layout, products: Products
+    ) -> Tensor | None:
+        alike, left = first is second, self._images(first)
+        right = left if alike else self._images(second)
+        pairs, sizes = left.gramian(right)
+        if sizes is not None and bool(cancel(sizes, pairs.diagonal()).any()):
+            if pairs.dtype == torch.float64:
+                return None
+            exact = left.double()
+            pairs = exact.gramian(exact)[0].to(pairs.dtype)
+
+        def in_double() -> Tensor:
+            return left.double().gramian(right.double())[0]
+
+        return summed_pairs(pairs, layout, alike=alike, in_double=in_double)
+
+    def squares(self, cotangent: Tensor, layout: Layout, products: Products) -> Tensor | None:
+        if self._groups > 1 or not layout.is_regular():
+            return None
+        each, numbers = layout.size // layout.count, layout.count * self.shape.numel()
+        work, held = self._way(cotangent.shape).of_norms(layout.count, each)
+        if work > self._cost_of_rows(cotangent.shape, layout.count, 1) or held > numbers:
+            return None
+        return self._images(cotangent, layout).squares(each)
+
+    def _cost_of_rows(self, cotangent: torch.Size, numbers: int, components: int) -> int:
+        """Multiplications that rows take.
+
+        Rows that are not far larger than their factors are kept, and save the weighted sum.
+        """
+        size, images = self.shape.numel(), self.input.tensor.numel()
+        kept = numbers * size <= 2 * (images + components * cotangent.numel())
+        work = components * cotangent[0] * prod(self._windows(cotangent).positions) * size
+        return _AS_LONG_AS * numbers * size + (0 if kept else work)
+
+    def _has_few_positions(self, cotangent: torch.Size) -> bool:
+        """Whether rows are products of matrices; what these are made of is less than the rows."""
+        windows = self._windows(cotangent)
+        few = prod(windows.kernel) == 1 or 2 * prod(windows.positions) <= self.shape[0]
+        return self._groups == 1 and few
+
+    def _way(self, cotangent: torch.Size) -> Way:
+        height, width = self.shape[:2]
+        return Way.of(self._windows(cotangent), width, height)
+
+    def _images(self, cotangent: Tensor, layout: Layout | None = None) -> Images:
+        """What products need, with the images of a pose one after another if there is a layout."""
+        b = wide(cotangent)
+        images = self.input.like(b)
+        if layout is not None:
+            images, b = (layout.by_pose(tensor).flatten(0, 1) for tensor in (images, b))
+        windows, way = self._windows(cotangent.shape), self._way(cotangent.shape)
+        return Images.of(way, windows, *self._sides(images, b))
+
+    def _sides(self, images: Tensor, cotangent: Tensor) -> tuple[Tensor, Tensor]:
+        """What the kernel moves over, and what has one place for each of its positions."""
+        return (cotangent, images) if self._is_transposed else (images, cotangent)
+
+    def _matrices(self, images: Tensor, cotangent: Tensor) -> tuple[Tensor, Tensor]:
+        """The factors of each image's gradient, `[N, O, P]` and `[N, P, C K]`."""
+        seen, under = self._sides(images, cotangent)
+        return under.flatten(2), self._windows(cotangent.shape).patches(seen).mT
+
+    def _windows(self, cotangent: torch.Size) -> Windows:
+        kernel = self.shape[2:]
+        stride, padding, dilation = (
+            tuple(option) * (len(kernel) // len(option)) for option in self.options[:3]
+        )
+        positions = self.input.tensor.shape[2:] if self._is_transposed else cotangent[2:]
+        return Windows(tuple(positions), tuple(kernel), stride, dilation, padding)
+
+    @property
+    def _is_transposed(self) -> bool:
+        return bool(self.options[3])
+
+    @property
+    def _groups(self) -> int:
+        groups: int = self.options[-1]
+        return groups
+
     def _summed(self, images: Tensor, cotangent: Tensor) -> Tensor:
         """The gradient of all images together, `[*shape]`."""
         if len(images) == 0:
@@ -65,6 +181,9 @@ class Convolution(ClosedForm):
 
     def _apart(self, images: Tensor, cotangent: Tensor) -> Tensor:
         """The gradient of each image, `[N, *shape]`."""
+        if self._has_few_positions(cotangent.shape):
+            left, right = self._matrices(images.to(cotangent.dtype), cotangent)
+            return (left @ right).reshape(len(images), *self.shape)
         one = images.flatten(0, 1).unsqueeze(0), cotangent.flatten(0, 1).unsqueeze(0)
         return self._of(*one, len(images)).reshape(len(images), *self.shape)
 

@@ -1,0 +1,177 @@
+"""Inner products of kernels' gradients, from products of positions."""
+
+from math import prod
+from typing import NamedTuple, Self, final
+
+import torch
+from torch import Tensor
+
+from posegrad.jacobian._products import cancel
+from posegrad.jacobian._record import record
+from posegrad.jacobian.layers._windows import Windows
+
+__all__ = ["Images", "Way"]
+
+_PANEL = 128  # rows of a panel of products
+_AT_ONCE = 2**17  # products of squared norms: half a MiB
+
+# What a number takes, in multiplications, and a call.
+_ADDED, _MULTIPLIED, _COPIED, _CALLED = 5, 32, 32, 2**21
+
+
+@final
+class Way(NamedTuple):
+    """How products of positions are taken.
+
+    Args:
+        windows: What is summed.
+        gathers: Whether what each window meets is put together first.
+        once: Multiplications for each image.
+        each: Multiplications for each pair of images.
+        held: Numbers of each image that are held.
+    """
+
+    windows: Windows
+    gathers: bool
+    once: int
+    each: int
+    held: int
+
+    @classmethod
+    def of(cls, windows: Windows, width: int, height: int) -> Self:
+        """The cheaper way for a kernel `[height, width, ...]`.
+
+        At a stride of one, neighbours have most places in common, and products of places are the
+        fewer; else, of what each window meets.
+        """
+        ways = [cls._by(windows, False, width, height), cls._by(windows, True, width, height)]
+        return min(ways, key=lambda way: way.once + way.each)
+
+    @classmethod
+    def _by(cls, windows: Windows, gathers: bool, width: int, height: int) -> Self:
+        positions, once = prod(windows.positions), 0
+        if gathers:
+            width *= prod(windows.kernel)
+            once = _COPIED * positions * width
+            windows = windows.unfolded()
+        places, sums = prod(windows.extent), sum(windows.kernel) - len(windows.kernel)
+        each = places**2 * (width + _ADDED * sums) + positions**2 * (height + _MULTIPLIED)
+        return cls(windows, gathers, once, each, places * width + positions * height)
+
+    @property
+    def places(self) -> int:
+        """How many places of an image there are."""
+        return prod(self.windows.extent)
+
+    def of_norms(self, count: int, images: int) -> tuple[int, int]:
+        """For poses that have so many images each: multiplications, and numbers held."""
+        squares = (images * self.places) ** 2
+        work = _CALLED + count * images * (self.once + images * self.each)
+        products = min(count, max(1, _AT_ONCE // squares)) * squares
+        return work, count * images * self.held + 3 * products
+
+    def of_gramian(self, images: int, components: int) -> tuple[int, int]:
+        """For so many images and kinds of cotangents: multiplications, and numbers held."""
+        rows, panel = images * self.places, max(_PANEL, self.places)
+        pairs = images * (images + 1) // 2 if components == 1 else images**2 * components**2
+        calls = components**2 * (1 + rows // panel)
+        work = images * self.once + pairs * self.each + calls * _CALLED
+        return work, images * self.held + 3 * min(rows, panel) * rows
+
+
+@final
+@record
+class Images:
+    """What products of N images need.
+
+    Args:
+        windows: Where the kernel lies.
+        places: What it meets, `[N, S, F]`.
+        cotangents: Those of its positions, `[N, P, O]`.
+    """
+
+    windows: Windows
+    places: Tensor
+    cotangents: Tensor
+
+    @classmethod
+    def of(cls, way: Way, windows: Windows, images: Tensor, cotangents: Tensor) -> Self:
+        """Of images `[N, C, ...]` and cotangents `[N, O, ...]`."""
+        places = windows.places(images)
+        if way.gathers:
+            places = windows.gathered(places)
+        return cls(way.windows, places.flatten(1, -2), cotangents.flatten(2).mT)
+
+    def double(self) -> Self:
+        """The same in float64."""
+        return type(self)(self.windows, self.places.double(), self.cotangents.double())
+
+    def squares(self, images: int) -> Tensor | None:
+        """The squared norms of poses that have so many images each, one after another.
+
+        Returns:
+            None if products cancel that are float64 already.
+        """
+        places, cotangents = (
+            tensor.reshape(len(tensor) // images, -1, tensor.shape[-1])
+            for tensor in (self.places, self.cotangents)
+        )
+        squares, sizes = self._squares(places, cotangents, images)
+        unsure = cancel(sizes, squares)
+        if not bool(unsure.any()):
+            return squares
+        if squares.dtype == torch.float64:
+            return None
+        exact, _ = self._squares(places[unsure].double(), cotangents[unsure].double(), images)
+        return squares.index_put_((unsure,), exact.clamp(min=0).to(squares.dtype))
+
+    def gramian(self, other: "Images") -> tuple[Tensor, Tensor | None]:
+        """The inner products of all images with others, `[N, N]`.
+
+        Returns:
+            Them, and if the others are the same, the sizes that the squared norms are sums of.
+        """
+        alike, count = other is self, len(self.places)
+        gram = self.cotangents.new_zeros(count, count)
+        sizes = gram.new_empty(count) if alike else None
+        step = max(1, _PANEL // self.places.shape[1])
+        for start in range(0, count, step):
+            end = min(start + step, count)
+            upto = end if alike else count
+            pairs = self._cut(start, end)._pairs(other._cut(0, upto))  # [k, P, n, P]
+            gram[start:end, :upto] = pairs.sum((1, 3))
+            if sizes is not None:
+                own = pairs.diagonal(start, dim1=0, dim2=2)  # [P, P, k]
+                sizes[start:end] = own.abs().sum((0, 1))
+        return (gram.tril() + gram.tril(-1).mT if alike else gram), sizes
+
+    def _cut(self, start: int, end: int) -> Self:
+        cut = self.places[start:end], self.cotangents[start:end]
+        return type(self)(self.windows, *cut)
+
+    def _pairs(self, other: "Images") -> Tensor:
+        """The products of all positions with those of others, `[N, P, N', P]`."""
+        left, right = len(self.places), len(other.places)
+        products = _all_rows(self.places) @ _all_rows(other.places).mT
+        found = self.windows.summed(products.unsqueeze(0), left, right).squeeze(0)
+        of_cotangents = _all_rows(self.cotangents) @ _all_rows(other.cotangents).mT
+        positions = prod(self.windows.positions)
+        pairs = found * of_cotangents.view(found.shape)
+        return pairs.view(left, positions, right, positions)
+
+    def _squares(
+        self, places: Tensor, cotangents: Tensor, images: int
+    ) -> tuple[Tensor, Tensor]:
+        """The squared norms of poses, and the sizes they are sums of."""
+        found = []
+        step = max(1, _AT_ONCE // places.shape[1] ** 2)
+        for a, b in zip(places.split(step), cotangents.split(step), strict=True):
+            products = self.windows.summed(a @ a.mT, images, images)
+            pairs = (products * (b @ b.mT).view(products.shape)).flatten(1)
+            found.append((pairs.sum(1), pairs.abs().sum(1)))
+        squares, sizes = zip(*found, strict=True)
+        return torch.cat(squares), torch.cat(sizes)
+
+
+def _all_rows(tensor: Tensor) -> Tensor:
+    return tensor.flatten(0, 1)
