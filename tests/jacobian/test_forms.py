@@ -115,7 +115,7 @@ def _repeat(rows: int) -> Case:
 
 def _convolution(rows: int, *, transposed: bool = False, groups: int = 1) -> Case:
     images = torch.randn(rows, 4, 6, dtype=F64)
-    options = ([1], [1], [1], transposed, [0], groups)
+    options = ((1,), (1,), (1,), transposed, (0,), groups)
     form = Convolution(torch.Size([4, 4 // groups, 3]), _factor(images), options)
     return Case(form, torch.randn(rows, 4, 6, dtype=F64), 0)
 

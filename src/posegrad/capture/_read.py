@@ -165,7 +165,7 @@ def kernel(op: Operator, entry: Entry) -> ClosedForm | None:
     if entry.transposed or not isinstance(images, Tensor):
         return None
     names = ("stride", "padding", "dilation", "transposed", "output_padding", "groups")
-    options = tuple(_plain(op.saved(name)) for name in names)
+    options = tuple([op.saved(name) for name in names])
     return Convolution(entry.shape, Factor.of(images, entry.name), options)
 
 
@@ -312,7 +312,3 @@ def batch_scale(op: Operator, entry: Entry) -> ClosedForm | None:
     aligned = torch.Size([1, *entry.shape, *[1] * (x.ndim - 2)])
     mean, rho = mean.reshape(aligned), rho.reshape(aligned)
     return NormScale(entry.shape, aligned, *(Factor.of(t, entry.name) for t in (x, mean, rho)))
-
-
-def _plain(value: object) -> object:
-    return list(value) if isinstance(value, tuple) else value

@@ -1,5 +1,6 @@
 """Inner products of kernels' gradients, from products of positions."""
 
+from functools import lru_cache
 from math import prod
 from typing import NamedTuple, Self, final
 
@@ -38,7 +39,8 @@ class Way(NamedTuple):
     held: int
 
     @classmethod
-    def of(cls, windows: Windows, width: int, height: int) -> Self:
+    @lru_cache(maxsize=1024)
+    def of(cls, windows: Windows, width: int, height: int) -> "Way":
         """The cheaper way for a kernel `[height, width, ...]`.
 
         At a stride of one, neighbours have most places in common, and products of places are the
@@ -159,13 +161,11 @@ class Images:
         pairs = found * of_cotangents.view(found.shape)
         return pairs.view(left, positions, right, positions)
 
-    def _squares(
-        self, places: Tensor, cotangents: Tensor, images: int
-    ) -> tuple[Tensor, Tensor]:
+    def _squares(self, places: Tensor, cotangents: Tensor, images: int) -> tuple[Tensor, Tensor]:
         """The squared norms of poses, and the sizes they are sums of."""
         found = []
         step = max(1, _AT_ONCE // places.shape[1] ** 2)
-        for a, b in zip(places.split(step), cotangents.split(step), strict=True):
+        for a, b in zip(torch.split(places, step), torch.split(cotangents, step), strict=True):
             products = self.windows.summed(a @ a.mT, images, images)
             pairs = (products * (b @ b.mT).view(products.shape)).flatten(1)
             found.append((pairs.sum(1), pairs.abs().sum(1)))

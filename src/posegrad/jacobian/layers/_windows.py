@@ -1,19 +1,16 @@
 """What a kernel sees of an image at each of its positions."""
 
 from math import prod
-from typing import final
+from typing import NamedTuple, final
 
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812, as everybody calls it
-
-from posegrad.jacobian._record import record
 
 __all__ = ["Windows"]
 
 
 @final
-@record
-class Windows:
+class Windows(NamedTuple):
     r"""Where a kernel lies on an image, for an image and a kernel of any dimension.
 
     At position p its entry a meets the place :math:`s p + d a` of the padded image. So windows at p

@@ -1,5 +1,6 @@
 """Convolutions, transposed ones included."""
 
+from functools import lru_cache
 from math import prod
 from typing import Any, final
 
@@ -77,7 +78,7 @@ class Convolution(ClosedForm):
 
     def write_rows(self, cotangent: Tensor, layout: Layout, into: Tensor) -> None:
         fits = layout.is_one_each and into.dtype == cotangent.dtype
-        if fits and self._has_few_positions(cotangent.shape):
+        if fits and self._is_product(cotangent.shape):
             images = self.input.like(cotangent)
             left, right = self._matrices(images, cotangent)
             torch.bmm(left, right, out=into.view(len(into), self.shape[0], -1))
@@ -128,12 +129,6 @@ class Convolution(ClosedForm):
         work = components * cotangent[0] * prod(self._windows(cotangent).positions) * size
         return _AS_LONG_AS * numbers * size + (0 if kept else work)
 
-    def _has_few_positions(self, cotangent: torch.Size) -> bool:
-        """Whether rows are products of matrices; what these are made of is less than the rows."""
-        windows = self._windows(cotangent)
-        few = prod(windows.kernel) == 1 or 2 * prod(windows.positions) <= self.shape[0]
-        return self._groups == 1 and few
-
     def _way(self, cotangent: torch.Size) -> Way:
         height, width = self.shape[:2]
         return Way.of(self._windows(cotangent), width, height)
@@ -157,12 +152,8 @@ class Convolution(ClosedForm):
         return under.flatten(2), self._windows(cotangent.shape).patches(seen).mT
 
     def _windows(self, cotangent: torch.Size) -> Windows:
-        kernel = self.shape[2:]
-        stride, padding, dilation = (
-            tuple(option) * (len(kernel) // len(option)) for option in self.options[:3]
-        )
-        positions = self.input.tensor.shape[2:] if self._is_transposed else cotangent[2:]
-        return Windows(tuple(positions), tuple(kernel), stride, dilation, padding)
+        under = self.input.tensor.shape if self._is_transposed else cotangent
+        return _windows(self.shape[2:], under[2:], *self.options[:3])
 
     @property
     def _is_transposed(self) -> bool:
@@ -181,11 +172,32 @@ class Convolution(ClosedForm):
 
     def _apart(self, images: Tensor, cotangent: Tensor) -> Tensor:
         """The gradient of each image, `[N, *shape]`."""
-        if self._has_few_positions(cotangent.shape):
+        if self._is_product(cotangent.shape):
             left, right = self._matrices(images.to(cotangent.dtype), cotangent)
             return (left @ right).reshape(len(images), *self.shape)
+        if self._is_slow_at_once(cotangent.shape):
+            last = [t.to(memory_format=torch.channels_last) for t in (images, cotangent)]
+            pairs = zip(*(torch.split(tensor, 1) for tensor in last), strict=True)
+            return torch.stack([self._of(own, b, 1) for own, b in pairs])
         one = images.flatten(0, 1).unsqueeze(0), cotangent.flatten(0, 1).unsqueeze(0)
         return self._of(*one, len(images)).reshape(len(images), *self.shape)
+
+    def _is_product(self, cotangent: torch.Size) -> bool:
+        """Whether rows are products of matrices; what these are made of is less than the rows."""
+        windows = self._windows(cotangent)
+        few = prod(windows.kernel) == 1 or 2 * prod(windows.positions) <= self.shape[0]
+        return self._groups == 1 and few
+
+    def _is_slow_at_once(self, cotangent: torch.Size) -> bool:
+        """Whether images one by one, with channels last, are the faster.
+
+        For large kernels of single channels a CPU's library has no fast way but that, 2 to 3 times
+        as fast as all images as groups.
+        """
+        on_cpu = self.input.tensor.device.type == "cpu"
+        single = self._groups > 1 and self.shape[:2] == (self._groups, 1)
+        large = len(self.shape) == 4 and prod(self.shape[2:]) >= 25
+        return on_cpu and single and large and prod(cotangent[2:]) >= 128
 
     def _of(self, images: Tensor, cotangent: Tensor, copies: int) -> Tensor:
         shape = copies * self.shape[0], *self.shape[1:]
@@ -199,6 +211,19 @@ class Convolution(ClosedForm):
             cotangent, images, shape_only, None, *options, copies * groups, [False, True, False]
         )
         return gradient
+
+
+@lru_cache(maxsize=1024)
+def _windows(
+    kernel: torch.Size,
+    positions: torch.Size,
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
+    dilation: tuple[int, ...],
+) -> Windows:
+    """Options may be one number for all dimensions."""
+    each = [own * (len(kernel) // len(own)) for own in (stride, dilation, padding)]
+    return Windows(tuple(positions), tuple(kernel), *each)
 
 
 def _in_order(tensor: Tensor) -> Tensor:
