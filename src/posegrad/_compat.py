@@ -21,7 +21,7 @@ __all__ = [
     "backward_to", "calls_by", "device_of", "dtype_of", "facts_of", "has_forward_hooks",
     "has_hooks", "holds", "hooks_of", "in_ddp", "in_fsdp_backward", "in_static_ddp",
     "inside_compiled", "is_hooked", "is_listened_to", "is_packed", "is_packed_at", "is_python",
-    "made_at", "memory_of", "mode_guard", "mode_stack", "multithreading", "on_intel", "outputs_of",
+    "made_at", "memory_of", "mode_guard", "mode_stack", "multithreading", "outputs_of",
     "saved", "saved_tensors", "set_grad", "set_multithreading", "shape_of", "slot_names",
     "slots_of", "tables_of", "tells_slots", "tree_leaves", "version_of",
 ]  # fmt: skip
@@ -125,12 +125,6 @@ def has_hooks(tensor: Tensor) -> bool:
     """Whether functions of the user's run on a tensor's gradient, before or after it is added."""
     # What is done for hooks is exact without them, too.
     return bool(_found(lambda: tensor._backward_hooks or tensor._post_accumulate_grad_hooks, True))
-
-
-@cache
-def on_intel() -> bool:
-    """Whether the processor is one of Intel's, on which only time depends; False if not told."""
-    return "Intel" in _found(lambda: torch.cpu.get_capabilities(), {}).get("cpu_name", "")
 
 
 def shape_of(node: Node) -> tuple[torch.Size, ...]:

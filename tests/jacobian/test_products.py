@@ -7,13 +7,13 @@ import torch
 from torch import Tensor, nn
 
 from posegrad import Engine, PoseJacobian
-from posegrad.jacobian._products import Products, _by_panels, _by_tiles, inner_products
+from posegrad.jacobian._products import Products, _by_panels, inner_products
 from posegrad.testing import peak_live_bytes
 
 POSES, TOKENS, WIDTH = 8, 64, 512
 
 
-@pytest.mark.parametrize("take", [inner_products, _by_tiles, _by_panels])
+@pytest.mark.parametrize("take", [inner_products, _by_panels])
 @pytest.mark.parametrize("shape", [(1, 3), (16, 20_000), (17, 8_192), (256, 512), (321, 600)])
 def test_inner_products_are_exact(take: Callable[[Tensor], Tensor], shape: tuple[int, int]) -> None:
     rows = torch.randn(shape)

@@ -6,7 +6,6 @@ from math import prod
 import torch
 from torch import Tensor
 
-from posegrad._compat import on_intel
 from posegrad.jacobian._layout import Layout
 from posegrad.jacobian._precision import wide
 
@@ -24,7 +23,6 @@ __all__ = [
     "summed_pairs",
 ]
 
-_TILE, _COLUMNS = 8, 16384  # rows of a tile, and how much of them at once: half a MiB
 _PANEL = 64  # rows of a panel
 _KEPT = 2**20  # products beyond two matrices of them: of many rows they are large
 
@@ -74,29 +72,9 @@ def as_rows(tensor: Tensor) -> Tensor:
 
 def inner_products(rows: Tensor) -> Tensor:
     """The Gramian `[M, M]` of rows `[M, n]`; on a CPU half of it follows by symmetry."""
-    if _is_slow_at_once(rows):
-        return _by_tiles(rows)
     if rows.device.type == "cpu" and _pays_in_panels(*rows.shape):
         return _by_panels(rows)
     return rows @ rows.mT
-
-
-def _by_tiles(rows: Tensor) -> Tensor:
-    """The Gramian of few and long rows, as gradients are.
-
-    On one thread of an Intel processor, the matrix product that torch calls slows down fourfold
-    from 16 rows on; tiles of eight rows do not. On one of AMD's they would take twice the time.
-    """
-    count = len(rows)
-    gram = rows.new_zeros(count, count)
-    places = range(0, count, _TILE)
-    for columns in torch.split(rows, _COLUMNS, dim=1):
-        for i in places:
-            for j in range(0, i + 1, _TILE):
-                first, second = columns[i : i + _TILE], columns[j : j + _TILE]
-                gram[i : i + _TILE, j : j + _TILE].addmm_(first, second.mT)
-    lower = gram.tril(-1)
-    return lower + lower.mT + gram.diagonal().diag()
 
 
 def _by_panels(rows: Tensor) -> Tensor:
@@ -117,10 +95,9 @@ def multiplied(left: Tensor, right: Tensor) -> Tensor:
     """The product of matrices `[..., p, T]` and `[..., T, d]`.
 
     With T = 1 these are outer products. Broadcasting takes as long as their numbers take to write;
-    the matrix product a fifth less on an Intel processor, three times as long on one of AMD's.
+    the matrix product a fifth less at best, and on some processors twice to twenty times as long.
     """
-    is_outer = right.shape[-2] == 1 and not on_intel()
-    return left * right if is_outer else left @ right
+    return left * right if right.shape[-2] == 1 else left @ right
 
 
 def added(terms: Iterable[Tensor], device: torch.device) -> Tensor | None:
@@ -229,12 +206,6 @@ def squared_sums(a: Tensor, b: Tensor) -> Tensor | None:
 def cancel(sizes: Tensor, squares: Tensor) -> Tensor:
     """Which squared norms are far smaller than the sizes that they were added up from."""
     return sizes.mul(torch.finfo(sizes.dtype).eps ** 0.25) > squares
-
-
-def _is_slow_at_once(rows: Tensor) -> bool:
-    few_and_long = 16 <= len(rows) <= 64 and rows.shape[1] >= 8192
-    narrow = rows.dtype == torch.float32 and rows.device.type == "cpu"
-    return few_and_long and narrow and torch.get_num_threads() == 1 and on_intel()
 
 
 def is_same(first: Tensor, second: Tensor) -> bool:
