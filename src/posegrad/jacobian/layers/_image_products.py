@@ -46,11 +46,12 @@ class Way(NamedTuple):
         At a stride of one, neighbours have most places in common, and products of places are the
         fewer; else, of what each window meets.
         """
-        ways = [cls._by(windows, False, width, height), cls._by(windows, True, width, height)]
+        ways = [cls.by(windows, False, width, height), cls.by(windows, True, width, height)]
         return min(ways, key=lambda way: way.once + way.each)
 
     @classmethod
-    def _by(cls, windows: Windows, gathers: bool, width: int, height: int) -> Self:
+    def by(cls, windows: Windows, gathers: bool, width: int, height: int) -> Self:
+        """One of the two ways."""
         positions, once = prod(windows.positions), 0
         if gathers:
             width *= prod(windows.kernel)

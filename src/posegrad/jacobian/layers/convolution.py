@@ -56,6 +56,11 @@ class Convolution(ClosedForm):
     def positions(self) -> tuple[int, ...]:
         return (0,)
 
+    def windows(self, cotangent: torch.Size) -> Windows:
+        """Where the kernel lies."""
+        under = self.input.tensor.shape if self._is_transposed else cotangent
+        return _windows(self.shape[2:], under[2:], *self.options[:3])
+
     def vjp(self, cotangent: Tensor) -> Tensor:
         return self._summed(self.input.value, cotangent)
 
@@ -126,12 +131,12 @@ class Convolution(ClosedForm):
         """
         size, images = self.shape.numel(), self.input.tensor.numel()
         kept = numbers * size <= 2 * (images + components * cotangent.numel())
-        work = components * cotangent[0] * prod(self._windows(cotangent).positions) * size
+        work = components * cotangent[0] * prod(self.windows(cotangent).positions) * size
         return _AS_LONG_AS * numbers * size + (0 if kept else work)
 
     def _way(self, cotangent: torch.Size) -> Way:
         height, width = self.shape[:2]
-        return Way.of(self._windows(cotangent), width, height)
+        return Way.of(self.windows(cotangent), width, height)
 
     def _images(self, cotangent: Tensor, layout: Layout | None = None) -> Images:
         """What products need, with the images of a pose one after another if there is a layout."""
@@ -139,7 +144,7 @@ class Convolution(ClosedForm):
         images = self.input.like(b)
         if layout is not None:
             images, b = (layout.by_pose(tensor).flatten(0, 1) for tensor in (images, b))
-        windows, way = self._windows(cotangent.shape), self._way(cotangent.shape)
+        windows, way = self.windows(cotangent.shape), self._way(cotangent.shape)
         return Images.of(way, windows, *self._sides(images, b))
 
     def _sides(self, images: Tensor, cotangent: Tensor) -> tuple[Tensor, Tensor]:
@@ -149,11 +154,7 @@ class Convolution(ClosedForm):
     def _matrices(self, images: Tensor, cotangent: Tensor) -> tuple[Tensor, Tensor]:
         """The factors of each image's gradient, `[N, O, P]` and `[N, P, C K]`."""
         seen, under = self._sides(images, cotangent)
-        return under.flatten(2), self._windows(cotangent.shape).patches(seen).mT
-
-    def _windows(self, cotangent: torch.Size) -> Windows:
-        under = self.input.tensor.shape if self._is_transposed else cotangent
-        return _windows(self.shape[2:], under[2:], *self.options[:3])
+        return under.flatten(2), self.windows(cotangent.shape).patches(seen).mT
 
     @property
     def _is_transposed(self) -> bool:
@@ -184,7 +185,7 @@ class Convolution(ClosedForm):
 
     def _is_product(self, cotangent: torch.Size) -> bool:
         """Whether rows are products of matrices; what these are made of is less than the rows."""
-        windows = self._windows(cotangent)
+        windows = self.windows(cotangent)
         few = prod(windows.kernel) == 1 or 2 * prod(windows.positions) <= self.shape[0]
         return self._groups == 1 and few
 
