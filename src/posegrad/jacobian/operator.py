@@ -190,7 +190,8 @@ class PoseJacobian:
         Note:
             Time and memory, for R rows of a linear layer of d inputs and p outputs: the lesser of
             `R^2 (d + p)`, without any gradient, and `(R + M^2) d p`, with rows, as other layers;
-            of rows each of the M d p numbers is also written and read.
+            of rows each of the M d p numbers is also written and read. Kernels likewise, with
+            positions for rows.
 
         References:
             Goodfellow, "Efficient per-example gradient computations" (2015), for one row a pose;
@@ -217,8 +218,9 @@ class PoseJacobian:
         """The Euclidean norm of every row, in `output_shape`.
 
         Note:
-            Time: for a linear layer with T rows a pose the lesser of `m T^2 (d + p)`, without any
-            gradient, and of its rows; for tables what was looked up; for other layers their rows.
+            Time: for a linear layer with T rows a pose, or a kernel with T positions, the lesser of
+            `m T^2 (d + p)`, without any gradient, and of its rows; for tables what was looked up;
+            for other layers their rows.
 
         References:
             Goodfellow (2015), as for `gramian`, for T = 1; Li et al., "Large language models can

@@ -17,7 +17,7 @@ _PANEL = 128  # rows of a panel of products
 _AT_ONCE = 2**17  # products of squared norms: half a MiB
 
 # What a number takes, in multiplications, and a call.
-_ADDED, _MULTIPLIED, _COPIED, _CALLED = 5, 32, 32, 2**21
+_ADDED, _MULTIPLIED, _COPIED, _CALLED = 5, 32, 32, 2**22
 
 
 @final

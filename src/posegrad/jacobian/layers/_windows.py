@@ -68,7 +68,6 @@ class Windows(NamedTuple):
         found = padded.as_strided(
             (*padded.shape[:2], *self.kernel, *self.positions),
             (first, channels, *along[1], *along[0]),
-            padded.storage_offset(),
         )
         count, width = len(images), images.shape[1] * prod(self.kernel)
         return found.reshape(count, width, prod(self.positions))
@@ -94,7 +93,6 @@ class Windows(NamedTuple):
         return total.as_strided(
             (len(total), left, *self.positions, right, *self.positions),
             (total.stride(0), places * width, *(s * width for s in across), places, *across),
-            total.storage_offset(),
         )
 
     def _padded(self, images: Tensor) -> Tensor:

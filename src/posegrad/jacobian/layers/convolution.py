@@ -177,9 +177,8 @@ class Convolution(ClosedForm):
             left, right = self._matrices(images.to(cotangent.dtype), cotangent)
             return (left @ right).reshape(len(images), *self.shape)
         if self._is_slow_at_once(cotangent.shape):
-            last = [t.to(memory_format=torch.channels_last) for t in (images, cotangent)]
-            pairs = zip(*(torch.split(tensor, 1) for tensor in last), strict=True)
-            return torch.stack([self._of(own, b, 1) for own, b in pairs])
+            pairs = zip(torch.split(images, 1), torch.split(cotangent, 1), strict=True)
+            return torch.stack([self._of(_last(own), _last(b), 1) for own, b in pairs])
         one = images.flatten(0, 1).unsqueeze(0), cotangent.flatten(0, 1).unsqueeze(0)
         return self._of(*one, len(images)).reshape(len(images), *self.shape)
 
@@ -225,6 +224,11 @@ def _windows(
     """Options may be one number for all dimensions."""
     each = [own * (len(kernel) // len(own)) for own in (stride, dilation, padding)]
     return Windows(tuple(positions), tuple(kernel), *each)
+
+
+def _last(tensor: Tensor) -> Tensor:
+    """The images with their channels last in memory."""
+    return tensor.contiguous(memory_format=torch.channels_last)
 
 
 def _in_order(tensor: Tensor) -> Tensor:
