@@ -137,16 +137,21 @@ class Images:
         alike, count = other is self, len(self.places)
         gram = self.cotangents.new_zeros(count, count)
         sizes = gram.new_empty(count) if alike else None
+        left = self._in_order()  # once, not for every panel
+        right = left if alike else other._in_order()
         step = max(1, _PANEL // self.places.shape[1])
         for start in range(0, count, step):
             end = min(start + step, count)
             upto = end if alike else count
-            pairs = self._cut(start, end)._pairs(other._cut(0, upto))  # [k, P, n, P]
+            pairs = left._cut(start, end)._pairs(right._cut(0, upto))  # [k, P, n, P]
             gram[start:end, :upto] = pairs.sum((1, 3))
             if sizes is not None:
                 own = pairs.diagonal(start, dim1=0, dim2=2)  # [P, P, k]
                 sizes[start:end] = own.abs().sum((0, 1))
         return (gram.tril() + gram.tril(-1).mT if alike else gram), sizes
+
+    def _in_order(self) -> Self:
+        return type(self)(self.windows, self.places, self.cotangents.contiguous())
 
     def _cut(self, start: int, end: int) -> Self:
         cut = self.places[start:end], self.cotangents[start:end]
