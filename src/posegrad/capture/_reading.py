@@ -356,7 +356,12 @@ class Reading:
 
         def back(rows: Tensor) -> Tensor:
             (found,) = rows_of_graph(
-                [edge], lambda i, j: [rows[i:j].to(dtype)], [parameter], len(rows), most
+                [edge],
+                lambda i, j: [rows[i:j].to(dtype)],
+                [parameter],
+                len(rows),
+                most,
+                is_sure=True,  # what lies between only rearranges
             )
             return rows.new_zeros(len(rows), *parameter.shape) if found is None else found
 
