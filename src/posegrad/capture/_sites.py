@@ -7,9 +7,18 @@ from posegrad._compat import device_of, dtype_of, memory_of, saved_tensors
 from posegrad.capture._axis import Axis
 from posegrad.capture._edges import Edge, EdgeRegistry
 from posegrad.capture._moves import aligned, flipped, repeated
-from posegrad.capture._operators import kind_of
+from posegrad.capture._operators import Kind, kind_of
 
-__all__ = ["Site", "beyond", "carries_data", "kept_shapes", "looks_up", "meets_itself", "sites_of"]
+__all__ = [
+    "Site",
+    "beyond",
+    "carries_data",
+    "kept_shapes",
+    "looks_up",
+    "may_be_shared",
+    "meets_itself",
+    "sites_of",
+]
 
 _ALIGNED = aligned, repeated  # the rules of operators that go element by element
 
@@ -133,24 +142,47 @@ def carries_data(
         axes: Where poses lie.
         own: The memory of the modules' parameters and buffers.
     """
-    below = registry.below(site.source[0])
-    kinds = {node: kind_of(registry.names[node]) for node in below}
-    if any(
-        kind.multiplies and None in registry.sources[node] and not _has_only(registry, node, own)
-        for node, kind in kinds.items()
-    ):
+    kinds = _kinds_below(registry, site)
+    if _meets_data(registry, kinds, own):
         return True
     told = [node for node, kind in kinds.items() if kind.looks_up]
     if all(_has_only(registry, node, own) for node in told):
         return False
-    keeps = all(
+    return not (_keeps_rows(registry, kinds) and _is_shared(registry, site, axes))
+
+
+def may_be_shared(registry: EdgeRegistry, site: Site, own: frozenset[int]) -> bool:
+    """Whether only further on it is seen if what enters is data, or broadcast along the poses.
+
+    The arguments are those of `carries_data`.
+    """
+    kinds = _kinds_below(registry, site)
+    goes_on = kind_of(registry.names[site.node]).moves in _ALIGNED
+    return goes_on and _keeps_rows(registry, kinds) and not _meets_data(registry, kinds, own)
+
+
+def _kinds_below(registry: EdgeRegistry, site: Site) -> dict[int, Kind]:
+    """All that what enters was computed by."""
+    return {node: kind_of(registry.names[node]) for node in registry.below(site.source[0])}
+
+
+def _meets_data(registry: EdgeRegistry, kinds: Mapping[int, Kind], own: frozenset[int]) -> bool:
+    """Whether data is multiplied with parameters."""
+    return any(
+        kind.multiplies and None in registry.sources[node] and not _has_only(registry, node, own)
+        for node, kind in kinds.items()
+    )
+
+
+def _keeps_rows(registry: EdgeRegistry, kinds: Mapping[int, Kind]) -> bool:
+    """Whether rows are looked up, and go element by element from then on."""
+    return all(
         kind.looks_up
         or kind.rearranges
         or kind.moves in _ALIGNED
         or not any(registry.sources[node])
         for node, kind in kinds.items()
     )
-    return not (keeps and _is_shared(registry, site, axes))
 
 
 def _has_only(registry: EdgeRegistry, node: int, own: frozenset[int]) -> bool:
