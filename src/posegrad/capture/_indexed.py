@@ -44,7 +44,7 @@ def picked(
 
 def _picked_by_several(node: Node, axis: Axis, out: torch.Size, inside: torch.Size) -> Axis | None:
     """`x[i, j]`, and `x[mask]`: by a number for each of several neighbouring dimensions."""
-    indices: tuple[Tensor | None, ...] = saved(node, "indices") or ()
+    indices: tuple[Tensor | None, ...] = saved(node, "indices") if holds(node, "indices") else ()
     mask = indices[0] if len(indices) == 1 else None
     if mask is not None and mask.dtype == torch.bool:
         indices = mask.nonzero(as_tuple=True)

@@ -9,8 +9,9 @@ something else, as `torch.where` does, nothing flows, whatever the cotangent is.
 import torch
 from torch import Tensor
 
-from posegrad._compat import apply_node, device_of, shape_of
+from posegrad._compat import device_of, shape_of
 from posegrad._restoring import no_autocast, no_graph
+from posegrad.capture._alone import apply_node
 from posegrad.capture._read import Entry, Operator, Reader, aligned_to
 from posegrad.jacobian import ClosedForm, Factor
 from posegrad.jacobian.layers import Elementwise
