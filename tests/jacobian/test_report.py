@@ -85,18 +85,20 @@ class Tied(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.table = nn.Embedding(5, 3)
-        self.power = nn.Parameter(torch.ones(3))
+        self.centre = nn.Parameter(torch.ones(1, 3))
         self.unused = nn.Linear(1, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return ((self.table(x).abs() ** self.power) @ self.table.weight.T).sum((1, 2))
+        rows = self.table(x)
+        far = torch.cdist(rows.flatten(0, 1), self.centre).reshape(*x.shape, 1)
+        return ((rows * far) @ self.table.weight.T).sum((1, 2))
 
 
 def test_uses_and_reasons_are_told() -> None:
     rows = _rows(_jacobian(Tied(), torch.randint(5, (4, 6))).report())
     assert rows["table.weight"][0] == "2"
     assert rows["table.weight"][3] == "closed form (Embedding) + closed form (Linear)"
-    assert rows["power"] == ["1", "rows", "48 B", "operator vjp (Pow): no closed form"]
+    assert rows["centre"] == ["1", "rows", "48 B", "operator vjp (Cdist): no closed form"]
     assert rows["unused.weight"] == ["0", "unused"]
 
 
@@ -105,8 +107,8 @@ def test_uses_do_not_grow_with_chunks_nor_shrink_with_the_form(form: str) -> Non
     J = Engine(Tied(), chunk_size=2).gather(torch.randint(5, (6, 6)), form=form)
     J.gramian()
     rows = _rows(J.report())
-    assert (rows["table.weight"][0], rows["power"][0], rows["unused.bias"][0]) == ("2", "1", "0")
-    assert rows["power"][1] == "rows"
+    assert (rows["table.weight"][0], rows["centre"][0], rows["unused.bias"][0]) == ("2", "1", "0")
+    assert rows["centre"][1] == "rows"
 
 
 @pytest.mark.filterwarnings("ignore:The predictions of different poses depend")
@@ -139,12 +141,12 @@ class Gated(nn.Module):
         super().__init__()
         self.gate = nn.Parameter(torch.zeros(()))
         self.mixed = nn.Parameter(torch.rand(4, 4))
-        self.power = nn.Parameter(torch.rand(4))
+        self.centre = nn.Parameter(torch.rand(1, 4))
         self.raw = nn.Parameter(torch.rand(4))
 
     def forward(self, x: Tensor) -> Tensor:
         h = torch.einsum("bi,ij->bj", Passed.apply(x), self.mixed)
-        h = h.abs() ** self.power * nn.functional.softplus(self.raw)
+        h = torch.cdist(h, self.centre) * nn.functional.softplus(self.raw)
         return (x + self.gate * Passed.apply(h)).sum(1)
 
 
@@ -154,10 +156,10 @@ def test_a_closed_gate_is_no_lack_of_a_form() -> None:
     J = engine.jacobian(model(x))
     rows = _rows(J.report())
     assert rows["mixed"][-1].startswith("closed form")
-    assert rows["power"][-1] == "operator vjp (Pow): no gradient flows"
-    assert rows["raw"][-1] == "operator vjp (Softplus): no gradient flows"
+    assert rows["centre"][-1] == "operator vjp (Cdist): no gradient flows"
+    assert rows["raw"][-1].startswith("closed form")
     w = torch.randn(5, dtype=torch.float64)
-    for name in ("mixed", "power", "raw"):
+    for name in ("mixed", "centre", "raw"):
         parameter = model.get_parameter(name)
         torch.testing.assert_close(J.block(name), torch.zeros(5, *parameter.shape).double())
         torch.testing.assert_close(J.combine(w)[name], torch.zeros_like(parameter))
@@ -167,7 +169,7 @@ def test_a_closed_gate_is_no_lack_of_a_form() -> None:
     J = engine.jacobian(output, retain_graph=True)
     torch.testing.assert_close(J.matrix(), reference.rows(output, reference.trainable(model)))
     rows = _rows(J.report())
-    assert rows["power"][-1] == "operator vjp (Pow): no closed form"
+    assert rows["centre"][-1] == "operator vjp (Cdist): no closed form"
     assert rows["raw"][-1] == "closed form (Elementwise) of a computed weight"
 
 

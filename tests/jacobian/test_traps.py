@@ -21,6 +21,7 @@ from posegrad import (
 )
 from posegrad.capture._reading import Reading
 from posegrad.capture._verify import Reference
+from posegrad.jacobian.layers import Linear
 from tests.device import DEVICE
 from tests.reference import rows, trainable
 
@@ -251,6 +252,52 @@ def test_rows_read_in_a_new_way_are_checked_again(monkeypatch: pytest.MonkeyPatc
             warnings.simplefilter("ignore")  # that poses mix
             engine.jacobian(scores + gate * (scores - scores.mean()).square())
         assert len(checks) == expected
+
+
+def _adapted(gate: float) -> tuple[nn.Module, Callable[[], Tensor]]:
+    """A trunk behind a head of zeros, as adapters and mixers start with."""
+    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 1))
+    model = model.double()
+    with torch.no_grad():
+        model[-1].weight.fill_(gate)
+    return model, lambda: model(torch.randn(6, 4, dtype=torch.float64)).squeeze(1)
+
+
+def test_gradients_that_are_zero_are_not_compared_again_and_again() -> None:
+    model, score = _adapted(0.0)
+    engine = Engine(model)
+    counts = []
+    for step in range(6):
+        if step == 4:
+            nn.init.ones_(model[-1].weight)
+        output = score()
+        expected = rows(output, trainable(model))
+        J = engine.jacobian(output)
+        torch.testing.assert_close(J.matrix(), expected)
+        counts.append("plain autograd" in J.report())
+    assert counts == [True, False, False, False, True, False]
+
+
+@pytest.mark.parametrize("calls", [1, 2, 3])
+def test_gradients_that_come_later_are_compared(
+    monkeypatch: pytest.MonkeyPatch, calls: int
+) -> None:
+    """Whatever was compared while they were zero."""
+    model, score = _adapted(0.0)
+    engine = Engine(model)
+    for _ in range(calls):
+        engine.jacobian(score())
+    nn.init.ones_(model[-1].weight)
+    vjp, read = Linear.vjp, Linear.rows
+    monkeypatch.setattr(Linear, "vjp", lambda *given: 2 * vjp(*given))
+    monkeypatch.setattr(Linear, "rows", lambda *given: 2 * read(*given))
+    monkeypatch.setattr(Linear, "combine", lambda *given: None)
+    output = score()
+    expected = rows(output, {n: p for n, p in trainable(model).items() if n != "4.weight"})
+    with pytest.warns(UserWarning, match="do not add up"):
+        J = engine.jacobian(output)
+    found = torch.cat([J.block(n).flatten(1) for n in J.used if n != "4.weight"], dim=1)
+    torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -166,13 +166,20 @@ class Gatherer:
         self, subject: Subject, known: Structure, keep_graph: bool
     ) -> tuple[Parts, Backwards]:
         special = subject.is_hooked or is_cast() or torch.is_inference_mode_enabled()
-        reading = Reading(subject, self.block_bytes)
         with failures_named():
             if known.plan is not None and not special:
+                waiting = self._waiting(known.plan.plan.recipe, subject)
+                reading = Reading(subject, self.block_bytes, waiting)
                 with nullcontext() if known.plan.spares_graph else undisturbed():
-                    parts = reading.settled(known.plan, known.slots, keep_graph=keep_graph)
-                if parts is not None:
+                    keeps = keep_graph or bool(waiting)
+                    parts = reading.settled(known.plan, known.slots, keep_graph=keeps)
+                if parts is not None and not reading.flowing:
+                    if keeps and not keep_graph:
+                        release(subject.registry, known.slots)
                     return parts, ONE if known.plan.takes_one else subject.backwards
+            recipes = [r for r in (known.found.recipe, known.found.other) if r is not None]
+            waiting = frozenset[str]().union(*(self._waiting(r, subject) for r in recipes))
+            reading = Reading(subject, self.block_bytes, waiting)
             lock, aside, copied = python_contained(subject.registry, subject.parameters)
             with undisturbed(), lock, aside, copied:
                 recipe, parts = self._read(reading, known.found)
@@ -222,12 +229,14 @@ class Gatherer:
         if recipe is None or trial is None:
             recipe, trial = self._new_recipe(subject)  # or poses mix this time
             if reference is None and self._is_due(None, subject):
-                reference = Reference.of(subject)
+                reference = Reference.of(subject)  # before anything else is held
             slow = slow_parameters(recipe)
             is_lasting = not trial.is_lost_in_nan()
             if slow and not subject.quiet and self.batch_dim is not None:
                 warn(_why_slow(slow, subject, is_lasting=is_lasting))
         parts = reading.open(recipe, trial)
+        if reference is None and reading.flowing - recipe.verified:
+            reference = Reference.of(subject)
         if reference is not None:
             once = self.check == "first" and not subject.is_hooked
             done = recipe.verified if once else frozenset()
@@ -238,10 +247,20 @@ class Gatherer:
         return recipe, parts
 
     def _is_due(self, recipe: Recipe | None, subject: Subject) -> bool:
-        """Whether rows are to be compared with a plain backward."""
+        """Whether rows are to be compared with a plain backward, whatever they are."""
         if self.check == "first" and not subject.is_hooked:
-            return recipe is None or not recipe.verified >= subject.parameters.keys()
+            return recipe is None
         return self.check != "never"
+
+    def _waiting(self, recipe: Recipe, subject: Subject) -> frozenset[str]:
+        """The parameters whose rows are compared once they say something.
+
+        They were zero, which agrees with a gradient of zero, but a gate may open. As long as no
+        cotangent comes through where they enter, theirs is zero by any reading.
+        """
+        if self.check == "never" or subject.is_hooked:
+            return frozenset()
+        return frozenset(subject.parameters) - recipe.verified
 
     def _new_recipe(self, subject: Subject) -> tuple[Recipe, Trial]:
         whole = self._of_rows(subject)
@@ -287,9 +306,9 @@ def _why_slow(slow: Sequence[str], subject: Subject, *, is_lasting: bool) -> str
     return coupled_message(slow) if is_lasting else nan_message(slow, subject.output)
 
 
-def _live(parts: Parts) -> frozenset[str]:
-    """The parameters whose rows say something. Zeros do not yet: a gate may open later."""
-    return frozenset(name for name, own in parts.items() if any(part.is_live() for part in own))
+def _live(parts: Parts, names: Iterable[str]) -> frozenset[str]:
+    """Those of some parameters whose rows say something, as zeros do not."""
+    return frozenset(name for name in names if any(part.is_live() for part in parts[name]))
 
 
 def _verified(
@@ -319,5 +338,5 @@ def _verified(
             lost = {**recipe.by_rows, **dict.fromkeys(still, "disagreed with autograd")}
             recipe = replace(recipe, sites=sites, by_rows=lost)
             parts = reading.open(recipe, _tried(subject, recipe))
-    verified = recipe.verified | (sure & _live(parts)) | recipe.by_rows.keys()
+    verified = recipe.verified | _live(parts, sure) | recipe.by_rows.keys()
     return replace(recipe, verified=verified), parts

@@ -33,11 +33,40 @@ def picked(
 ) -> Axis | None:
     """`out = x.index_select(dim, index)`, and `x[index]`."""
     dim, index = _numbers(node, out)
-    if index is None or _replaced(inside, dim, len(index)) != out:
+    if index is None:
+        return _picked_by_several(node, axis, out, inside)
+    if _replaced(inside, dim, len(index)) != out:
         return None
     if axis.is_whole:
         axis = axis.owned(dim, axis.spelled(index.device).expand(len(index)))
     return axis if dim != axis.dim else _known(memo, _gathered, axis, index, inside[dim])
+
+
+def _picked_by_several(node: Node, axis: Axis, out: torch.Size, inside: torch.Size) -> Axis | None:
+    """`x[i, j]`, and `x[mask]`: by a number for each of several neighbouring dimensions."""
+    indices: tuple[Tensor | None, ...] = saved(node, "indices") if holds(node, "indices") else ()
+    mask = indices[0] if len(indices) == 1 else None
+    if mask is not None and mask.dtype == torch.bool:
+        indices = mask.nonzero(as_tuple=True)
+    found = [one for one in indices if one is not None]
+    given = [dim for dim, one in enumerate(indices) if one is not None]
+    if len(given) < 2 or axis.is_whole:
+        return None
+    first = given[0]
+    alike = all(one.shape == found[0].shape and one.ndim == 1 for one in found)
+    numbers = all(one.dtype in (torch.int64, torch.int32) for one in found)
+    behind = first + len(given)
+    if not alike or not numbers or given != [*range(first, behind)]:
+        return None
+    if (*inside[:first], len(found[0]), *inside[behind:]) != tuple(out):
+        return None
+    if axis.dim != first:
+        return axis if axis.dim < first else axis._replace(dim=axis.dim + len(given) - 1)
+    for dim, index in zip(given, found, strict=True):
+        moved = _gathered(axis._replace(dim=dim), index, inside[dim])
+        if moved is not None:
+            return moved
+    return None
 
 
 def picked_each(

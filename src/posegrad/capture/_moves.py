@@ -6,6 +6,7 @@ Each is a `Rule`. It holds whatever numbers flow, so it errs on one side: None w
 from math import prod
 
 import torch
+from torch import Tensor
 
 from posegrad.capture._axis import Axis, Facts, Rule, axis_in, dim_of
 
@@ -50,9 +51,35 @@ def viewed(facts: Facts, arg: int, axis: Axis, out: torch.Size, inside: torch.Si
     behind = prod(out[axis.dim + 1 :])
     if axis.owners is None:
         return axis_in(inside, axis.inner * behind, axis.poses)
-    places = [d for d in range(len(inside)) if prod(inside[d + 1 :]) == behind]
-    kept = [d for d in places if inside[d] == axis.size]
-    return axis._replace(dim=kept[0]) if kept else None
+    for dim, size in enumerate(inside):
+        owners = _viewed_owners(axis.owners, behind, size, prod(inside[dim + 1 :]))
+        if owners is not None:
+            return axis.owned(dim, owners)
+    return None
+
+
+def _viewed_owners(owners: Tensor, behind: int, size: int, after: int) -> Tensor | None:
+    """Owners along another dimension of the same numbers; None if more than it decides.
+
+    Args:
+        owners: Those along a dimension, `[n]`.
+        behind: How many numbers lie between neighbours along it.
+        size: The size of the other dimension.
+        after: How many lie between neighbours along that one.
+    """
+    count = len(owners)
+    if (size, after) == (count, behind):
+        return owners
+    if not (count and behind and size and after):
+        return None
+    if behind % after == 0 and size * after % (count * behind) == 0:  # it is part of the other
+        each = owners.repeat_interleave(behind // after)
+        return each.repeat(size // len(each))
+    if size > 1 and after % behind == 0 and count * behind % (size * after) == 0:
+        parts = owners.reshape(-1, size, after // behind)
+        alike = bool((parts == parts[:1, :, :1]).all())
+        return parts[0, :, 0] if alike else None
+    return None
 
 
 def transposed(

@@ -61,6 +61,7 @@ from posegrad.capture._moves import (
     windows,
     within_last,
 )
+from posegrad.capture._pointwise import pointwise
 from posegrad.capture._read import (
     Reader,
     bags,
@@ -128,6 +129,13 @@ class Kind(NamedTuple):
     looks_up: bool = False
     is_unbatched: bool = False
 
+    @property
+    def is_surely_batched(self) -> bool:
+        """Whether torch's rule for that is known to be right: it is put together of simple ones."""
+        return self.rearranges or self.moves in (aligned, repeated, _MATRICES)
+
+
+_MATRICES = product(0, 1)
 
 UNKNOWN = Kind()
 
@@ -145,10 +153,10 @@ def _all(names: str, kind: Kind) -> dict[str, Kind]:
 
 def _elementwise(names: str) -> dict[str, Kind]:
     """Operators that are one element by element in every variant: with numbers, with tensors."""
-    return {f"{name}Backward{i}": Kind(aligned) for name in names.split() for i in range(4)}
+    kind = Kind(aligned, forms={argument: pointwise(argument) for argument in range(3)})
+    return {f"{name}Backward{i}": kind for name in names.split() for i in range(4)}
 
 
-_MATRICES = product(0, 1)
 _DIM = ("dim",)
 
 _POINTWISE = """

@@ -67,7 +67,7 @@ def foreseen(
     if recipe is not None:
         rows = arrangement.shape.numel()
         backwards.blame(lost=recipe.lost)
-        backwards.add(Purpose.PULLS, rows * pulls(recipe.sites))
+        backwards.add(Purpose.PULLS, rows * pulls(subject, recipe.sites))
         backwards.add(Purpose.ROWS, rows if recipe.by_rows else 0)
     backwards.add(Purpose.CHECK, int(is_due))
     known = recipe is not None

@@ -32,6 +32,7 @@ __all__ = [
     "Entry",
     "Operator",
     "Reader",
+    "aligned_to",
     "bags",
     "batch_scale",
     "batched_factor",
@@ -149,10 +150,14 @@ def denominator(op: Operator, entry: Entry) -> ClosedForm | None:
 
 
 def _elementwise(op: Operator, entry: Entry, factor: Factor | float) -> ClosedForm | None:
+    aligned = aligned_to(op, entry)
+    return None if aligned is None else Elementwise(entry.shape, aligned, factor)
+
+
+def aligned_to(op: Operator, entry: Entry) -> torch.Size | None:
+    """The parameter's shape against that of what it is broadcast to; None if it is transposed."""
     missing = len(op.sizes) - len(entry.shape)
-    if entry.transposed or missing < 0:
-        return None
-    return Elementwise(entry.shape, _aligned(entry.shape, missing), factor)
+    return None if entry.transposed or missing < 0 else _aligned(entry.shape, missing)
 
 
 @cache

@@ -57,6 +57,11 @@ class _Looked:
     columns: list[list[Tensor | None]]
     layouts: list[Layout | None]
 
+    def flows(self, places: Sequence[int]) -> bool:
+        """Whether any of the cotangents at some places is more than zeros."""
+        values = (column[place] for column in self.columns for place in places)
+        return any(value is not None and bool(value.any()) for value in values)
+
 
 @dataclass(frozen=True)
 class Reading:
@@ -65,11 +70,15 @@ class Reading:
     Args:
         subject: What is differentiated.
         block_bytes: About how much memory rows without a closed form may take at once.
+        watched: Parameters of which is to be told whether anything flows to them.
+        flowing: Those of them that something flows to.
         declined: The sites whose closed form was found not to serve.
     """
 
     subject: Subject
     block_bytes: int
+    watched: frozenset[str] = frozenset()
+    flowing: set[str] = field(default_factory=set)
     declined: set[Site] = field(default_factory=set)
     _answers: dict[int, dict[int, Tensor | None]] = field(default_factory=dict)  # node, argument
     _operators: dict[int, Operator] = field(default_factory=dict)
@@ -198,6 +207,8 @@ class Reading:
         reached: dict[tuple[int, int, bool, bool], Far | None] = {}
         for use, form in zip(plan.uses, forms, strict=True):
             site = use.site
+            if site.parameter in self.watched - self.flowing and looked.flows(use.places):
+                self.flowing.add(site.parameter)
             if site.direct or site.light:
                 part = self._part(plan, use, form, looked)
                 found[site.parameter] += [] if part is None else [part]
@@ -356,7 +367,12 @@ class Reading:
 
         def back(rows: Tensor) -> Tensor:
             (found,) = rows_of_graph(
-                [edge], lambda i, j: [rows[i:j].to(dtype)], [parameter], len(rows), most
+                [edge],
+                lambda i, j: [rows[i:j].to(dtype)],
+                [parameter],
+                len(rows),
+                most,
+                is_sure=True,  # what lies between only rearranges
             )
             return rows.new_zeros(len(rows), *parameter.shape) if found is None else found
 

@@ -8,7 +8,14 @@ import torch
 
 from posegrad.capture._axis import Axis
 from posegrad.capture._edges import Edge, EdgeRegistry
-from posegrad.capture._sites import Site, beyond, carries_data, meets_itself, sites_of
+from posegrad.capture._sites import (
+    Site,
+    beyond,
+    carries_data,
+    may_be_shared,
+    meets_itself,
+    sites_of,
+)
 from posegrad.capture._subject import Subject
 from posegrad.capture._trial import Trial, attempt
 from posegrad.jacobian import Arrangement
@@ -74,7 +81,7 @@ def resolve(subject: Subject) -> tuple[Recipe, Trial]:
 
     mixed_sites = [site for site in sites if not trial.serves(site)]
     if mixed_sites:
-        further = _further(subject, mixed_sites, axes, has_data)
+        further = _further(subject, mixed_sites, axes, has_data, own)
         trial = trial.joined(attempt(subject, arrangement, further))
     settled = _settled(registry, sites, trial, lost)
     for name in parameters:
@@ -211,6 +218,7 @@ def _further(
     mixed: Sequence[Site],
     axes: Mapping[Edge, Axis],
     has_data: Callable[[Site], bool],
+    own: frozenset[int],
 ) -> list[Site]:
     """All sites that may be read instead, where what lies between may be a weight."""
     registry, parameters = subject.registry, subject.parameters
@@ -224,7 +232,7 @@ def _further(
             size = registry.shape(site.source).numel()
             small = size <= _LARGEST_CLIMBED * max(parameters[site.parameter].numel(), 64)
             # What a weight enters may be of any size, as a network on the edges of all poses.
-            if told or small or not has_data(site):
+            if told or small or not has_data(site) or may_be_shared(registry, site, own):
                 found[site] = None
                 pending += [] if told else [site]
     return list(found)

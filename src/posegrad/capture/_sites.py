@@ -4,12 +4,21 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from posegrad._compat import device_of, dtype_of, memory_of, saved_tensors
-from posegrad.capture._axis import Axis
+from posegrad.capture._axis import Axis, dim_of
 from posegrad.capture._edges import Edge, EdgeRegistry
-from posegrad.capture._moves import aligned, flipped, repeated
-from posegrad.capture._operators import kind_of
+from posegrad.capture._moves import aligned, flipped, permuted, repeated, transposed
+from posegrad.capture._operators import Kind, kind_of
 
-__all__ = ["Site", "beyond", "carries_data", "kept_shapes", "looks_up", "meets_itself", "sites_of"]
+__all__ = [
+    "Site",
+    "beyond",
+    "carries_data",
+    "kept_shapes",
+    "looks_up",
+    "may_be_shared",
+    "meets_itself",
+    "sites_of",
+]
 
 _ALIGNED = aligned, repeated  # the rules of operators that go element by element
 
@@ -55,16 +64,18 @@ def sites_of(
     """The sites of a tensor: its uses, seen through transposes, casts and rearrangements."""
     stack = [(source, False)]
     while stack:
-        edge, transposed = stack.pop()
+        edge, is_turned = stack.pop()
         for use in registry.uses(edge):
             kind = kind_of(registry.names[use.node])
             outputs = tuple((use.node, number) for number in registry.outputs(use.node))
             closed = use.argument in kind.forms
             if kind.keeps and _keeps_shape(registry, use.node):
-                stack.append(((use.node, 0), transposed))
+                stack.append(((use.node, 0), is_turned))
             elif kind.is_transparent and _is_transparent(registry, edge, use.node):
                 turned = kind.moves is flipped and len(registry.sizes[use.node][0]) == 2
-                stack.append(((use.node, 0), transposed ^ turned))
+                stack.append(((use.node, 0), is_turned ^ turned))
+            elif _is_turned(registry, use.node):
+                stack.append(((use.node, 0), not is_turned))
             elif kind.rearranges and not closed:
                 for output in outputs:
                     yield from sites_of(
@@ -72,7 +83,7 @@ def sites_of(
                     )
             else:
                 yield Site(
-                    parameter, source, direct, light, use.node, use.argument, transposed, closed,
+                    parameter, source, direct, light, use.node, use.argument, is_turned, closed,
                     outputs, looked_up,
                 )  # fmt: skip
 
@@ -133,24 +144,47 @@ def carries_data(
         axes: Where poses lie.
         own: The memory of the modules' parameters and buffers.
     """
-    below = registry.below(site.source[0])
-    kinds = {node: kind_of(registry.names[node]) for node in below}
-    if any(
-        kind.multiplies and None in registry.sources[node] and not _has_only(registry, node, own)
-        for node, kind in kinds.items()
-    ):
+    kinds = _kinds_below(registry, site)
+    if _meets_data(registry, kinds, own):
         return True
     told = [node for node, kind in kinds.items() if kind.looks_up]
     if all(_has_only(registry, node, own) for node in told):
         return False
-    keeps = all(
+    return not (_keeps_rows(registry, kinds) and _is_shared(registry, site, axes))
+
+
+def may_be_shared(registry: EdgeRegistry, site: Site, own: frozenset[int]) -> bool:
+    """Whether only further on it is seen if what enters is data, or broadcast along the poses.
+
+    The arguments are those of `carries_data`.
+    """
+    kinds = _kinds_below(registry, site)
+    goes_on = kind_of(registry.names[site.node]).moves in _ALIGNED
+    return goes_on and _keeps_rows(registry, kinds) and not _meets_data(registry, kinds, own)
+
+
+def _kinds_below(registry: EdgeRegistry, site: Site) -> dict[int, Kind]:
+    """All that what enters was computed by."""
+    return {node: kind_of(registry.names[node]) for node in registry.below(site.source[0])}
+
+
+def _meets_data(registry: EdgeRegistry, kinds: Mapping[int, Kind], own: frozenset[int]) -> bool:
+    """Whether data is multiplied with parameters."""
+    return any(
+        kind.multiplies and None in registry.sources[node] and not _has_only(registry, node, own)
+        for node, kind in kinds.items()
+    )
+
+
+def _keeps_rows(registry: EdgeRegistry, kinds: Mapping[int, Kind]) -> bool:
+    """Whether rows are looked up, and go element by element from then on."""
+    return all(
         kind.looks_up
         or kind.rearranges
         or kind.moves in _ALIGNED
         or not any(registry.sources[node])
         for node, kind in kinds.items()
     )
-    return not (keeps and _is_shared(registry, site, axes))
 
 
 def _has_only(registry: EdgeRegistry, node: int, own: frozenset[int]) -> bool:
@@ -174,6 +208,19 @@ def _keeps_shape(registry: EdgeRegistry, node: int) -> bool:
     """Whether an operator of one argument leaves the shape as it is."""
     (source,) = registry.sources[node]
     return source is not None and registry.sizes[node] == (registry.sizes[source[0]][source[1]],)
+
+
+def _is_turned(registry: EdgeRegistry, node: int) -> bool:
+    """Whether an operator turns a matrix, by any of its ways, for products alone."""
+    kind, facts = kind_of(registry.names[node]), registry.facts[node]
+    if len(registry.sizes[node][0]) != 2 or None in facts:
+        return False
+    if kind.moves is permuted:
+        turns = [dim_of(dim, 2) for dim in facts[0]] == [1, 0]
+    else:
+        turns = kind.moves is transposed and dim_of(facts[0], 2) != dim_of(facts[1], 2)
+    uses = registry.uses((node, 0))
+    return turns and all(kind_of(registry.names[use.node]).multiplies for use in uses)
 
 
 def _is_transparent(registry: EdgeRegistry, edge: Edge, node: int) -> bool:

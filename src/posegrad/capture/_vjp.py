@@ -107,6 +107,8 @@ def rows_of_graph(
     sources: Sequence[Tensor | GradientEdge],
     count: int,
     most: int,
+    *,
+    is_sure: bool = False,
 ) -> list[Tensor | None]:
     """Rows of the Jacobian by backwards through the graph, batched where torch can.
 
@@ -117,6 +119,7 @@ def rows_of_graph(
         sources: With respect to what: leaves, or tensors of the graph.
         count: The number of rows.
         most: How many rows may be computed at once.
+        is_sure: Whether torch's rules for batches need no check.
 
     Returns:
         `[count, *shape]` for each source, None where nothing flows.
@@ -126,7 +129,7 @@ def rows_of_graph(
     with leaf_hooks_off(leaves), _thawed(leaves), ordinary_mode():
         for start in range(0, count, most):
             batches = cotangents(start, min(start + most, count))
-            chunks.append(_graph_group(list(outputs), batches, list(sources)))
+            chunks.append(_graph_group(list(outputs), batches, list(sources), is_sure=is_sure))
     return [
         None if column[0] is None else torch.cat(column) if len(column) > 1 else column[0]
         for column in zip(*chunks, strict=True)
@@ -153,6 +156,8 @@ def _graph_group(
     outputs: list[Tensor | GradientEdge],
     batches: list[Tensor],
     sources: list[Tensor | GradientEdge],
+    *,
+    is_sure: bool,
 ) -> list[Tensor | None]:
     count = len(batches[0])
     if count > 1:
@@ -160,7 +165,7 @@ def _graph_group(
             with _quiet():
                 found = _grad(outputs, batches, sources, batched=True)
             flowing = [g for g in found if g is not None]
-            if not flowing:
+            if is_sure or not flowing:
                 return list(found)
             weights = _even_weights(flowing)
             sums = [_weighted(weights, batch) for batch in batches]

@@ -1,14 +1,14 @@
 """The Jacobian of one parameter."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from itertools import product
 from typing import Self
 
 import torch
 from torch import Tensor
 
 from posegrad.jacobian._joining import Joining
+from posegrad.jacobian._kinds import Kinds, Single
 from posegrad.jacobian._parts import Factors, Part, Rows, Weights
 from posegrad.jacobian._products import Products
 from posegrad.jacobian._record import record
@@ -133,40 +133,24 @@ class Block:
         return replace(self, parts=joining.of(self.parts, self.count))
 
     def pairs(self, products: Products) -> Tensor | None:
-        """The Gramian `[M, M]` without the rows, if that is cheaper and all uses are one."""
-        part = self.parts[0] if self._is_whole() else None
-        if not isinstance(part, Factors) or not part.keeps_products:
-            return None
-        cotangents, layout = part.cotangents, part.layout
-        if not layout.dims or not part.form.prefers_pairs(
-            cotangents[0].shape, layout, len(cotangents)
-        ):
-            return None
-        if part.arrangement.dim is None:
-            return part.form.inner(cotangents[0], cotangents[0], layout, products)
-        pairs = product(cotangents, cotangents)
-        grid = [part.form.inner(b, c, layout, products) for b, c in pairs]
-        found = [one for one in grid if one is not None]  # K^2 of [m, m]
-        if len(found) < len(grid):
-            return None
-        k = len(cotangents)
-        joined = torch.stack(found).reshape(k, k, *found[0].shape)
-        joined = joined.permute(2, 0, 3, 1)  # [m, K, m, K]
-        joined = part.arrangement.join(joined)  # [M, m, K]
-        return part.arrangement.join(joined.permute(1, 2, 0)).mT
+        """The Gramian `[M, M]` without the rows, if that is cheaper."""
+        return self._by(lambda part: part.pairs(products), Kinds.pairs)
 
     def squares(self, products: Products) -> Tensor | None:
         """The squared norms of the rows `[M]` without the rows, if that is cheaper."""
-        part = self.parts[0] if self._is_whole() else None
-        if not isinstance(part, Factors) or not part.keeps_products or not part.layout.dims:
+        return self._by(lambda part: part.squares(products), Kinds.squares)
+
+    def _by(
+        self, single: Single, several: Callable[[Kinds, Single], Tensor | None]
+    ) -> Tensor | None:
+        """What is asked of a single part, or of several kinds together."""
+        parts = [part for part in self.parts if isinstance(part, Factors)]
+        if len(parts) < len(self.parts) or any(part.count != self.count for part in parts):
             return None
-        each = []
-        for cotangent in part.cotangents:
-            found = part.form.squares(cotangent, part.layout, products)
-            if found is None:
-                return None
-            each.append(found)
-        return part.arrangement.join(torch.stack(each, dim=1))
+        if len(parts) == 1:
+            return single(parts[0])
+        kinds = Kinds.of(parts)
+        return None if kinds is None else several(kinds, single)
 
     def _is_whole(self) -> bool:
         """Whether one part is all there is."""

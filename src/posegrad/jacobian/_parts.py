@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import product
 from operator import is_
 from typing import Any, Self, final
 
@@ -14,6 +15,7 @@ from posegrad.jacobian._arrangement import Arrangement
 from posegrad.jacobian._form import ClosedForm
 from posegrad.jacobian._layout import NOBODY, Layout
 from posegrad.jacobian._precision import wide
+from posegrad.jacobian._products import Products
 from posegrad.jacobian._record import record
 
 __all__ = [
@@ -210,6 +212,37 @@ class Factors(Part):
         else:
             super().write(into)
 
+    def pairs(self, products: Products) -> Tensor | None:
+        """The Gramian `[M, M]` without the rows, if that is cheaper."""
+        cotangents, layout = self.cotangents, self.layout
+        if not self.keeps_products or not layout.dims:
+            return None
+        if not self.form.prefers_pairs(cotangents[0].shape, layout, len(cotangents)):
+            return None
+        if self.arrangement.dim is None:
+            return self.form.inner(cotangents[0], cotangents[0], layout, products)
+        grid = [self.form.inner(b, c, layout, products) for b, c in product(cotangents, cotangents)]
+        found = [one for one in grid if one is not None]  # K^2 of [m, m]
+        if len(found) < len(grid):
+            return None
+        k = len(cotangents)
+        joined = torch.stack(found).reshape(k, k, *found[0].shape)
+        joined = joined.permute(2, 0, 3, 1)  # [m, K, m, K]
+        joined = self.arrangement.join(joined)  # [M, m, K]
+        return self.arrangement.join(joined.permute(1, 2, 0)).mT
+
+    def squares(self, products: Products) -> Tensor | None:
+        """The squared norms of the rows `[M]` without the rows, if that is cheaper."""
+        if not self.keeps_products or not self.layout.dims:
+            return None
+        each = []
+        for cotangent in self.cotangents:
+            found = self.form.squares(cotangent, self.layout, products)
+            if found is None:
+                return None
+            each.append(found)
+        return self.arrangement.join(torch.stack(each, dim=1))
+
     def combine(self, weights: "Weights") -> Tensor:
         if self.arrangement.dim is None and self.pull is None:
             shorter = self.form.combine(wide(self.cotangents[0]), self.layout, weights.of(self))
@@ -275,7 +308,7 @@ class Factors(Part):
             cotangents=tuple(b.to(device) for b in self.cotangents),
         )
 
-    def double(self) -> Part:
+    def double(self) -> "Factors":
         return replace(
             self, form=self.form.double(), cotangents=tuple(b.double() for b in self.cotangents)
         )

@@ -61,9 +61,11 @@ class Elementwise(Broadcast):
 
     Args:
         factor: The derivative of Y: a number, or a tensor that broadcasts against Y.
+        stops: Where Y is something else, and nothing flows: not even what is infinite.
     """
 
     factor: Factor | float
+    stops: Factor | None = None
 
     @property
     def positions(self) -> tuple[int, ...]:
@@ -97,5 +99,6 @@ class Elementwise(Broadcast):
 
     def contribution(self, cotangent: Tensor) -> Tensor:
         if isinstance(self.factor, Factor):
-            return cotangent * self.factor.value.to(cotangent.dtype)
+            parts = cotangent * self.factor.value.to(cotangent.dtype)
+            return parts if self.stops is None else parts.masked_fill_(self.stops.value, 0)
         return cotangent if self.factor == 1 else cotangent * self.factor

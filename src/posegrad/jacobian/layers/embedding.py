@@ -116,22 +116,22 @@ class Embedding(Table):
         return self._added(indices, cotangent, torch.zeros_like(indices), 1)[0]
 
     def rows(self, cotangent: Tensor, layout: Layout) -> Tensor:
-        indices, owners = self._looked_up(layout)
+        indices, owners = self.looked_up(layout)
         return self._added(indices, layout.front(cotangent), owners, layout.count)
 
     def prefers_pairs(self, cotangent: torch.Size, layout: Layout, components: int) -> bool:
         return self._meet(self.indices.value.reshape(-1), layout.count, components)
 
     def inner(self, first: Tensor, second: Tensor, layout: Layout, products: Products) -> Tensor:
-        indices, owners = self._looked_up(layout)
+        indices, owners = self.looked_up(layout)
         sides = layout.front(first), layout.front(second)
         return self._inner(indices, sides, owners, layout.count)
 
     def squares(self, cotangent: Tensor, layout: Layout, products: Products) -> Tensor | None:
-        indices, owners = self._looked_up(layout)
+        indices, owners = self.looked_up(layout)
         return self._squares(indices, layout.front(cotangent), owners, layout.count)
 
-    def _looked_up(self, layout: Layout) -> tuple[Tensor, Tensor]:
+    def looked_up(self, layout: Layout) -> tuple[Tensor, Tensor]:
         """The indices and their owners, `[R]`."""
         indices = layout.front(self.indices.value)  # [rows, ...]
         owners = layout.owners.reshape(-1, *[1] * (indices.ndim - 1)).expand_as(indices)
