@@ -39,8 +39,7 @@ def hide(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
         if isinstance(new, FunctionType) and new is not own:
             monkeypatch.setattr(own, "__code__", new.__code__)
     monkeypatch.setattr(_compat, "_SLOTS", {})
-    for cached in (_compat.on_intel, _compat.tells_slots):
-        cached.cache_clear()
+    _compat.tells_slots.cache_clear()
 
 
 @pytest.fixture
@@ -48,8 +47,7 @@ def hidden(monkeypatch: pytest.MonkeyPatch) -> Any:
     """To be called with the name that is to be hidden."""
     with monkeypatch.context() as patch:
         yield lambda name: hide(name, patch)
-    for cached in (_compat.on_intel, _compat.tells_slots):
-        cached.cache_clear()
+    _compat.tells_slots.cache_clear()
 
 
 class Net(nn.Module):
