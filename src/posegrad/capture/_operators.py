@@ -46,6 +46,7 @@ from posegrad.capture._moves import (
     first_alone,
     flipped,
     layer_norm,
+    layer_norm_backward,
     padded,
     permuted,
     put_in,
@@ -75,6 +76,7 @@ from posegrad.capture._read import (
     group_scale,
     kernel,
     layer_scale,
+    layer_scale_in_backward,
     middle,
     numbered,
     root_mean_square_scale,
@@ -310,6 +312,9 @@ OPERATORS: dict[str, Kind] = {
     # Statistics
     "NativeLayerNormBackward0": Kind(
         layer_norm, ("normalized_shape",), forms={1: layer_scale, 2: summand()}
+    ),
+    "NativeLayerNormBackwardBackward0": Kind(
+        layer_norm_backward, ("normalized_shape",), forms={4: layer_scale_in_backward}
     ),
     "FusedRmsNormBackward0": Kind(
         layer_norm, ("normalized_shape",), forms={1: root_mean_square_scale}
