@@ -228,7 +228,7 @@ OPERATORS: dict[str, Kind] = {
     "IndexBackward0": Kind(picks=picked, forms={0: numbered}, looks_up=True),
     "IndexSelectBackward0": Kind(picks=picked, forms={0: numbered}, looks_up=True),
     "GatherBackward0": Kind(picks=picked_each),
-    **_all("IndexAdd IndexCopy IndexFill IndexPut IndexReduce", Kind(picks=added)),
+    **_all("IndexAdd IndexCopy IndexFill IndexPut IndexPutImpl IndexReduce", Kind(picks=added)),
     **_all("Scatter Scatter/1 ScatterAdd ScatterReduce", Kind(picks=added_each)),
     "EmbeddingBackward0": Kind(forms={0: table}, looks_up=True),
     "EmbeddingBagBackward0": Kind(forms={0: bags}),
