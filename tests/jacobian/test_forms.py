@@ -22,6 +22,7 @@ from posegrad.jacobian.layers import (
     EmbeddingBag,
     Linear,
     NormScale,
+    NormScaleBackward,
     Repeat,
     Vector,
 )
@@ -75,6 +76,25 @@ def _layer_norm(rows: int) -> Case:
         torch.Size([4]), torch.Size([1, 1, 4]), _factor(x), _factor(mean), _factor(rho)
     )
     return Case(form, torch.randn_like(x), 1)
+
+
+def _layer_norm_backward(rows: int) -> Case:
+    form = _layer_norm(rows).form
+    assert isinstance(form, NormScale)
+    g = _factor(torch.randn(5, rows, 4, dtype=F64))
+    return Case(
+        NormScaleBackward(form.shape, form.aligned, g, *form.factors()),
+        torch.randn(5, rows, 4, dtype=F64),
+        1,
+    )
+
+
+def _selected(rows: int) -> Case:
+    b = torch.randn(rows, 4, dtype=F64)
+    stops = torch.rand(rows, 4) < 0.5
+    factor = _factor(torch.randn_like(b).masked_fill(stops, 0))
+    form = Elementwise(torch.Size([4]), torch.Size([1, 4]), factor, _factor(stops))
+    return Case(form, b, 0)
 
 
 def _embedding(rows: int, *, padding: int | None = None, dim: int = 0) -> Case:
@@ -135,6 +155,8 @@ CASES: dict[str, Callable[[int], Case]] = {
     "scale, pose second": lambda r: _elementwise(r, (4, 1, 4), (4, 1, 4), dim=1),
     "scale of one number": lambda r: _elementwise(r, (), (1, 1, 1), dim=2),
     "layer norm": _layer_norm,
+    "layer norm, in its backward": _layer_norm_backward,
+    "picked by a mask": _selected,
     "embedding": _embedding,
     "embedding, padding": lambda r: _embedding(r, padding=1),
     "embedding, pose second": lambda r: _embedding(r, padding=0, dim=1),

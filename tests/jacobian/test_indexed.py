@@ -64,6 +64,17 @@ def _every_second(x: Tensor, index: Tensor) -> Tensor:
     return x[both][torch.arange(len(both)) % 2 == 1]
 
 
+def _two(index: Tensor) -> Tensor:
+    return torch.arange(2).repeat(len(index))
+
+
+def _filled_up(x: Tensor, index: Tensor) -> Tensor:
+    """Half of the rows of each of two dimensions, as of a batch that was filled up."""
+    both = torch.stack([x[index], x[index].detach()], dim=1)  # [E, 2, d]
+    mask = torch.arange(2 * len(index)).view(-1, 2) % 2 == 0
+    return both[mask]
+
+
 # name: from atoms `[N, d]` and numbers `[E]` to `[E, d]`
 PICKS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "index_select": lambda x, i: x.index_select(0, i),
@@ -84,6 +95,9 @@ PICKS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "take_along_dim": lambda x, i: torch.take_along_dim(x, i.unsqueeze(1), 0),
     "heads": lambda x, i: x.view(-1, 2, D // 2)[i].view(-1, D),
     "number and feature": lambda x, i: x[i.unsqueeze(1), torch.arange(D)],
+    "two numbers": lambda x, i: x.view(len(x), 2, -1)[i.repeat_interleave(2), _two(i)].view(-1, D),
+    "a mask of two dimensions": lambda x, i: _filled_up(x, i),
+    "split and joined": lambda x, i: x[i].view(-1, 2, D // 2).flatten(0, 1).view(-1, D),
     "embedding": lambda x, i: functional.embedding(i, x),
     "a matrix": lambda x, i: torch.eye(len(x), dtype=x.dtype)[i] @ x,
 }

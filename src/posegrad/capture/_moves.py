@@ -21,6 +21,7 @@ __all__ = [
     "first_alone",
     "flipped",
     "layer_norm",
+    "layer_norm_backward",
     "padded",
     "permuted",
     "put_in",
@@ -168,6 +169,13 @@ def layer_norm(
     if arg > 0:
         return aligned(facts, arg, axis, out, inside)
     return axis if axis.dim < len(out) - len(facts[0]) else None
+
+
+def layer_norm_backward(
+    facts: Facts, arg: int, axis: Axis, out: torch.Size, inside: torch.Size
+) -> Axis | None:
+    """The gradient of what was normalised, from that of the output and from what was normalised."""
+    return axis if out == inside and axis.dim < len(out) - len(facts[0]) else None
 
 
 def batch_norm(

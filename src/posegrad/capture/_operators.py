@@ -46,6 +46,7 @@ from posegrad.capture._moves import (
     first_alone,
     flipped,
     layer_norm,
+    layer_norm_backward,
     padded,
     permuted,
     put_in,
@@ -75,6 +76,7 @@ from posegrad.capture._read import (
     group_scale,
     kernel,
     layer_scale,
+    layer_scale_in_backward,
     middle,
     numbered,
     root_mean_square_scale,
@@ -226,7 +228,7 @@ OPERATORS: dict[str, Kind] = {
     "IndexBackward0": Kind(picks=picked, forms={0: numbered}, looks_up=True),
     "IndexSelectBackward0": Kind(picks=picked, forms={0: numbered}, looks_up=True),
     "GatherBackward0": Kind(picks=picked_each),
-    **_all("IndexAdd IndexCopy IndexFill IndexPut IndexReduce", Kind(picks=added)),
+    **_all("IndexAdd IndexCopy IndexFill IndexPut IndexPutImpl IndexReduce", Kind(picks=added)),
     **_all("Scatter Scatter/1 ScatterAdd ScatterReduce", Kind(picks=added_each)),
     "EmbeddingBackward0": Kind(forms={0: table}, looks_up=True),
     "EmbeddingBagBackward0": Kind(forms={0: bags}),
@@ -310,6 +312,9 @@ OPERATORS: dict[str, Kind] = {
     # Statistics
     "NativeLayerNormBackward0": Kind(
         layer_norm, ("normalized_shape",), forms={1: layer_scale, 2: summand()}
+    ),
+    "NativeLayerNormBackwardBackward0": Kind(
+        layer_norm_backward, ("normalized_shape",), forms={4: layer_scale_in_backward}
     ),
     "FusedRmsNormBackward0": Kind(
         layer_norm, ("normalized_shape",), forms={1: root_mean_square_scale}

@@ -24,6 +24,7 @@ from posegrad.jacobian.layers import (
     GroupedLinear,
     Linear,
     NormScale,
+    NormScaleBackward,
     Repeat,
     Vector,
 )
@@ -45,6 +46,7 @@ __all__ = [
     "group_scale",
     "kernel",
     "layer_scale",
+    "layer_scale_in_backward",
     "middle",
     "numbered",
     "root_mean_square_scale",
@@ -281,6 +283,14 @@ def layer_scale(op: Operator, entry: Entry) -> ClosedForm | None:
         return None
     aligned = torch.Size([1] * (x.ndim - len(entry.shape)) + list(entry.shape))
     return NormScale(entry.shape, aligned, *(Factor.of(t, entry.name) for t in (x, mean, rho)))
+
+
+def layer_scale_in_backward(op: Operator, entry: Entry) -> ClosedForm | None:
+    found = [op.saved(name) for name in ("grad_out", "input", "mean", "rstd")]
+    if not all(isinstance(t, Tensor) for t in found) or entry.transposed:
+        return None
+    aligned = torch.Size([1] * (found[1].ndim - len(entry.shape)) + list(entry.shape))
+    return NormScaleBackward(entry.shape, aligned, *(Factor.of(t, entry.name) for t in found))
 
 
 def root_mean_square_scale(op: Operator, entry: Entry) -> ClosedForm | None:

@@ -72,12 +72,13 @@ def resolve(subject: Subject) -> tuple[Recipe, Trial]:
     lost = {name: "no operator takes it" for name in parameters if name not in entering}
     own = subject.own()
     axes = subject.axes(arrangement)
-    data: dict[Edge, bool] = {}
+    data: dict[tuple[Edge, int, int], bool] = {}
 
     def has_data(site: Site) -> bool:
-        if site.source not in data:
-            data[site.source] = carries_data(registry, site, axes, own)
-        return data[site.source]
+        use = site.source, site.node, site.argument
+        if use not in data:
+            data[use] = carries_data(registry, site, axes, own)
+        return data[use]
 
     mixed_sites = [site for site in sites if not trial.serves(site)]
     if mixed_sites:

@@ -7,7 +7,7 @@ from posegrad.jacobian.layers.elementwise import Elementwise
 from posegrad.jacobian.layers.embedding import Embedding, EmbeddingBag
 from posegrad.jacobian.layers.grouped import GroupedLinear
 from posegrad.jacobian.layers.linear import Linear
-from posegrad.jacobian.layers.norm import NormScale
+from posegrad.jacobian.layers.norm import NormScale, NormScaleBackward
 from posegrad.jacobian.layers.repeat import Repeat
 from posegrad.jacobian.layers.vector import Vector
 
@@ -21,6 +21,7 @@ __all__ = [
     "GroupedLinear",
     "Linear",
     "NormScale",
+    "NormScaleBackward",
     "Repeat",
     "Vector",
 ]

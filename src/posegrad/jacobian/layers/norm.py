@@ -1,4 +1,4 @@
-"""The scale of a normalisation: layer, group, batch."""
+"""The scale of a normalisation: layer, group, batch; also in the backward of a layer's."""
 
 from typing import final
 
@@ -8,7 +8,7 @@ from posegrad.jacobian._form import Factor
 from posegrad.jacobian._record import record
 from posegrad.jacobian.layers.elementwise import Broadcast
 
-__all__ = ["NormScale"]
+__all__ = ["NormScale", "NormScaleBackward"]
 
 
 @final
@@ -33,3 +33,38 @@ class NormScale(Broadcast):
             for factor in (self.input, self.mean, self.inverse_deviation)
         )
         return (x - mean).mul_(rho).mul_(cotangent)
+
+
+@final
+@record
+class NormScaleBackward(Broadcast):
+    r"""The scale in the backward of a layer's normalisation, as models of forces have it.
+
+    With :math:`\hat x = (x - \mu)\,\rho` and means over the normalised dimensions, that is
+
+    .. math::
+        y = \rho\, P (\gamma \circ g), \qquad
+        P v = v - \overline{v} - \hat x\, \overline{\hat x \circ v} .
+
+    P is symmetric, so a cotangent c gives :math:`\gamma` the gradient
+    :math:`g \circ \rho\, P c`.
+
+    Args:
+        gradient: g, the gradient that came to the layer.
+        input: x.
+        mean: The means.
+        inverse_deviation: The inverse deviations.
+    """
+
+    gradient: Factor
+    input: Factor
+    mean: Factor
+    inverse_deviation: Factor
+
+    def contribution(self, cotangent: Tensor) -> Tensor:
+        g, x, mean, rho = (factor.value.to(cotangent.dtype) for factor in self.factors())
+        dims = tuple(range(-len(self.shape), 0))
+        x = (x - mean).mul_(rho)
+        along = (x * cotangent).mean(dims, keepdim=True)
+        moved = cotangent - cotangent.mean(dims, keepdim=True) - x.mul_(along)
+        return moved.mul_(rho).mul_(g)
