@@ -161,6 +161,8 @@ def is_followed(subject: Subject, recipe: Recipe) -> bool:
 
 def keeps_apart(subject: Subject, recipe: Recipe) -> bool:
     """Whether numbers keep poses apart this time, in every use of every parameter."""
+    if subject.registry.is_nested():
+        return False
     arrangement = Arrangement(subject.output.shape, recipe.dim)
     axes = subject.axes(arrangement)
     if subject.is_fixed:
