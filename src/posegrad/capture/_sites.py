@@ -3,6 +3,9 @@
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+import torch
+from torch import Tensor
+
 from posegrad._compat import device_of, dtype_of, memory_of, saved_tensors
 from posegrad.capture._axis import Axis, dim_of
 from posegrad.capture._edges import Edge, EdgeRegistry
@@ -188,9 +191,16 @@ def _keeps_rows(registry: EdgeRegistry, kinds: Mapping[int, Kind]) -> bool:
 
 
 def _has_only(registry: EdgeRegistry, node: int, own: frozenset[int]) -> bool:
-    """Whether an operator saved nothing but the modules' own tensors, as far as can be seen."""
+    """Whether an operator saved only the modules' own tensors and unit matrices, as far as seen."""
     tensors = saved_tensors(registry.nodes[node])
-    return tensors is not None and all(memory_of(tensor) in own for tensor in tensors)
+    return tensors is not None and all(memory_of(t) in own or _is_unit(t) for t in tensors)
+
+
+def _is_unit(tensor: Tensor) -> bool:
+    """Whether it is a unit matrix, as reflections and rotations of a weight start from."""
+    if tensor.ndim != 2 or tensor.shape[0] != tensor.shape[1]:
+        return False
+    return torch.equal(tensor.detach(), torch.eye(len(tensor)).to(tensor))
 
 
 def _is_shared(registry: EdgeRegistry, site: Site, axes: Mapping[Edge, Axis]) -> bool:
