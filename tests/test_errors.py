@@ -4,10 +4,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from torch_geometric.data import Batch, Data
+from torch_geometric.data import Data
 
 import posegrad
 from posegrad import (
@@ -24,6 +25,7 @@ from posegrad import (
     PerPoseLossError,
     PosegradError,
     PosesError,
+    PosesMixError,
     ReentrantCheckpointError,
     ShapeMismatchError,
     StaleParametersError,
@@ -44,10 +46,10 @@ def _predicting(function: Callable[[nn.Module, Tensor], Any]) -> dict[str, Any]:
     return {"predict": function}
 
 
-def _nan_at_two_poses() -> Tensor:
+def _nan_at_two_poses() -> list[Tensor]:
     poses = _poses()
     poses[1], poses[3] = float("nan"), float("inf")
-    return poses
+    return list(poses)
 
 
 LINEAR = nn.Linear(FEATURES, 1)
@@ -61,7 +63,7 @@ class Bad:
 
     error: type[Exception]
     match: str
-    poses: Any = field(default_factory=_poses)
+    poses: Any = field(default_factory=lambda: list(_poses()))
     rule: Any = field(default_factory=Mean)
     model: Callable[[], nn.Module] = MODELS["mlp"]
     engine: dict[str, Any] = field(default_factory=dict)
@@ -72,11 +74,28 @@ IN_COMBINE = {
     "no poses": Bad(NoPosesError, r"no poses: a combination of none", poses=[]),
     "empty tensor": Bad(NoPosesError, r"no poses", poses=torch.zeros(0, FEATURES)),
     "empty generator": Bad(NoPosesError, r"no poses", poses=iter(())),
-    "a mapping": Bad(PosesError, r"poses is a dict.*\n.*\[pose\]", poses={"x": torch.ones(2)}),
-    "a batch of PyG": Bad(
+    "a ragged mapping": Bad(
         PosesError,
-        r"poses is a DataBatch, several graphs.*\n.*to_data_list\(\)",
-        poses=Batch.from_data_list([Data(x=torch.ones(2, FEATURES))] * 2),
+        r"poses is a dict.*not the same for all: x \[2\], y\.0 \[3, 1\].*\n.*\[pose\]",
+        poses={"x": torch.ones(2), "y": [torch.ones(3, 1)]},
+    ),
+    "a mapping of numbers": Bad(PosesError, r"holds no tensor", poses={"x": 1.0}),
+    "a mapping with an array": Bad(
+        PosesError,
+        r"but names, z cannot be sliced",
+        poses={"x": torch.ones(2, 3), "names": ["a", "b"], "z": np.ones(2)},
+    ),
+    "a single-pose model": Bad(
+        ShapeMismatchError,
+        r"shape \[\] for poses 0 to 3.*\n.*list\(poses\), which is walked",
+        poses=_poses(),
+        engine=_predicting(lambda model, x: model(x).sum()),
+    ),
+    "poses that mix": Bad(
+        PosesMixError,
+        r"activations of: 0\..*\n.*\n.*list\(poses\).*chunk_size",
+        poses=_poses(),
+        engine=_predicting(lambda model, x: model[2](model[0](x) - model[0](x).mean(0))),
     ),
     "a graph of PyG": Bad(
         PosesError, r"poses is a Data, one graph.*\n.*\[pose\]", poses=Data(x=torch.ones(2, 3))
@@ -141,11 +160,13 @@ IN_COMBINE = {
     "wrong rows": Bad(
         ShapeMismatchError,
         r"shape \[1, 1\] for poses 0 to 1.*each of the 2 poses",
+        poses=_poses(),
         engine={"chunk_size": 2} | _predicting(lambda model, x: model(x[:1])),
     ),
     "scalar for a chunk": Bad(
         ShapeMismatchError,
         r"shape \[\] for poses 0 to 1",
+        poses=_poses(),
         engine={"chunk_size": 2} | _predicting(lambda model, x: model(x).sum()),
     ),
     "poses disagree": Bad(
@@ -156,7 +177,7 @@ IN_COMBINE = {
     ),
     "list without collate": Bad(
         ValueError,
-        r"chunk_size is 2 .* a list.*collate=torch.stack",
+        r"one by one, each a Tensor.*collate=torch.stack",
         poses=list(_poses()),
         engine={"chunk_size": 2},
     ),
@@ -381,7 +402,7 @@ def test_float16_models_are_refused_there_too() -> None:
     for schedule in ("store", "stream"):
         with pytest.raises(ValueError, match=r"float16 gradients would underflow"):
             Engine(model).combine(_poses().half(), Mean(), schedule=schedule)
-    assert Engine(model).plan(_poses(), Mean()).schedule == "recompute"
+    assert Engine(model).plan(list(_poses()), Mean()).schedule == "recompute"
 
 
 class _Wrapped(nn.Module):

@@ -54,7 +54,7 @@ def _weights(m: int, seed: int = 0) -> Tensor:
 
 def _plans(m: int) -> list[Plan]:
     engine = Engine(nn.Linear(3, 1))
-    plans = [engine.plan(torch.zeros(m, 3), Mean(), schedule=name) for name in SCHEDULES]
+    plans = [engine.plan(list(torch.zeros(m, 3)), Mean(), schedule=name) for name in SCHEDULES]
     return [plan for plan in plans if isinstance(plan, Plan)]
 
 

@@ -98,9 +98,11 @@ def record(model: nn.Module, poses: Tensor, rule: Combination, schedule: str) ->
         return prediction
 
     engine = Engine(model, predict=predict)
-    engine.combine(poses[:2], rule, schedule=schedule)  # its first group is scored with graphs
+    engine.combine(
+        list(poses[:2]), rule, schedule=schedule
+    )  # its first group is scored with graphs
     with recorder:
-        prediction, _ = engine.combine(poses, rule, schedule=schedule)
+        prediction, _ = engine.combine(list(poses), rule, schedule=schedule)
         prediction.square().backward()
         del prediction
     return recorder.moments

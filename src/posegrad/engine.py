@@ -11,6 +11,7 @@ from posegrad.capture import Gatherer, Roster, Wanted, check_modules, unwrapped
 from posegrad.combination._base import Rule
 from posegrad.errors import ClosedEngineError
 from posegrad.jacobian import PoseJacobian, SharedJacobian, of_all
+from posegrad.schedule._batch import as_batch
 from posegrad.schedule._call import Setting
 from posegrad.schedule._chunks import ChunkSize
 from posegrad.schedule._combine import run
@@ -36,12 +37,15 @@ class Engine:
 
     Args:
         modules: The model; or several modules, none inside another.
-        predict: Called as `predict(*modules, pose)` to score a pose; several modules need it for
-            that. Default: `model(pose)`; `lambda model, pose: model(**pose)` unpacks a dict.
-        collate: Joins a list of poses into what the model takes, e.g. `torch.stack` or PyG's
-            `Batch.from_data_list`. The model must then return one row per pose, `[c, ...]`.
+        predict: Called as `predict(*modules, pose)` to score a pose or a chunk of them; several
+            modules need it for that. Default: `model(pose)`; `lambda model, pose: model(**pose)`
+            unpacks a dict.
+        collate: Joins poses of a list into what the model takes, e.g. `torch.stack`. The model must
+            then return one row per pose, `[c, ...]`. PyG's graphs need none, nor does a batch.
         chunk_size: How many poses are scored together, in one graph; a `Budget` makes chunks by
-            their sizes instead, e.g. by atoms. A stacked tensor needs no `collate`; a list does.
+            their sizes instead, e.g. by atoms. `"auto"`: of a batch all, or as many as are little
+            (256 KiB); of what is walked, one. A number or a `Budget` also accepts poses that
+            influence each other within a chunk.
         check: When a Jacobian is compared with a plain backward: on the `"first"` gather of every
             structure of graph, `"always"`, or `"never"`. What disagrees is taken by slower ways.
         batch_dim: `"auto"` finds out which dimension of an output counts poses; a number is trusted
@@ -69,7 +73,7 @@ class Engine:
         *modules: nn.Module,
         predict: Callable[..., Tensor] | None = None,
         collate: Callable[[list[Pose]], Any] | None = None,
-        chunk_size: ChunkSize = 1,
+        chunk_size: ChunkSize = "auto",
         check: str = "first",
         batch_dim: int | str | None = "auto",
         block_bytes: int = 2**27,
@@ -79,15 +83,17 @@ class Engine:
         modules, self._ranks = unwrapped(modules, process_group)
         check_modules(modules)
         self.modules = modules
-        self._setting = Setting(modules, predict, collate, chunk_size, self._ranks, self._named)
         self._roster = Roster(modules, sharded=self._ranks is not None and self._ranks.sharded)
+        self._setting = Setting(
+            modules, predict, collate, chunk_size, self._ranks, self._named, self._roster.parts
+        )
         self._gatherer = Gatherer(check, batch_dim, block_bytes, self._roster.tensors)
         self._closed = False
         self._seasoned = False  # whether a group has been through without a complaint
 
     def combine(
         self,
-        poses: Iterable[Pose] | Tensor,
+        poses: Iterable[Pose],
         rule: Rule,
         *,
         groups: Tensor | Sequence[int] | None = None,
@@ -100,9 +106,11 @@ class Engine:
         for the model's parameters, the rule's, and tensors inside the poses that require grad.
 
         Args:
-            poses: A list, tuple, generator or other iterable of poses, or a stacked tensor whose
-                rows are poses. A pose is whatever the model takes: a tensor, a tuple, a dict, a
-                dataclass, a PyG Data.
+            poses: A batch is sliced: a stacked tensor, or a mapping, dataclass or named tuple of
+                tensors with the same dimension 0, or a PyG Batch. The model is called with slices
+                `[c, ...]` of it and returns a row for each pose. A list, tuple, generator or other
+                iterable is walked: the model is called with one pose after another, which is
+                whatever it takes, a tensor, a tuple, a dict, a dataclass, a PyG Data.
             rule: A combination rule, or any function from predictions `[m, ...]` to `[...]`.
             groups: For n groups at once, the number of each pose's group, a tensor `[m]`; or a list
                 of the groups' sizes. The prediction then is `[n, ...]`; a loss may couple groups.
@@ -117,7 +125,8 @@ class Engine:
 
         Raises:
             NoPosesError: if there are none.
-            PosesError: if they are a mapping or a PyG Batch.
+            PosesError: if they are one object that is no batch.
+            PosesMixError: if poses of a batch influence each other, without `chunk_size`.
             NonFinitePredictionError: if predictions are nan or infinite; names the poses.
             ShapeMismatchError: if predictions do not fit the chunk or each other.
             NotDifferentiableError: if predictions cannot carry a gradient.
@@ -200,7 +209,7 @@ class Engine:
         return of_all(own, partial(self._trained, params), self._ranks)
 
     def gather(
-        self, poses: Iterable[Pose] | Tensor, *, loss: Loss | None = None, form: str = "auto"
+        self, poses: Iterable[Pose], *, loss: Loss | None = None, form: str = "auto"
     ) -> PoseJacobian | SharedJacobian:
         """Scores poses chunk by chunk and gathers their Jacobian; each chunk's graph is freed.
 
@@ -231,7 +240,8 @@ class Engine:
         """
 
         def own(parameters: Mapping[str, nn.Parameter]) -> PoseJacobian:
-            scorer, (_, chunks) = self._setting.scorer(poses), self._setting.chunks(poses)
+            scorer, batch = self._setting.scorer(), as_batch(poses)
+            _, chunks = self._setting.chunks(poses, batch, scorer)
             return gather(self._gatherer, scorer, chunks, parameters, loss, form)
 
         return of_all(own, self._trained, self._ranks)
@@ -306,7 +316,7 @@ class Engine:
             NoPosesError: if there are none.
 
         Example:
-            >>> print(Engine(nn.Linear(3, 1)).plan(torch.zeros(64, 3), Mean()))
+            >>> print(Engine(nn.Linear(3, 1)).plan(list(torch.zeros(64, 3)), Mean()))
             schedule   stream (the rule's weights separate)
             poses      64 in 64 chunks
             forwards   64

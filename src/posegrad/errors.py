@@ -18,6 +18,7 @@ __all__ = [
     "PerPoseLossError",
     "PosegradError",
     "PosesError",
+    "PosesMixError",
     "RankError",
     "ReentrantCheckpointError",
     "ReplayError",
@@ -52,10 +53,19 @@ class NoPosesError(PosegradError, ValueError):
 
 
 class PosesError(PosegradError, TypeError):
-    """Poses that come as one object, whose parts are not the poses.
+    """Poses that come as one object that is no batch of them.
 
-    Raised by `Engine.combine`, `Engine.gather` and `Engine.plan` for a mapping, or a graph or batch
-    of PyTorch Geometric.
+    Raised by `Engine.combine`, `Engine.gather` and `Engine.plan` for a container whose tensors do
+    not have the same dimension 0, or that holds what cannot be sliced, and for a single graph of
+    PyTorch Geometric.
+    """
+
+
+class PosesMixError(PosegradError, RuntimeError):
+    """The prediction of a pose depends on the poses that are scored together with it.
+
+    Raised by `Engine.combine` and `Engine.gather` for a batch that the engine itself divides,
+    without `chunk_size`; names the modules in front of which poses mix.
     """
 
 

@@ -1,6 +1,7 @@
 """A group whose poses are spread over ranks gives what it gives in one process."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -236,10 +237,11 @@ def test_weights_are_summed_in_float32() -> None:
     assert model.weight.grad.item() == 60000
 
 
-def test_a_stacked_leaf_gets_its_gradient() -> None:
+@pytest.mark.parametrize("chunk_size", ["auto", 2])
+def test_a_stacked_leaf_gets_its_gradient(chunk_size: Any) -> None:
     model, X = network(), poses()
     own = mine(X).clone().requires_grad_()
-    engine = Engine(model, process_group=dist.group.WORLD)
+    engine = Engine(model, chunk_size=chunk_size, process_group=dist.group.WORLD)
     engine.combine(own, Boltzmann(kT=0.5)).prediction.backward()
     whole = X.clone().requires_grad_()
     Engine(model).combine(whole, Boltzmann(kT=0.5)).prediction.backward()

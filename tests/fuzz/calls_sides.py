@@ -112,12 +112,13 @@ class Tested(Side):
         return Scored(*found, [])
 
     def _engine(self, call: Call) -> Engine:
-        form = call.form if call.chunk != 1 else ""
+        joined = collate_of(call) is not None
+        form = call.form if joined else ""
         key = (call.engine, call.chunk, form)
         if key not in self.engines:
             self.engines[key] = Engine(
                 *self.world.modules,
-                predict=partial(_predict, joined=call.chunk != 1),
+                predict=partial(_predict, joined=joined),
                 collate=collate_of(call),
                 chunk_size=chunk_size_of(call),
             )

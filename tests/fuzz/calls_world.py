@@ -214,8 +214,8 @@ def predict(modules: Iterable[nn.Module], pose: Any, *, joined: bool) -> Tensor:
 
 
 def collate_of(call: Call) -> Callable[[list[Any]], Any] | None:
-    """How poses of this call are joined, if they are."""
-    if call.chunk == 1:
+    """How poses of this call are joined, if they are: a batch always, which the engine slices."""
+    if call.chunk == 1 and call.form != "stacked":
         return None
     return partial(_collate, call.form)
 

@@ -70,11 +70,11 @@ def test_a_model_that_casts_to_float16_by_itself(name: str) -> None:
     (1e6 * model(poses).mean()).backward()
     expected = _gradient(model)
     engine = Engine(model)
-    (1e6 * engine.combine(poses, Mean()).prediction).backward()  # auto would stream
+    (1e6 * engine.combine(list(poses), Mean()).prediction).backward()  # auto would stream
     assert _error(_gradient(model), expected) < 4 * EPS
     for schedule in ("stream", "store"):
         with pytest.raises(ValueError, match=f"'{schedule}'.* float16 gradients would underflow"):
-            engine.combine(poses, Mean(), schedule=schedule)
+            engine.combine(list(poses), Mean(), schedule=schedule)
     assert all(p.grad is None for p in model.parameters())
 
 
@@ -82,8 +82,8 @@ def test_float16_that_only_a_later_pose_goes_through() -> None:
     model, poses = CastsItself(always=False), _poses()
     poses[:, 0] = torch.tensor([-1.0, -1.0, 1.0, -1.0, -1.0, -1.0])
     with pytest.raises(ValueError, match=r"The schedule .* float16 gradients would underflow"):
-        Engine(model).combine(poses, Mean())
-    Engine(model).combine(poses, Mean(), schedule="recompute").prediction.backward()
+        Engine(model).combine(list(poses), Mean())
+    Engine(model).combine(list(poses), Mean(), schedule="recompute").prediction.backward()
     assert _gradient(model).isfinite().all()
 
 
@@ -300,7 +300,7 @@ def _compiled(rule: nn.Module) -> Any:
 def test_a_compiled_rule_is_what_it_was() -> None:
     model, poses = mlp(), _poses()
     engine = Engine(model)
-    assert engine.plan(poses, _compiled(Mean())).schedule == "stream"
+    assert engine.plan(list(poses), _compiled(Mean())).schedule == "stream"
     with pytest.raises(TypeError, match="Clip looks at gradients"):
         engine.combine(poses, _compiled(Clip(1.0)))
     for make in (lambda: Clip(0.5), Median, UPGrad, lambda: Min(1.0)):

@@ -121,7 +121,7 @@ def test_schedules_that_replay_nothing_take_late_writers(schedule: str) -> None:
     model, poses = Codebook(8193, start=2).double().eval(), torch.randn(5, FEATURES).double()
     plain = copy.deepcopy(model)
     _plainly(plain, poses, Mean(), 1)
-    Engine(model).combine(poses, Mean(), schedule=schedule).prediction.square().backward()
+    Engine(model).combine(list(poses), Mean(), schedule=schedule).prediction.square().backward()
     _assert_same(model, plain)
 
 
@@ -131,7 +131,7 @@ def test_a_buffer_written_through_data_after_combine_is_replayed_and_left(traini
     poses = torch.randn(5, FEATURES, dtype=torch.float64)
     plain = copy.deepcopy(model)
     _plainly(plain, poses, Mean(), 1)
-    prediction, _ = Engine(model).combine(poses, Mean(), schedule="recompute")
+    prediction, _ = Engine(model).combine(list(poses), Mean(), schedule="recompute")
     codes = model.holders[0].codes
     for module in (model, plain):
         module.holders[0].codes.data.fill_(3.0)
@@ -169,7 +169,7 @@ def test_buffers_of_every_layout_are_compared(training: bool) -> None:
     plain.linear.load_state_dict(model.linear.state_dict())
     poses = torch.randn(4, FEATURES)
     _plainly(plain, poses, Mean(), 1)
-    Engine(model).combine(poses, Mean(), schedule="recompute").prediction.square().backward()
+    Engine(model).combine(list(poses), Mean(), schedule="recompute").prediction.square().backward()
     torch.testing.assert_close(model.linear.weight.grad, plain.linear.weight.grad)
     assert torch.equal(model.sparse.to_dense(), plain.sparse.to_dense())
 
@@ -219,7 +219,7 @@ def test_a_buffer_of_an_odd_kind_is_restored_and_left_as_it_was(kind: str, sched
         plain.first = plain.state[:1]
     poses = torch.randn(6, FEATURES, dtype=torch.float64)
 
-    Engine(model).combine(poses, Mean(), schedule=schedule).prediction.square().backward()
+    Engine(model).combine(list(poses), Mean(), schedule=schedule).prediction.square().backward()
 
     _plainly(plain, poses, Mean(), 1)
     _assert_same(model, plain)

@@ -100,14 +100,14 @@ def test_a_trainable_rule_is_trained(chunk_size: int) -> None:
 
 def test_a_trainable_scale_is_trained() -> None:
     rule = Min(nn.Parameter(torch.tensor(2.0)))
-    assert_matches_autograd(MODELS["mlp"](), torch.randn(5, FEATURES), rule)
+    assert_matches_autograd(MODELS["mlp"](), list(torch.randn(5, FEATURES)), rule)
 
 
 def test_a_plain_function_is_a_rule() -> None:
     def softplus_mean(predictions: Tensor) -> Tensor:
         return nn.functional.softplus(predictions).mean(0)
 
-    assert_matches_autograd(MODELS["mlp"](), torch.randn(5, FEATURES), softplus_mean)
+    assert_matches_autograd(MODELS["mlp"](), list(torch.randn(5, FEATURES)), softplus_mean)
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
@@ -116,7 +116,7 @@ def test_the_order_of_the_poses_does_not_matter(schedule: str) -> None:
     gradients = []
     for order in (torch.arange(7), torch.randperm(7)):
         model.zero_grad()
-        Engine(model).combine(batch[order], Min(2.0), schedule=schedule).prediction.backward()
+        Engine(model).combine(list(batch[order]), Min(2.0), schedule=schedule).prediction.backward()
         gradients.append([p.grad for p in model.parameters()])
     torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-10, atol=1e-12)
 
@@ -159,7 +159,7 @@ def test_bfloat16_autocast_agrees_with_plain_autograd(
 def test_no_cast_made_without_graph_survives_in_the_autocast_cache() -> None:
     model, batch = MODELS["mlp"](), torch.randn(3, FEATURES)
     with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
-        Engine(model).combine(batch, Min(), schedule="recompute")
+        Engine(model).combine(list(batch), Min(), schedule="recompute")
         model(batch).float().sum().backward()
     assert all(p.grad is not None for p in model.parameters())
 
@@ -169,7 +169,8 @@ def test_half_precision_parameters_are_summed_in_float32() -> None:
     model = nn.Linear(1, 1, bias=False).bfloat16()
     engine = Engine(model)
     batch = torch.ones(300, 1, dtype=torch.bfloat16)
-    engine.combine(batch, lambda y: y.float().sum(), schedule="recompute").prediction.backward()
+    rule = lambda y: y.float().sum()  # noqa: E731
+    engine.combine(list(batch), rule, schedule="recompute").prediction.backward()
     assert model.weight.grad is not None
     assert model.weight.grad.item() == 300
 
@@ -180,7 +181,7 @@ def test_sparse_gradients_are_combined() -> None:
     dense: list[Tensor] = []
     for schedule in SCHEDULES:
         model.zero_grad()
-        Engine(model).combine(batch, Mean(), schedule=schedule).prediction.backward()
+        Engine(model).combine(list(batch), Mean(), schedule=schedule).prediction.backward()
         gradient = model[0].weight.grad
         assert gradient is not None
         assert gradient.is_sparse
@@ -191,7 +192,7 @@ def test_sparse_gradients_are_combined() -> None:
 
 def _gradient(model: nn.Module, batch: Tensor, rule: Any, schedule: str) -> Tensor:
     model.zero_grad()
-    prediction, _ = Engine(model).combine(batch, rule, schedule=schedule)
+    prediction, _ = Engine(model).combine(list(batch), rule, schedule=schedule)
     prediction.square().backward()
     return _flat(model)
 

@@ -59,7 +59,8 @@ def test_drawn_groups_match_autograd(
 
 def test_a_rule_that_is_trained_sees_one_group_at_a_time() -> None:
     model, poses = nn.Linear(FEATURES, 3), torch.randn(sum(SIZES), FEATURES)
-    assert_matches_autograd(model, poses, AttentionPooling(3), groups=SIZES)
+    for batch in (poses, list(poses)):
+        assert_matches_autograd(model, batch, AttentionPooling(3), groups=SIZES)
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
@@ -70,13 +71,13 @@ def test_a_call_for_eight_compounds_equals_eight_calls(rule: Combination, schedu
     targets = torch.randn(8, dtype=torch.float64)
 
     together, per_pose = engine.combine(
-        poses.flatten(0, 1), rule, groups=[16] * 8, schedule=schedule
+        list(poses.flatten(0, 1)), rule, groups=[16] * 8, schedule=schedule
     )
     (together - targets).square().mean().backward()
     found = [p.grad for p in model.parameters()]
     model.zero_grad()
     for i, group in enumerate(poses):
-        alone, own = engine.combine(group, rule, schedule=schedule)
+        alone, own = engine.combine(list(group), rule, schedule=schedule)
         torch.testing.assert_close(alone, together[i], rtol=1e-12, atol=1e-12)
         torch.testing.assert_close(own, per_pose[16 * i : 16 * i + 16], rtol=1e-12, atol=1e-12)
         ((alone - targets[i]).square() / 8).backward()
@@ -94,7 +95,7 @@ def test_the_order_of_poses_and_groups_does_not_matter(schedule: str) -> None:
 
     def gradient(batch: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:
         model.zero_grad()
-        prediction, _ = engine.combine(batch, Min(1.5), groups=groups, schedule=schedule)
+        prediction, _ = engine.combine(list(batch), Min(1.5), groups=groups, schedule=schedule)
         prediction.square().sum().backward()
         return prediction.detach(), model.weight.grad.clone()
 
@@ -114,7 +115,7 @@ def test_skipping_looks_at_each_group_by_itself() -> None:
     model = nn.Linear(1, 1, bias=False)
     model.weight.data.fill_(1.0)
     poses = torch.tensor([[1.0], [9.0], [1.0], [9.0]])
-    prediction, _ = Engine(model).combine(poses, Min(1.0), groups=[2, 2], skip_below=0.1)
+    prediction, _ = Engine(model).combine(list(poses), Min(1.0), groups=[2, 2], skip_below=0.1)
     (prediction * torch.tensor([1.0, 1e-6])).sum().backward()
     weight = torch.softmax(-poses[:2, 0], 0)[0]
     torch.testing.assert_close(
@@ -178,7 +179,7 @@ def test_a_nan_in_one_group_names_the_pose() -> None:
 
 
 def test_the_plan_knows_of_groups() -> None:
-    engine, poses = Engine(nn.Linear(2, 1)), torch.randn(6, 2)
+    engine, poses = Engine(nn.Linear(2, 1)), list(torch.randn(6, 2))
     assert engine.plan(poses, Mean(), groups=[2, 4]).schedule == "recompute"
     streamed = engine.plan(poses, Mean(), groups=[2, 4], schedule="stream")
     assert streamed.holds == "2 running sums"

@@ -39,7 +39,7 @@ def test_a_hook_after_accumulation_runs_once(schedule: str) -> None:
     model, counts = MODELS["mlp"](), Counter[str]()
     for name, parameter in model.named_parameters():
         parameter.register_post_accumulate_grad_hook(lambda p, name=name: counts.update([name]))
-    Engine(model).combine(torch.randn(5, FEATURES), Mean(), schedule=schedule)[0].backward()
+    Engine(model).combine(list(torch.randn(5, FEATURES)), Mean(), schedule=schedule)[0].backward()
     assert set(counts.values()) == {1}
 
 

@@ -34,10 +34,10 @@ RULE = Min(20.0)  # a pose 100 above another weighs exactly zero
 Event = tuple[str, str, Tensor | None]
 
 
-def _poses(numbers: list[int], seed: int = 0) -> Tensor:
+def _poses(numbers: list[int], seed: int = 0) -> list[Tensor]:
     poses = torch.randn(len(numbers), 3, generator=torch.Generator("cpu").manual_seed(seed))
     poses[:, 0] = torch.tensor(numbers)
-    return poses.double()
+    return list(poses.double())
 
 
 def _watch(model: nn.Module, kinds: dict[str, str]) -> list[Event]:

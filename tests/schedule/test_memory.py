@@ -74,7 +74,7 @@ def test_ten_thousand_poses_in_one_call_take_the_memory_of_a_hundred(rule: Combi
 
 def test_nothing_is_kept_after_backward() -> None:
     model = nn.Linear(WIDTH, 1)
-    batch = torch.randn(20, WIDTH)
+    batch = list(torch.randn(20, WIDTH))
     engine = Engine(model)
     for schedule in ("retain", "store", "stream", "recompute"):
         model.weight.grad = model.bias.grad = None

@@ -25,7 +25,7 @@ def test_dropout_is_replayed_after_other_draws() -> None:
 
     model.zero_grad()
     torch.manual_seed(1)
-    prediction, _ = Engine(model).combine(batch, Min(1.0), schedule="recompute")
+    prediction, _ = Engine(model).combine(list(batch), Min(1.0), schedule="recompute")
     torch.rand(100)
     prediction.backward()
     torch.testing.assert_close(_flat(model), expected)
@@ -51,7 +51,7 @@ def test_dropout_that_puts_the_random_state_back_is_replayed() -> None:
 
     model.zero_grad()
     torch.manual_seed(1)
-    prediction, _ = Engine(model).combine(batch, Mean(), schedule="recompute")
+    prediction, _ = Engine(model).combine(list(batch), Mean(), schedule="recompute")
     torch.rand(100)
     prediction.backward()
     torch.testing.assert_close(_flat(model), expected)
@@ -79,7 +79,7 @@ def test_autocast_is_replayed_outside_its_block() -> None:
     dtypes = []
     model[0].register_forward_hook(lambda module, args, out: dtypes.append(out.dtype))
     with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
-        prediction, _ = Engine(model).combine(batch, Mean(), schedule="recompute")
+        prediction, _ = Engine(model).combine(list(batch), Mean(), schedule="recompute")
     prediction.backward()
     assert len(dtypes) == 12
     assert set(dtypes) == {torch.bfloat16}
@@ -95,7 +95,9 @@ def test_the_default_device_is_replayed() -> None:
         return model(pose).sum()
 
     with torch.device("meta"):
-        prediction, _ = Engine(model, predict=predict).combine(batch, Mean(), schedule="recompute")
+        prediction, _ = Engine(model, predict=predict).combine(
+            list(batch), Mean(), schedule="recompute"
+        )
         prediction.backward()
     assert seen == ["meta"] * 12
 
@@ -120,7 +122,7 @@ def test_buffers_changed_after_combine_do_not_disturb_the_replay() -> None:
     expected = _flat(model)
 
     model.zero_grad()
-    prediction, _ = Engine(model).combine(batch, Mean(), schedule="recompute")
+    prediction, _ = Engine(model).combine(list(batch), Mean(), schedule="recompute")
     model.train()(5 + torch.randn(9, FEATURES, dtype=torch.float64))  # moves running statistics
     moved = model[1].running_mean.clone()
     prediction.backward()
@@ -183,7 +185,9 @@ class ForeignNoise(nn.Module):
 
 def test_noise_from_elsewhere_raises() -> None:
     model = ForeignNoise()
-    prediction, _ = Engine(model).combine(torch.randn(3, FEATURES), Mean(), schedule="recompute")
+    prediction, _ = Engine(model).combine(
+        list(torch.randn(3, FEATURES)), Mean(), schedule="recompute"
+    )
     with pytest.raises(ReplayError, match=r"pose\(s\) 0 gave .* instead of") as caught:
         prediction.backward()
     assert "schedule='stream'" in str(caught.value)
@@ -192,7 +196,7 @@ def test_noise_from_elsewhere_raises() -> None:
 
 def test_poses_changed_in_place_raise() -> None:
     model, batch = MODELS["mlp"](), [torch.randn(FEATURES) for _ in range(4)]
-    prediction, _ = Engine(model).combine(batch, Mean(), schedule="recompute")
+    prediction, _ = Engine(model).combine(list(batch), Mean(), schedule="recompute")
     batch[2].mul_(2)
     with pytest.raises(ReplayError, match=r"pose\(s\) 2 were modified in place"):
         prediction.backward()
@@ -230,7 +234,7 @@ class Remembering(nn.Module):
 def test_a_cache_between_poses_is_refused_not_lost(schedule: str) -> None:
     with pytest.raises(UntrackedTensorError, match="computed before this pose was scored"):
         Engine(Remembering()).combine(
-            torch.randn(3, FEATURES), Mean(), schedule=schedule
+            list(torch.randn(3, FEATURES)), Mean(), schedule=schedule
         ).prediction.backward()
 
 
@@ -252,12 +256,12 @@ class RememberingEach(Remembering):
 def test_a_cache_that_fills_later_is_refused_too(schedule: str) -> None:
     poses = torch.tensor([[1.0], [-1.0], [-2.0], [-3.0]]).expand(4, FEATURES)
     with pytest.raises(UntrackedTensorError, match="computed before this pose was scored"):
-        Engine(RememberingEach()).combine(poses, Min(), schedule=schedule)
+        Engine(RememberingEach()).combine(list(poses), Min(), schedule=schedule)
 
 
 def test_a_cache_between_poses_works_with_retain() -> None:
     model = Remembering()
-    Engine(model).combine(torch.randn(3, FEATURES), Mean(), schedule="retain")[0].backward()
+    Engine(model).combine(list(torch.randn(3, FEATURES)), Mean(), schedule="retain")[0].backward()
     assert model.pocket.weight.grad is not None
 
 
@@ -267,7 +271,7 @@ def test_a_replay_under_another_random_generator_state_is_bitwise() -> None:
     model[1].register_forward_hook(
         lambda module, args, out: seen[torch.is_grad_enabled()].append((out == 0).tolist())
     )
-    engine, batch = Engine(model), torch.randn(4, FEATURES)
+    engine, batch = Engine(model), list(torch.randn(4, FEATURES))
     engine.combine(batch, Mean(), schedule="recompute")
     seen[True].clear()
     prediction, _ = engine.combine(batch, Mean(), schedule="recompute")

@@ -61,7 +61,7 @@ def test_noise_in_a_small_prediction_beside_a_large_one_is_seen() -> None:
         return model(pose) if pose[0] < 1 else pose.sum()
 
     prediction, _ = Engine(model, predict=predict).combine(
-        torch.cat([poses, torch.full((1, FEATURES), 1e3)]), Mean(), schedule="recompute"
+        [*poses, torch.full((FEATURES,), 1e3)], Mean(), schedule="recompute"
     )
     with pytest.raises(ReplayError, match="instead of"):
         prediction.backward()
@@ -76,7 +76,7 @@ def test_a_last_bit_is_seen() -> None:
         return model(pose) * 0 + next(scores)
 
     engine = Engine(model, predict=predict)
-    prediction, _ = engine.combine(torch.randn(3, FEATURES), Mean(), schedule="recompute")
+    prediction, _ = engine.combine(list(torch.randn(3, FEATURES)), Mean(), schedule="recompute")
     with pytest.raises(ReplayError, match="instead of"):
         prediction.backward()
 

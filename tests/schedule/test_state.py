@@ -21,7 +21,7 @@ SCHEDULES = ["retain", "store", "stream", "recompute"]
 
 
 def _step(engine: Engine, batch: Tensor, schedule: str, rule: Combination) -> None:
-    engine.combine(batch, rule, schedule=schedule).prediction.square().backward()
+    engine.combine(list(batch), rule, schedule=schedule).prediction.square().backward()
 
 
 def _flat(model: nn.Module) -> Tensor:
@@ -58,7 +58,7 @@ def test_gradients_accumulate_over_compounds(schedule: str) -> None:
     torch.testing.assert_close(_flat(model), separate)
 
     model.zero_grad()  # one backward for all: their graphs, or what is left of them, coexist
-    parts = [engine.combine(b, Min(2.0), schedule=schedule).prediction for b in compounds]
+    parts = [engine.combine(list(b), Min(2.0), schedule=schedule).prediction for b in compounds]
     torch.stack([part.square() for part in parts]).sum().backward()
     torch.testing.assert_close(_flat(model), separate)
 
@@ -83,7 +83,7 @@ def test_a_forward_that_writes_to_a_parameter_does_not_make_it_stale(
     torch.manual_seed(1)
     model = _embedded()
     first, second = (
-        Engine(model).combine(group, Min(2.0), schedule=name).prediction
+        Engine(model).combine(list(group), Min(2.0), schedule=name).prediction
         for group, name in zip(poses, (schedule, then), strict=True)
     )
     first.backward(retain_graph=True)
@@ -96,7 +96,7 @@ def test_combine_leaves_grad_alone_until_backward(schedule: str) -> None:
     model = MODELS["mlp"]()
     for p in model.parameters():
         p.grad = torch.ones_like(p)
-    prediction, _ = Engine(model).combine(torch.randn(4, FEATURES), Mean(), schedule=schedule)
+    prediction, _ = Engine(model).combine(list(torch.randn(4, FEATURES)), Mean(), schedule=schedule)
     assert bool((_flat(model) == 1).all())
     prediction.backward()
     assert not bool((_flat(model) == 1).all())
@@ -114,7 +114,7 @@ def test_unused_and_frozen_parameters_keep_grad_none(schedule: str) -> None:
 @pytest.mark.parametrize("schedule", ["store", "stream", "recompute"])
 def test_backward_twice_accumulates_if_the_graph_is_kept(schedule: str) -> None:
     model, batch = MODELS["mlp"]().double(), torch.randn(4, FEATURES, dtype=torch.float64)
-    prediction, _ = Engine(model).combine(batch, Mean(), schedule=schedule)
+    prediction, _ = Engine(model).combine(list(batch), Mean(), schedule=schedule)
     prediction.backward(retain_graph=True)
     once = _flat(model).clone()
     prediction.backward()
@@ -124,7 +124,7 @@ def test_backward_twice_accumulates_if_the_graph_is_kept(schedule: str) -> None:
 @pytest.mark.parametrize("schedule", ["store", "stream"])
 def test_gradients_are_freed_by_backward_like_a_graph(schedule: str) -> None:
     model = MODELS["mlp"]()
-    prediction, _ = Engine(model).combine(torch.randn(4, FEATURES), Mean(), schedule=schedule)
+    prediction, _ = Engine(model).combine(list(torch.randn(4, FEATURES)), Mean(), schedule=schedule)
     prediction.backward()
     with pytest.raises(RuntimeError, match="backward through the graph a second time"):
         prediction.backward()
@@ -210,7 +210,7 @@ def _check_survives(model: Failing, schedule: str, message: str, *, ran: bool) -
 
 def test_a_failing_pose_is_named() -> None:
     with pytest.raises(ArithmeticError) as caught:
-        Engine(Failing(forward=3)).combine(torch.randn(5, FEATURES), Mean())
+        Engine(Failing(forward=3)).combine(list(torch.randn(5, FEATURES)), Mean())
     assert any("while scoring pose 2" in note for note in caught.value.__notes__)
 
 
@@ -300,7 +300,7 @@ def test_models_can_be_copied_and_pickled_while_an_engine_lives() -> None:
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_two_engines_on_one_model(schedule: str) -> None:
     model, batch = MODELS["mlp"]().double(), torch.randn(4, FEATURES, dtype=torch.float64)
-    first, second = Engine(model), Engine(model, chunk_size=2)
+    first, second = Engine(model, chunk_size=1), Engine(model, chunk_size=2)
     results = [e.combine(batch, Mean(), schedule=schedule).prediction for e in (first, second)]
     sum(results).backward()
     both = _flat(model).clone()
@@ -312,7 +312,7 @@ def test_two_engines_on_one_model(schedule: str) -> None:
 def _with_dropout(draw: Callable[[], object], schedule: str) -> Tensor:
     torch.manual_seed(5)
     model, batch = MODELS["dropout"](), torch.randn(4, FEATURES)
-    prediction, _ = Engine(model).combine(batch, Mean(), schedule=schedule)
+    prediction, _ = Engine(model).combine(list(batch), Mean(), schedule=schedule)
     draw()
     prediction.backward()
     return torch.rand(3)
@@ -334,7 +334,7 @@ def test_backward_moves_no_random_state_of_anybody() -> None:
         return model(pose) + 0 * (random.random() + np.random.rand() + torch.rand(1))
 
     engine = Engine(model, predict=predict)
-    prediction, _ = engine.combine(torch.randn(4, FEATURES), Mean(), schedule="recompute")
+    prediction, _ = engine.combine(list(torch.randn(4, FEATURES)), Mean(), schedule="recompute")
     before = random.getstate(), np.random.get_state()[1].copy(), torch.get_rng_state()
     prediction.backward()
     assert random.getstate() == before[0]

@@ -23,19 +23,19 @@ from tests.models import FEATURES, MODELS
 DEFERRED = ["store", "stream", "recompute"]
 
 
-def _poses(count: int = 5) -> Tensor:
-    return torch.randn(count, FEATURES)
+def _poses(count: int = 5) -> list[Tensor]:
+    return list(torch.randn(count, FEATURES))
 
 
 def test_a_weight_tied_across_two_modules_is_counted_once() -> None:
     a, b = nn.Linear(FEATURES, 1), nn.Linear(FEATURES, 1)
     b.weight = a.weight
-    batch = _poses()
+    batch = torch.stack(_poses())
     (expected,) = torch.autograd.grad(Mean()((a(batch) + b(batch))[:, 0]), a.weight)
     for schedule in DEFERRED:
         a.zero_grad()
         engine = Engine(a, b, predict=lambda a, b, x: a(x) + b(x))
-        engine.combine(batch, Mean(), schedule=schedule).prediction.backward()
+        engine.combine(list(batch), Mean(), schedule=schedule).prediction.backward()
         torch.testing.assert_close(a.weight.grad, expected)
 
 
@@ -86,7 +86,7 @@ class Annotating(nn.Module):
 @pytest.mark.parametrize("reuse", [False, True])
 @pytest.mark.parametrize("schedule", DEFERRED)
 def test_a_model_that_writes_into_its_poses(reuse: bool, schedule: str) -> None:
-    model, engine_poses = Annotating(reuse=reuse).double(), _poses().double()
+    model, engine_poses = Annotating(reuse=reuse).double(), [x.double() for x in _poses()]
     expected = torch.autograd.grad(
         Min(2.0)(torch.cat([model({"x": x}) for x in engine_poses])), list(model.parameters())
     )
@@ -122,7 +122,8 @@ def test_coupled_poses_whose_predictions_hide_it(chunk_size: int) -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.linear(x) + self.gate * x.mean(0).sum()
 
-    assert_matches_autograd(Gated(), _poses(12), TopK(3), chunk_size=chunk_size)
+    poses = torch.stack(_poses(12))
+    assert_matches_autograd(Gated(), poses, TopK(3), chunk_size=chunk_size)
 
 
 class Island(nn.Module):
@@ -140,10 +141,10 @@ class Island(nn.Module):
 
 @pytest.mark.parametrize("schedule", DEFERRED)
 def test_a_float32_island_is_differentiated_in_float32(schedule: str) -> None:
-    model, batch = Island(), _poses()
+    model, batch = Island(), torch.stack(_poses())
     expected = torch.autograd.grad(Min(1.0)(model(batch)[:, 0]), list(model.parameters()))
     with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
-        prediction, _ = Engine(model).combine(batch, Min(1.0), schedule=schedule)
+        prediction, _ = Engine(model).combine(list(batch), Min(1.0), schedule=schedule)
     prediction.backward()
     torch.testing.assert_close([p.grad for p in model.parameters()], list(expected))
 
@@ -225,7 +226,7 @@ def test_predictions_that_disagree_are_named_by_every_schedule(schedule: str) ->
 @pytest.mark.parametrize("schedule", DEFERRED)
 def test_inference_tensors_can_be_poses(schedule: str) -> None:
     with torch.inference_mode():
-        batch: Any = list(_poses())
+        batch: Any = _poses()
     model = MODELS["mlp"]()
     Engine(model).combine([x.clone() for x in batch], Mean(), schedule=schedule)[0].backward()
     assert model[0].weight.grad is not None

@@ -113,7 +113,7 @@ def test_skip_below_leaves_out_light_poses() -> None:
 def test_no_grad_costs_the_forwards_alone() -> None:
     model = Tallied()
     with torch.no_grad():
-        prediction, per_pose = Engine(model).combine(SHUFFLED, Mean())
+        prediction, per_pose = Engine(model).combine(list(SHUFFLED), Mean())
     assert dict(model.counts) == {"without graph": 32}
     assert not prediction.requires_grad
     assert not per_pose.requires_grad
@@ -121,7 +121,7 @@ def test_no_grad_costs_the_forwards_alone() -> None:
 
 def test_a_loss_that_ignores_the_result_costs_no_backward() -> None:
     model = Tallied()
-    prediction, _ = Engine(model).combine(SHUFFLED, Min(), schedule="recompute")
+    prediction, _ = Engine(model).combine(list(SHUFFLED), Min(), schedule="recompute")
     assert dict(model.counts) == {"with graph": 32}  # an engine's first group
     (0 * prediction).backward()
     assert model.counts["backwards"] == 0
@@ -135,7 +135,9 @@ def test_every_gradient_left_out_is_bounded() -> None:
 
     def gradient(skip_below: float) -> Tensor:
         model.zero_grad()
-        engine.combine(batch, Min(1.0), skip_below=skip_below, schedule="recompute")[0].backward()
+        engine.combine(list(batch), Min(1.0), skip_below=skip_below, schedule="recompute")[
+            0
+        ].backward()
         assert model.weight.grad is not None
         return model.weight.grad.clone()
 
@@ -160,7 +162,7 @@ def test_the_jacobian_of_groups_replays_each_pose_once(silent: bool) -> None:
     poses = torch.randn(sum(sizes), FEATURES, dtype=torch.float64)
 
     def losses() -> Tensor:
-        found = engine.combine(poses, Min(2.0), groups=sizes, schedule="recompute").prediction
+        found = engine.combine(list(poses), Min(2.0), groups=sizes, schedule="recompute").prediction
         factors = torch.tensor([1.0, 0.0, 2.0, 3.0] if silent else [1.0, 4.0, 2.0, 3.0])
         return found.square() * factors
 

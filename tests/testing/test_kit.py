@@ -101,7 +101,7 @@ class _Lying(nn.Module):
 
 def test_a_model_that_disagrees_with_itself_is_caught() -> None:
     with pytest.raises((AssertionError, RuntimeError), match=r"per_pose|Scored again"):
-        assert_matches_autograd(_Lying(), torch.randn(4, FEATURES), Mean())
+        assert_matches_autograd(_Lying(), list(torch.randn(4, FEATURES)), Mean())
 
 
 def test_the_oracle_touches_nothing() -> None:
@@ -119,7 +119,7 @@ def test_a_wrong_engine_would_be_caught(monkeypatch: pytest.MonkeyPatch) -> None
 
     monkeypatch.setattr(recompute, "flush_denormals", lambda weights: 1.001 * weights)
     with pytest.raises(AssertionError, match=r"schedule='recompute', module 0, .*grad"):
-        assert_matches_autograd(MODELS["mlp"](), torch.randn(4, FEATURES), Mean())
+        assert_matches_autograd(MODELS["mlp"](), list(torch.randn(4, FEATURES)), Mean())
 
 
 def test_peak_bytes_count_new_tensors_once() -> None:

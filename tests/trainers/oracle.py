@@ -9,7 +9,7 @@ from posegrad import Boltzmann, Combination, Mean, Min
 from posegrad.testing._seeded import seeded
 
 FEATURES = 6
-Compound = tuple[Tensor, Tensor]
+Compound = tuple[Tensor | list[Tensor], Tensor]
 """Stacked poses `[m, 6]`, and the target of the compound."""
 
 

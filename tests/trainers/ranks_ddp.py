@@ -136,7 +136,7 @@ def _routed(rank: int, step: int = 0) -> Compound:
     """Poses of one rank all go to one expert, another one in each step."""
     poses, target = compounds(2)[rank]
     poses[:, -1] = (rank + step) % 3
-    return poses, target
+    return list(poses), target
 
 
 @pytest.mark.parametrize("options", ["plain", "bucket views", "find unused", "static graph"])

@@ -3,9 +3,10 @@
 from posegrad.capture._edges import EdgeRegistry
 from posegrad.capture._gather import Gatherer
 from posegrad.capture._guard import alone, failures_named, grad_set_aside, leaf_hooks_off
+from posegrad.capture._mixing import mixing_modules
 from posegrad.capture._modules import Roster, Wanted, check_modules
 from posegrad.capture._outlook import Outlook
-from posegrad.capture._tracked import check_tracked, graph_clock, is_row_of_leaf, leaf_of_row
+from posegrad.capture._tracked import check_tracked, graph_clock, is_slice_of_leaf, leaf_of_slice
 from posegrad.capture._wrapped import check_no_talk, unwrapped
 
 __all__ = [
@@ -21,8 +22,9 @@ __all__ = [
     "failures_named",
     "grad_set_aside",
     "graph_clock",
-    "is_row_of_leaf",
+    "is_slice_of_leaf",
     "leaf_hooks_off",
-    "leaf_of_row",
+    "leaf_of_slice",
+    "mixing_modules",
     "unwrapped",
 ]

@@ -94,6 +94,10 @@ class Roster:
             self._within_lists = all(map(_lists_all, self._within))
         return self._named
 
+    def parts(self) -> Sequence[nn.Module]:
+        """All modules inside, the modules themselves too, as of the last call of `named`."""
+        return self._within
+
     def trainable(self, wanted: Wanted = None, *, real: bool = True) -> dict[str, nn.Parameter]:
         """The trainable parameters, each once; only those wanted, if any are named.
 

@@ -16,13 +16,13 @@ from torch.autograd.graph import Node, get_gradient_edge
 
 from posegrad._compat import made_at, multithreading, set_multithreading
 from posegrad._restoring import Change
-from posegrad.capture._cuts import unbound
+from posegrad.capture._cuts import parted, unbound
 from posegrad.capture._dtypes import carries_float16
 from posegrad.capture._edges import LEAF, walk
 from posegrad.capture._operators import kind_of
 from posegrad.errors import UntrackedTensorError
 
-__all__ = ["Tracked", "check_tracked", "graph_clock", "is_row_of_leaf", "leaf_of_row"]
+__all__ = ["Tracked", "check_tracked", "graph_clock", "is_slice_of_leaf", "leaf_of_slice"]
 
 
 class Tracked(NamedTuple):
@@ -85,15 +85,15 @@ def check_tracked(output: Tensor, known: Collection[int], since: int) -> Tracked
     return Tracked(narrow, leaves)
 
 
-def is_row_of_leaf(tensor: Tensor) -> bool:
-    """Whether a tensor is one of the rows of a stacked leaf."""
-    return leaf_of_row(tensor) is not None
+def is_slice_of_leaf(tensor: Tensor) -> bool:
+    """Whether a tensor is a row or a slice of a stacked leaf."""
+    return leaf_of_slice(tensor) is not None
 
 
-def leaf_of_row(tensor: Tensor) -> Tensor | None:
-    """The stacked leaf that a tensor is a row of; None if it is none."""
+def leaf_of_slice(tensor: Tensor) -> Tensor | None:
+    """The stacked leaf that a tensor is a row or a slice of; None if it is none."""
     node = tensor.grad_fn
-    if node is None or kind_of(node.name()).cuts is not unbound:
+    if node is None or kind_of(node.name()).cuts not in (unbound, parted):
         return None
     stacked = node.next_functions[0][0]
     return _variable(stacked) if type(stacked) is LEAF else None

@@ -7,10 +7,17 @@ from torch import Tensor
 
 from posegrad.errors import listed
 
-__all__ = ["coupled_message", "disagreement_message", "nan_message", "nested_message"]
+__all__ = [
+    "coupled_message",
+    "disagreement_message",
+    "modules_of",
+    "nan_message",
+    "nested_message",
+]
 
 
-def _modules_of(names: Sequence[str]) -> str:
+def modules_of(names: Sequence[str]) -> str:
+    """The modules that hold some parameters, for a message."""
     modules = [module for module, _ in groupby(name.rpartition(".")[0] or name for name in names)]
     return ", ".join(modules[:8]) + (f" and {len(modules) - 8} more" if len(modules) > 8 else "")
 
@@ -19,7 +26,7 @@ def coupled_message(names: Sequence[str]) -> str:
     """Poses depend on each other."""
     return (
         f"The predictions of different poses depend on each other through the activations of: "
-        f"{_modules_of(names)}. Batch statistics or a mean over the batch do that. Their per-pose "
+        f"{modules_of(names)}. Batch statistics or a mean over the batch do that. Their per-pose "
         f"gradients are exact, but take one backward through the graph for each prediction."
     )
 
@@ -30,7 +37,7 @@ def nan_message(names: Sequence[str], output: Tensor) -> str:
     shown = [place[0] if len(place) == 1 else place for place in places]
     where = f", as the output is at {listed(shown)}" if shown else ""
     return (
-        f"Gradients are nan or infinite at the activations of: {_modules_of(names)}{where}. Whose "
+        f"Gradients are nan or infinite at the activations of: {modules_of(names)}{where}. Whose "
         f"they are cannot be told then, so this Jacobian takes one backward through the graph for "
         f"each number of the output."
     )
@@ -40,7 +47,7 @@ def disagreement_message(names: frozenset[str]) -> str:
     """Rows were not those of autograd."""
     return (
         f"The per-pose gradients read off the graph do not add up to autograd's for: "
-        f"{_modules_of(sorted(names))}. A hook or a custom backward that is not linear does that. "
+        f"{modules_of(sorted(names))}. A hook or a custom backward that is not linear does that. "
         f"They are taken by slower, exact ways from now on."
     )
 

@@ -31,7 +31,7 @@ def memory(plans: Plan | Sequence[Plan], *, ax: Axes | None = None) -> Axes:
 
     Example:
         >>> engine = Engine(nn.Linear(255, 1))
-        >>> poses = torch.zeros(64, 255)
+        >>> poses = list(torch.zeros(64, 255))
         >>> schedules = ("retain", "store", "stream", "recompute")
         >>> ax = plot.memory([engine.plan(poses, Mean(), schedule=name) for name in schedules])
         >>> [int(bar.get_width()) for bar in ax.patches]

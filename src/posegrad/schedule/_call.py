@@ -5,7 +5,6 @@ from dataclasses import dataclass, replace
 from itertools import chain, islice
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from posegrad._compat import has_hooks
@@ -13,11 +12,13 @@ from posegrad.capture import check_no_talk
 from posegrad.combination import Combination
 from posegrad.combination._base import Rule
 from posegrad.combination._groups import Grouped, Groups
-from posegrad.errors import NoPosesError, RankError, ShapeMismatchError, listed
+from posegrad.errors import NoPosesError, RankError, listed
 from posegrad.ranks import Ranks
-from posegrad.schedule._chunks import ChunkSize, checked, in_chunks
-from posegrad.schedule._plan import Plan, Request, choose, chunks_in, count_of, describe
-from posegrad.schedule._poses import Pose, check_poses, each_pose
+from posegrad.schedule._apart import Apart
+from posegrad.schedule._batch import Batch, as_batch
+from posegrad.schedule._chunks import ChunkSize, Portion, checked, in_portions, sizes_of, sliced
+from posegrad.schedule._plan import Plan, Request, choose, chunks_in, count_to_plan, describe
+from posegrad.schedule._poses import Pose
 from posegrad.schedule._replay import scales_float16
 from posegrad.schedule._session import Scorer
 from posegrad.weighting._rules import rule_of_predictions
@@ -35,16 +36,18 @@ class Call:
         request: What the choice of a schedule looks at; its rule is that for all groups.
         groups: Of this rank's poses, if there are several groups.
         named: The model's parameters.
+        parts: All modules of the model.
         has_hooks: Whether a parameter of the model or the rule has some, on any rank. All poses are
             scored with graphs then: only these tell whether plain autograd would run them.
         ranks: Who make this call together, if the group is shared.
     """
 
     scorer: Scorer
-    chunks: Iterator[list[Pose]]
+    chunks: Iterator[Portion]
     request: Request
     groups: Groups | None
     named: Mapping[str, nn.Parameter]
+    parts: Sequence[nn.Module]
     has_hooks: bool
     ranks: Ranks | None = None
 
@@ -59,9 +62,10 @@ class Setting:
         chunk_size: How many are joined.
         ranks: Who share every group of poses, if anyone does.
         named: Looks up the model's parameters; raises what forbids a call, such as a closed engine.
+        parts: Lists all modules inside, once that was asked.
 
     Raises:
-        ValueError: if `chunk_size` is below 1.
+        ValueError: if `chunk_size` is none.
     """
 
     def __init__(
@@ -72,6 +76,7 @@ class Setting:
         chunk_size: ChunkSize,
         ranks: Ranks | None,
         named: Callable[[], Mapping[str, nn.Parameter]],
+        parts: Callable[[], Sequence[nn.Module]],
     ) -> None:
         self._modules = modules
         self._predict = predict
@@ -79,6 +84,8 @@ class Setting:
         self._chunk_size = checked(chunk_size)
         self._ranks = ranks
         self._named = named
+        self._parts = parts
+        self._apart = Apart(modules, named, parts)
 
     def call(
         self,
@@ -101,13 +108,14 @@ class Setting:
             named = self._named()
             if ranks is not None:
                 check_no_talk(self._modules, sharded=ranks.sharded)
-            scorer = self.scorer(poses)
-            count, chunks = self.chunks(poses, may_be_none=not alone)
-            of_own = _groups_of(groups, poses, all_here=alone)
+            scorer, batch = self.scorer(), as_batch(poses)
+            several, chunks = self.chunks(poses, batch, scorer, may_be_none=not alone)
+            of_own = _groups_of(groups, _count_of(poses, batch), all_here=alone)
             whole = _rule_of(rule, of_own if alone else None)
-            request = self._request(whole, schedule, skip_below, count)
-            hooked = any(map(has_hooks, chain(named.values(), whole.parameters())))
-            return Call(scorer, chunks, request, of_own, named, hooked)
+            request = self._request(whole, schedule, skip_below, one_chunk=not several)
+            tracked = chain(named.values(), whole.parameters())
+            hooked = choose(request)[0] != "retain" and any(map(has_hooks, tracked))
+            return Call(scorer, chunks, request, of_own, named, self._parts(), hooked)
 
         return own() if ranks is None else _together(ranks, own)
 
@@ -122,62 +130,62 @@ class Setting:
     ) -> Plan:
         """What such a call would do, for poses that have a length."""
         self._how_scored()
-        check_poses(poses)
-        count = count_of(poses)
-        chunks = chunks_in(poses, count, self._chunk_size)
-        whole = _rule_of(rule, _groups_of(groups, poses, all_here=self._ranks is None))
-        request = self._request(whole, schedule, skip_below, chunks)
+        batch = as_batch(poses)
+        count = count_to_plan(poses, _count_of(poses, batch))
+        chunks = chunks_in(poses, batch, count, self._chunk_size)
+        whole = _rule_of(rule, _groups_of(groups, count, all_here=self._ranks is None))
+        request = self._request(whole, schedule, skip_below, one_chunk=chunks == 1)
         return describe(request, count, chunks, parameters)
 
-    def scorer(self, poses: Iterable[Pose] | Tensor) -> Scorer:
-        """How these poses are scored.
+    def scorer(self) -> Scorer:
+        """How poses are scored.
 
         Raises:
-            PosesError: if they are a mapping or a graph.
-            ShapeMismatchError: if they are a tensor without rows.
-            ValueError: if they must be joined, or pass through several modules, and nobody said
-                how.
+            ValueError: if they must pass through several modules, and nobody said how.
         """
-        predict = self._how_scored()
-        check_poses(poses)
-        if isinstance(poses, Tensor) and poses.ndim == 0:
-            raise ShapeMismatchError(
-                "The poses are a tensor without dimensions; its rows would be the poses.\n"
-                "Pass a stacked tensor [m, ...] or a list of poses."
-            )
-        collate = self._collate
-        if collate is None and self._chunk_size != 1:
-            if not isinstance(poses, Tensor):
-                raise ValueError(
-                    f"chunk_size is {self._chunk_size} and the poses come as a "
-                    f"{type(poses).__name__}, so the engine must know how to join them. Pass "
-                    f"Engine(..., collate=torch.stack), PyG's Batch.from_data_list, or a stacked "
-                    f"tensor of poses."
-                )
-            collate = torch.stack
-        return Scorer(self._modules, predict, collate)
+        return Scorer(self._modules, self._how_scored(), self._collate)
 
     def chunks(
-        self, poses: Iterable[Pose] | Tensor, *, may_be_none: bool = False
-    ) -> tuple[int, Iterator[list[Pose]]]:
-        """The poses in chunks, and whether these are one or more (1 or 2).
+        self,
+        poses: Iterable[Pose],
+        batch: Batch | None,
+        scorer: Scorer,
+        *,
+        may_be_none: bool = False,
+    ) -> tuple[bool, Iterator[Portion]]:
+        """Whether there are several chunks, and these.
 
         Args:
             poses: As users state them.
+            batch: What `as_batch` makes of them.
+            scorer: Runs the model.
             may_be_none: Whether other ranks may have poses where this one has none.
 
         Raises:
             NoPosesError: if there are none.
+            ValueError: if they must be joined, and nobody said how.
         """
-        chunks = in_chunks(each_pose(poses), self._chunk_size)
-        opening = list(islice(chunks, 2))
-        if not opening and not may_be_none:
+        size = self._chunk_size
+        chunks: Iterator[Portion]
+        if batch is None:
+            walked = in_portions(poses, size, joins=self._collate is not None or size not in _ALONE)
+            opening = list(islice(walked, 2))
+            count, chunks = len(opening), chain(opening, walked)
+        else:
+            sizes = sizes_of(batch, size)
+            count, chunks = len(sizes), sliced(batch, sizes)
+            if size == "auto" and not self._is_sharded():
+                chunks = self._apart.shown(chunks, sizes, batch, scorer)
+        if not count and not may_be_none:
             raise NoPosesError(
                 "There are no poses: a combination of none is undefined.\n"
                 "Leave compounds without poses out of the loop. A generator that was used once is "
                 "empty: make a list of it."
             )
-        return len(opening), chain(opening, chunks)
+        return count > 1, chunks
+
+    def _is_sharded(self) -> bool:
+        return self._ranks is not None and self._ranks.sharded
 
     def _how_scored(self) -> Callable[..., Any]:
         """What the modules and a pose are handed to."""
@@ -189,16 +197,24 @@ class Setting:
             )
         return self._predict or nn.Module.__call__
 
-    def _request(self, rule: Combination, schedule: str, skip_below: float, chunks: int) -> Request:
-        return Request(
+    def _request(
+        self, rule: Combination, schedule: str, skip_below: float, *, one_chunk: bool
+    ) -> Request:
+        request = Request(
             rule,
             schedule,
             skip_below,
-            one_chunk=chunks == 1,
-            scales_float16=scales_float16(self._modules),
+            one_chunk=one_chunk,
+            scales_float16=False,
             shared=self._ranks is not None,
-            sharded=self._ranks is not None and self._ranks.sharded,
+            sharded=self._is_sharded(),
         )
+        if choose(request)[0] == "retain":  # plain autograd, whatever the model does
+            return request
+        return replace(request, scales_float16=scales_float16(self._parts()))
+
+
+_ALONE = (1, "auto")  # chunk sizes under which poses that are walked come one by one
 
 
 def _together(ranks: Ranks, make: Callable[[], Call]) -> Call:
@@ -252,14 +268,21 @@ def _check_agreed(outlines: Sequence[dict[str, object]]) -> None:
         )
 
 
+def _count_of(poses: object, batch: Batch | None) -> int | None:
+    """The number of poses, as far as they say."""
+    if batch is not None:
+        return batch.count
+    return len(poses) if isinstance(poses, Sized) else None
+
+
 def _groups_of(
-    groups: Tensor | Sequence[int] | None, poses: object, *, all_here: bool = True
+    groups: Tensor | Sequence[int] | None, count: int | None, *, all_here: bool = True
 ) -> Groups | None:
     """The groups of one call.
 
     Args:
         groups: As users state them.
-        poses: Whose they are.
+        count: The number of poses, if it is known.
         all_here: Whether each must have a pose here; it may have some on other ranks.
 
     Raises:
@@ -269,8 +292,8 @@ def _groups_of(
     if groups is None:
         return None
     owners = Groups.of(groups) if all_here else Groups.some_of(groups)
-    if isinstance(poses, Sized):
-        owners.check(len(poses))
+    if count is not None:
+        owners.check(count)
     return owners
 
 

@@ -1,16 +1,30 @@
-"""How many poses are scored together: a number of them, or as many as a budget of atoms allows."""
+"""Which poses are scored together: slices of a batch, or a few of those that are walked."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from numbers import Real
-from typing import final
+from typing import Any, Literal, final
 
 from torch import Tensor
 
-from posegrad.schedule._poses import Pose
+from posegrad.schedule._batch import Batch
+from posegrad.schedule._poses import Pose, copied, tensors_of
 
-__all__ = ["Budget", "ChunkSize", "checked", "in_chunks"]
+__all__ = [
+    "Budget",
+    "ChunkSize",
+    "Portion",
+    "checked",
+    "in_chunks",
+    "in_portions",
+    "sizes_of",
+    "sliced",
+]
+
+_MOST_BYTES = 2**30  # that the graph of one chunk may take, if nobody says how many poses are one
+
+_BYTES_OF_GRAPH = 2**12  # for each byte of a pose, until it is measured
 
 
 @final
@@ -93,32 +107,97 @@ class Budget:
         return size
 
 
-ChunkSize = int | Budget
+ChunkSize = int | Budget | Literal["auto"]
 """How poses are divided into chunks."""
 
 
-def checked(chunk_size: ChunkSize) -> ChunkSize:
-    """Refuses what is neither a budget nor a whole number from 1.
+@final
+@dataclass(frozen=True)
+class Portion:
+    """Poses that are scored in one forward.
+
+    Args:
+        poses: One by one; or, of a batch, one slice.
+        count: How many they are.
+        how: What the model is called with: the pose `"alone"`, all of them `"joined"`, or the
+            `"slice"`.
+    """
+
+    poses: list[Pose]
+    count: int
+    how: Literal["alone", "joined", "slice"]
+
+    def copied(self) -> "Portion":
+        """With copies of the poses' containers, not of their tensors."""
+        return self.holding([copied(pose) for pose in self.poses])
+
+    def holding(self, poses: list[Pose]) -> "Portion":
+        """The same with others in their places."""
+        return Portion(poses, self.count, self.how)
+
+    def tensors(self) -> list[Tensor]:
+        """Every tensor in it."""
+        return [tensor for pose in self.poses for tensor in tensors_of(pose)]
+
+
+def checked(chunk_size: Any) -> ChunkSize:
+    """Refuses what is neither a budget, nor a whole number from 1, nor `"auto"`.
 
     Raises:
         ValueError: if so.
     """
-    if isinstance(chunk_size, Budget):
-        return chunk_size
+    if isinstance(chunk_size, Budget) or chunk_size == "auto":
+        return chunk_size  # type: ignore[no-any-return]
     whole = isinstance(chunk_size, int) and not isinstance(chunk_size, bool)
     if not whole or chunk_size < 1:
         raise ValueError(
-            f"chunk_size is {chunk_size!r}, but it must be a whole number from 1, or a Budget."
+            f"chunk_size is {chunk_size!r}, but it must be a whole number from 1, a Budget, or "
+            f"'auto'."
         )
-    return chunk_size
+    return chunk_size  # type: ignore[no-any-return]
+
+
+def in_portions(poses: Iterable[Pose], chunk_size: ChunkSize, *, joins: bool) -> Iterator[Portion]:
+    """Poses that are walked, forward by forward; `joins` tells that also a single one is joined."""
+    for chunk in in_chunks(iter(poses), chunk_size):
+        yield Portion(chunk, len(chunk), "joined" if joins else "alone")
+
+
+def sliced(batch: Batch, sizes: Sequence[int]) -> Iterator[Portion]:
+    """A batch in slices of these sizes."""
+    for piece, size in zip(batch.slices(sizes), sizes, strict=True):
+        yield Portion([piece], size, "slice")
+
+
+def sizes_of(batch: Batch, chunk_size: ChunkSize) -> list[int]:
+    """How many poses of a batch are in each chunk; only a budget looks at them one by one.
+
+    `"auto"` takes all at once if that is little, else as few chunks as are, of nearly equal size.
+    """
+    if isinstance(chunk_size, Budget):
+        poses = (batch.pose(number) for number in range(batch.count))
+        return [len(chunk) for chunk in _within(chunk_size, poses)]
+    if chunk_size != "auto":
+        whole, rest = divmod(batch.count, chunk_size)
+        return [chunk_size] * whole + [rest] * (rest > 0)
+    if not batch.count:
+        return []
+    most = _MOST_BYTES // _BYTES_OF_GRAPH * batch.count // max(1, batch.bytes())
+    chunks = -(-batch.count // max(1, most))
+    least, larger = divmod(batch.count, chunks)
+    return [least + 1] * larger + [least] * (chunks - larger)
 
 
 def in_chunks(poses: Iterator[Pose], chunk_size: ChunkSize) -> Iterator[list[Pose]]:
-    """Consecutive poses, as many together as `chunk_size` says; the last chunk may be shorter."""
+    """Consecutive poses, as many together as `chunk_size` says; the last chunk may be shorter.
+
+    What is walked goes one by one if nobody says otherwise.
+    """
     if isinstance(chunk_size, Budget):
         yield from _within(chunk_size, poses)
         return
-    while chunk := list(islice(poses, chunk_size)):
+    size = 1 if chunk_size == "auto" else chunk_size
+    while chunk := list(islice(poses, size)):
         yield chunk
 
 

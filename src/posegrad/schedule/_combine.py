@@ -7,10 +7,11 @@ import torch
 from posegrad._restoring import restoring
 from posegrad.capture import Gatherer, check_no_talk
 from posegrad.combination._groups import ungrouped
+from posegrad.errors import NotDifferentiableError
 from posegrad.schedule._call import Call
 from posegrad.schedule._inputs import Inputs
 from posegrad.schedule._plan import Request, choose
-from posegrad.schedule._session import Combined, Session
+from posegrad.schedule._session import DETACHED, Combined, Session
 from posegrad.schedule.recompute import recompute
 from posegrad.schedule.retain import retain
 from posegrad.schedule.store import store
@@ -38,15 +39,17 @@ def run(call: Call, gatherer: Gatherer, *, wary: bool) -> tuple[Combined, bool]:
     torch.clear_autocast_cache()
     request, ranks = call.request, call.ranks
     name, _ = choose(request)
-    inputs = Inputs(call.named, ranks, call.scorer.modules)
     if name == "retain" or not (torch.is_grad_enabled() or request.sharded):
-        return retain(call.scorer, call.chunks, inputs, request.rule, ranks, call.groups), False
+        combined = retain(call.scorer, call.chunks, request.rule, ranks, call.groups)
+        if torch.is_grad_enabled() and not combined.per_pose.requires_grad:
+            _check_needless(call)
+        return combined, False
     if ranks is None:
         check_no_talk(call.scorer.modules, sharded=False)
     session = Session(
         call.scorer,
         call.chunks,
-        inputs,
+        Inputs(call.named, ranks, call.parts),
         wary=wary or call.has_hooks,
         ranks=ranks,
         groups=call.groups,
@@ -58,6 +61,16 @@ def run(call: Call, gatherer: Gatherer, *, wary: bool) -> tuple[Combined, bool]:
     if name == "store":
         return store(session, request.rule, gatherer), True
     return recompute(session, request.rule, skip_below=request.skip_below), True
+
+
+def _check_needless(call: Call) -> None:
+    """Refuses predictions without a graph where there is something to train.
+
+    Raises:
+        NotDifferentiableError: if there is.
+    """
+    if any(p.requires_grad for p in call.named.values()):
+        raise NotDifferentiableError(DETACHED)
 
 
 def _informed(request: Request, session: Session) -> Request:

@@ -5,10 +5,11 @@ from collections.abc import Callable, Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
+from posegrad._restoring import restoring
 from posegrad.capture import Gatherer
 from posegrad.errors import NotDifferentiableError, ShapeMismatchError
 from posegrad.jacobian import PoseJacobian
-from posegrad.schedule._poses import Pose
+from posegrad.schedule._chunks import Portion
 from posegrad.schedule._session import Scorer
 
 __all__ = ["FORMS", "Loss", "gather"]
@@ -19,10 +20,11 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 FORMS = ("auto", "factors", "dense")
 
 
+@restoring
 def gather(
     gatherer: Gatherer,
     scorer: Scorer,
-    chunks: Iterator[list[Pose]],
+    chunks: Iterator[Portion],
     parameters: Mapping[str, nn.Parameter],
     loss: Loss | None,
     form: str,
@@ -41,15 +43,15 @@ def gather(
         raise ValueError(f"form={form!r} is unknown; it is one of {', '.join(FORMS)}.")
     jacobians: list[PoseJacobian] = []
     count = 0
-    for poses in chunks:
+    for portion in chunks:
         with torch.enable_grad():
-            rows = scorer(poses, count)
+            rows = scorer(portion, count)
             if loss is not None:
                 rows = _of_loss(loss, rows, count)
         _check_alike(rows, jacobians, count)
         jacobian = gatherer.gather(rows, parameters, must_depend=False)
         jacobians.append(jacobian.in_form(form))
-        count += len(poses)
+        count += portion.count
     if not any(block.parts for jacobian in jacobians for block in jacobian.blocks.values()):
         raise NotDifferentiableError(
             "No prediction depends on a trainable parameter: the model detaches its result, or "

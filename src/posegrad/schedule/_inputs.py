@@ -12,13 +12,13 @@ from posegrad.capture import (
     alone,
     failures_named,
     grad_set_aside,
-    is_row_of_leaf,
+    is_slice_of_leaf,
     leaf_hooks_off,
-    leaf_of_row,
+    leaf_of_slice,
 )
 from posegrad.errors import StaleParametersError, UntrackedTensorError, listed
 from posegrad.ranks import Ranks
-from posegrad.schedule._poses import Pose, map_tensors, tensors_of
+from posegrad.schedule._poses import Pose, map_tensors
 
 __all__ = ["Inputs", "is_watched"]
 
@@ -35,7 +35,7 @@ class Inputs:
         ranks: Those over which gradients are summed, if there are any. Those of pose tensors are
             not, so such a tensor then must be a leaf: the parameters of an encoder upstream would
             be left with the gradient of this rank alone.
-        modules: The models.
+        modules: All modules of the models.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class Inputs:
         self.names = [name for name, _ in trained.values()]
         self._index = {id(tensor): i for i, tensor in enumerate(self.tensors)}
         self.ranks = ranks
-        self.modules = [part for module in modules for part in module.modules()]
+        self.modules = modules
         self._marks: list[tuple[int, int, bool]] | None = None
         self._copies: dict[int, Tensor] = {}
         limits = _limits(self.modules)
@@ -72,7 +72,7 @@ class Inputs:
         def leaf_of(tensor: Tensor) -> Tensor:
             if not tensor.requires_grad or id(tensor) in self.parameters:
                 return tensor
-            if self.ranks is not None and not (tensor.is_leaf or is_row_of_leaf(tensor)):
+            if self.ranks is not None and not (tensor.is_leaf or is_slice_of_leaf(tensor)):
                 raise UntrackedTensorError(_upstream_message(tensor))
             number = self._number_of(tensor)
             if number is None:
@@ -123,7 +123,7 @@ class Inputs:
 
         Those of sharded parameters are FSDP2's to run, which adds the gradient itself.
         """
-        return not (self.is_sharded() and number < self.parameter_count) and _is_watched(
+        return not (self.is_sharded() and number < self.parameter_count) and is_watched(
             self.tensors[number]
         )
 
@@ -224,13 +224,11 @@ class Inputs:
         return self._index.get(id(tensor))
 
 
-def is_watched(pose: Pose) -> bool:
-    """Whether a tensor of a pose that requires grad has hooks, or the leaf that it is a row of."""
-    return any(tensor.requires_grad and _is_watched(tensor) for tensor in tensors_of(pose))
-
-
-def _is_watched(tensor: Tensor) -> bool:
-    stacked = leaf_of_row(tensor)
+def is_watched(tensor: Tensor) -> bool:
+    """Whether a tensor that requires grad has hooks, or the leaf that it was cut out of."""
+    if not tensor.requires_grad:
+        return False
+    stacked = leaf_of_slice(tensor)
     return has_hooks(tensor) or (stacked is not None and has_hooks(stacked))
 
 

@@ -1,6 +1,6 @@
 """Which schedule runs, and what it costs."""
 
-from collections.abc import Iterable, Mapping, Sized
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,8 +14,8 @@ from posegrad.errors import NoPosesError, UnsupportedModuleError
 from posegrad.jacobian import Backwards
 from posegrad.jacobian._table import Line, size, table
 from posegrad.ranks import shown
-from posegrad.schedule._chunks import Budget, ChunkSize, in_chunks
-from posegrad.schedule._poses import each_pose
+from posegrad.schedule._batch import Batch
+from posegrad.schedule._chunks import Budget, ChunkSize, in_chunks, sizes_of
 from posegrad.weighting._rules import AnyRule, as_gradient_rule, is_of_predictions
 
 __all__ = [
@@ -25,7 +25,7 @@ __all__ = [
     "Request",
     "choose",
     "chunks_in",
-    "count_of",
+    "count_to_plan",
     "describe",
     "may_be_output",
     "reading_plan",
@@ -156,7 +156,7 @@ class Plan:
         bytes_held: Its size for scalar predictions; None where it is graphs, which are the model's.
 
     Example:
-        >>> plan = Engine(nn.Linear(3, 1)).plan(torch.zeros(64, 3), Min(scale=1000.0))
+        >>> plan = Engine(nn.Linear(3, 1)).plan(list(torch.zeros(64, 3)), Min(scale=1000.0))
         >>> plan.schedule, plan.backwards, plan.bytes_held
         ('recompute', '1 to 64', 256)
     """
@@ -255,28 +255,30 @@ def reading_plan(
     return ReadingPlan(output.numel(), outlook.paths, outlook.backwards, tuple(remarks))
 
 
-def count_of(poses: object) -> int:
+def count_to_plan(poses: object, count: int | None) -> int:
     """The number of poses.
 
     Raises:
         TypeError: if they do not say.
         NoPosesError: if there are none.
     """
-    if not isinstance(poses, Sized):
+    if count is None:
         raise TypeError(
             f"plan() needs to know how many poses there are, and a {type(poses).__name__} does "
-            f"not say. Pass a list or a stacked tensor."
+            f"not say. Pass a list or a batch."
         )
-    if len(poses) == 0:
+    if count == 0:
         raise NoPosesError("There are no poses to plan for.")
-    return len(poses)
+    return count
 
 
-def chunks_in(poses: Any, count: int, chunk_size: ChunkSize) -> int:
+def chunks_in(poses: Any, batch: Batch | None, count: int, chunk_size: ChunkSize) -> int:
     """In how many chunks these poses are scored; a budget looks at each of them."""
+    if batch is not None:
+        return len(sizes_of(batch, chunk_size))
     if isinstance(chunk_size, Budget):
-        return sum(1 for _ in in_chunks(each_pose(poses), chunk_size))
-    return -(-count // chunk_size)
+        return sum(1 for _ in in_chunks(iter(poses), chunk_size))
+    return count if chunk_size == "auto" else -(-count // chunk_size)
 
 
 def describe(request: Request, poses: int, chunks: int, parameters: Iterable[Tensor]) -> Plan:

@@ -1,45 +1,17 @@
-"""Poses of any kind: a list of them from whatever the user has, and the tensors inside one."""
+"""Poses of any kind, and the tensors inside one."""
 
 import copy
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping
 from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor
 
-from posegrad.errors import PosesError
-
-__all__ = ["Pose", "check_poses", "copied", "each_pose", "map_tensors", "tensors_of"]
+__all__ = ["Pose", "copied", "is_graph", "items_of", "map_tensors", "tensors_of"]
 
 Pose = Any
 """What the model is called with: a tensor, a container of tensors, a PyG Data, anything."""
-
-
-def check_poses(poses: object) -> None:
-    """Refuses one object that iterates over something else than poses.
-
-    Raises:
-        PosesError: if it is a mapping, or a graph of PyG.
-    """
-    kind = type(poses).__name__
-    if isinstance(poses, Mapping):
-        raise PosesError(
-            f"poses is a {kind}, whose keys would be scored one by one.\n"
-            f"Pass [pose] if it is one pose, or poses.values() if it holds several."
-        )
-    if _is_graph(poses):
-        several = hasattr(poses, "to_data_list")
-        what = "several graphs in one" if several else "one graph"
-        how = "batch.to_data_list(), the graphs one by one" if several else "[pose]"
-        raise PosesError(
-            f"poses is a {kind}, {what}, whose attributes would be scored one by one.\nPass {how}."
-        )
-
-
-def each_pose(poses: Iterable[Pose] | Tensor) -> Iterator[Pose]:
-    """The poses one by one; a stacked tensor gives its rows (one graph node for all of them)."""
-    return iter(poses.unbind(0)) if isinstance(poses, Tensor) else iter(poses)
 
 
 def tensors_of(pose: Pose) -> list[Tensor]:
@@ -68,19 +40,20 @@ def map_tensors(function: Callable[[Tensor], Tensor], pose: Pose) -> Pose:
     """
     if isinstance(pose, Tensor):
         return function(pose)
-    items = _items_of(pose)
+    items = items_of(pose)
     if items is None:
         return pose
     mapped = {key: map_tensors(function, value) for key, value in items.items()}
     changed = {key: mapped[key] for key, value in items.items() if mapped[key] is not value}
     if isinstance(pose, tuple):
         return _tuple_like(pose, mapped) if changed else pose
-    if changed or isinstance(pose, list | MutableMapping) or _is_graph(pose):
+    if changed or isinstance(pose, list | MutableMapping) or is_graph(pose):
         return _rebuilt(pose, changed)
     return copy.copy(pose) if dataclasses.is_dataclass(pose) else pose
 
 
-def _items_of(pose: Pose) -> dict[Any, Any] | None:
+def items_of(pose: Pose) -> dict[Any, Any] | None:
+    """What a container that is looked into holds, by key; None if it is none."""
     if isinstance(pose, tuple | list):
         return dict(enumerate(pose))
     if isinstance(pose, Mapping):
@@ -88,14 +61,14 @@ def _items_of(pose: Pose) -> dict[Any, Any] | None:
     if dataclasses.is_dataclass(pose) and not isinstance(pose, type):
         names = [field.name for field in dataclasses.fields(pose)]
         return {name: getattr(pose, name) for name in names if hasattr(pose, name)}
-    if _is_graph(pose):
+    if is_graph(pose):
         stores = enumerate(pose.stores)
         return {(i, key): value for i, store in stores for key, value in store.items()}
     return None
 
 
-def _is_graph(pose: Pose) -> bool:
-    """PyG Data, HeteroData and Batch keep their tensors in a list of mappings."""
+def is_graph(pose: Pose) -> bool:
+    """Whether it is a Data, HeteroData or Batch of PyG, which keep their tensors in `stores`."""
     stores = getattr(pose, "stores", None)
     return isinstance(stores, list) and all(isinstance(store, Mapping) for store in stores)
 

@@ -173,12 +173,19 @@ def has_other_kernels(modules: Sequence[nn.Module]) -> bool:
     return any(p.device.type == "cpu" and p.dtype == torch.float32 for p in weights)
 
 
-def scales_float16(modules: Sequence[nn.Module]) -> bool:
-    """Whether gradients would pass through float16, which needs a scaled loss first."""
-    states = _autocast_state(_accelerators(modules))
-    if any(state["enabled"] and state["dtype"] == torch.float16 for state in states):
+def scales_float16(parts: Sequence[nn.Module]) -> bool:
+    """Whether gradients would pass through float16, which needs a scaled loss first.
+
+    Args:
+        parts: All modules of the models, each by itself.
+    """
+    tables = [table for part in parts for table in (part._parameters, part._buffers)]
+    tensors = [tensor for table in tables for tensor in table.values() if tensor is not None]
+    kinds = {"cpu", *(tensor.device.type for tensor in tensors)} - {"meta"}
+    casts = (k for k in kinds if torch.is_autocast_enabled(k))
+    if any(torch.get_autocast_dtype(kind) == torch.float16 for kind in casts):
         return True
-    return any(p.dtype == torch.float16 for module in modules for p in module.parameters())
+    return any(p is not None and p.dtype == torch.float16 for t in tables[::2] for p in t.values())
 
 
 def _set_training(flags: Mapping[nn.Module, bool]) -> None:

@@ -17,9 +17,11 @@ from posegrad.errors import (
     ShapeMismatchError,
 )
 from posegrad.ranks import Ranks
+from posegrad.schedule._batch import joined_by_pyg
+from posegrad.schedule._chunks import Portion
 from posegrad.schedule._inputs import Inputs, is_watched
 from posegrad.schedule._plan import underflow
-from posegrad.schedule._poses import Pose, copied, tensors_of
+from posegrad.schedule._poses import Pose
 from posegrad.schedule._predictions import (
     Kind,
     check_alike,
@@ -30,6 +32,7 @@ from posegrad.schedule._predictions import (
 from posegrad.schedule._replay import Moment, Surroundings, has_other_kernels, without_graph
 
 __all__ = [
+    "DETACHED",
     "Chunk",
     "Combined",
     "Scorer",
@@ -69,19 +72,22 @@ class Scorer:
         first = next(tensors, None)
         return torch.device("cpu") if first is None else first.device
 
-    def __call__(self, poses: list[Pose], start: int) -> Tensor:
+    def __call__(self, portion: Portion, start: int) -> Tensor:
         """Scores poses `start`, `start + 1`, ...; returns their predictions `[c, ...]`."""
         try:
-            argument = poses[0] if self.collate is None else self.collate(poses)
+            argument = portion.poses[0]
+            if portion.how == "joined":
+                argument = (self.collate or joined_by_pyg)(portion.poses)
             output = self.predict(*self.modules, argument)
         except Exception as error:
-            error.add_note(f"This was raised while scoring {_span(start, len(poses))}.")
-            if self.collate is None and isinstance(poses[0], list | tuple | Mapping):
-                error.add_note(_unpacking(poses[0]))
+            error.add_note(f"This was raised while scoring {_span(start, portion.count)}.")
+            if portion.how != "joined" and isinstance(portion.poses[0], list | tuple | Mapping):
+                error.add_note(_unpacking(portion))
             raise
-        return self._rows(output, len(poses), start)
+        return self._rows(output, portion, start)
 
-    def _rows(self, output: object, count: int, start: int) -> Tensor:
+    def _rows(self, output: object, portion: Portion, start: int) -> Tensor:
+        count = portion.count
         if not isinstance(output, Tensor):
             raise NotDifferentiableError(
                 f"The model returned {_described(output)} for {_span(start, count)}, but a "
@@ -95,15 +101,12 @@ class Scorer:
                 f"its .abs(), or both parts by torch.view_as_real()."
             )
         # A chunk of one pose may come back squeezed to a number; which pose's it is, is clear.
-        alone = self.collate is None or (count == 1 and output.ndim == 0)
+        alone = portion.how == "alone" or (count == 1 and output.ndim == 0)
         rows = output.unsqueeze(0) if alone else output  # [c, ...]
         if rows.ndim == 0 or len(rows) != count or rows.numel() == 0:
-            raise ShapeMismatchError(
-                f"The model returned shape {list(output.shape)} for {_span(start, count)}, but "
-                f"dimension 0 must hold one prediction for each of the {count} poses of the "
-                f"chunk.\nReturn [{count}, ...], or move that dimension to the front in `predict`."
-            )
-        return rows.reshape(count) if rows.numel() == count else rows  # one number is a scalar
+            raise ShapeMismatchError(_rows_message(output, portion, start))
+        # One number is a scalar.
+        return rows.reshape(count) if rows.ndim > 1 and rows.numel() == count else rows
 
 
 @dataclass
@@ -112,14 +115,14 @@ class Chunk:
 
     Args:
         start: The number of the first.
-        poses: The user's own.
+        portion: The user's own.
         predictions: `[c, ...]`, with a graph or without.
         leaves: Detached stand-ins for pose tensors that require grad, by number of input.
         moment: What a replay needs to know.
     """
 
     start: int
-    poses: list[Pose]
+    portion: Portion
     predictions: Tensor
     leaves: dict[int, Tensor]
     moment: Moment
@@ -127,7 +130,7 @@ class Chunk:
     @property
     def numbers(self) -> range:
         """The numbers of its poses."""
-        return range(self.start, self.start + len(self.poses))
+        return range(self.start, self.start + self.portion.count)
 
 
 class Session:
@@ -157,7 +160,7 @@ class Session:
     def __init__(
         self,
         scorer: Scorer,
-        chunks: Iterable[list[Pose]],
+        chunks: Iterable[Portion],
         inputs: Inputs,
         *,
         wary: bool,
@@ -215,9 +218,9 @@ class Session:
         So a tensor the engine does not track is refused before anything else is computed.
         """
         if self._first is None:
-            poses = next(self._chunks, None)
+            portion = next(self._chunks, None)
             graph = not self.inputs.is_sharded()
-            self._first = None if poses is None else self._score(poses, with_graph=graph)
+            self._first = None if portion is None else self._score(portion, with_graph=graph)
         return self._first
 
     def chunks(self, *, with_graph: bool) -> Iterator[Chunk]:
@@ -231,10 +234,10 @@ class Session:
             return
         yield first
         del first
-        for poses in self._chunks:
-            look = self._wary or any(map(is_watched, poses))
+        for portion in self._chunks:
+            look = self._wary or any(map(is_watched, portion.tensors()))
             graph = with_graph or (look and not self.inputs.is_sharded())
-            chunk = self._score(poses, with_graph=graph)
+            chunk = self._score(portion, with_graph=graph)
             if with_graph and self.has_float16:  # only some poses go through it
                 raise ValueError(underflow("The schedule"))
             yield chunk
@@ -269,31 +272,26 @@ class Session:
             NotDifferentiableError: if so.
         """
         if self._count and self.inputs.tensors and not self.differentiable:
-            raise NotDifferentiableError(
-                "No prediction depends on a parameter or on a pose tensor that requires grad: "
-                "the model runs under no_grad or detaches its result.\n"
-                "Remove the no_grad() or detach() inside the model, or call combine() under "
-                "torch.no_grad() if no gradient is wanted."
-            )
+            raise NotDifferentiableError(DETACHED)
 
-    def _score(self, poses: list[Pose], *, with_graph: bool) -> Chunk:
-        poses = [copied(pose) for pose in poses]  # user and model may write to them
+    def _score(self, portion: Portion, *, with_graph: bool) -> Chunk:
+        portion = portion.copied()  # user and model may write to them
         random = self.surroundings.random_state()
         with torch.enable_grad() if with_graph else without_graph():
-            predictions, leaves = self.score_again(poses, self._count)
+            predictions, leaves = self.score_again(portion, self._count)
         moment = self.surroundings.moment_since(random)
-        chunk = Chunk(self._count, poses, predictions, leaves, moment)
+        chunk = Chunk(self._count, portion, predictions, leaves, moment)
         self._kind = self._kind or kind_of(predictions)
         check_alike(kind_of(predictions), self._kind, self._count)
-        self._count += len(poses)
+        self._count += portion.count
         return chunk
 
-    def score_again(self, poses: list[Pose], start: int) -> tuple[Tensor, dict[int, Tensor]]:
+    def score_again(self, portion: Portion, start: int) -> tuple[Tensor, dict[int, Tensor]]:
         """Scores poses on detached leaves; checks the graph, if there is one."""
-        plain = [t for pose in poses for t in tensors_of(pose) if not t.requires_grad]
+        plain = [tensor for tensor in portion.tensors() if not tensor.requires_grad]
         with _flags_kept(plain), graph_clock() as clock:
-            cut, leaves = self.inputs.cut(poses)
-            predictions = self.inputs.scored(lambda: self.scorer(cut, start))
+            cut, leaves = self.inputs.cut(portion.poses)
+            predictions = self.inputs.scored(lambda: self.scorer(portion.holding(cut), start))
         has_graph = torch.is_grad_enabled()  # a model may enable it for itself
         if not has_graph or self.inputs.is_sharded():
             self.reached.update(range(self.inputs.parameter_count), leaves)
@@ -305,6 +303,13 @@ class Session:
         self.differentiable |= has_graph and predictions.requires_grad
         return predictions if has_graph else predictions.detach(), leaves
 
+
+DETACHED = (
+    "No prediction depends on a parameter or on a pose tensor that requires grad: the model runs "
+    "under no_grad or detaches its result.\n"
+    "Remove the no_grad() or detach() inside the model, or call combine() under torch.no_grad() if "
+    "no gradient is wanted."
+)
 
 _IDLE = (
     "This rank has no poses, and its part of the sharded parameters is needed whenever another "
@@ -332,13 +337,31 @@ def _span(start: int, count: int) -> str:
     return f"pose {start}" if count == 1 else f"poses {start} to {start + count - 1}"
 
 
-def _unpacking(pose: Pose) -> str:
-    """What to do about a model that cannot take a container as it is."""
-    kind, stars = ("mapping", "**") if isinstance(pose, Mapping) else ("sequence", "*")
+def _rows_message(output: Tensor, portion: Portion, start: int) -> str:
+    count = portion.count
+    remedy = (
+        "If the model scores single poses, without a batch dimension, pass list(poses), which is "
+        "walked. Else return"
+        if portion.how == "slice"
+        else "Return"
+    )
     return (
-        f"The pose is a {kind} ({type(pose).__name__}), and the model was called with it as it is. "
-        f"Engine(model, predict=lambda model, pose: model({stars}pose)) unpacks it; or, if it "
-        f"holds the poses of one compound, join these lists and pass groups=."
+        f"The model returned shape {list(output.shape)} for {_span(start, count)}, but dimension 0 "
+        f"must hold one prediction for each of the {count} poses of the chunk.\n{remedy} "
+        f"[{count}, ...], or move that dimension to the front in `predict`."
+    )
+
+
+def _unpacking(portion: Portion) -> str:
+    """What to do about a model that cannot take a container as it is."""
+    poses = portion.poses[0]
+    kind, stars = ("mapping", "**") if isinstance(poses, Mapping) else ("sequence", "*")
+    name = "batch" if portion.how == "slice" else "pose"
+    groups = "; or, if it holds the poses of one compound, join these lists and pass groups="
+    return (
+        f"The {name} is a {kind} ({type(poses).__name__}), and the model was called with it as it "
+        f"is. Engine(model, predict=lambda model, {name}: model({stars}{name})) unpacks it"
+        f"{'' if name == 'batch' else groups}."
     )
 
 

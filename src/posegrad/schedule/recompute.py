@@ -1,6 +1,6 @@
 """Schedule `recompute`: score all poses without graphs, then again those that carry weight."""
 
-from itertools import chain
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from posegrad.combination._base import flush_denormals
 from posegrad.combination._groups import Groups, groups_of
 from posegrad.errors import ReplayError, listed
 from posegrad.schedule._attach import Gradients
+from posegrad.schedule._chunks import Portion
 from posegrad.schedule._gradients import GradientSum
 from posegrad.schedule._poses import Pose, tensors_of
 from posegrad.schedule._replay import Moment, without_graph
@@ -45,6 +46,31 @@ def recompute(session: Session, rule: Combination, *, skip_below: float = 0.0) -
     return combined(session, rule, predictions, pullback)
 
 
+@dataclass(frozen=True)
+class _Scored:
+    """A chunk of the first pass: what a replay needs.
+
+    Args:
+        numbers: Those of its poses.
+        portion: The poses.
+        versions: Of the tensors in each of its parts.
+        moment: What the forward found.
+    """
+
+    numbers: range
+    portion: Portion
+    versions: list[list[int]]
+    moment: Moment
+
+    def changed(self, kept: set[int]) -> list[int]:
+        """The poses among those kept whose tensors were written to since."""
+        now = [_versions(part) for part in self.portion.poses]
+        changed = [a != b for a, b in zip(now, self.versions, strict=True)]
+        if self.portion.how == "slice":  # one for all its poses
+            changed *= len(self.numbers)
+        return [i for i, own in zip(self.numbers, changed, strict=True) if own and i in kept]
+
+
 class _Tape:
     """What the first pass leaves behind on this rank: poses, predictions, moments, no graph."""
 
@@ -55,23 +81,20 @@ class _Tape:
         self._session = session
         self._groups = groups
         self._skip_below = skip_below
-        self._poses: list[Pose] = []
-        self._versions: list[list[int]] = []
-        self._chunks: list[tuple[range, Moment]] = []
+        self._chunks: list[_Scored] = []
 
     def record(self) -> list[Tensor]:
         """The first pass: the predictions of all chunks."""
         values: list[Tensor] = []
         idle = self._session.lag()
         for chunk in self._session.chunks(with_graph=False):
-            self._chunks.append((chunk.numbers, chunk.moment))
-            self._poses += chunk.poses
-            self._versions += [_versions(pose) for pose in chunk.poses]
+            versions = [_versions(part) for part in chunk.portion.poses]
+            self._chunks.append(_Scored(chunk.numbers, chunk.portion, versions, chunk.moment))
             values.append(chunk.predictions.detach())
             del chunk  # its graph must be gone before the next one grows
         with self._session.surroundings.restored(), without_graph():
             for _ in range(idle):
-                self._score_again(*self._chunks[0])
+                self._score_again(self._chunks[0])
         self._session.surroundings.buffers.check_none_missed()
         return values
 
@@ -83,13 +106,13 @@ class _Tape:
         cotangent = cotangent[own.start : own.stop]
         self._check_unchanged(kept)
         total = GradientSum()
-        chunks = [chunk for chunk in self._chunks if not kept.isdisjoint(chunk[0])]
+        chunks = [chunk for chunk in self._chunks if not kept.isdisjoint(chunk.numbers)]
         idle = self._session.lag(len(chunks))
         with self._session.surroundings.restored(), torch.enable_grad():
-            for poses, moment in chunks:
-                total.add(self._replay(poses, moment, cotangent, kept))
+            for chunk in chunks:
+                total.add(self._replay(chunk, cotangent, kept))
             for _ in range(idle):
-                self._replay(*self._chunks[0], cotangent, kept=set())  # of weight zero
+                self._replay(self._chunks[0], cotangent, kept=set())  # of weight zero
         if kept:
             self._session.check_differentiable()
         return total.delivered(self._session.inputs.tensors)
@@ -108,21 +131,20 @@ class _Tape:
         owners = self._groups.owners.to(size.device)
         return size.new_zeros(self._groups.count).scatter_reduce_(0, owners, size, "amax")[owners]
 
-    def _replay(
-        self, poses: range, moment: Moment, cotangent: Tensor, kept: set[int]
-    ) -> dict[int, Tensor]:
+    def _replay(self, chunk: _Scored, cotangent: Tensor, kept: set[int]) -> dict[int, Tensor]:
         """The gradients of one chunk, scored again in the same composition.
 
         Its poses may depend on each other (batch statistics, one random mask for all), and no
         comparison of predictions could prove that they do not.
         """
-        found, leaves = self._score_again(poses, moment)
-        self._check_same(poses, moment, found.detach())
-        weights = cotangent[poses[0] : poses[-1] + 1].clone()
-        weights[torch.tensor([i not in kept for i in poses], device=weights.device)] = 0
+        found, leaves = self._score_again(chunk)
+        self._check_same(chunk, found.detach())
+        numbers = chunk.numbers
+        weights = cotangent[numbers.start : numbers.stop].clone()
+        weights[torch.tensor([i not in kept for i in numbers], device=weights.device)] = 0
         return self._session.inputs.gradients(found, weights, leaves)
 
-    def _check_same(self, poses: range, moment: Moment, found: Tensor) -> None:
+    def _check_same(self, scored: _Scored, found: Tensor) -> None:
         """Refuses a replay that was another forward than the first.
 
         The same one on a CPU gives the same bits. If they differ by no more than rounding, a kernel
@@ -131,8 +153,8 @@ class _Tape:
         Raises:
             ReplayError: if it was another.
         """
-        start = self._session.own.start + poses[0]
-        chunk = slice(start, start + len(poses))
+        start = self._session.own.start + scored.numbers.start
+        chunk = slice(start, start + len(scored.numbers))
         expected = self.predictions[chunk]
         alike = (found.shape, found.dtype) == (expected.shape, expected.dtype)
         if alike and torch.equal(found, expected):
@@ -141,10 +163,10 @@ class _Tape:
             if not self._is_reproducible():
                 return
             with without_graph():
-                again, _ = self._score_again(poses, moment)
+                again, _ = self._score_again(scored)
             if torch.equal(again, expected):
                 return
-        raise ReplayError(_replay_message(poses, expected, found))
+        raise ReplayError(_replay_message(scored.numbers, expected, found))
 
     def _is_reproducible(self) -> bool:
         """Whether the same forward gives the same bits, and may be run once more to see.
@@ -152,18 +174,18 @@ class _Tape:
         One of a sharded model is one of all ranks, which this rank cannot ask for. One that writes
         to parameters finds others the next time: `max_norm` shortens rows anew, by a last bit.
         """
-        tensors = chain.from_iterable(map(tensors_of, self._poses))
+        tensors = (tensor for chunk in self._chunks for tensor in chunk.portion.tensors())
         elsewhere = any(tensor.device.type not in ("cpu", "meta") for tensor in tensors)
         on_cpu = self.predictions.device.type == "cpu" and self._session.surroundings.on_cpu
         inputs = self._session.inputs
         return on_cpu and not (elsewhere or inputs.is_sharded() or inputs.written)
 
-    def _score_again(self, poses: range, moment: Moment) -> tuple[Tensor, dict[int, Tensor]]:
-        with self._session.surroundings.at(moment):
-            return self._session.score_again([self._poses[i] for i in poses], poses[0])
+    def _score_again(self, chunk: _Scored) -> tuple[Tensor, dict[int, Tensor]]:
+        with self._session.surroundings.at(chunk.moment):
+            return self._session.score_again(chunk.portion, chunk.numbers.start)
 
     def _check_unchanged(self, kept: set[int]) -> None:
-        changed = [i for i in sorted(kept) if _versions(self._poses[i]) != self._versions[i]]
+        changed = [number for chunk in self._chunks for number in chunk.changed(kept)]
         if changed:
             raise ReplayError(
                 f"Tensors of pose(s) {listed(changed)} were modified in place "

@@ -8,8 +8,7 @@ from torch import Tensor
 from posegrad.combination import Combination
 from posegrad.combination._groups import Groups
 from posegrad.ranks import Ranks
-from posegrad.schedule._inputs import Inputs
-from posegrad.schedule._poses import Pose
+from posegrad.schedule._chunks import Portion
 from posegrad.schedule._predictions import group_predictions, shared_predictions
 from posegrad.schedule._session import Combined, Scorer
 
@@ -18,8 +17,7 @@ __all__ = ["retain"]
 
 def retain(
     scorer: Scorer,
-    chunks: Iterator[list[Pose]],
-    inputs: Inputs,
+    chunks: Iterator[Portion],
     rule: Combination,
     ranks: Ranks | None = None,
     groups: Groups | None = None,
@@ -29,7 +27,7 @@ def retain(
     Memory: m graphs. Serves any rule, any loss and any order of derivative. Predictions of other
     ranks have no graph here, so a group that is shared is combined under `torch.no_grad()` only.
     """
-    score = partial(_scored, scorer, chunks, inputs)
+    score = partial(_scored, scorer, chunks)
     if ranks is None:
         per_pose = group_predictions(score())
     else:
@@ -38,10 +36,10 @@ def retain(
     return Combined(rule(per_pose), per_pose)
 
 
-def _scored(scorer: Scorer, chunks: Iterator[list[Pose]], inputs: Inputs) -> list[Tensor]:
+def _scored(scorer: Scorer, chunks: Iterator[Portion]) -> list[Tensor]:
     rows: list[Tensor] = []
     count = 0
-    for poses in chunks:
-        rows.append(inputs.scored(partial(scorer, poses, count)))
-        count += len(poses)
+    for portion in chunks:
+        rows.append(scorer(portion, count))
+        count += portion.count
     return rows

@@ -62,7 +62,7 @@ def stream(session: Session, rule: Combination) -> Combined:
 
 def _push(chunk: Chunk, sums: "list[_OnlineSums]", groups: Groups | None) -> None:
     """Adds the poses of a chunk to the sums of their groups."""
-    count = len(chunk.poses)
+    count = chunk.portion.count
     if groups is None:
         return sums[0].push(chunk, torch.arange(count, device="cpu"), last=True)
     own = list(groups.within(chunk.start, count))
@@ -107,7 +107,7 @@ class _OnlineSums:
         assert self._level is not None
         features = self._form.features(predictions, self._level)  # [K, c, components]
         features = _exact_zeros(features, chunk.predictions.dtype)
-        if len(chunk.poses) == 1:
+        if chunk.portion.count == 1:
             self._push_one(chunk, features[:, 0])
         else:
             self._push_many(chunk, places, features, last=last)
@@ -165,7 +165,7 @@ class _OnlineSums:
 
     def _push_many(self, chunk: Chunk, places: Tensor, features: Tensor, *, last: bool) -> None:
         """Several poses: one backward per sum, with the features as cotangent."""
-        predictions = chunk.predictions.reshape(len(chunk.poses), -1)  # [c, components]
+        predictions = chunk.predictions.reshape(chunk.portion.count, -1)  # [c, components]
         jobs = (features != 0).any(dim=1).nonzero().tolist()
         for k, component in jobs:
             cotangent = torch.zeros_like(predictions)

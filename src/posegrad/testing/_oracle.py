@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from posegrad.combination._base import Rule, as_combination
 from posegrad.engine import Engine
-from posegrad.schedule._chunks import ChunkSize, in_chunks
+from posegrad.schedule._batch import as_batch
+from posegrad.schedule._chunks import ChunkSize, in_portions, sizes_of, sliced
 from posegrad.schedule._plan import Request
-from posegrad.schedule._poses import Pose, each_pose, map_tensors
+from posegrad.schedule._poses import Pose, map_tensors
 
 __all__ = ["assert_matches_autograd"]
 
@@ -29,7 +30,7 @@ def assert_matches_autograd(
     loss: Loss | None = None,
     predict: Callable[..., Tensor] | None = None,
     collate: Callable[[list[Pose]], Any] | None = None,
-    chunk_size: ChunkSize = 1,
+    chunk_size: ChunkSize = "auto",
     tolerance: float = 1e-10,
 ) -> None:
     r"""Asserts that `Engine.combine` gives this model the numbers plain autograd gives it.
@@ -63,13 +64,11 @@ def assert_matches_autograd(
     """
     case = _Case(
         modules=[model] if isinstance(model, nn.Module) else list(model),
-        poses=list(each_pose(poses.detach() if isinstance(poses, Tensor) else poses)),
+        poses=list(poses) if as_batch(poses) is None else poses,
         rule=as_combination(rule),
         options={"predict": predict, "collate": collate, "chunk_size": chunk_size},
         groups=groups,
     )
-    if isinstance(poses, Tensor) and collate is None and chunk_size != 1:
-        case.options["collate"] = torch.stack
     for schedule in schedules if schedules is not None else _serving(case.rule):
         chosen = loss if loss is not None else _loss_of(per_pose=schedule != "stream")
         expected = _plain(case.copy(), chosen)
@@ -90,7 +89,7 @@ def _assert_close(found: Tensor, expected: Tensor, tolerance: float, what: str) 
 @dataclass
 class _Case:
     modules: list[nn.Module]
-    poses: list[Pose]
+    poses: Any  # a batch or a list
     rule: nn.Module
     options: dict[str, Any]
     groups: Tensor | Sequence[int] | None
@@ -108,7 +107,7 @@ class _Case:
                 twins[id(tensor)] = new.requires_grad_(tensor.requires_grad)
             return twins[id(tensor)]
 
-        poses = [map_tensors(twin, pose) for pose in self.poses]
+        poses = map_tensors(twin, self.poses)
         for module in (*modules, rule):
             module.double().zero_grad()
         leaves = [t for t in twins.values() if t.requires_grad]
@@ -159,16 +158,20 @@ def _call(model: nn.Module, pose: Pose) -> Any:
 def _plain(case: _Case, loss: Loss) -> dict[str, Tensor]:
     """All graphs kept, one backward; imports nothing of the engine."""
     predict: Callable[..., Any] = case.options["predict"] or _call
-    collate, size = case.options["collate"], case.options["chunk_size"]
+    collate, size, batch = case.options["collate"], case.options["chunk_size"], as_batch(case.poses)
+    if batch is None:
+        portions = in_portions(case.poses, size, joins=collate is not None)
+    else:
+        portions, collate = sliced(batch, sizes_of(batch, size)), None
     with torch.random.fork_rng():
         torch.manual_seed(0)
         rows = []
-        for chunk in in_chunks(iter(case.poses), size):
-            argument = chunk[0] if collate is None else collate(chunk)
+        for portion in portions:
+            argument = portion.poses[0] if collate is None else collate(portion.poses)
             output = predict(*case.modules, argument)
-            rows.append(output.unsqueeze(0) if collate is None else output)
+            rows.append(output.unsqueeze(0) if portion.how == "alone" else output)
         per_pose = torch.cat(rows)  # [m, ...]
-        per_pose = per_pose.flatten() if per_pose.numel() == len(case.poses) else per_pose
+        per_pose = per_pose.flatten() if per_pose.numel() == len(per_pose) else per_pose
         prediction = case.combined(per_pose)
         torch.autograd.backward(loss(prediction, per_pose))
         return case.results(prediction.detach(), per_pose.detach())

@@ -1,0 +1,205 @@
+"""Whether a model keeps the poses of a batch apart, so that it may be divided anywhere."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import final
+
+import torch
+from torch import Tensor, nn
+
+from posegrad.capture import mixing_modules
+from posegrad.errors import PosesMixError
+from posegrad.schedule._batch import Batch
+from posegrad.schedule._chunks import Portion
+from posegrad.schedule._inputs import Inputs
+from posegrad.schedule._poses import tensors_of
+from posegrad.schedule._replay import Moment, Surroundings
+
+__all__ = ["Apart"]
+
+Score = Callable[[Portion, int], Tensor]
+
+
+class Apart:
+    """Looks once for each kind of batch whether its poses stay apart.
+
+    Two poses, a and b, are scored as the batches (a, b), (a, a) and (b, b), under the same random
+    state and on the same buffers. If predictions and their gradients are those of (a, b) in place,
+    each was made of one pose. Nothing else is needed of the model: what mixes may be data that no
+    gradient flows through, and random masks are alike.
+
+    Args:
+        modules: The models.
+        named: Looks up their parameters.
+        parts: Lists all modules inside.
+    """
+
+    def __init__(
+        self,
+        modules: Sequence[nn.Module],
+        named: Callable[[], Mapping[str, nn.Parameter]],
+        parts: Callable[[], Sequence[nn.Module]],
+    ) -> None:
+        self._modules = modules
+        self._named = named
+        self._parts = parts
+        self._known: set[object] = set()
+
+    def shown(
+        self, chunks: Iterator[Portion], sizes: Sequence[int], batch: Batch, score: Score
+    ) -> Iterator[Portion]:
+        """The chunks; a look is taken once the first has been scored, and so is known to work.
+
+        Raises:
+            PosesMixError: if poses mix.
+        """
+        kind = None if max(sizes, default=1) < 2 else self._kind_of(batch)
+        if kind is None or kind in self._known:
+            return chunks
+        return self._looked_at(chunks, kind, batch, (0, sizes[0] - 1), score)
+
+    def _looked_at(
+        self,
+        chunks: Iterator[Portion],
+        kind: object,
+        batch: Batch,
+        pair: tuple[int, int],
+        score: Score,
+    ) -> Iterator[Portion]:
+        yield next(chunks)
+        try:
+            where = self._where_mixed(batch, pair, score)
+        except Exception as error:
+            error.add_note(_NOTE)
+            raise
+        if where is not None:
+            raise PosesMixError(_message(where))
+        if _differ(*(tensors_of(batch.picked([number])) for number in pair)):
+            self._known.add(kind)  # else nothing could be seen
+        yield from chunks
+
+    def _where_mixed(self, batch: Batch, pair: tuple[int, int], score: Score) -> str | None:
+        """The modules at which poses mix, as far as that can be told; None if they stay apart."""
+        surroundings = Surroundings(self._modules)
+        moment = Moment(surroundings.random_state(), surroundings.buffers.values)
+        inputs = Inputs(self._named(), None, self._parts())
+
+        def scored(*numbers: int) -> Tensor:
+            with surroundings.at(moment):
+                return score(Portion([batch.picked(numbers)], 2, "slice"), 0)
+
+        def looked_at(row: int, *numbers: int) -> _Look:
+            return _Look.at(scored(*numbers), row, inputs)
+
+        a, b = pair
+        with surroundings.restored():
+            first = looked_at(0, a, b)
+            surroundings.buffers.note_changes()  # so that the others find what this one found
+            last = looked_at(1, a, b)
+            if first.is_like(looked_at(0, a, a)) and last.is_like(looked_at(1, b, b)):
+                return None
+            where = self._named_in(scored(a, b))
+            # A model that draws from a generator of its own never gives the same twice.
+            return where if where or _alike(first.predictions, last.predictions) else None
+
+    def _named_in(self, predictions: Tensor) -> str:
+        """Where poses mix, as far as the graph tells."""
+        trained = {name: p for name, p in self._named().items() if p.requires_grad}
+        real = {name: p for name, p in trained.items() if not p.is_complex()}
+        tensors = (t for m in self._modules for t in (*m.parameters(), *m.buffers()))
+        try:
+            return mixing_modules(predictions, real, tensors)
+        except RuntimeError:  # it can be used once only, by a plain backward
+            return ""
+
+    def _kind_of(self, batch: Batch) -> object:
+        """What batches have in common that one look serves: all but the sizes of tensors."""
+        tensors = [(t.dtype, t.ndim) for t in tensors_of(batch.poses)]
+        training = [part.training for part in self._parts()]
+        return type(batch.poses), torch.is_grad_enabled(), tuple(tensors), tuple(training)
+
+
+@final
+@dataclass(frozen=True)
+class _Look:
+    """What one of two poses came to.
+
+    Args:
+        predictions: Of both.
+        row: Its number.
+        gradients: Of its prediction, by number of parameter. They tell what the prediction may
+            hide: behind a gate that is zero, poses mix too.
+    """
+
+    predictions: Tensor
+    row: int
+    gradients: Mapping[int, Tensor]
+
+    @classmethod
+    def at(cls, predictions: Tensor, row: int, inputs: Inputs) -> "_Look":
+        """The look at one row of predictions `[2, ...]`, whose graph is used up."""
+        cotangent = torch.zeros_like(predictions)
+        cotangent[row] = 1
+        try:
+            gradients = inputs.gradients(predictions, cotangent, {})
+        except RuntimeError:  # a reentrant checkpoint knows no gradient but that of a backward
+            gradients = {}
+        return cls(predictions.detach(), row, gradients)
+
+    def is_like(self, other: "_Look") -> bool:
+        """Whether the same pose beside another came to the same, up to rounding."""
+        if not _alike(self.predictions[self.row], other.predictions[self.row]):
+            return False
+        # What is nothing but rounding beside other parameters' gradients says nothing.
+        least = max((_size(g) * 2**10 * _eps(g) for g in self.gradients.values()), default=0.0)
+        return all(_alike(*pair, least) for pair in self._beside(other))
+
+    def _beside(self, other: "_Look") -> Iterator[tuple[Tensor, Tensor]]:
+        """The gradients of both; of an expert that only the neighbour went through, zeros."""
+        mine, theirs = self.gradients, other.gradients
+        for i in mine.keys() | theirs.keys():
+            present = mine[i] if i in mine else theirs[i]
+            zeros = torch.zeros_like(present)
+            yield mine.get(i, zeros), theirs.get(i, zeros)
+
+
+def _alike(found: Tensor, expected: Tensor, least: float = 0.0) -> bool:
+    """Equal but for rounding: kernels may go by how many rows went the same way."""
+    found, expected = found.to_dense(), expected.to_dense()
+    bound = max(_size(found) * _eps(found) ** 0.5, least)
+    return torch.allclose(found, expected, rtol=0, atol=bound, equal_nan=True)
+
+
+def _size(tensor: Tensor) -> float:
+    return float(tensor.to_dense().abs().nan_to_num(posinf=0).max()) if tensor.numel() else 0.0
+
+
+def _eps(tensor: Tensor) -> float:
+    return torch.finfo(tensor.dtype.to_real()).eps
+
+
+def _differ(first: Sequence[Tensor], second: Sequence[Tensor]) -> bool:
+    plain = (
+        [p for t in side for p in (t.unbind() if t.is_nested else [t])] for side in (first, second)
+    )
+    return not all(map(torch.equal, *plain))
+
+
+_NOTE = (
+    "This was raised while two poses were scored, to see whether the model keeps poses apart. "
+    "Engine(..., chunk_size=...) leaves that out."
+)
+
+
+def _message(where: str) -> str:
+    through = f", through the activations of: {where}" if where else ""
+    return (
+        f"The prediction of a pose depends on the poses that are scored together with "
+        f"it{through}.\n"
+        f"A batch is divided into slices as memory allows, and each way to divide it would give "
+        f"another result. Batch statistics do that, a mean over dimension 0, or a layer that takes "
+        f"dimension 0 for a sequence.\n"
+        f"Let dimension 0 count poses (batch_first=True), call model.eval() where statistics are "
+        f"to be fixed, pass list(poses) to score them one by one, or set "
+        f"Engine(..., chunk_size=...): poses then are scored together as that says."
+    )

@@ -1,0 +1,457 @@
+"""A batch is sliced, whatever holds it, and its poses stay apart; a list is walked."""
+
+from collections import UserDict, namedtuple
+from collections.abc import Callable, Iterator, MutableMapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+from torch_geometric.data import Batch, Data
+
+from posegrad import Boltzmann, Budget, Combination, Engine, Mean, Min, PosesMixError
+from posegrad.schedule._batch import as_batch
+from posegrad.schedule._chunks import sizes_of
+from posegrad.testing import assert_matches_autograd, rules
+from tests.models import FEATURES, MODELS
+from tests.reference import rows, trainable
+from tests.schedule.test_inputs import GraphNet
+
+SCHEDULES = ["retain", "store", "stream", "recompute"]
+
+Named = namedtuple("Named", ["x", "shift"])
+
+
+@dataclass(frozen=True)
+class Fields:
+    x: Tensor
+    shift: Tensor
+    tag: str = "tag"
+
+
+class Encoding(UserDict[str, Tensor]):
+    """As `BatchEncoding` of transformers."""
+
+
+class Divisible(MutableMapping[str, Tensor]):
+    """As a TensorDict: indexed along the batch, and by name."""
+
+    def __init__(self, **tensors: Tensor) -> None:
+        self.tensors = tensors
+        self.batch_size = next(iter(tensors.values())).shape[:1]
+
+    def __getitem__(self, key: Any) -> Any:
+        if isinstance(key, str):
+            return self.tensors[key]
+        return Divisible(**{name: tensor[key] for name, tensor in self.tensors.items()})
+
+    def __setitem__(self, name: str, tensor: Tensor) -> None:
+        if tensor.shape[:1] != self.batch_size:
+            raise RuntimeError("batch dimension mismatch")
+        self.tensors = self.tensors | {name: tensor}
+
+    def __delitem__(self, name: str) -> None:
+        raise NotImplementedError
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.tensors)
+
+    def __len__(self) -> int:
+        return self.batch_size[0]
+
+    def split(self, sizes: list[int]) -> list["Divisible"]:
+        parts = zip(*(tensor.split(sizes) for tensor in self.tensors.values()), strict=True)
+        return [Divisible(**dict(zip(self.tensors, part, strict=True))) for part in parts]
+
+
+# How two tensors are held, and how the model gets them out.
+CONTAINERS: dict[str, tuple[Callable[[Tensor, Tensor], Any], Callable[[Any], tuple[Tensor, ...]]]]
+CONTAINERS = {
+    "dict": (lambda x, s: {"x": x, "shift": s, "n": 3}, lambda b: (b["x"], b["shift"])),
+    "encoding": (lambda x, s: Encoding(x=x, shift=s), lambda b: (b["x"], b["shift"])),
+    "read only": (lambda x, s: MappingProxyType({"x": x, "s": s}), lambda b: (b["x"], b["s"])),
+    "divisible": (lambda x, s: Divisible(x=x, shift=s), lambda b: (b["x"], b["shift"])),
+    "named tuple": (Named, lambda b: (b.x, b.shift)),
+    "dataclass": (Fields, lambda b: (b.x, b.shift)),
+    "nested": (lambda x, s: {"a": Fields(x, s), "b": None}, lambda b: (b["a"].x, b["a"].shift)),
+    "past states": (lambda x, s: {"past": ((x, s),)}, lambda b: b["past"][0]),
+    "one twice": (lambda x, _: {"x": x, "shift": x}, lambda b: (b["x"], b["shift"])),
+}
+
+
+def _predicting(kind: str) -> Callable[[nn.Module, Any], Tensor]:
+    def predict(model: nn.Module, batch: Any) -> Tensor:
+        x, shift = CONTAINERS[kind][1](batch)
+        return model(x * shift).squeeze(1)
+
+    return predict
+
+
+@pytest.mark.parametrize("kind", CONTAINERS)
+@pytest.mark.parametrize("chunk_size", ["auto", 1, 2, 5])
+@pytest.mark.parametrize("grad", [False, True])
+def test_every_container_matches_autograd(kind: str, chunk_size: Any, grad: bool) -> None:
+    x, shift = torch.randn(5, FEATURES, requires_grad=grad), torch.randn(5, FEATURES)
+    batch = CONTAINERS[kind][0](x, shift)
+    for rule in (Min(2.0), Boltzmann(0.593)):
+        assert_matches_autograd(
+            MODELS["mlp"](), batch, rule, predict=_predicting(kind), chunk_size=chunk_size
+        )
+
+
+@given(
+    kind=st.sampled_from(sorted(CONTAINERS)),
+    rule=rules(),
+    sizes=st.lists(st.integers(1, 3), min_size=1, max_size=4),
+    chunk_size=st.integers(1, 9),
+    dropout=st.booleans(),
+    seed=st.integers(0, 2**20),
+)
+def test_drawn_batches_match_autograd(
+    kind: str, rule: Combination, sizes: list[int], chunk_size: int, dropout: bool, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    x, shift = torch.randn(sum(sizes), FEATURES), torch.randn(sum(sizes), FEATURES)
+    assert_matches_autograd(
+        MODELS["dropout" if dropout else "mlp"](),
+        CONTAINERS[kind][0](x.requires_grad_(seed % 2 == 0), shift),
+        rule,
+        groups=sizes,
+        predict=_predicting(kind),
+        chunk_size=chunk_size,
+        tolerance=1e-10 * max(1, 1e-4 * 1000 * 10),
+    )
+
+
+@pytest.mark.parametrize("kind", CONTAINERS)
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_the_model_sees_slices_with_their_batch_dimension(kind: str, schedule: str) -> None:
+    seen: list[Tensor] = []
+    x, shift = torch.randn(5, FEATURES), torch.randn(5, FEATURES)
+
+    def predict(model: nn.Module, batch: Any) -> Tensor:
+        seen.append(CONTAINERS[kind][1](batch)[0])
+        return model(seen[-1]).squeeze()  # a slice of one pose may come back without a dimension
+
+    engine = Engine(nn.Linear(FEATURES, 1), predict=predict, chunk_size=2)
+    engine.combine(CONTAINERS[kind][0](x, shift), Mean(), schedule=schedule)
+    torch.testing.assert_close(seen, list(x.split(2)))
+
+
+def test_a_list_of_the_same_poses_is_walked() -> None:
+    seen: list[torch.Size] = []
+    model = nn.Linear(FEATURES, 1)
+    engine = Engine(model, predict=lambda model, x: seen.append(x.shape) or model(x))
+    batch = torch.randn(3, FEATURES)
+    found = [engine.combine(poses, Mean()).prediction for poses in (batch, list(batch))]
+    assert seen[0] == (3, FEATURES)
+    assert seen[-3:] == [(FEATURES,)] * 3
+    torch.testing.assert_close(*found)
+
+
+def test_a_dataset_is_walked() -> None:
+    x, shift = torch.randn(4, FEATURES), torch.randn(4, FEATURES)
+    model = nn.Linear(FEATURES, 1)
+    engine = Engine(model, predict=lambda model, pose: model(pose[0] * pose[1]))
+    _, per_pose = engine.combine(TensorDataset(x, shift), Mean())
+    torch.testing.assert_close(per_pose, model(x * shift).squeeze(1))
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+@pytest.mark.parametrize("layout", [torch.jagged, torch.strided])
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_a_nested_tensor_is_a_batch(layout: torch.layout, schedule: str) -> None:
+    model, poses = nn.Linear(4, 1), [torch.randn(atoms, 4) for atoms in (3, 2, 5)]
+    batch = torch.nested.nested_tensor(poses, layout=layout)
+
+    def predict(model: nn.Module, batch: Tensor) -> Tensor:
+        return torch.stack([atoms.sum() for atoms in model(batch).unbind()])
+
+    expected = Engine(model, predict=lambda model, x: model(x).sum()).combine(poses, Min(0.5))
+    for chunk_size in ("auto", 2):
+        engine = Engine(model, predict=predict, chunk_size=chunk_size)
+        found = engine.combine(batch, Min(0.5), schedule=schedule)
+        torch.testing.assert_close(found, expected)
+
+
+def test_a_sparse_tensor_is_walked() -> None:
+    model, x = nn.Linear(4, 1), torch.eye(4)
+    engine = Engine(model, predict=lambda model, pose: model(pose.to_dense()))
+    torch.testing.assert_close(engine.combine(x.to_sparse(), Mean()), engine.combine(x, Mean()))
+
+
+def _graphs(*, grad: bool = False) -> list[Data]:
+    found = []
+    for atoms in (3, 5, 2, 4, 6):
+        pairs = torch.combinations(torch.arange(atoms)).T
+        found.append(Data(pos=torch.randn(atoms, 3, requires_grad=grad), edge_index=pairs))
+    return found
+
+
+@pytest.mark.parametrize("chunk_size", ["auto", 1, 2, Budget(9, lambda graph: graph.num_nodes)])
+@pytest.mark.parametrize("grad", [False, True])
+def test_a_batch_of_pyg_is_sliced_by_graphs(chunk_size: Any, grad: bool) -> None:
+    batch = Batch.from_data_list(_graphs())
+    batch.pos.requires_grad_(grad)
+    for rule in (Min(2.0), Mean()):
+        assert_matches_autograd(GraphNet(), batch, rule, chunk_size=chunk_size)
+
+
+def test_a_list_of_pyg_needs_no_collate() -> None:
+    model, graphs = GraphNet().double(), [graph.apply(_double) for graph in _graphs()]
+    expected = Engine(model).combine(graphs, Min(2.0))
+    found = Engine(model, chunk_size=2).combine(iter(graphs), Min(2.0))
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(Engine(model).combine(Batch.from_data_list(graphs), Min(2.0)), found)
+
+
+def _double(tensor: Tensor) -> Tensor:
+    return tensor.double() if tensor.is_floating_point() else tensor
+
+
+def test_what_else_pyg_numbers_is_numbered_in_slices_too() -> None:
+    graphs = [Data(x_s=torch.randn(k, 2), num_nodes=1) for k in (2, 3, 1)]
+    batch = Batch.from_data_list(graphs, follow_batch=["x_s"])
+
+    def predict(model: nn.Module, batch: Batch) -> Tensor:
+        out = torch.zeros(batch.num_graphs, 1)
+        return out.index_add(0, batch.x_s_batch, model(batch.x_s))[:, 0]
+
+    model = nn.Linear(2, 1)
+    found = [
+        Engine(model, predict=predict, chunk_size=size).combine(batch, Mean()).per_pose
+        for size in (3, 2)
+    ]
+    torch.testing.assert_close(*found)
+
+
+def test_a_budget_asks_each_pose_of_a_batch() -> None:
+    x, shift = torch.randn(5, FEATURES), torch.tensor([1.0, 2.0, 3.0, 1.0, 1.0])
+    seen: list[int] = []
+    engine = Engine(
+        nn.Linear(FEATURES, 1),
+        predict=lambda model, batch: seen.append(len(batch["x"])) or model(batch["x"]),
+        chunk_size=Budget(4.0, lambda pose: pose["shift"]),
+    )
+    engine.combine({"x": x, "shift": shift}, Mean())
+    assert seen == [2, 2, 1]
+
+
+@given(m=st.integers(1, 500), width=st.integers(1, 40_000))
+def test_chunks_of_their_own_size_are_nearly_equal_and_bounded(m: int, width: int) -> None:
+    batch = as_batch(torch.empty(m, width, device="meta"))
+    assert batch is not None
+    sizes = sizes_of(batch, "auto")
+    assert sum(sizes) == m
+    assert max(sizes) - min(sizes) <= 1
+    assert max(sizes) == 1 or max(sizes) * width * 4 <= 2**18
+    assert len(sizes) == 1 or (max(sizes) + 1) * width * 4 * len(sizes) > 2**18
+
+
+def test_few_small_poses_are_one_chunk() -> None:
+    plan = Engine(MODELS["mlp"]()).plan(torch.randn(64, FEATURES), Mean())
+    assert (plan.schedule, plan.chunks) == ("retain", 1)
+    plan = Engine(MODELS["mlp"]()).plan({"x": torch.randn(64, 10_000)}, Mean())
+    assert (plan.schedule, plan.poses, plan.chunks) == ("stream", 64, 11)
+
+
+@pytest.mark.parametrize("rule", [Mean(), Min(2.0), Min(1000.0)])
+def test_batches_of_many_chunks_match_autograd(rule: Combination) -> None:
+    assert_matches_autograd(nn.Linear(9000, 1), torch.randn(9, 9000), rule, tolerance=1e-9)
+
+
+def test_rows_are_gathered_from_a_batch() -> None:
+    model = MODELS["mlp"]().double()
+    x, shift = torch.randn(2, 5, FEATURES, dtype=torch.float64)
+    expected = rows(model(x * shift), trainable(model))
+    for chunk_size in ("auto", 2):
+        engine = Engine(model, predict=_predicting("dict"), chunk_size=chunk_size)
+        J = engine.gather({"x": x, "shift": shift})
+        torch.testing.assert_close(J.matrix(), expected)
+
+
+def _encoder(**options: Any) -> Callable[[], nn.Module]:
+    return lambda: nn.TransformerEncoderLayer(8, 2, 16, **options)
+
+
+def _summed(model: nn.Module, x: Tensor) -> Tensor:
+    return model(x).pow(3).sum(dim=(1, 2))
+
+
+def _causal(model: nn.Module, x: Tensor) -> Tensor:
+    mask = nn.Transformer.generate_square_subsequent_mask(len(x))
+    return model(x, src_mask=mask, is_causal=True).pow(3).sum(dim=(1, 2))
+
+
+def _standardised(model: nn.Module, x: Tensor) -> Tensor:
+    return model((x - x.mean(0)) / (x.std(0) + 1)).sum(dim=(1, 2))
+
+
+class _Gated(nn.Module):
+    """Predictions do not depend on the neighbours yet, but the gate's gradient does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 1)
+        self.gate = nn.Parameter(torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x) + self.gate * x.mean(0).sum()
+
+
+TOKENS = torch.randn(6, 7, 8)
+MIXING: dict[str, tuple[Callable[[], nn.Module], Any, str]] = {
+    "an encoder": (_encoder(), _summed, r"of: self_attn \(at "),
+    "an encoder, evaluation": (lambda: _encoder()().eval(), _summed, "of: self_attn"),
+    "a causal encoder": (lambda: _encoder(dropout=0.0)(), _causal, "of: self_attn"),
+    "batch statistics": (
+        lambda: nn.Sequential(nn.Linear(8, 4), nn.BatchNorm1d(7), nn.Linear(4, 1)),
+        _summed,
+        r"of: 0 \(at NativeBatchNorm\)",
+    ),
+    "data": (lambda: nn.Linear(8, 1), _standardised, r"together with it\."),
+    "a gate that is zero": (lambda: _Gated(), _summed, r"together with it\."),
+    "frozen": (lambda: _encoder()().requires_grad_(False), _summed, r"together with it\."),
+}
+
+
+@pytest.mark.parametrize("name", MIXING)
+@pytest.mark.parametrize("schedule", ["auto", *SCHEDULES])
+def test_poses_that_mix_are_named_and_nothing_is_moved(name: str, schedule: str) -> None:
+    make, predict, match = MIXING[name]
+    model = make()
+    engine = Engine(model, predict=predict)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    with pytest.raises(PosesMixError, match=match):
+        engine.combine(TOKENS, Mean(), schedule=schedule)
+    assert all(bool((p.grad == 1).all()) for p in model.parameters())
+    if name != "a gate that is zero":
+        with torch.no_grad(), pytest.raises(PosesMixError, match="depends on the poses"):
+            engine.combine(TOKENS, Mean())
+
+
+@pytest.mark.parametrize("name", sorted(MIXING.keys() - {"frozen"}))
+def test_a_stated_chunk_size_accepts_that(name: str) -> None:
+    make, predict, _ = MIXING[name]
+    assert_matches_autograd(make(), TOKENS, Min(0.1), predict=predict, chunk_size=2, tolerance=1e-9)
+
+
+@pytest.mark.filterwarnings("ignore:The predictions of different poses:UserWarning")
+def test_gather_does_not_divide_them_either() -> None:
+    make, predict, match = MIXING["an encoder"]
+    model = make()
+    with pytest.raises(PosesMixError, match=match):
+        Engine(model, predict=predict).gather(TOKENS)
+    assert Engine(model, predict=predict, chunk_size=6).gather(TOKENS).output_shape == (6,)
+
+
+class _Experts(nn.Module):
+    """Poses of a batch go through one of two experts, which others then do not touch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList([nn.Linear(8, 1), nn.Linear(8, 1), nn.Linear(8, 1)])
+        self.phase = nn.Parameter(torch.ones(8, dtype=torch.complex64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        number = torch.arange(len(x)) % 3 if len(x) > 2 else (x[:, 0, 0] > 0).long()
+        parts = [expert(x[number == k]) for k, expert in enumerate(self.experts) if k in number]
+        order = torch.argsort(number, stable=True).argsort()
+        return torch.cat(parts)[order] + (x * self.phase).abs().sum(-1, keepdim=True)
+
+
+APART: dict[str, Callable[[], nn.Module]] = {
+    "experts": _Experts,
+    "sparse": lambda: _Tokens(),
+    "an encoder": _encoder(batch_first=True),
+    "dropout": lambda: nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.5), nn.Linear(8, 2)),
+    "counting": lambda: _Counting(),
+    "noise of its own": lambda: _Noisy(),
+}
+
+
+class _Tokens(nn.Module):
+    """A table whose gradient is sparse."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(9, 1, sparse=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.table((x.abs() * 4).long().clamp(max=8))[..., 0]
+
+
+class _Counting(nn.Module):
+    """Moves a buffer that the scores depend on."""
+
+    count: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 1)
+        self.register_buffer("count", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.count.add_(1)
+        return self.linear(x) * self.count
+
+
+class _Noisy(nn.Module):
+    """Never gives the same twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 1)
+        self.generator = torch.Generator().manual_seed(0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x) + torch.rand((len(x), 1, 1), generator=self.generator)
+
+
+@pytest.mark.parametrize("name", APART)
+def test_to_look_changes_nothing(name: str) -> None:
+    """Poses that stay apart do; random numbers, buffers and flags are those of one forward."""
+    torch.manual_seed(3)
+    model = APART[name]()
+    torch.manual_seed(4)
+    _summed(model, TOKENS)
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    drawn = torch.get_rng_state()
+
+    torch.manual_seed(3)
+    model = APART[name]()
+    torch.manual_seed(4)
+    Engine(model, predict=_summed).combine(TOKENS, Mean())
+    assert torch.equal(torch.get_rng_state(), drawn)
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, state[key])
+
+
+def test_one_look_serves_all_batches_of_a_kind_and_mode() -> None:
+    seen: list[int] = []
+    model = nn.Sequential(nn.Linear(FEATURES, 4), nn.BatchNorm1d(4), nn.Linear(4, 1)).eval()
+    engine = Engine(model, predict=lambda model, x: seen.append(len(x)) or model(x))
+    engine.combine(torch.ones(6, FEATURES), Mean())  # poses that are alike show nothing
+    assert seen == [6, 2, 2, 2, 2]
+    for m in (6, 1, 9):
+        engine.combine(torch.randn(m, FEATURES), Mean())
+    assert seen[5:] == [6, 2, 2, 2, 2, 1, 9]
+    model.train()
+    with pytest.raises(PosesMixError, match=r"of: 0 \(at"):
+        engine.combine(torch.randn(6, FEATURES), Mean())
+
+
+def test_a_failure_while_looking_says_so() -> None:
+    def predict(model: nn.Module, x: Tensor) -> Tensor:
+        return model(x.reshape(6, -1))
+
+    engine = Engine(nn.Linear(FEATURES, 1), predict=predict)
+    with pytest.raises(RuntimeError, match="shape") as caught:
+        engine.combine(torch.randn(6, FEATURES), Mean())
+    assert any("while two poses were scored" in note for note in caught.value.__notes__)
