@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from posegrad._compat import tables_of
 from posegrad._restoring import Change, no_graph
 from posegrad.schedule._buffers import Buffers, Values
 
@@ -179,13 +180,14 @@ def scales_float16(parts: Sequence[nn.Module]) -> bool:
     Args:
         parts: All modules of the models, each by itself.
     """
-    tables = [table for part in parts for table in (part._parameters, part._buffers)]
-    tensors = [tensor for table in tables for tensor in table.values() if tensor is not None]
-    kinds = {"cpu", *(tensor.device.type for tensor in tensors)} - {"meta"}
-    casts = (k for k in kinds if torch.is_autocast_enabled(k))
+    tables = tables_of(parts)
+    parameters = [p for own, *_ in tables for p in own.values() if p is not None]
+    buffers = [b for *_, own in tables for b in own.values() if b is not None]
+    kinds = {"cpu", *(tensor.device.type for tensor in (*parameters, *buffers))} - {"meta"}
+    casts = (kind for kind in kinds if torch.is_autocast_enabled(kind))
     if any(torch.get_autocast_dtype(kind) == torch.float16 for kind in casts):
         return True
-    return any(p is not None and p.dtype == torch.float16 for t in tables[::2] for p in t.values())
+    return any(p.dtype == torch.float16 for p in parameters)
 
 
 def _set_training(flags: Mapping[nn.Module, bool]) -> None:
