@@ -35,7 +35,9 @@ def mixing_modules(
         return ""
     own = frozenset(map(memory_of, tensors))
     generator = torch.Generator("cpu").manual_seed(0)
-    subject = Subject(predictions, registry, used, (), 0, generator, {}, lambda: own, quiet=True)
+    subject = Subject(
+        predictions, registry, used, (), 0, generator, [], {}, lambda: own, quiet=True
+    )
     lock, aside, copied = python_contained(registry, used)
     with undisturbed(), lock, aside, copied:
         recipe, _ = resolve(subject)
