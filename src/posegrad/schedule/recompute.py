@@ -1,5 +1,6 @@
 """Schedule `recompute`: score all poses without graphs, then again those that carry weight."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -62,13 +63,15 @@ class _Scored:
     versions: list[list[int]]
     moment: Moment
 
-    def changed(self, kept: set[int]) -> list[int]:
+    def changed(self, kept: Sequence[bool]) -> list[int]:
         """The poses among those kept whose tensors were written to since."""
         now = [_versions(part) for part in self.portion.poses]
+        if now == self.versions:
+            return []
         changed = [a != b for a, b in zip(now, self.versions, strict=True)]
         if self.portion.how == "slice":  # one for all its poses
             changed *= len(self.numbers)
-        return [i for i, own in zip(self.numbers, changed, strict=True) if own and i in kept]
+        return [i for i, own in zip(self.numbers, changed, strict=True) if own and kept[i]]
 
 
 class _Tape:
@@ -101,28 +104,30 @@ class _Tape:
     def pull(self, cotangent: Tensor) -> Gradients:
         """The vector-Jacobian product with a cotangent `[m, ...]`, by replaying own poses."""
         own = self._session.own
-        cotangent = flush_denormals(cotangent)
-        kept = {i - own.start for i in self._worth_replaying(cotangent).intersection(own)}
-        cotangent = cotangent[own.start : own.stop]
+        cotangent = self._without_light_poses(flush_denormals(cotangent))[own.start : own.stop]
+        kept = (_sizes(cotangent) != 0).tolist()
         self._check_unchanged(kept)
         total = GradientSum()
-        chunks = [chunk for chunk in self._chunks if not kept.isdisjoint(chunk.numbers)]
+        chunks = [
+            chunk for chunk in self._chunks if any(kept[chunk.numbers.start : chunk.numbers.stop])
+        ]
         idle = self._session.lag(len(chunks))
         with self._session.surroundings.restored(), torch.enable_grad():
             for chunk in chunks:
-                total.add(self._replay(chunk, cotangent, kept))
+                total.add(self._replay(chunk, cotangent))
             for _ in range(idle):
-                self._replay(self._chunks[0], cotangent, kept=set())  # of weight zero
-        if kept:
+                self._replay(self._chunks[0], torch.zeros_like(cotangent))
+        if chunks:
             self._session.check_differentiable()
         return total.delivered(self._session.inputs.tensors)
 
-    def _worth_replaying(self, cotangent: Tensor) -> set[int]:
+    def _without_light_poses(self, cotangent: Tensor) -> Tensor:
+        """The cotangent, zero for poses that are to be left out."""
+        if self._skip_below == 0:
+            return cotangent
         size = _sizes(cotangent)
-        skipped = size == 0
-        if self._skip_below > 0:
-            skipped |= size < self._skip_below * self._largest(size)
-        return set((~skipped).nonzero().flatten().tolist())
+        light = size < self._skip_below * self._largest(size)  # [m]
+        return cotangent.masked_fill(light.reshape(-1, *[1] * (cotangent.ndim - 1)), 0)
 
     def _largest(self, size: Tensor) -> Tensor:
         """For each pose of all ranks the largest size in its group."""
@@ -131,7 +136,7 @@ class _Tape:
         owners = self._groups.owners.to(size.device)
         return size.new_zeros(self._groups.count).scatter_reduce_(0, owners, size, "amax")[owners]
 
-    def _replay(self, chunk: _Scored, cotangent: Tensor, kept: set[int]) -> dict[int, Tensor]:
+    def _replay(self, chunk: _Scored, cotangent: Tensor) -> dict[int, Tensor]:
         """The gradients of one chunk, scored again in the same composition.
 
         Its poses may depend on each other (batch statistics, one random mask for all), and no
@@ -139,9 +144,7 @@ class _Tape:
         """
         found, leaves = self._score_again(chunk)
         self._check_same(chunk, found.detach())
-        numbers = chunk.numbers
-        weights = cotangent[numbers.start : numbers.stop].clone()
-        weights[torch.tensor([i not in kept for i in numbers], device=weights.device)] = 0
+        weights = cotangent[chunk.numbers.start : chunk.numbers.stop].clone()
         return self._session.inputs.gradients(found, weights, leaves)
 
     def _check_same(self, scored: _Scored, found: Tensor) -> None:
@@ -184,7 +187,7 @@ class _Tape:
         with self._session.surroundings.at(chunk.moment):
             return self._session.score_again(chunk.portion, chunk.numbers.start)
 
-    def _check_unchanged(self, kept: set[int]) -> None:
+    def _check_unchanged(self, kept: Sequence[bool]) -> None:
         changed = [number for chunk in self._chunks for number in chunk.changed(kept)]
         if changed:
             raise ReplayError(
