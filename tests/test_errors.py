@@ -93,7 +93,7 @@ IN_COMBINE = {
     ),
     "poses that mix": Bad(
         PosesMixError,
-        r"activations of: 0\..*\n.*\n.*list\(poses\).*chunk_size",
+        r"activations of: 0 \(at Sub\)\..*\n.*\n.*list\(poses\).*chunk_size",
         poses=_poses(),
         engine=_predicting(lambda model, x: model[2](model[0](x) - model[0](x).mean(0))),
     ),

@@ -95,7 +95,7 @@ def test_gradients_without_a_private_name(
     refused = name == "_input_metadata" and schedule in ("store", "stream")
     with pytest.raises(ValueError, match="float16") if refused else nullcontext():
         # Which dtypes gradients pass is not told then; these schedules cannot scale a loss.
-        engine.combine(poses, Boltzmann(kT=1.0), schedule=schedule).prediction.backward()
+        engine.combine(list(poses), Boltzmann(kT=1.0), schedule=schedule).prediction.backward()
         torch.testing.assert_close([p.grad for p in model.parameters()], [*expected])
 
 

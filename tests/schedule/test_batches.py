@@ -433,6 +433,18 @@ def test_to_look_changes_nothing(name: str) -> None:
         assert torch.equal(value, state[key])
 
 
+def test_to_look_leaves_graphs_of_the_user_alone() -> None:
+    """Poses that were computed, and what predict takes from outside."""
+    encoder, head = nn.Linear(3, FEATURES), MODELS["mlp"]()
+    poses, shared = torch.tanh(encoder(torch.randn(5, 3))), torch.tanh(head[0].bias).sum()
+    engine = Engine(encoder, head, predict=lambda encoder, head, x: head(x) * shared)
+    prediction, _ = engine.combine(poses, Mean())
+    parameters = [*encoder.parameters(), *head.parameters()]
+    found = torch.autograd.grad(prediction, parameters, retain_graph=True)
+    expected = torch.autograd.grad((head(poses) * shared).mean(), parameters)
+    torch.testing.assert_close(found, expected)
+
+
 def test_one_look_serves_all_batches_of_a_kind_and_mode() -> None:
     seen: list[int] = []
     model = nn.Sequential(nn.Linear(FEATURES, 4), nn.BatchNorm1d(4), nn.Linear(4, 1)).eval()

@@ -1,6 +1,7 @@
 """Whether a model keeps the poses of a batch apart, so that it may be divided anywhere."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import final
 
@@ -8,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from posegrad.capture import mixing_modules
-from posegrad.errors import PosesMixError
+from posegrad.errors import PosesMixError, UnsupportedModuleError
 from posegrad.schedule._batch import Batch
 from posegrad.schedule._chunks import Portion
 from posegrad.schedule._inputs import Inputs
-from posegrad.schedule._poses import tensors_of
+from posegrad.schedule._poses import map_tensors, tensors_of
 from posegrad.schedule._replay import Moment, Surroundings
 
 __all__ = ["Apart"]
@@ -86,7 +87,7 @@ class Apart:
 
         def scored(*numbers: int) -> Tensor:
             with surroundings.at(moment):
-                return score(Portion([batch.picked(numbers)], 2, "slice"), 0)
+                return score(Portion([map_tensors(_cut, batch.picked(numbers))], 2, "slice"), 0)
 
         def looked_at(row: int, *numbers: int) -> _Look:
             return _Look.at(scored(*numbers), row, inputs)
@@ -109,7 +110,7 @@ class Apart:
         tensors = (t for m in self._modules for t in (*m.parameters(), *m.buffers()))
         try:
             return mixing_modules(predictions, real, tensors)
-        except RuntimeError:  # it can be used once only, by a plain backward
+        except _NO_GRADIENTS:
             return ""
 
     def _kind_of(self, batch: Batch) -> object:
@@ -127,40 +128,44 @@ class _Look:
     Args:
         predictions: Of both.
         row: Its number.
-        gradients: Of its prediction, by number of parameter. They tell what the prediction may
-            hide: behind a gate that is zero, poses mix too.
+        gradients: Of its prediction, by number of parameter; None if they cannot be had. They tell
+            what the prediction may hide: behind a gate that is zero, poses mix too.
     """
 
     predictions: Tensor
     row: int
-    gradients: Mapping[int, Tensor]
+    gradients: Mapping[int, Tensor] | None
 
     @classmethod
     def at(cls, predictions: Tensor, row: int, inputs: Inputs) -> "_Look":
-        """The look at one row of predictions `[2, ...]`, whose graph is used up."""
+        """The look at one row of predictions `[2, ...]`."""
+        gradients: Mapping[int, Tensor] | None = None
         cotangent = torch.zeros_like(predictions)
         cotangent[row] = 1
-        try:
-            gradients = inputs.gradients(predictions, cotangent, {})
-        except RuntimeError:  # a reentrant checkpoint knows no gradient but that of a backward
-            gradients = {}
+        # Kept, for what the user computed outside may be a part of the graph.
+        with suppress(*_NO_GRADIENTS):
+            gradients = inputs.gradients(predictions, cotangent, {}, keep_graph=True)
         return cls(predictions.detach(), row, gradients)
 
     def is_like(self, other: "_Look") -> bool:
         """Whether the same pose beside another came to the same, up to rounding."""
         if not _alike(self.predictions[self.row], other.predictions[self.row]):
             return False
+        if self.gradients is None or other.gradients is None:
+            return True
         # What is nothing but rounding beside other parameters' gradients says nothing.
         least = max((_size(g) * 2**10 * _eps(g) for g in self.gradients.values()), default=0.0)
-        return all(_alike(*pair, least) for pair in self._beside(other))
+        pairs = _beside(self.gradients, other.gradients)
+        return all(_alike(*pair, least) for pair in pairs)
 
-    def _beside(self, other: "_Look") -> Iterator[tuple[Tensor, Tensor]]:
-        """The gradients of both; of an expert that only the neighbour went through, zeros."""
-        mine, theirs = self.gradients, other.gradients
-        for i in mine.keys() | theirs.keys():
-            present = mine[i] if i in mine else theirs[i]
-            zeros = torch.zeros_like(present)
-            yield mine.get(i, zeros), theirs.get(i, zeros)
+
+def _beside(
+    mine: Mapping[int, Tensor], theirs: Mapping[int, Tensor]
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Gradients in pairs; of an expert that only the neighbour went through, zeros."""
+    for i in mine.keys() | theirs.keys():
+        zeros = torch.zeros_like(mine[i] if i in mine else theirs[i])
+        yield mine.get(i, zeros), theirs.get(i, zeros)
 
 
 def _alike(found: Tensor, expected: Tensor, least: float = 0.0) -> bool:
@@ -178,12 +183,20 @@ def _eps(tensor: Tensor) -> float:
     return torch.finfo(tensor.dtype.to_real()).eps
 
 
+def _cut(tensor: Tensor) -> Tensor:
+    """A tensor without what computed it, whose graph is the user's."""
+    return tensor.detach().requires_grad_().clone() if tensor.requires_grad else tensor
+
+
 def _differ(first: Sequence[Tensor], second: Sequence[Tensor]) -> bool:
     plain = (
         [p for t in side for p in (t.unbind() if t.is_nested else [t])] for side in (first, second)
     )
     return not all(map(torch.equal, *plain))
 
+
+_NO_GRADIENTS = (RuntimeError, UnsupportedModuleError)
+"""What graphs raise that can be used once only, or by a plain backward only."""
 
 _NOTE = (
     "This was raised while two poses were scored, to see whether the model keeps poses apart. "
