@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 
 import posegrad
-from posegrad.capture._operators import OPERATORS
+from posegrad.graph._operators import OPERATORS
 
 SRC = Path(posegrad.__file__).parent
 ORDER = [
-    "_compat", "_threads", "_restoring", "_warn", "errors", "ranks", "combination", "weighting",
-    "jacobian", "capture", "schedule", "engine", "multipose", "testing", "interop", "plot",
+    "_torch", "_threads", "_restoring", "_warn", "errors", "ranks", "combination", "weighting",
+    "jacobian", "graph", "schedule", "engine", "multipose", "testing", "interop", "plot",
 ]  # fmt: skip
 FILES = sorted(
     path.relative_to(SRC) for path in SRC.rglob("*.py") if path.parent != SRC or path.stem in ORDER
@@ -53,4 +53,4 @@ def test_only_the_core_is_needed_to_import() -> None:
 def test_operators_are_named_in_their_table_alone(path: Path) -> None:
     nodes = ast.walk(ast.parse((SRC / path).read_text()))
     texts = {n.value for n in nodes if isinstance(n, ast.Constant) and isinstance(n.value, str)}
-    assert path == Path("capture/_operators.py") or not texts & OPERATORS.keys()
+    assert path == Path("graph/_operators.py") or not texts & OPERATORS.keys()

@@ -1,4 +1,4 @@
-"""Names that torch does not promise to keep are used in `_compat.py` alone.
+"""Names that torch does not promise to keep are used in `_torch.py` alone.
 
 There rows stay exact when a release of torch lacks one: each is hidden here, one after the other.
 """
@@ -15,7 +15,7 @@ from torch.autograd.graph import Node
 import posegrad
 
 SRC = Path(posegrad.__file__).parent
-COMPAT = Path("_compat.py")
+COMPAT = Path("_torch.py")
 FILES = sorted(p.relative_to(SRC) for p in SRC.rglob("*.py") if p.name != COMPAT.name)
 READS_BY_NAME = {"getattr", "hasattr", "setattr", "delattr", "attrgetter", "methodcaller"}
 NOT_OF_TORCH = {

@@ -1,4 +1,4 @@
-"""Rows and gradients stay exact under a release of torch that has renamed what `_compat.py` uses.
+"""Rows and gradients stay exact under a release of torch that has renamed what `_torch.py` uses.
 
 Each private name is hidden there, one after the other, and each thing that operators save.
 """
@@ -15,31 +15,31 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from posegrad import Boltzmann, Engine, _compat
+from posegrad import Boltzmann, Engine, _torch
 from posegrad.errors import StaleFactorError
 from tests.architectures import ARCHITECTURES, Architecture
 from tests.reference import rows, trainable
 from tests.test_private_names import foreign
 
-SOURCE = inspect.getsource(_compat)
+SOURCE = inspect.getsource(_torch)
 NAMES = sorted({*foreign(SOURCE), "_raw_saved_", "unpack_hook", "get_capabilities"})
 MADE_OF_OTHERS = {"ViT", "TransformerDecoder", "TransformerEncoder, dropout", "GRU, bidirectional"}
 DENSE = [name for name, row in ARCHITECTURES.items() if row.dense and name not in MADE_OF_OTHERS]
 
 
 def hide(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Gives the functions of `_compat` the code they would have if they looked for another name.
+    """Gives the functions of `_torch` the code they would have if they looked for another name.
 
     Others have imported them, so they stay the same objects.
     """
-    renamed: dict[str, Any] = {"__name__": _compat.__name__}
+    renamed: dict[str, Any] = {"__name__": _torch.__name__}
     exec(re.sub(rf"(?<![A-Za-z]){name}(?![a-z])", "_of_tomorrow", SOURCE), renamed)
     for key, function in renamed.items():
-        new, own = inspect.unwrap(function), inspect.unwrap(getattr(_compat, key, function))
+        new, own = inspect.unwrap(function), inspect.unwrap(getattr(_torch, key, function))
         if isinstance(new, FunctionType) and new is not own:
             monkeypatch.setattr(own, "__code__", new.__code__)
-    monkeypatch.setattr(_compat, "_SLOTS", {})
-    _compat.tells_slots.cache_clear()
+    monkeypatch.setattr(_torch, "_SLOTS", {})
+    _torch.tells_slots.cache_clear()
 
 
 @pytest.fixture
@@ -47,7 +47,7 @@ def hidden(monkeypatch: pytest.MonkeyPatch) -> Any:
     """To be called with the name that is to be hidden."""
     with monkeypatch.context() as patch:
         yield lambda name: hide(name, patch)
-    _compat.tells_slots.cache_clear()
+    _torch.tells_slots.cache_clear()
 
 
 class Net(nn.Module):
@@ -121,9 +121,9 @@ def test_rows_without_something_that_operators_save(
             looked_for.setdefault(asked)
             return getattr(owner, "_of_tomorrow" if asked == gone else asked, *default)
 
-        monkeypatch.setattr(_compat, "getattr", read, raising=False)
+        monkeypatch.setattr(_torch, "getattr", read, raising=False)
         monkeypatch.setattr(
-            _compat, "hasattr", lambda o, asked: asked != gone and hasattr(o, asked), raising=False
+            _torch, "hasattr", lambda o, asked: asked != gone and hasattr(o, asked), raising=False
         )
         compare(row)
 

@@ -21,7 +21,7 @@ from matplotlib.patches import Patch
 from torch import Tensor, UntypedStorage, nn
 
 from posegrad import Boltzmann, Combination, Engine, Min
-from posegrad._compat import TorchDispatchMode, tree_leaves
+from posegrad._torch import TorchDispatchMode, tree_leaves
 
 POSES, ROWS, WIDTH, LAYERS, REPEATS = 8, 1024, 256, 4, 15
 SCHEDULES = ("retain", "store", "stream", "recompute")

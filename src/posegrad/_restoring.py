@@ -18,8 +18,8 @@ from typing import Any, ParamSpec, TypeVar, final
 
 import torch
 
-from posegrad._compat import mode_guard
 from posegrad._threads import ThreadState, device_kinds, put_back, thread_state
+from posegrad._torch import mode_guard
 
 __all__ = ["Change", "no_autocast", "no_graph", "ordinary_mode", "restoring"]
 

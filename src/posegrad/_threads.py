@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from posegrad._compat import mode_stack, multithreading, set_grad, set_multithreading
+from posegrad._torch import mode_stack, multithreading, set_grad, set_multithreading
 
 __all__ = ["ThreadState", "device_kinds", "put_back", "thread_state"]
 

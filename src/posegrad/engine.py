@@ -7,9 +7,9 @@ from typing import Any, Self
 from torch import Tensor, nn
 from torch.amp import GradScaler
 
-from posegrad.capture import Gatherer, Roster, Wanted, check_modules, unwrapped
 from posegrad.combination._base import Rule
 from posegrad.errors import ClosedEngineError
+from posegrad.graph import Gatherer, Roster, Wanted, check_modules, unwrapped
 from posegrad.jacobian import PoseJacobian, SharedJacobian, of_all
 from posegrad.schedule._batch import as_batch
 from posegrad.schedule._call import Setting

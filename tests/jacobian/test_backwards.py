@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from posegrad import Engine, Mean
-from posegrad.capture import _pulled, _reading, _verify, _vjp
-from posegrad.capture._operators import OPERATORS
+from posegrad.graph import _pulled, _reading, _verify, _vjp
+from posegrad.graph._operators import OPERATORS
 from tests import reference
 
 M = 6

@@ -22,7 +22,7 @@ from torch_geometric.nn import GATConv, GCNConv, GraphNorm, SAGEConv
 from torch_geometric.utils import scatter, softmax, to_dense_batch
 
 from posegrad import Engine, StaleFactorError
-from posegrad.capture import _trial
+from posegrad.graph import _trial
 from tests.jacobian.test_grammar import Step
 from tests.reference import gramian, product, rows, trainable
 

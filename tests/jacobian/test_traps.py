@@ -19,8 +19,8 @@ from posegrad import (
     StaleFactorError,
     UnsupportedModuleError,
 )
-from posegrad.capture._reading import Reading
-from posegrad.capture._verify import Reference
+from posegrad.graph._reading import Reading
+from posegrad.graph._verify import Reference
 from posegrad.jacobian.layers import Linear
 from tests.device import DEVICE
 from tests.reference import rows, trainable

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import Node
 
 from posegrad import Engine
-from posegrad.capture import _inference, _vjp
+from posegrad.graph import _inference, _vjp
 from tests.operators.samples import Pair, Sample
 from tests.reference import rows, trainable
 

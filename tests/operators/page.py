@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from posegrad.capture._operators import OPERATORS, Kind
+from posegrad.graph._operators import OPERATORS, Kind
 from tests.operators.cases import Case, reading_of
 from tests.operators.coverage import examined, line
 from tests.operators.layers import LAYERS

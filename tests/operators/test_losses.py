@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from posegrad import Engine
-from posegrad.capture._operators import OPERATORS
+from posegrad.graph._operators import OPERATORS
 from tests.operators.cases import reading_of
 from tests.operators.layers import LAYERS
 from tests.operators.losses import LOSSES

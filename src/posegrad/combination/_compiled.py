@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import nn
 
-from posegrad._compat import calls_by, inside_compiled
+from posegrad._torch import calls_by, inside_compiled
 
 __all__ = ["uncovered"]
 

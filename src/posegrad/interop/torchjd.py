@@ -18,8 +18,8 @@ from typing import Any, final, get_args
 import torch
 from torch import Tensor
 
-from posegrad._compat import has_forward_hooks
 from posegrad._restoring import Change
+from posegrad._torch import has_forward_hooks
 from posegrad.errors import MissingExtraError, ShapeMismatchError, UnsupportedModuleError
 from posegrad.jacobian._precision import wide
 from posegrad.weighting import Aggregation, GradientRule, Step, Weighting

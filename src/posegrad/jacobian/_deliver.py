@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from posegrad._compat import backward_into_leaves
 from posegrad._restoring import restoring
+from posegrad._torch import backward_into_leaves
 from posegrad.errors import NonFiniteGradientError
 from posegrad.weighting._base import GradientRule, Jacobian
 from posegrad.weighting._rules import OfPredictions

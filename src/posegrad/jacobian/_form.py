@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
-from posegrad._compat import version_of
+from posegrad._torch import version_of
 from posegrad.errors import StaleFactorError
 from posegrad.jacobian._layout import Layout
 from posegrad.jacobian._products import Products

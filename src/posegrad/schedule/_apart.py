@@ -8,8 +8,8 @@ from typing import final
 import torch
 from torch import Tensor, nn
 
-from posegrad.capture import mixing_modules
 from posegrad.errors import PosesMixError, UnsupportedModuleError
+from posegrad.graph import mixing_modules
 from posegrad.schedule._batch import Batch
 from posegrad.schedule._chunks import Portion
 from posegrad.schedule._inputs import Inputs

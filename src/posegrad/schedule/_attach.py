@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-from posegrad._compat import in_ddp, in_static_ddp
 from posegrad._restoring import restoring
+from posegrad._torch import in_ddp, in_static_ddp
 from posegrad.errors import HigherOrderError
 from posegrad.schedule._inputs import Inputs
 

@@ -6,8 +6,8 @@ from typing import final
 import torch
 from torch import Tensor, nn
 
-from posegrad._compat import tables_of, version_of
 from posegrad._restoring import Change
+from posegrad._torch import tables_of, version_of
 from posegrad.errors import ReplayError, listed
 
 __all__ = ["Buffers", "Values"]

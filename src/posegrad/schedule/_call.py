@@ -7,12 +7,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from posegrad._compat import has_hooks
-from posegrad.capture import check_no_talk
+from posegrad._torch import has_hooks
 from posegrad.combination import Combination
 from posegrad.combination._base import Rule
 from posegrad.combination._groups import Grouped, Groups
 from posegrad.errors import NoPosesError, RankError, listed
+from posegrad.graph import check_no_talk
 from posegrad.ranks import Ranks
 from posegrad.schedule._apart import Apart
 from posegrad.schedule._batch import Batch, as_batch

@@ -5,9 +5,9 @@ from dataclasses import replace
 import torch
 
 from posegrad._restoring import restoring
-from posegrad.capture import Gatherer, check_no_talk
 from posegrad.combination._groups import ungrouped
 from posegrad.errors import NotDifferentiableError
+from posegrad.graph import Gatherer, check_no_talk
 from posegrad.schedule._call import Call
 from posegrad.schedule._inputs import Inputs
 from posegrad.schedule._plan import Request, choose

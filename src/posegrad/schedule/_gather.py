@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from posegrad._restoring import restoring
-from posegrad.capture import Gatherer
 from posegrad.errors import NotDifferentiableError, ShapeMismatchError
+from posegrad.graph import Gatherer
 from posegrad.jacobian import PoseJacobian
 from posegrad.schedule._chunks import Portion
 from posegrad.schedule._session import Scorer

@@ -5,7 +5,7 @@ from typing import Self
 
 from torch import Tensor
 
-from posegrad._compat import add_each
+from posegrad._torch import add_each
 from posegrad.jacobian import wide
 
 __all__ = ["GradientSum"]

@@ -6,9 +6,10 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor, nn
 
-from posegrad._compat import has_hooks, version_of
 from posegrad._restoring import no_autocast
-from posegrad.capture import (
+from posegrad._torch import has_hooks, version_of
+from posegrad.errors import StaleParametersError, UntrackedTensorError, listed
+from posegrad.graph import (
     alone,
     failures_named,
     grad_set_aside,
@@ -16,7 +17,6 @@ from posegrad.capture import (
     leaf_hooks_off,
     leaf_of_slice,
 )
-from posegrad.errors import StaleParametersError, UntrackedTensorError, listed
 from posegrad.ranks import Ranks
 from posegrad.schedule._poses import Pose, map_tensors
 

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from posegrad.capture import Outlook
 from posegrad.combination import Combination, OnlineForm
 from posegrad.combination._groups import groups_of, ungrouped
 from posegrad.errors import NoPosesError, UnsupportedModuleError
+from posegrad.graph import Outlook
 from posegrad.jacobian import Backwards
 from posegrad.jacobian._table import Line, size, table
 from posegrad.ranks import shown

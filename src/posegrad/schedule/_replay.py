@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from posegrad._compat import tables_of
 from posegrad._restoring import Change, no_graph
+from posegrad._torch import tables_of
 from posegrad.schedule._buffers import Buffers, Values
 
 __all__ = ["Moment", "Surroundings", "has_other_kernels", "scales_float16", "without_graph"]

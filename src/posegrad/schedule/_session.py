@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from posegrad._restoring import Change
-from posegrad.capture import check_tracked, graph_clock
 from posegrad.combination._groups import Groups
 from posegrad.errors import (
     NoPosesError,
     NotDifferentiableError,
     ShapeMismatchError,
 )
+from posegrad.graph import check_tracked, graph_clock
 from posegrad.ranks import Ranks
 from posegrad.schedule._batch import joined_by_pyg
 from posegrad.schedule._chunks import Portion

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from posegrad._compat import version_of
+from posegrad._torch import version_of
 from posegrad.combination import Combination
 from posegrad.combination._base import flush_denormals
 from posegrad.combination._groups import Groups, groups_of

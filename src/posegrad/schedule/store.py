@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from posegrad._restoring import no_autocast
-from posegrad.capture import Gatherer
 from posegrad.combination import Combination
+from posegrad.graph import Gatherer
 from posegrad.jacobian import Block, Weights
 from posegrad.schedule._attach import Gradients
 from posegrad.schedule._gradients import GradientSum

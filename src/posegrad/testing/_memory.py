@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, UntypedStorage
 
-from posegrad._compat import TorchDispatchMode, address_of, tree_leaves
+from posegrad._torch import TorchDispatchMode, address_of, tree_leaves
 
 __all__ = ["PeakBytes", "peak_live_bytes"]
 

@@ -1,0 +1,30 @@
+"""Reading autograd's graph: the only code that touches autograd's internals."""
+
+from posegrad.graph._edges import EdgeRegistry
+from posegrad.graph._gather import Gatherer
+from posegrad.graph._guard import alone, failures_named, grad_set_aside, leaf_hooks_off
+from posegrad.graph._mixing import mixing_modules
+from posegrad.graph._modules import Roster, Wanted, check_modules
+from posegrad.graph._outlook import Outlook
+from posegrad.graph._tracked import check_tracked, graph_clock, is_slice_of_leaf, leaf_of_slice
+from posegrad.graph._wrapped import check_no_talk, unwrapped
+
+__all__ = [
+    "EdgeRegistry",
+    "Gatherer",
+    "Outlook",
+    "Roster",
+    "Wanted",
+    "alone",
+    "check_modules",
+    "check_no_talk",
+    "check_tracked",
+    "failures_named",
+    "grad_set_aside",
+    "graph_clock",
+    "is_slice_of_leaf",
+    "leaf_hooks_off",
+    "leaf_of_slice",
+    "mixing_modules",
+    "unwrapped",
+]

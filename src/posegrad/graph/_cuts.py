@@ -1,0 +1,98 @@
+"""Operators that put tensors together along the poses, or cut them out.
+
+Losses that are stacked, two half batches that are concatenated, one pose of a batch: what is cut
+out belongs to the poses it was cut from, and what has only one pose belongs to it as a whole.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from torch.autograd.graph import Node
+
+from posegrad._torch import saved
+from posegrad.graph._axis import Axis, dim_of
+
+__all__ = ["Cut", "CutRule", "joined", "parted", "piled", "sliced", "taken", "unbound"]
+
+Sizes = tuple[int, ...]
+
+
+class Cut(NamedTuple):
+    """One output and one argument of such an operator.
+
+    Args:
+        node: The operator.
+        dim: The dimension it is told, counted from 0.
+        argument: The number of the argument.
+        output: The number of the output, whose poses are known.
+        arguments: The sizes of all arguments; None of those without a graph.
+        outputs: The sizes of all outputs.
+    """
+
+    node: Node
+    dim: int
+    argument: int
+    output: int
+    arguments: Sequence[Sizes | None]
+    outputs: tuple[Sizes, ...]
+
+    @property
+    def size(self) -> int:
+        """That of the argument along the dimension."""
+        own = self.arguments[self.argument]
+        assert own is not None
+        return own[self.dim]
+
+
+CutRule = Callable[[Cut, Axis], tuple[Axis | None, bool]]
+"""From a cut and the axis of its output to that of its argument, and whether structure tells."""
+
+
+def piled(cut: Cut, axis: Axis) -> tuple[Axis | None, bool]:
+    """`torch.stack`: an entry of the new dimension each."""
+    return axis if axis.is_whole else axis.entry(cut.argument), True
+
+
+def joined(cut: Cut, axis: Axis) -> tuple[Axis | None, bool]:
+    """`torch.cat`: some entries each."""
+    if axis.is_whole:
+        return axis, True
+    before = [None if own is None else own[cut.dim] for own in cut.arguments[: cut.argument]]
+    known = [size for size in before if size is not None]
+    if len(known) < len(before):
+        # The sizes of constants are not told, unless all of them stand on one side.
+        behind = cut.arguments[cut.argument :]
+        if None in behind:
+            return None, True
+        whole = cut.outputs[0][cut.dim]
+        start = whole - sum(own[cut.dim] for own in behind if own is not None)
+    else:
+        start = sum(known)
+    return axis.part(start, start + cut.size), True
+
+
+def parted(cut: Cut, axis: Axis) -> tuple[Axis | None, bool]:
+    """`torch.split`: the argument has the entries of all outputs, one after another."""
+    start = sum(sizes[cut.dim] for sizes in cut.outputs[: cut.output])
+    stop = start + cut.outputs[cut.output][cut.dim]
+    return axis.within(cut.dim, cut.size, slice(start, stop)), True
+
+
+def unbound(cut: Cut, axis: Axis) -> tuple[Axis | None, bool]:
+    """`torch.unbind`: an entry of the argument each."""
+    return axis.within(cut.dim, cut.size, slice(cut.output, cut.output + 1)), True
+
+
+def taken(cut: Cut, axis: Axis) -> tuple[Axis | None, bool]:
+    """`x[i]`: one entry of the argument, by number."""
+    place = dim_of(saved(cut.node, "index"), cut.size)
+    return axis.within(cut.dim, cut.size, slice(place, place + 1)), False
+
+
+def sliced(cut: Cut, axis: Axis) -> tuple[Axis | None, bool]:
+    """`x[start:stop:step]`: some entries of the argument, by number."""
+    given = [saved(cut.node, name) for name in ("start", "end", "step")]
+    places = slice(*(None if value is None else dim_of(value, cut.size) for value in given))
+    if len(range(cut.size)[places]) != cut.outputs[0][cut.dim]:
+        return None, False
+    return axis.within(cut.dim, cut.size, places), False

@@ -1,0 +1,217 @@
+r"""Owners of rows by construction: following the dimension of poses through the graph.
+
+Probing finds the owners of any row and costs a backward. Most graphs need no probe: if the output
+`[m]` is a sum over T of `[m, T]`, and that a product of `[m, T, d]` with a weight, the dimension of
+poses can be followed from operator to operator by what each operator *is*, whatever numbers flow.
+An operator that is not in the table is probed alone, by its own vjp (`_probing.py`). Where poses
+mix, nothing is inferred for what lies behind. Behind what belongs to one pose as a whole, so does
+everything, whatever the operators are.
+
+Rows may also be picked by number, as messages between atoms are; then owners follow the numbers
+(`_indexed.py`), and are found anew for each graph.
+
+A tensor's numbers, in row-major order, are laid out as :math:`a \times m \times b`: number n
+belongs to pose :math:`\lfloor n / b \rfloor \bmod m`. Views keep b, the *stride*; other operators
+move it with their dimensions (`_axis.py`).
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import reduce
+from math import prod
+from typing import NamedTuple
+
+import torch
+
+from posegrad._torch import UntoldError, is_packed, is_python
+from posegrad.graph._axis import Axis, Facts, agreed, axis_in, dim_of
+from posegrad.graph._cuts import Cut
+from posegrad.graph._edges import LEAF_NAME, Edge, EdgeRegistry
+from posegrad.graph._indexed import Memo
+from posegrad.graph._operators import Kind, kind_of
+from posegrad.graph._probing import probed_alone
+from posegrad.jacobian import Arrangement
+
+__all__ = ["Inferred", "Step", "infer", "steps_of"]
+
+
+class Inferred(NamedTuple):
+    """Where poses lie, as far as operators tell.
+
+    Args:
+        axes: By edge.
+        is_fixed: Whether it holds for all graphs of the structure; else numbers were looked at.
+        lost: For every other edge the operator at which poses were lost.
+        alone: The operators that were probed alone.
+    """
+
+    axes: Mapping[Edge, Axis]
+    is_fixed: bool
+    lost: Mapping[Edge, int]
+    alone: Sequence[int]
+
+
+class Step(NamedTuple):
+    """An operator behind which others lie.
+
+    Args:
+        node: Its number.
+        kind: What is known of it.
+        outputs: The numbers of its outputs that something depends on, and their edges.
+        arguments: The numbers of its arguments that were computed by others, and their edges.
+        is_told: Whether its rule can be asked: another release of torch may not save what that
+            looks at.
+    """
+
+    node: int
+    kind: Kind
+    outputs: tuple[tuple[int, Edge], ...]
+    arguments: tuple[tuple[int, Edge], ...]
+    is_told: bool
+
+
+def steps_of(registry: EdgeRegistry) -> list[Step]:
+    """The operators of a graph, each after those that take what it computes.
+
+    They are those of all graphs of the structure. Nothing lies behind leaves.
+    """
+    found = []
+    for node in registry.in_order():
+        arguments = tuple([
+            (i, edge)
+            for i, edge in enumerate(registry.sources[node])
+            if edge is not None and registry.names[edge[0]] != LEAF_NAME
+        ])  # fmt: skip
+        if arguments:
+            kind = kind_of(registry.names[node])
+            outputs = tuple([(i, (node, i)) for i in registry.outputs(node)])
+            is_told = kind.moves is not None and None not in registry.facts[node]
+            found.append(Step(node, kind, outputs, arguments, is_told))
+    return found
+
+
+def infer(
+    registry: EdgeRegistry,
+    steps: Iterable[Step],
+    arrangement: Arrangement,
+    generator: torch.Generator,
+) -> Inferred:
+    """The axis of poses of every edge to which it can be followed from the output.
+
+    Args:
+        registry: The graph.
+        steps: Its operators, as `steps_of` lists them.
+        arrangement: The poses in the output.
+        generator: The engine's own, for operators that are probed alone.
+    """
+    dim, shape = arrangement.dim, arrangement.shape
+    stride = 1 if dim is None else prod(shape[dim + 1 :])
+    start = axis_in(shape, stride, arrangement.poses)
+    axes = {} if start is None else {registry.root: start}
+    lost: dict[Edge, int] = {}  # edges at which poses may mix, and the operators that may mix them
+    following = _Following(registry, generator)
+    is_fixed = True
+    for step in steps:
+        known = {i: axis for i, edge in step.outputs if (axis := axes.get(edge)) is not None}
+        moved: Mapping[int, Axis | None] = {}
+        if len(known) == len(step.outputs):
+            moved, follows = following.moved(step, known)
+            is_fixed &= follows
+        for argument, edge in step.arguments:
+            if edge in lost:
+                continue
+            axis = moved.get(argument)
+            if edge in axes:
+                axis = agreed(axes.pop(edge), axis)
+            if axis is None:
+                before = (lost[output] for _, output in step.outputs if output in lost)
+                lost[edge] = next(before, step.node)
+            else:
+                axes[edge] = axis
+    return Inferred(axes, is_fixed, lost, following.alone)
+
+
+@dataclass
+class _Following:
+    """Poses being followed through one graph.
+
+    Args:
+        registry: The graph.
+        generator: The engine's own.
+        memo: What was found for numbers.
+        alone: The operators that were probed alone.
+    """
+
+    registry: EdgeRegistry
+    generator: torch.Generator
+    memo: Memo = field(default_factory=dict)
+    alone: list[int] = field(default_factory=list)
+
+    def moved(self, step: Step, axes: Mapping[int, Axis]) -> tuple[Mapping[int, Axis | None], bool]:
+        """The axes of an operator's arguments by those of its outputs, and if structure tells."""
+        kind, operator = step.kind, self.registry.nodes[step.node]
+        if not (kind.cuts or kind.looks_up) and (first := _single(axes)) is not None:
+            return {i: first for i, _ in step.arguments}, True
+        if is_python(operator):
+            return {}, True
+        told = step.is_told
+        if not told and is_packed(operator):
+            return {}, True  # what a checkpoint would have to recompute is not read
+        try:
+            found = {i: self._by_rule(step, i, edge, axes) for i, edge in step.arguments}
+        except UntoldError:
+            if is_packed(operator):
+                return {}, True
+            told, found = False, {i: (None, False) for i, _ in step.arguments}
+        moved = {i: axis for i, (axis, _) in found.items()}
+        follows = all(follows for _, follows in found.values())
+        if told or None not in moved.values():
+            return moved, told and follows
+        try:
+            moved = probed_alone(self.registry, step.node, axes, self.generator)
+        except RuntimeError:  # it cannot be called alone; what lies behind it is probed
+            return {}, False
+        self.alone.append(step.node)
+        return moved, False
+
+    def _by_rule(
+        self, step: Step, argument: int, edge: Edge, axes: Mapping[int, Axis]
+    ) -> tuple[Axis | None, bool]:
+        """The axis of one argument, on which all outputs must agree, and if structure tells."""
+        registry, node, kind = self.registry, step.node, step.kind
+        facts, inside = registry.facts[node], registry.shape(edge)
+        found: list[Axis | None] = []
+        follows = True
+        for number, axis in axes.items():
+            out = registry.shape((node, number))
+            if kind.picks is not None:
+                operator = registry.nodes[node]
+                found.append(kind.picks(operator, argument, axis, out, inside, self.memo))
+            elif kind.moves is None or not step.is_told:
+                continue
+            elif kind.cuts is not None and out == inside:
+                found.append(axis)  # all of it is cut out
+            elif kind.cuts is not None and _is_cut(facts, axis, out, inside):
+                sizes = [None if e is None else registry.shape(e) for e in registry.sources[node]]
+                dim = dim_of(facts[0], max(len(out), len(inside)))
+                outputs = registry.sizes[node]
+                cut = Cut(registry.nodes[node], dim, argument, number, sizes, outputs)
+                axis_of_all, follows = kind.cuts(cut, axis)
+                found.append(axis_of_all)
+            else:
+                found.append(kind.moves(facts, argument, axis, out, inside))
+        return (reduce(agreed, found) if found else None), follows
+
+
+def _single(axes: Mapping[int, Axis]) -> Axis | None:
+    """The axis of outputs that belong to one and the same pose as a whole, if they do."""
+    first = next(iter(axes.values()))
+    if not first.is_whole:
+        return None
+    one: Axis | None = first
+    return reduce(agreed, axes.values(), one)
+
+
+def _is_cut(facts: Facts, axis: Axis, out: torch.Size, inside: torch.Size) -> bool:
+    """Whether poses lie along the dimension in which tensors are put together or cut out."""
+    return axis.is_whole or (len(out) >= len(inside) and axis.dim == dim_of(facts[0], len(out)))

@@ -1,0 +1,190 @@
+"""Which modules an engine can follow, and their parameters by name."""
+
+from collections.abc import Collection, Iterable, Sequence
+from operator import is_
+
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from posegrad._torch import tables_of
+from posegrad.errors import UnsupportedModuleError
+from posegrad.graph._wrapped import is_wrapper, reshard
+
+__all__ = ["Roster", "Wanted", "check_modules"]
+
+Wanted = Iterable[str | Tensor] | None
+"""Parameters or names of some; None for all."""
+
+_WRAPPERS = ("DistributedDataParallel", "FullyShardedDataParallel")
+
+
+def check_modules(modules: tuple[nn.Module, ...]) -> None:
+    """Refuses what is no module, is wrapped for distributed training, or is inside another.
+
+    Raises:
+        TypeError: if a module is not an `nn.Module`.
+        ValueError: if there is none.
+        UnsupportedModuleError: for the other two.
+    """
+    if not modules:
+        raise ValueError("The engine has no module. Pass the model: Engine(model).")
+    for i, module in enumerate(modules):
+        if not isinstance(module, nn.Module):
+            raise TypeError(
+                f"Module {i} is a {type(module).__name__}, not an nn.Module. Pass the model "
+                f"itself; a function that calls it belongs into predict=."
+            )
+        for name, part in module.named_modules():
+            _check_not_wrapped(name or f"module {i}", part)
+            inside = next((j for j, m in enumerate(modules) if m is part and j != i), None)
+            if inside is not None:
+                raise UnsupportedModuleError(
+                    f"Module {inside} is inside module {i} (as {name or 'the same object'}), so "
+                    f"its parameters would be counted twice. Pass the outer one only."
+                )
+
+
+def _check_not_wrapped(name: str, module: nn.Module) -> None:
+    found = [kind for kind in _WRAPPERS if is_wrapper(module, kind)]
+    if found:
+        raise UnsupportedModuleError(
+            f"{name} is wrapped by {found[0]}, which averages gradients over processes when its "
+            f"own forward runs with a graph. The engine scores poses without one, so the gradients "
+            f"would silently stay local.\n"
+            f"Wrap the whole: Engine(DistributedDataParallel(model)), where all processes share a "
+            f"group of poses, or DistributedDataParallel(MultiPose(model, rule)), where each has "
+            f"groups of its own. Or shard the model by fully_shard."
+        )
+
+
+class Roster:
+    """The parameters of some modules by name, looked up again only when one has been replaced.
+
+    Args:
+        modules: As `check_modules` lets them pass.
+        sharded: Whether FSDP2 has sharded them, whose forward may leave others in their place.
+    """
+
+    def __init__(self, modules: Sequence[nn.Module], *, sharded: bool = False) -> None:
+        self._modules = modules
+        self._sharded = sharded
+        self._named: dict[str, nn.Parameter] = {}
+        self._within: list[nn.Module] = []  # all modules inside
+        self._within_lists = False  # whether all of these list what they hold
+        self._held: list[object] = []  # what these held when they were looked through
+        self._kinds: list[object] | None = None  # their dtypes, False for frozen ones
+        self._trainable: dict[str, nn.Parameter] = {}
+        self._complex: list[str] = []
+
+    def named(self) -> dict[str, nn.Parameter]:
+        """All parameters by dotted name; those of several modules under `0.`, `1.`, ...
+
+        Raises:
+            UnsupportedModuleError: if one is not initialised yet.
+        """
+        if self._sharded:
+            reshard(self._modules)
+        held = _held_by(self._within)
+        same = len(held) == len(self._held) and all(map(is_, held, self._held))
+        lists = self._within_lists and all(map(_lists_all, self._modules))
+        if not same or not lists:
+            self._named, self._kinds = _named_parameters(self._modules), None
+            self._within = [part for module in self._modules for part in module.modules()]
+            self._held = _held_by(self._within)
+            self._within_lists = all(map(_lists_all, self._within))
+        return self._named
+
+    def parts(self) -> Sequence[nn.Module]:
+        """All modules inside, the modules themselves too, as of the last call of `named`."""
+        return self._within
+
+    def trainable(self, wanted: Wanted = None, *, real: bool = True) -> dict[str, nn.Parameter]:
+        """The trainable parameters, each once; only those wanted, if any are named.
+
+        Args:
+            wanted: Names or parameters, or None for all.
+            real: Whether complex ones will not do.
+
+        Raises:
+            ValueError: if one that is wanted is not there or not trainable.
+            UnsupportedModuleError: if one of these is complex, or any is not initialised yet.
+        """
+        named = self.named()
+        kinds: list[object] = [p.requires_grad and p.dtype for p in named.values()]
+        if kinds != self._kinds:
+            self._trainable, self._kinds = _trainable(named), kinds
+            self._complex = [name for name, p in self._trainable.items() if p.is_complex()]
+        found = self._trainable if wanted is None else self._named_by(wanted)
+        unreal = [name for name in self._complex if real and name in found]
+        if unreal:
+            raise UnsupportedModuleError(_complex_message(unreal))
+        return found
+
+    def tensors(self) -> list[Tensor]:
+        """All parameters and buffers."""
+        buffers = [buffer for module in self._modules for buffer in module.buffers()]
+        return [*self.named().values(), *buffers]
+
+    def _named_by(self, wanted: Iterable[str | Tensor]) -> dict[str, nn.Parameter]:
+        trainable = self._trainable
+        names = {id(parameter): name for name, parameter in trainable.items()}
+        wanted = [wanted] if isinstance(wanted, str) else wanted
+        keys = {key if isinstance(key, str) else names.get(id(key), "?") for key in wanted}
+        missing = sorted(keys - trainable.keys())
+        if missing:
+            raise ValueError(
+                f"params names {', '.join(missing)}, which the engine's modules do not have or do "
+                f"not train. There are: {', '.join(trainable)}."
+            )
+        return {name: parameter for name, parameter in trainable.items() if name in keys}
+
+
+def _lists_all(module: nn.Module) -> bool:
+    """Whether it names its parameters as every module does, and so by what it holds."""
+    kind, own = type(module), vars(module)
+    theirs = kind.named_parameters is _NAMED_PARAMETERS and kind.named_modules is _NAMED_MODULES
+    return theirs and "named_parameters" not in own and "named_modules" not in own
+
+
+_NAMED_PARAMETERS, _NAMED_MODULES = nn.Module.named_parameters, nn.Module.named_modules
+
+
+def _held_by(modules: Collection[nn.Module]) -> list[object]:
+    held: list[object] = []
+    for parameters, parts, _ in tables_of(modules):
+        for table in (parameters, parts):
+            held += table.keys()  # a new name is another object; scripted tables cannot iterate
+            held += table.values()
+    return held
+
+
+def _named_parameters(modules: Sequence[nn.Module]) -> dict[str, nn.Parameter]:
+    prefixes = [f"{i}." for i in range(len(modules))] if len(modules) > 1 else [""]
+    named = {
+        prefix + name: parameter
+        for prefix, module in zip(prefixes, modules, strict=True)
+        for name, parameter in module.named_parameters()
+    }
+    lazy = [name for name, parameter in named.items() if is_lazy(parameter)]
+    if lazy:
+        raise UnsupportedModuleError(
+            f"Not initialised yet: {', '.join(lazy)}. The engine cannot follow a parameter "
+            f"that does not exist. Score one pose with the model first."
+        )
+    return named
+
+
+def _trainable(named: dict[str, nn.Parameter]) -> dict[str, nn.Parameter]:
+    names: dict[int, str] = {}
+    for name, parameter in named.items():
+        if parameter.requires_grad:
+            names.setdefault(id(parameter), name)  # a weight tied across modules is one
+    return {name: named[name] for name in names.values()}
+
+
+def _complex_message(names: Sequence[str]) -> str:
+    return (
+        f"Complex parameters: {', '.join(names)}. A Jacobian of real rows has no entry for them.\n"
+        f"Leave them out, jacobian(output, params=[...]), or freeze them; or hold them as "
+        f"torch.view_as_real(...) and view them as complex in the forward. combine() serves them."
+    )

@@ -1,0 +1,168 @@
+"""What is to be read of a graph, use by use, in the order in which it is read."""
+
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple, Self
+
+from posegrad._torch import device_of
+from posegrad.graph._edges import Edge, EdgeRegistry
+from posegrad.graph._operators import kind_of
+from posegrad.graph._read import Entry, Operator, Reader
+from posegrad.graph._recipe import Recipe
+from posegrad.graph._release import Slot
+from posegrad.graph._sites import Site
+from posegrad.graph._subject import Subject
+from posegrad.jacobian import Arrangement, Layout, Purpose
+
+__all__ = ["Plan", "SettledPlan", "Use", "entry_of", "operator_at"]
+
+
+class Use(NamedTuple):
+    """A site, and all that the structure of the graph tells of it.
+
+    Args:
+        site: The site.
+        entry: How the parameter enters the operator.
+        reader: How its closed form is read; None if the operator's own vjp is taken.
+        places: The numbers of the cotangents of the operator's outputs.
+        spent: Those of them that no later use needs.
+    """
+
+    site: Site
+    entry: Entry
+    reader: Reader | None
+    places: tuple[int, ...]
+    spent: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A recipe, spelled out for graphs of one structure and one set of shapes.
+
+    Args:
+        recipe: The recipe.
+        arrangement: The poses in the output.
+        uses: Those with small cotangents first: once these are read, there is room for large ones.
+        edges: Where cotangents are needed.
+        operators: The numbers of the operators whose closed forms are read.
+    """
+
+    recipe: Recipe
+    arrangement: Arrangement
+    uses: list[Use]
+    edges: list[Edge]
+    operators: list[int]
+
+    @classmethod
+    def of(cls, subject: Subject, recipe: Recipe) -> Self:
+        """The plan for graphs like this one."""
+        registry, sites = subject.registry, _by_size(subject.registry, recipe.sites)
+        edges = list(dict.fromkeys(edge for site in sites for edge in site.edges))
+        numbers = {edge: place for place, edge in enumerate(edges)}
+        last = {edge: i for i, site in enumerate(sites) for edge in site.edges}
+        uses = [
+            Use(
+                site,
+                entry_of(registry, site),
+                _reader(registry, site),
+                tuple([numbers[edge] for edge in site.edges]),
+                tuple([numbers[edge] for edge in site.edges if last[edge] == i]),
+            )
+            for i, site in enumerate(sites)
+        ]
+        read = {site.node for site in sites if site.closed}
+        read |= {site.looked_up for site in sites if site.looked_up is not None}
+        arrangement = Arrangement(subject.output.shape, recipe.dim)
+        return cls(recipe, arrangement, uses, edges, [*read])
+
+
+@dataclass(frozen=True)
+class SettledPlan:
+    """A plan in which nothing is open: where poses lie follows from what operators are.
+
+    Its graphs need one backward for each component of a pose, and nothing is compared with it.
+
+    Args:
+        plan: The plan.
+        layouts: Whose the rows of the cotangents are; None if numbers tell, for each graph anew.
+        packable: One slot of each operator that is read, to see whether a checkpoint holds it.
+        left: The slots that the backward does not free.
+        declined: The sites whose closed form does not serve these cotangents.
+    """
+
+    plan: Plan
+    layouts: list[Layout] | None
+    packable: list[Slot]
+    left: list[Slot]
+    declined: frozenset[Site]
+
+    @classmethod
+    def of(
+        cls, subject: Subject, recipe: Recipe, slots: list[Slot], declined: Collection[Site]
+    ) -> Self | None:
+        """The plan for graphs like this one; None if something is open."""
+        registry = subject.registry
+        if recipe.by_rows or not recipe.sites or registry.has_python():
+            return None
+        arrangement = Arrangement(subject.output.shape, recipe.dim)
+        several = arrangement.poses > 1
+        axes = subject.axes(arrangement) if several else {}
+        if several and any(edge not in axes for site in recipe.sites for edge in site.edges):
+            return None
+        plan = Plan.of(subject, recipe)
+        read = {use.site.node for use in plan.uses} | {*plan.operators}
+        freed = {*registry.above(read)}
+        first = {node: name for node, name in reversed(slots) if node in read}
+        left = [slot for slot in slots if slot[0] not in freed]
+        layouts = None
+        if several and subject.is_fixed:
+            layouts = [axes[edge].layout(device_of(registry.nodes[edge[0]])) for edge in plan.edges]
+        return cls(plan, layouts, [*first.items()], left, frozenset(declined))
+
+    @cached_property
+    def spares_graph(self) -> bool:
+        """Whether the backward may free the graph on its way: nothing is read after it."""
+        reads_on = self.declined or any(
+            use.reader is None or not (use.site.direct or use.site.light) for use in self.plan.uses
+        )
+        return self.layouts is not None and self.plan.arrangement.components == 1 and not reads_on
+
+    @cached_property
+    def takes_one(self) -> bool:
+        """Whether one backward is all it takes, and nothing is to blame for more."""
+        arrangement, uses = self.plan.arrangement, self.plan.uses
+        is_fixed = self.layouts is not None or arrangement.poses == 1
+        near = all(use.site.direct or use.site.light for use in uses)
+        return is_fixed and arrangement.components == 1 and near
+
+    def count(self, subject: Subject) -> None:
+        """Notes its backwards, but for components and rows, if they are not the one."""
+        if self.takes_one:
+            return
+        plan = self.plan
+        subject.backwards.add(Purpose.ACTIVATIONS, int(plan.arrangement.components == 1))
+        subject.blame(plan.arrangement, plan.edges)
+        if plan.recipe.lost:
+            subject.backwards.blame(lost=plan.recipe.lost)
+
+
+def operator_at(registry: EdgeRegistry, node: int) -> Operator:
+    """The operator of a node, as its forms are read from it."""
+    return Operator(registry.nodes[node], registry.sizes[node][0], registry.dtypes[node][0], {})
+
+
+def entry_of(registry: EdgeRegistry, site: Site) -> Entry:
+    """How the parameter enters at a site."""
+    return Entry(registry.shape(site.source), site.transposed, site.parameter)
+
+
+def _reader(registry: EdgeRegistry, site: Site) -> Reader | None:
+    """How its closed form is read; the formulas are those of real numbers."""
+    if not site.closed or registry.dtypes[site.node][0].is_complex:
+        return None
+    return kind_of(registry.names[site.node]).forms[site.argument]
+
+
+def _by_size(registry: EdgeRegistry, sites: Iterable[Site]) -> list[Site]:
+    return sorted(sites, key=lambda site: max(registry.shape(e).numel() for e in site.edges))

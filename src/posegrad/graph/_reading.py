@@ -1,0 +1,445 @@
+"""The ladder: closed forms, the vjp of one operator, rows of the whole graph."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from math import prod
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge
+
+from posegrad._torch import dtype_of, is_packed, is_packed_at
+from posegrad.graph._alone import in_backward
+from posegrad.graph._edges import LEAF_NAME, EdgeRegistry, named
+from posegrad.graph._operators import kind_of
+from posegrad.graph._plan import Plan, SettledPlan, Use, operator_at
+from posegrad.graph._pulled import Far, entries, lifted, pulled
+from posegrad.graph._read import Operator, form_of
+from posegrad.graph._recipe import Recipe, uses_of
+from posegrad.graph._recurrent import Opening
+from posegrad.graph._release import Slot, release
+from posegrad.graph._sites import Site, looks_up
+from posegrad.graph._subject import Subject
+from posegrad.graph._trial import Trial, known_layout
+from posegrad.graph._vjp import cotangents_at, node_rows, rows_of_graph
+from posegrad.jacobian import (
+    NOBODY,
+    Arrangement,
+    ClosedForm,
+    Factors,
+    Layout,
+    Part,
+    Pull,
+    Purpose,
+    Rows,
+)
+from posegrad.jacobian.layers import Embedding
+
+__all__ = ["Parts", "Reading"]
+
+Parts = dict[str, list[Part]]
+
+_LARGE = 2**13  # numbers of an operator that take longer than calling it
+
+Forms = list[ClosedForm | None]
+"""The closed form of each use of a plan."""
+
+
+@dataclass
+class _Looked:
+    """The cotangents of a plan's edges, and whose their rows are.
+
+    Args:
+        columns: For each component of the output those of all edges; None where nothing flows.
+        layouts: By edge; None where poses mix.
+    """
+
+    columns: list[list[Tensor | None]]
+    layouts: list[Layout | None]
+
+    def flows(self, places: Sequence[int]) -> bool:
+        """Whether any of the cotangents at some places is more than zeros."""
+        values = (column[place] for column in self.columns for place in places)
+        return any(value is not None and bool(value.any()) for value in values)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """One Jacobian being read.
+
+    Args:
+        subject: What is differentiated.
+        block_bytes: About how much memory rows without a closed form may take at once.
+        watched: Parameters of which is to be told whether anything flows to them.
+        flowing: Those of them that something flows to.
+        declined: The sites whose closed form was found not to serve.
+    """
+
+    subject: Subject
+    block_bytes: int
+    watched: frozenset[str] = frozenset()
+    flowing: set[str] = field(default_factory=set)
+    declined: set[Site] = field(default_factory=set)
+    _answers: dict[int, dict[int, Tensor | None]] = field(default_factory=dict)  # node, argument
+    _operators: dict[int, Operator] = field(default_factory=dict)
+    _insides: dict[int, tuple[Layout | None, list[Tensor | None]]] = field(default_factory=dict)
+
+    def settled(self, settled: SettledPlan, slots: list[Slot], *, keep_graph: bool) -> Parts | None:
+        """The parts of each parameter's block by a plan in which nothing is open.
+
+        Returns:
+            None if something is special this time; the graph is as it was.
+        """
+        plan, registry = settled.plan, self.registry
+        if any(is_packed_at(registry.nodes[number], name) for number, name in settled.packable):
+            return None  # by a checkpoint, which had better be read in one go
+        forms, tables = self._forms(plan)
+        for use, form in zip(plan.uses, forms, strict=True):
+            if form is None and use.reader and use.site not in settled.declined:
+                return None
+        layouts: list[Layout | None] | None = None
+        if settled.layouts is not None:
+            layouts = [*settled.layouts]
+        elif plan.arrangement.poses > 1:
+            axes = self.subject.axes(plan.arrangement)
+            if not all(edge in axes for edge in plan.edges):
+                return None
+        frees = settled.spares_graph and not keep_graph
+        columns = self._columns(plan, keep_graph=not frees)
+        settled.count(self.subject)
+        if layouts is None:
+            layouts = self._layouts(plan, columns)
+            if layouts is None:
+                return None
+        parts = self._multiplied(plan, forms, tables, _Looked(columns, layouts))
+        if not keep_graph:
+            release(registry, settled.left if frees else slots)
+        return parts
+
+    def open(self, recipe: Recipe, trial: Trial) -> Parts:
+        """The parts by a recipe and cotangents that were looked at; uses the trial up."""
+        plan = Plan.of(self.subject, recipe)
+        forms, tables = self._forms(plan)
+        columns = [[trial.cotangents.get(edge) for edge in plan.edges]]
+        if plan.arrangement.components > 1:
+            columns = self._columns(plan, keep_graph=True)
+        layouts = [trial.layouts.get(edge) for edge in plan.edges]
+        self._answers.clear()
+        self._insides.clear()
+        trial.cotangents.clear()
+        self.subject.backwards.blame(lost=recipe.lost)
+        found = self._multiplied(plan, forms, tables, _Looked(columns, layouts))
+        found.update(self._by_rows(recipe.by_rows))
+        return found
+
+    def _forms(self, plan: Plan) -> tuple[Forms, dict[int, Embedding | None]]:
+        """Reads what the operators saved, all in one go: a checkpoint recomputes but once.
+
+        Returns:
+            The form of each use, and those of tables that rows were looked up in, by operator.
+        """
+        at = self._operators
+        at.update({node: operator_at(self.registry, node) for node in plan.operators})
+        parameters = self.subject.parameters
+        forms: Forms = []
+        tables: dict[int, Embedding | None] = {}
+
+        def read_all() -> None:
+            for use in plan.uses:
+                forms.append(use.reader and form_of(use.reader, at[use.site.node], use.entry))
+                looked_up = use.site.looked_up
+                if looked_up is not None:
+                    tables[looked_up] = lifted(
+                        at[looked_up], parameters[use.site.parameter], use.site
+                    )
+
+        if any(is_packed(operator.node) for operator in at.values()):
+            in_backward(read_all)
+        else:
+            read_all()
+        return forms, tables
+
+    def _columns(self, plan: Plan, *, keep_graph: bool) -> list[list[Tensor | None]]:
+        """The cotangents of each component of the output: one backward for each."""
+        output, arrangement = self.subject.output, plan.arrangement
+        edges = self.registry.at(plan.edges)
+        if not edges:
+            return [[] for _ in range(arrangement.components)]
+        if arrangement.components == 1:
+            ones = torch.ones_like(output)  # not kept: a hook may write to it
+            return [cotangents_at(output, edges, ones, keep_graph=keep_graph)]
+        found = []
+        self.subject.backwards.add(Purpose.COMPONENTS, arrangement.components)
+        for k in range(arrangement.components):
+            unit = torch.zeros(arrangement.poses, arrangement.components, device="cpu")
+            unit[:, k] = 1
+            cotangent = arrangement.join(unit).reshape(output.shape)
+            found.append(cotangents_at(output, edges, cotangent.to(output.device, output.dtype)))
+        return found
+
+    def _layouts(
+        self, plan: Plan, columns: list[list[Tensor | None]]
+    ) -> list[Layout | None] | None:
+        """Whose the rows are, by the numbers that picked them; None if these do not tell."""
+        shared: list[Layout] = []
+        found: list[Layout | None] = []
+        for edge, *values in zip(plan.edges, *columns, strict=True):
+            value = next((v for v in values if v is not None), None)
+            layout = known_layout(self.subject, plan.arrangement, edge, value, shared)
+            strays = layout is not None and any(
+                v is not None and layout.has_strays(v) for v in values[1:]
+            )
+            if layout is None or strays:
+                return None
+            found.append(layout)
+        return found
+
+    def _multiplied(
+        self,
+        plan: Plan,
+        forms: Forms,
+        tables: Mapping[int, Embedding | None],
+        looked: _Looked,
+    ) -> Parts:
+        """The parts of the parameters that are read, use by use."""
+        found: Parts = {name: [] for name in self.subject.parameters}
+        far: list[tuple[Site, Far]] = []
+        reached: dict[tuple[int, int, bool, bool], Far | None] = {}
+        for use, form in zip(plan.uses, forms, strict=True):
+            site = use.site
+            if site.parameter in self.watched - self.flowing and looked.flows(use.places):
+                self.flowing.add(site.parameter)
+            if site.direct or site.light:
+                part = self._part(plan, use, form, looked)
+                found[site.parameter] += [] if part is None else [part]
+            else:
+                key = site.node, site.argument, site.transposed, site.closed
+                if key not in reached:
+                    reached[key] = self._far(plan, use, form, looked)
+                rows = reached[key]
+                far += [] if rows is None else [(site, rows)]
+            for place in use.spent:
+                self._answers.pop(site.node, None)
+                self._insides.pop(site.node, None)
+                for column in looked.columns:
+                    column[place] = None
+        if far:
+            for name, part in pulled(self.subject, far, tables, plan.arrangement, self._most):
+                found[name].append(part)
+        return found
+
+    def _part(self, plan: Plan, use: Use, form: ClosedForm | None, looked: _Looked) -> Part | None:
+        """The part of a parameter that enters as it is, or rearranged."""
+        site, arrangement = use.site, plan.arrangement
+        served = None if form is None else self._served(use, form, looked)
+        if form is None or served is None:
+            rows = self._operator_rows(plan, use, form, looked)
+            if rows is None:
+                return None
+            pull = self._pull(site)
+            values = rows.rows if pull is None else pull.back(rows.rows)
+            return Rows(rows.path, 0, values.to(self.subject.parameters[site.parameter].dtype))
+        layout, each = served
+        if not each:
+            return None
+        if site.direct:
+            return Factors.direct(form, layout, arrangement, each)
+        path = f"closed form ({type(form).__name__})"
+        return Factors(path, 0, form, layout, arrangement, each, self._pull(site))
+
+    def _far(self, plan: Plan, use: Use, form: ClosedForm | None, looked: _Looked) -> Far | None:
+        """The rows of a tensor that was computed from parameters."""
+        served = None if form is None else self._served(use, form, looked)
+        if form is None or served is None:
+            return self._operator_rows(plan, use, form, looked)
+        layout, each = served
+        if not each:
+            return None
+        path = f"closed form ({type(form).__name__}) of a computed weight"
+        if use.site.source[0] in plan.recipe.activations:
+            path = "rows of activations: poses mix"
+        return Far(path, Factors(path, 0, form, layout, plan.arrangement, each).rows())
+
+    def _served(
+        self, use: Use, form: ClosedForm, looked: _Looked
+    ) -> tuple[Layout, tuple[Tensor, ...]] | None:
+        """The cotangents that a form takes, of all components, and whose their rows are.
+
+        Returns:
+            None if the form does not serve; no cotangents if nothing flows.
+        """
+        opens = kind_of(self.registry.names[use.site.node]).opens
+        if opens is None:
+            layout = looked.layouts[use.places[0]]
+            values = [column[use.places[0]] for column in looked.columns]
+        else:
+            layout, values = self._opened(opens, use, looked)
+        if layout is None:
+            return None
+        present = next((value for value in values if value is not None), None)
+        if present is None:
+            return layout, ()
+        if layout.dims and not form.accepts(present.shape, layout):
+            return None
+        return layout, tuple([torch.zeros_like(present) if v is None else v for v in values])
+
+    def _opened(
+        self, opens: Opening, use: Use, looked: _Looked
+    ) -> tuple[Layout | None, list[Tensor | None]]:
+        """The cotangents of a product inside an operator, by those of its outputs."""
+        node = use.site.node
+        if node not in self._insides:
+            numbers = range(len(self.registry.sizes[node]))
+            places = {i: place for place, (_, i) in zip(use.places, use.site.edges, strict=True)}
+            found: list[Tensor | None] = []
+            for column in looked.columns:
+                values = [column[places[i]] if i in places else None for i in numbers]
+                flows = any(value is not None for value in values)
+                found.append(opens.cotangents(self._operators[node], values) if flows else None)
+            live = [p for p in use.places if any(c[p] is not None for c in looked.columns)]
+            self._insides[node] = (
+                opens.layout([looked.layouts[p] for p in live or use.places]),
+                found,
+            )
+        return self._insides[node]
+
+    def _operator_rows(
+        self, plan: Plan, use: Use, form: ClosedForm | None, looked: _Looked
+    ) -> Far | None:
+        """The rows of one operator's own vjp, one masked cotangent for each."""
+        site, arrangement = use.site, plan.arrangement
+        node, sizes = self.registry.nodes[site.node], self.registry.sizes[site.node]
+        dtypes, device = dtype_of(node), self.subject.output.device
+
+        def masked(row: int) -> list[Tensor | None]:
+            pose, k = divmod(row, arrangement.components)
+            values: list[Tensor | None] = [None] * len(sizes)
+            for place, (_, i) in zip(use.places, site.edges, strict=True):
+                value, layout = looked.columns[k][place], looked.layouts[place]
+                if value is not None and layout is not None:
+                    values[i] = layout.only(value, pose)
+                else:
+                    values[i] = torch.zeros(sizes[i], dtype=dtypes[i], device=device)
+            return values
+
+        self.declined.add(site)
+        answers = self._answers.setdefault(site.node, {})
+        if site.argument not in answers:
+            alike = [s for s in plan.recipe.sites if s.node == site.node and not s.closed]
+            sources = {s.argument: s.source for s in (site, *alike)}
+            held = sum(prod(sizes[i]) for _, i in site.edges)
+            held += 2 * sum(self.registry.shape(source).numel() for source in sources.values())
+            count = arrangement.shape.numel()
+            found = node_rows(node, [*sources], masked, count, self._most(held))
+            answers.update({argument: found.get(argument) for argument in sources})
+        rows = answers[site.argument]
+        if rows is None:
+            return None
+        each = rows.reshape(arrangement.poses, arrangement.components, *rows.shape[1:])
+        rows = arrangement.join(each)
+        why = self._why_not_closed(plan, use, form, looked)
+        return Far(
+            f"operator vjp ({named(node.name())}): {why}", rows.mT if site.transposed else rows
+        )
+
+    def _why_not_closed(
+        self, plan: Plan, use: Use, form: ClosedForm | None, looked: _Looked
+    ) -> str:
+        site, layout = use.site, looked.layouts[use.places[0]]
+        if layout is not None and not bool((layout.owners != NOBODY).any()):
+            return "no gradient flows"
+        if site.source[0] in plan.recipe.activations and not (site.direct or site.light):
+            return "poses mix"
+        if form is not None:
+            return "no closed form for this layout"
+        if site.argument not in kind_of(self.registry.names[site.node]).forms:
+            return "no closed form"
+        return "no closed form of this use" if site.closed else "disagreed with autograd"
+
+    def _pull(self, site: Site) -> Pull | None:
+        """From rows of a rearranged parameter to rows of the parameter."""
+        if site.direct:
+            return None
+        (edge,) = self.registry.at([site.source])
+        dtype = dtype_of(edge.node)[edge.output_nr]
+        parameter = self.subject.parameters[site.parameter]
+        most = self._most(2 * parameter.numel())
+
+        def back(rows: Tensor) -> Tensor:
+            (found,) = rows_of_graph(
+                [edge],
+                lambda i, j: [rows[i:j].to(dtype)],
+                [parameter],
+                len(rows),
+                most,
+                is_sure=True,  # what lies between only rearranges
+            )
+            return rows.new_zeros(len(rows), *parameter.shape) if found is None else found
+
+        return Pull(back, keeps=self.registry.shape(site.source).numel() == parameter.numel())
+
+    def _by_rows(self, reasons: Mapping[str, str]) -> Parts:
+        """One backward through the whole graph for every number of the output."""
+        if not reasons:
+            return {}
+        names, output = sorted(reasons), self.subject.output
+        targets = [self._target(name) for name in names]
+
+        def units(start: int, stop: int) -> list[Tensor]:
+            cotangents = output.new_zeros(stop - start, output.numel())
+            cotangents[range(stop - start), range(start, stop)] = 1
+            return [cotangents.reshape(-1, *output.shape)]
+
+        self.subject.backwards.add(Purpose.ROWS, output.numel())
+        sources = [source for source, _ in targets]
+        found = rows_of_graph([output], units, sources, output.numel(), self._at_once(names))
+        parts: Parts = {}
+        for name, (_, table), rows in zip(names, targets, found, strict=True):
+            path = f"rows of the whole graph: {reasons[name]}"
+            if rows is None:
+                parts[name] = []
+            elif table is None:
+                parts[name] = [Rows(path, 0, rows)]
+            else:
+                parts[name] = [entries(path, table, rows, Arrangement(output.shape, None))]
+        return parts
+
+    def _target(self, name: str) -> tuple[Tensor | GradientEdge, Embedding | None]:
+        """By what rows of the whole graph are taken, and the table if it is what was looked up."""
+        registry, parameter = self.registry, self.subject.parameters[name]
+        if not registry.is_nested():
+            uses = [*uses_of(self.subject, name)]
+            if len(uses) == 1 and looks_up(registry, uses[0]):
+                operator = operator_at(registry, uses[0].node)
+                table = None if is_packed(operator.node) else lifted(operator, parameter, uses[0])
+                (edge,) = registry.at([(uses[0].node, 0)])
+                return (parameter if table is None else edge), table
+        return parameter, None
+
+    def _at_once(self, names: Sequence[str]) -> int:
+        """How many rows of the whole graph to take at once.
+
+        One after another, where operators are large or take cotangents one by one: then nothing is
+        gained by batching them.
+        """
+        registry = self.registry
+        held = sum(self.subject.parameters[name].numel() for name in names)
+        if registry.is_nested():
+            return self._most(held)
+        numbers = sum(
+            prod(shape)
+            for name, sizes in zip(registry.names, registry.sizes, strict=True)
+            for shape in sizes
+            if name != LEAF_NAME
+        )
+        alone = any(kind_of(name).is_unbatched for name in registry.names)
+        return 1 if alone or numbers > _LARGE * len(registry.nodes) else self._most(held + numbers)
+
+    def _most(self, numbers: int) -> int:
+        """How many rows of so many numbers may be in memory at once."""
+        return max(1, self.block_bytes // (8 * max(numbers, 1)))
+
+    @property
+    def registry(self) -> EdgeRegistry:
+        """The graph."""
+        return self.subject.registry

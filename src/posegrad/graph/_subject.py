@@ -1,0 +1,83 @@
+"""What is asked of a graph."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from posegrad.graph._axis import Axis
+from posegrad.graph._edges import Edge, EdgeRegistry, named
+from posegrad.graph._inference import Inferred, Step, infer, steps_of
+from posegrad.jacobian import Arrangement, Backwards
+
+__all__ = ["Subject"]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """An output, and what is asked of its graph.
+
+    Args:
+        output: The predictions, with their graph.
+        registry: That graph.
+        parameters: Those that the output depends on, by name.
+        pose_index: Owners of rows the caller has stated.
+        dim: The output's dimension that counts poses, if the caller has said.
+        generator: The engine's own source of random numbers.
+        steps: The operators of graphs of this very structure, once they were followed.
+        inferred: What `axes` found in graphs of this very structure, by the dimension of poses.
+        own: The memory of the modules' parameters and buffers, which are no data.
+        is_hooked: Whether activations are seen to have hooks, which may do today what they did not
+            when rows were last compared with autograd.
+        quiet: Whether not to warn of slow ways.
+    """
+
+    output: Tensor
+    registry: EdgeRegistry
+    parameters: Mapping[str, Tensor]
+    pose_index: Sequence[Tensor]
+    dim: int | None
+    generator: torch.Generator
+    steps: list[Step]
+    inferred: dict[int | None, Inferred]
+    own: Callable[[], frozenset[int]]
+    is_hooked: bool = False
+    quiet: bool = False
+
+    def axes(self, arrangement: Arrangement) -> Mapping[Edge, Axis]:
+        """Where poses lie at the edges for which operators tell, one after another."""
+        if arrangement.dim not in self.inferred:
+            self.steps.extend(() if self.steps else steps_of(self.registry))
+            found = infer(self.registry, self.steps, arrangement, self.generator)
+            self.inferred[arrangement.dim] = found
+        return self.inferred[arrangement.dim].axes
+
+    @cached_property
+    def backwards(self) -> Backwards:
+        """Those that it took so far; the plainest reading counts none."""
+        return Backwards()
+
+    def lost_at(self, arrangement: Arrangement, edges: Iterable[Edge]) -> list[str]:
+        """The operators through which poses cannot be followed to some edges."""
+        found = self.inferred.get(arrangement.dim)
+        lost = {} if found is None else found.lost
+        return self._names(lost[edge] for edge in edges if edge in lost)
+
+    def blame(self, arrangement: Arrangement, edges: Iterable[Edge]) -> None:
+        """Names what is to blame for what it takes to look at some edges."""
+        found = self.inferred.get(arrangement.dim)
+        if found is None:
+            return
+        lost = [found.lost[edge] for edge in edges if edge in found.lost]
+        if lost or found.alone:
+            self.backwards.blame(self._names(lost), self._names(found.alone))
+
+    def _names(self, nodes: Iterable[int]) -> list[str]:
+        return [named(self.registry.names[node]) for node in dict.fromkeys(nodes)]
+
+    @property
+    def is_fixed(self) -> bool:
+        """Whether that holds for all graphs of this structure."""
+        return all(found.is_fixed for found in self.inferred.values())

@@ -1,0 +1,277 @@
+"""Vector-Jacobian products below the closed forms: of one operator, and of the whole graph."""
+
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import final
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, Node
+
+from posegrad._restoring import Change, ordinary_mode
+from posegrad._torch import backward_to, device_of, dtype_of, shape_of
+from posegrad.graph._alone import apply_node
+from posegrad.graph._guard import leaf_hooks_off
+
+__all__ = ["as_source", "cotangents_at", "dense", "node_rows", "rows_of_graph"]
+
+_VMAP_LEFT = (
+    ".*performance drop.*batching rule.*",
+    ".*There is a performance drop.*",
+)
+
+
+def cotangents_at(
+    output: Tensor, edges: Sequence[GradientEdge], cotangent: Tensor, *, keep_graph: bool = True
+) -> list[Tensor | None]:
+    """One backward from the output to the edges and no further.
+
+    No parameter's gradient is computed on the way.
+    """
+    found = backward_to(output, edges, cotangent, keep_graph=keep_graph)
+    return [None if g is None else dense(g) for g in found]
+
+
+def node_rows(
+    node: Node,
+    arguments: Sequence[int],
+    cotangents: Callable[[int], list[Tensor | None]],
+    count: int,
+    most: int,
+) -> dict[int, Tensor]:
+    """One operator's gradients for some arguments, one for each of `count` cotangents.
+
+    An operator computes all of them together, whichever is asked for.
+
+    Args:
+        node: The operator.
+        arguments: The arguments.
+        cotangents: Row number to the cotangents of the operator's outputs, None where unused.
+        count: The number of rows.
+        most: How many rows may be computed at once.
+
+    Returns:
+        `[count, *shape]` by argument; none where no gradient flows.
+    """
+    live: set[int] = set()  # arguments that some row's gradient flows to
+    chunks: list[dict[int, Tensor]] = []
+    for start in range(0, count, most):
+        group = [cotangents(i) for i in range(start, min(start + most, count))]
+        chunks.append(_node_group(node, arguments, group, live))
+    found = {i: [chunk[i] for chunk in chunks] for i in arguments if i in live}
+    return {i: torch.cat(rows) if len(rows) > 1 else rows[0] for i, rows in found.items()}
+
+
+def _node_group(
+    node: Node, arguments: Sequence[int], group: list[list[Tensor | None]], live: set[int]
+) -> dict[int, Tensor]:
+    present = [i for i, value in enumerate(group[0]) if value is not None]
+    rows = [[value for value in row if value is not None] for row in group]
+
+    def gradients(*values: Tensor) -> dict[int, Tensor]:
+        places = dict(zip(present, values, strict=True))
+        answers = apply_node(node, [places.get(i) for i in range(len(group[0]))])
+        live.update(i for i in arguments if answers[i] is not None)
+        return {i: as_source(node, i, answers[i]) for i in arguments}
+
+    if len(group) > 1:
+        batches = [torch.stack(column) for column in zip(*rows, strict=True)]
+        try:
+            with _quiet():
+                batch: dict[int, Tensor] = torch.func.vmap(gradients)(*batches)
+            weights = _even_weights([*batch.values()])
+            together = gradients(*[_weighted(weights, column) for column in batches])
+            if _adds_up(weights, [batch[i] for i in arguments], [together[i] for i in arguments]):
+                return batch
+        except RuntimeError:
+            pass  # an operator without a batching rule, or one that looks at values
+    each = [gradients(*row) for row in rows]
+    return {i: torch.stack([one[i] for one in each]) for i in arguments}
+
+
+def as_source(node: Node, argument: int, gradient: Tensor | None) -> Tensor:
+    """A gradient in the shape and the dtype of what it is of, as between two operators."""
+    source, number = node.next_functions[argument]
+    assert source is not None
+    shape, dtype = shape_of(source)[number], dtype_of(source)[number]
+    if gradient is None:
+        return torch.zeros(shape, dtype=dtype, device=device_of(source))
+    return dense(gradient).sum_to_size(shape).to(dtype)
+
+
+def rows_of_graph(
+    outputs: Sequence[Tensor | GradientEdge],
+    cotangents: Callable[[int, int], list[Tensor]],
+    sources: Sequence[Tensor | GradientEdge],
+    count: int,
+    most: int,
+    *,
+    is_sure: bool = False,
+) -> list[Tensor | None]:
+    """Rows of the Jacobian by backwards through the graph, batched where torch can.
+
+    Args:
+        outputs: What is differentiated.
+        cotangents: From the numbers of the first row and the one after the last to the cotangents
+            of these rows, `[rows, *shape]` for each output.
+        sources: With respect to what: leaves, or tensors of the graph.
+        count: The number of rows.
+        most: How many rows may be computed at once.
+        is_sure: Whether torch's rules for batches need no check.
+
+    Returns:
+        `[count, *shape]` for each source, None where nothing flows.
+    """
+    chunks: list[list[Tensor | None]] = []
+    leaves = [source for source in sources if isinstance(source, Tensor)]
+    with leaf_hooks_off(leaves), _thawed(leaves), ordinary_mode():
+        for start in range(0, count, most):
+            batches = cotangents(start, min(start + most, count))
+            chunks.append(_graph_group(list(outputs), batches, list(sources), is_sure=is_sure))
+    return [
+        None if column[0] is None else torch.cat(column) if len(column) > 1 else column[0]
+        for column in zip(*chunks, strict=True)
+    ]
+
+
+@final
+class _thawed(Change):  # noqa: N801
+    """Lets leaves be differentiated by that were frozen since the forward."""
+
+    def __init__(self, sources: Sequence[Tensor]) -> None:
+        self._frozen = [source for source in sources if not source.requires_grad]
+
+    def make(self) -> None:
+        for source in self._frozen:
+            source.requires_grad_(True)
+
+    def undo(self) -> None:
+        for source in self._frozen:
+            source.requires_grad_(False)
+
+
+def _graph_group(
+    outputs: list[Tensor | GradientEdge],
+    batches: list[Tensor],
+    sources: list[Tensor | GradientEdge],
+    *,
+    is_sure: bool,
+) -> list[Tensor | None]:
+    count = len(batches[0])
+    if count > 1:
+        try:
+            with _quiet():
+                found = _grad(outputs, batches, sources, batched=True)
+            flowing = [g for g in found if g is not None]
+            if is_sure or not flowing:
+                return list(found)
+            weights = _even_weights(flowing)
+            sums = [_weighted(weights, batch) for batch in batches]
+            together = _grad(outputs, sums, sources, batched=False)
+            if _adds_up(weights, found, together):
+                return list(found)
+        except RuntimeError:
+            pass  # not every backward can run under vmap; one by one, all can
+    rows = [
+        _grad(outputs, [batch[i] for batch in batches], sources, batched=False)
+        for i in range(count)
+    ]
+    return [
+        None if column[0] is None else torch.stack([dense(g) for g in column])
+        for column in zip(*rows, strict=True)
+    ]
+
+
+def _grad(
+    outputs: list[Tensor | GradientEdge],
+    cotangents: list[Tensor],
+    sources: list[Tensor | GradientEdge],
+    *,
+    batched: bool,
+) -> tuple[Tensor | None, ...]:
+    return torch.autograd.grad(
+        outputs,  # type: ignore[arg-type]
+        sources,  # type: ignore[arg-type]
+        cotangents,
+        retain_graph=True,
+        allow_unused=True,
+        is_grads_batched=batched,
+    )
+
+
+def dense(tensor: Tensor) -> Tensor:
+    """A gradient as an ordinary tensor: embeddings make sparse ones, `conj` one that waits."""
+    if tensor.is_sparse:
+        tensor = tensor.to_dense()
+    return tensor.resolve_conj().resolve_neg() if tensor.is_complex() else tensor
+
+
+def _even_weights(found: Sequence[Tensor]) -> Tensor:
+    """Random weights under which every row counts alike, whatever its size: `[k]`, on the CPU.
+
+    Args:
+        found: Rows `[k, ...]` of several sources.
+
+    They are drawn alike each time, and no global random number is.
+    """
+    flat = [rows.detach().reshape(len(rows), rows[0].numel()) for rows in found]
+    norms = [rows.abs().double().norm(dim=1).cpu() for rows in flat]
+    sizes = torch.stack(norms).norm(dim=0)  # [k]
+    generator = torch.Generator("cpu").manual_seed(0)
+    drawn = torch.rand(len(sizes), dtype=torch.float64, device="cpu", generator=generator) + 0.5
+    return drawn / torch.where(sizes > 0, sizes, 1)
+
+
+def _weighted(weights: Tensor, rows: Tensor) -> Tensor:
+    """The sum of rows `[k, ...]` times their weights."""
+    total: Tensor = torch.tensordot(weights.to(rows.device, rows.dtype), rows, 1)
+    return total
+
+
+def _adds_up(
+    weights: Tensor, found: Sequence[Tensor | None], together: Sequence[Tensor | None]
+) -> bool:
+    """Whether rows found by vmap, whose rules are not all right, are those that were asked for.
+
+    A backward is linear, so the weighted sum of cotangents gives the weighted sum of rows. One row
+    computed alone would tell less: those of masked or equal poses agree by accident.
+
+    Args:
+        weights: `[k]`.
+        found: The rows `[k, ...]` by source.
+        together: What the weighted sum of cotangents gave.
+    """
+    if [rows is None for rows in found] != [one is None for one in together]:
+        return False
+    sums = [_weighted(weights, rows) for rows in found if rows is not None]
+    pairs = list(zip(sums, [dense(one) for one in together if one is not None], strict=True))
+    whole = math.hypot(*(_norm(total) for total in sums))
+    for total, one in pairs:
+        eps = torch.finfo(total.dtype).eps
+        # Written so that nan does not add up. Below some rounding errors of all, nothing is wrong.
+        if not _norm(total - one) <= eps**0.5 * _norm(total) + 64 * eps * whole:
+            return False
+    return True
+
+
+def _norm(tensor: Tensor) -> float:
+    return float(tensor.detach().abs().double().norm())
+
+
+@final
+class _quiet(Change):  # noqa: N801
+    """Without vmap's remarks on operators it takes one by one."""
+
+    def __init__(self) -> None:
+        self._caught = warnings.catch_warnings()
+
+    def make(self) -> None:
+        self._caught.__enter__()
+        for message in _VMAP_LEFT:
+            warnings.filterwarnings("ignore", message, UserWarning)
+
+    def undo(self) -> None:
+        with suppress(RuntimeError, AttributeError):  # if it was not entered, or in part
+            self._caught.__exit__(None, None, None)
