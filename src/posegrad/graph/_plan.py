@@ -10,6 +10,7 @@ from posegrad.graph._edges import Edge, EdgeRegistry
 from posegrad.graph._operators import kind_of
 from posegrad.graph._read import Entry, Operator, Reader
 from posegrad.graph._recipe import Recipe
+from posegrad.graph._recurrent import Opening
 from posegrad.graph._release import Slot
 from posegrad.graph._sites import Site
 from posegrad.graph._subject import Subject
@@ -25,6 +26,7 @@ class Use(NamedTuple):
         site: The site.
         entry: How the parameter enters the operator.
         reader: How its closed form is read; None if the operator's own vjp is taken.
+        opens: The way to a product inside the operator, if the form is that of one.
         places: The numbers of the cotangents of the operator's outputs.
         spent: Those of them that no later use needs.
     """
@@ -32,6 +34,7 @@ class Use(NamedTuple):
     site: Site
     entry: Entry
     reader: Reader | None
+    opens: Opening | None
     places: tuple[int, ...]
     spent: tuple[int, ...]
 
@@ -66,6 +69,7 @@ class Plan:
                 site,
                 entry_of(registry, site),
                 _reader(registry, site),
+                kind_of(registry.names[site.node]).opens,
                 tuple([numbers[edge] for edge in site.edges]),
                 tuple([numbers[edge] for edge in site.edges if last[edge] == i]),
             )

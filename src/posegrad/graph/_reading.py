@@ -268,14 +268,16 @@ class Reading:
         Returns:
             None if the form does not serve; no cotangents if nothing flows.
         """
-        opens = kind_of(self.registry.names[use.site.node]).opens
+        place, opens = use.places[0], use.opens
         if opens is None:
-            layout = looked.layouts[use.places[0]]
-            values = [column[use.places[0]] for column in looked.columns]
+            layout, values = looked.layouts[place], [column[place] for column in looked.columns]
         else:
             layout, values = self._opened(opens, use, looked)
         if layout is None:
             return None
+        if len(values) == 1 and (only := values[0]) is not None:  # nearly always
+            is_served = not layout.dims or form.accepts(only.shape, layout)
+            return (layout, (only,)) if is_served else None
         present = next((value for value in values if value is not None), None)
         if present is None:
             return layout, ()

@@ -235,6 +235,8 @@ class Factors(Part):
         """The squared norms of the rows `[M]` without the rows, if that is cheaper."""
         if not self.keeps_products or not self.layout.dims:
             return None
+        if self.arrangement.dim is None:
+            return self.form.squares(self.cotangents[0], self.layout, products)
         each = []
         for cotangent in self.cotangents:
             found = self.form.squares(cotangent, self.layout, products)
