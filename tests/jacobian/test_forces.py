@@ -46,3 +46,24 @@ def test_forces_are_exact_by_one_backward(
         torch.testing.assert_close(J.matrix(), expected)
     assert "1 backward to the activations" in J.report()
     assert all(path.startswith("closed form") for own in J.paths.values() for path in own)
+
+
+@pytest.mark.parametrize("check", ["first", "never"])
+@pytest.mark.parametrize("by", ["weight", "input", "both"])
+def test_penalties_on_gradients_of_a_layer_norm(by: str, check: str) -> None:
+    """Its backward has three outputs; the gradient of the scale does not depend on the scale."""
+    model = nn.Sequential(nn.LayerNorm(4), nn.Tanh(), nn.Linear(4, 1)).double()
+    samples = [torch.randn(5, 4, dtype=torch.float64) for _ in range(3)]
+
+    def penalty(x: Tensor) -> Tensor:
+        x = x.clone().requires_grad_(by != "weight")
+        scale = model[0].weight
+        sources = {"weight": [scale], "input": [x], "both": [scale, x]}[by]
+        found = torch.autograd.grad(model(x).square().mean(), sources, create_graph=True)
+        return torch.stack([g.square().sum() for g in found]).sum()
+
+    engine = Engine(model, check=check)
+    for _ in range(3):
+        output = torch.stack([penalty(x) for x in samples])
+        expected = rows(output, trainable(model))
+        torch.testing.assert_close(engine.jacobian(output).matrix(), expected)

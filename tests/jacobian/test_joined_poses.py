@@ -113,3 +113,37 @@ def test_clipping_a_stack_of_losses() -> None:
     Engine(model).backward(output, Clip(0.1))
     found = torch.cat([p.grad.reshape(-1) for p in model.parameters() if p.grad is not None])
     torch.testing.assert_close(found, weights @ matrix)
+
+
+def _two_of_three_parts(model: nn.Module, x: Tensor, last: float) -> Tensor:
+    """The root of all scores, moved to 3, and of those that are left out, to another number."""
+    z = model(x)
+    shift = torch.tensor([3.0] * 4 + [last] * 2, dtype=torch.float64).unsqueeze(1)
+    first, second, _ = (z - z.detach() + shift).sqrt().split(2)
+    return torch.cat([first.exp(), second]).squeeze(1)
+
+
+@pytest.mark.parametrize("check", ["first", "never"])
+def test_what_no_pose_takes_may_still_make_them_all_nan(check: str) -> None:
+    """Zero times infinity: autograd has nan for it, and so have we, in this graph alone."""
+    model, x = _network(), torch.randn(6, 3, dtype=torch.float64)
+    engine = Engine(model, check=check)
+    for last in [2.0, 2.0, 2.0, 0.0, 2.0]:
+        output = _two_of_three_parts(model, x, last)
+        expected = rows(output, trainable(model))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of nan
+            found = engine.jacobian(output).matrix()
+        assert bool(expected.isnan().any()) == (last == 0)
+        torch.testing.assert_close(found, expected, equal_nan=True)
+
+
+def test_an_empty_tensor_may_stand_beside_any_other() -> None:
+    """torch lets `[0]` be concatenated with matrices, along any dimension."""
+    model, x = _network(), torch.randn(6, 3, dtype=torch.float64)
+    engine = Engine(model)
+    for _ in range(3):
+        z = model(x)
+        output = torch.cat([z.sum() * torch.zeros(0, dtype=torch.float64), z.T], dim=1)[0]
+        expected = rows(output, trainable(model))
+        torch.testing.assert_close(engine.jacobian(output).matrix(), expected)

@@ -57,17 +57,17 @@ def joined(cut: Cut, axis: Axis) -> tuple[Axis | None, bool]:
     """`torch.cat`: some entries each."""
     if axis.is_whole:
         return axis, True
-    before = [None if own is None else own[cut.dim] for own in cut.arguments[: cut.argument]]
-    known = [size for size in before if size is not None]
-    if len(known) < len(before):
-        # The sizes of constants are not told, unless all of them stand on one side.
-        behind = cut.arguments[cut.argument :]
-        if None in behind:
-            return None, True
-        whole = cut.outputs[0][cut.dim]
-        start = whole - sum(own[cut.dim] for own in behind if own is not None)
+    (out,) = cut.outputs
+    before = cut.arguments[: cut.argument]
+    if any(sizes is not None and len(sizes) < len(out) for sizes in cut.arguments):
+        return None, True  # torch lets tensors of shape [0] stand beside any others
+    # The sizes of constants are not told, unless all of them stand on one side.
+    if None not in before:
+        start = sum(sizes[cut.dim] for sizes in before if sizes is not None)
+    elif None not in (behind := cut.arguments[cut.argument :]):
+        start = out[cut.dim] - sum(sizes[cut.dim] for sizes in behind if sizes is not None)
     else:
-        start = sum(known)
+        return None, True
     return axis.part(start, start + cut.size), True
 
 

@@ -89,7 +89,8 @@ class SettledPlan:
 
     Args:
         plan: The plan.
-        layouts: Whose the rows of the cotangents are; None if numbers tell, for each graph anew.
+        layouts: Whose the rows of the cotangents are; None if numbers tell, for each graph anew:
+            those that picked the rows, or of cotangents that should be zero, as nobody's are.
         packable: One slot of each operator that is read, to see whether a checkpoint holds it.
         left: The slots that the backward does not free.
         declined: The sites whose closed form does not serve these cotangents.
@@ -119,9 +120,10 @@ class SettledPlan:
         freed = {*registry.above(read)}
         first = {node: name for node, name in reversed(slots) if node in read}
         left = [slot for slot in slots if slot[0] not in freed]
-        layouts = None
+        layouts: list[Layout] | None = None
         if several and subject.is_fixed:
-            layouts = [axes[edge].layout(device_of(registry.nodes[edge[0]])) for edge in plan.edges]
+            found = [axes[edge].layout(device_of(registry.nodes[edge[0]])) for edge in plan.edges]
+            layouts = None if any(layout.has_dead_rows for layout in found) else found
         return cls(plan, layouts, [*first.items()], left, frozenset(declined))
 
     @cached_property
@@ -162,10 +164,11 @@ def entry_of(registry: EdgeRegistry, site: Site) -> Entry:
 
 
 def _reader(registry: EdgeRegistry, site: Site) -> Reader | None:
-    """How its closed form is read; the formulas are those of real numbers."""
+    """How its closed form is read; the formulas are those of real numbers, and of output 0."""
+    kind, (_, first) = kind_of(registry.names[site.node]), site.edges[0]
     if not site.closed or registry.dtypes[site.node][0].is_complex:
         return None
-    return kind_of(registry.names[site.node]).forms[site.argument]
+    return kind.forms[site.argument] if first == 0 or kind.opens is not None else None
 
 
 def _by_size(registry: EdgeRegistry, sites: Iterable[Site]) -> list[Site]:

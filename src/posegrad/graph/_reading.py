@@ -298,11 +298,12 @@ class Reading:
                 values = [column[places[i]] if i in places else None for i in numbers]
                 flows = any(value is not None for value in values)
                 found.append(opens.cotangents(self._operators[node], values) if flows else None)
-            live = [p for p in use.places if any(c[p] is not None for c in looked.columns)]
-            self._insides[node] = (
-                opens.layout([looked.layouts[p] for p in live or use.places]),
-                found,
-            )
+            live = {
+                i: looked.layouts[place]
+                for i, place in places.items()
+                if any(column[place] is not None for column in looked.columns)
+            }
+            self._insides[node] = opens.layout(live), found
         return self._insides[node]
 
     def _operator_rows(

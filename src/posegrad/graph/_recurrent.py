@@ -10,7 +10,7 @@ any linear layer, with the steps as rows of a pose. The states H are its output,
 from one product; the cells C and the cotangents take a walk along the steps, there and back.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -30,11 +30,11 @@ class Opening(NamedTuple):
 
     Args:
         cotangents: From the operator and the cotangents of its outputs to that of the product.
-        layout: From the layouts of the outputs' cotangents to that of the product's.
+        layout: From the layouts of the outputs' cotangents, by number, to that of the product's.
     """
 
     cotangents: Callable[[Operator, Sequence[Tensor | None]], Tensor]
-    layout: Callable[[Sequence[Layout | None]], Layout | None]
+    layout: Callable[[Mapping[int, Layout | None]], Layout | None]
 
 
 def recurrent(
@@ -48,6 +48,8 @@ def recurrent(
 
 
 _WEIGHTS = range(1, 5)
+
+_STATES = 0  # the output that has the states of all steps; the others are the last one and its cell
 
 
 def input_weight(op: Operator, entry: Entry) -> ClosedForm | None:
@@ -67,16 +69,24 @@ def gate_bias(op: Operator, entry: Entry) -> ClosedForm | None:
     return Elementwise(entry.shape, torch.Size([1, 1, *entry.shape]), 1.0)
 
 
-def gates_layout(layouts: Sequence[Layout | None]) -> Layout | None:
-    """Whose the rows of the gates' cotangents `[T, B, 4 H]` are.
+def gates_layout(layouts: Mapping[int, Layout | None]) -> Layout | None:
+    """Whose the rows of the gates' cotangents `[T, B, 4 H]` are; None if poses mix in them.
+
+    A gate is met by the states of all later steps, so these must be one pose's: poses lie along B,
+    and lie alike in all outputs.
 
     Args:
-        layouts: Of the cotangents of the outputs; None where poses mix.
+        layouts: Of the cotangents of the outputs, by number; None where poses mix.
     """
-    found = [layout for layout in layouts if layout is not None]
-    if not found or len(found) < len(layouts) or any(len(one.dims) > 1 for one in found):
-        return None
-    return replace(found[0], dims=(1,)) if found[0].dims else found[0]
+    found: Layout | None = None
+    for output, layout in layouts.items():
+        along = (1,) if output == _STATES else (0,)
+        if layout is None or layout.dims not in ((), along):
+            return None
+        if found is not None and not torch.equal(found.owners, layout.owners):
+            return None
+        found = layout
+    return replace(found, dims=(1,)) if found is not None and found.dims else found
 
 
 def gates(op: Operator, cotangents: Sequence[Tensor | None]) -> Tensor:

@@ -173,9 +173,14 @@ class Layout:
         shape = [size if dim in self.dims else 1 for dim, size in enumerate(tensor.shape)]
         return torch.where((self.owners == pose).reshape(shape), tensor, 0)
 
+    @property
+    def has_dead_rows(self) -> bool:
+        """Whether some rows are nobody's."""
+        return self.pattern is None and len(self._dead) > 0
+
     def has_strays(self, tensor: Tensor) -> bool:
         """Whether rows that should be nobody's are not zero: zero times infinity is not."""
-        if not len(self._dead):
+        if not self.has_dead_rows:
             return False
         return bool(self.front(tensor)[self._dead].any())
 
