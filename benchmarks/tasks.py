@@ -36,7 +36,7 @@ from benchmarks.per_pose import (
 from benchmarks.settings import Row
 from benchmarks.torchjd_ways import autojac_rows, torchjd
 
-__all__ = ["TASKS", "Method", "Task", "missing"]
+__all__ = ["REQUIREMENTS", "TASKS", "Method", "Task", "missing"]
 
 
 @dataclass(frozen=True)
@@ -157,10 +157,10 @@ REQUIREMENTS = {
 }
 
 
-def missing() -> dict[str, str]:
+def missing(requirements: Mapping[str, str] = REQUIREMENTS) -> dict[str, str]:
     """The peers that are not installed, and the command that does."""
     return {
         package: f"pip install '{requirement}'"
-        for package, requirement in REQUIREMENTS.items()
+        for package, requirement in requirements.items()
         if find_spec(package) is None
     }

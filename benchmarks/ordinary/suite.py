@@ -19,12 +19,13 @@ from benchmarks.ordinary.cases import CASES, Case
 from benchmarks.ordinary.exact import Exact, seeded
 from benchmarks.ordinary.problem import Problem
 from benchmarks.ordinary.reading import read
-from benchmarks.ordinary.tasks import NAIVE, TASKS, Task, missing
+from benchmarks.ordinary.tasks import NAIVE, REQUIREMENTS, TASKS, Task
 from benchmarks.ordinary.ways import Bind, Found, Step
 from benchmarks.per_pose import PLAIN
 from benchmarks.rounds import interleaved
 from benchmarks.settings import Row, Settings
 from benchmarks.side_by_side import Key
+from benchmarks.tasks import missing
 
 __all__ = ["SUITES", "run"]
 
@@ -48,7 +49,7 @@ def run(suite: str, cases: Sequence[str], settings: Settings) -> dict[str, Any]:
         task and way, or the reason why it was not run.
     """
     settings.prepare()
-    absent = missing() if suite == "ordinary" else {}
+    absent = missing(REQUIREMENTS) if suite == "ordinary" else {}
     tasks = TASKS if suite == "ordinary" else NAIVE
     rows: list[Row] = []
     told: list[Row] = []

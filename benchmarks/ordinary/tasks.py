@@ -3,13 +3,13 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from importlib.util import find_spec
 
 from benchmarks.ordinary import peers, ways
 from benchmarks.ordinary.problem import Problem
 from benchmarks.ordinary.ways import Bind
+from benchmarks.tasks import REQUIREMENTS as OF_BATCHES
 
-__all__ = ["NAIVE", "TASKS", "Method", "Task", "missing"]
+__all__ = ["NAIVE", "REQUIREMENTS", "TASKS", "Method", "Task"]
 
 NOT_SLICED = "a loss is not that of one item"
 MANY = "not run: its solver takes seconds"
@@ -97,16 +97,7 @@ NAIVE: dict[str, Task] = {
 """The tasks with posegrad's ways and those that need no package."""
 
 REQUIREMENTS = {
-    "torchjd": "torchjd>=0.18",
-    "opacus": "opacus>=1.6",
+    "torchjd": OF_BATCHES["torchjd"],
+    "opacus": OF_BATCHES["opacus"],
     "dattri_llm": "dattri-llm>=0.1",
 }
-
-
-def missing() -> dict[str, str]:
-    """The peers that are not installed, and the command that does."""
-    return {
-        package: f"pip install '{requirement}'"
-        for package, requirement in REQUIREMENTS.items()
-        if find_spec(package) is None
-    }

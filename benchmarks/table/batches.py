@@ -2,7 +2,17 @@
 
 from typing import Any
 
-from benchmarks.table.lines import Row, line, machine, median_ms, ratio, rounds, rule, values
+from benchmarks.table.lines import (
+    Row,
+    absent,
+    line,
+    machine,
+    median_ms,
+    ratio,
+    rounds,
+    rule,
+    values,
+)
 
 __all__ = ["markdown"]
 
@@ -20,11 +30,7 @@ FIGURES = (
 def markdown(result: dict[str, Any]) -> str:
     """Time, memory and errors of each case and method."""
     tables = "\n\n".join(_table(result, task) for task in result["tasks"])
-    absent = "".join(
-        f"Without {package}, which is not installed: `{command}`.\n"
-        for package, command in result["missing"].items()
-    )
-    return f"{_heading(result)}\n{absent}\n{tables}\n"
+    return f"{_heading(result)}\n{absent(result)}\n{tables}\n"
 
 
 def _heading(result: dict[str, Any]) -> str:

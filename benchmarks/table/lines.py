@@ -4,7 +4,18 @@ import statistics
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-__all__ = ["Row", "line", "machine", "median_ms", "ratio", "relative", "rounds", "rule", "values"]
+__all__ = [
+    "Row",
+    "absent",
+    "line",
+    "machine",
+    "median_ms",
+    "ratio",
+    "relative",
+    "rounds",
+    "rule",
+    "values",
+]
 
 Row = dict[str, Any]
 
@@ -51,6 +62,14 @@ def values(rows: Iterable[Row], key: str, form: str) -> list[str] | None:
     if all(value is None for value in found):
         return None
     return ["" if value is None else form.format(value) for value in found]
+
+
+def absent(result: dict[str, Any]) -> str:
+    """The peers that were not installed, one line for each."""
+    return "".join(
+        f"Without {package}, which is not installed: `{command}`.\n"
+        for package, command in result["missing"].items()
+    )
 
 
 def machine(result: dict[str, Any]) -> str:

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from benchmarks.table.lines import Row, line, machine, median_ms, relative, rounds, rule
+from benchmarks.table.lines import Row, absent, line, machine, median_ms, relative, rounds, rule
 
 __all__ = ["markdown"]
 
@@ -12,11 +12,7 @@ PLAIN = "plain"
 def markdown(result: dict[str, Any]) -> str:
     """Time and errors of each case and way."""
     tables = "\n\n".join(_table(result, task) for task in result["tasks"])
-    absent = "".join(
-        f"Without {package}, which is not installed: `{command}`.\n"
-        for package, command in result["missing"].items()
-    )
-    return f"{_heading(result)}\n{absent}\n{tables}\n\n{_readings(result)}\n"
+    return f"{_heading(result)}\n{absent(result)}\n{tables}\n\n{_readings(result)}\n"
 
 
 def _heading(result: dict[str, Any]) -> str:

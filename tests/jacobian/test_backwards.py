@@ -13,20 +13,9 @@ from posegrad import Engine, Mean
 from posegrad.graph import _pulled, _reading, _verify, _vjp
 from posegrad.graph._operators import OPERATORS
 from tests import reference
+from tests.models import Passed
 
 M = 6
-
-
-class Passed(torch.autograd.Function):
-    """The identity, whose poses must be probed for."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx: Any, *cotangents: Tensor) -> Tensor:
-        return cotangents[0].clone()
 
 
 def _network(middle: Callable[[Tensor], Tensor], width: int = 1) -> nn.Module:

@@ -1,7 +1,6 @@
 """Tables of a Jacobian: exact where lines are folded, honest about sizes, uses and reasons."""
 
 import re
-from typing import Any
 
 import pytest
 import torch
@@ -10,6 +9,7 @@ from torch import Tensor, nn
 from posegrad import Engine, PoseJacobian
 from posegrad.jacobian._table import Line, size, table
 from tests import reference
+from tests.models import Passed
 
 
 def _jacobian(model: nn.Module, batch: Tensor, **options: object) -> PoseJacobian:
@@ -120,18 +120,6 @@ def test_poses_that_mix_are_the_reason() -> None:
     output = centred(torch.randn(6, 4)).squeeze(1)
     rows = _rows(Engine(centred).jacobian(output - output.mean()).report())
     assert rows["weight"][-1].endswith(": poses mix")
-
-
-class Passed(torch.autograd.Function):
-    """The identity, whose poses must be probed for."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx: Any, *cotangents: Tensor) -> Tensor:
-        return cotangents[0].clone()
 
 
 class Gated(nn.Module):

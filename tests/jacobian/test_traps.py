@@ -23,6 +23,7 @@ from posegrad.graph._reading import Reading
 from posegrad.graph._verify import Reference
 from posegrad.jacobian.layers import Linear
 from tests.device import DEVICE
+from tests.models import Passed
 from tests.reference import rows, trainable
 
 
@@ -450,18 +451,6 @@ def test_a_first_gather_of_nan_verifies_nothing() -> None:
     with pytest.warns(UserWarning, match="do not add up"):
         found = engine.jacobian(output).matrix()
     torch.testing.assert_close(found, expected)
-
-
-class Passed(torch.autograd.Function):
-    """The identity, whose poses must be probed for."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx: Any, *cotangents: Tensor) -> Tensor:
-        return cotangents[0].clone()
 
 
 @pytest.mark.parametrize("first", ["nan", "finite"])

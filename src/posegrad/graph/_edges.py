@@ -100,6 +100,11 @@ class EdgeRegistry:
         """The places where a tensor enters; empty if it is the output itself."""
         return self._consumers.get(source, [])
 
+    def used(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Those of some parameters that the output depends on; one of no number has no row."""
+        leaves = self.leaves
+        return {name: p for name, p in parameters.items() if id(p) in leaves and p.numel()}
+
     def outputs(self, node: int) -> list[int]:
         """The numbers of a node's outputs that something depends on."""
         edges = [(node, i) for i in range(len(self.sizes[node]))]

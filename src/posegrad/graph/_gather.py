@@ -8,7 +8,7 @@ from functools import reduce
 import torch
 from torch import Tensor
 
-from posegrad._torch import is_hooked, memory_of
+from posegrad._torch import is_hooked
 from posegrad._warn import warn
 from posegrad.errors import NotDifferentiableError, ReentrantCheckpointError
 from posegrad.graph._boundary import (
@@ -89,15 +89,15 @@ class Gatherer:
         if not isinstance(output, Tensor) or output.grad_fn is None:
             return None
         registry = _graph_of(output)
-        used = {n: p for n, p in parameters.items() if id(p) in registry.leaves and p.numel()}
+        used = registry.used(parameters)
         if not used:
             return None
         if registry.has_float16():  # it is a multiple that is read
             output = self._scaling.scaled(output)
             registry = _graph_of(output)
-        dim = self.batch_dim if isinstance(self.batch_dim, int) and output.ndim else None
+        dim = self._dim_of(output)
         known = self._structures.of(registry, used, output, stated=False)
-        subject = Subject(output, registry, used, (), dim, _seeded(), known.steps, {}, self._own)
+        subject = Subject(output, registry, used, (), dim, _seeded(), known.steps, {}, self.tensors)
         recipe = known.found.recipe
         is_due = self.check == "always" if recipe is None else self._is_due(recipe, subject)
         with failures_named(), undisturbed():
@@ -134,21 +134,15 @@ class Gatherer:
         backwards = _NO_BACKWARDS
         if output.requires_grad:
             registry = _graph_of(output)
-            used = {
-                name: p
-                for name, p in parameters.items()
-                if id(p) in registry.leaves and p.numel()  # none has no row to read
-            }
-            dim = self.batch_dim if isinstance(self.batch_dim, int) and output.ndim else None
+            used, dim = registry.used(parameters), self._dim_of(output)
             check_dimension(output, dim)
             check_index(pose_index)
             if used:
                 known = self._structures.of(registry, used, output, stated=bool(pose_index))
                 heard = listened_to(output, registry, known.slots)
-                inferred = known.inferred if known.is_fixed else {}
                 subject = Subject(
-                    output, registry, used, pose_index, dim, self._generator, known.steps, inferred,
-                    self._own, any(map(is_hooked, heard)), quiet,
+                    output, registry, used, pose_index, dim, self._generator, known.steps,
+                    known.followed, self.tensors, any(map(is_hooked, heard)), quiet,
                 )  # fmt: skip
                 scale = known.has_float16
                 scale = registry.has_float16() if scale is None else scale
@@ -203,9 +197,8 @@ class Gatherer:
             own = EdgeRegistry(scaled)
             stated = bool(subject.pose_index)
             known = self._structures.of(own, subject.parameters, scaled, stated=stated)
-            inferred = known.inferred if known.is_fixed else {}
             seen = replace(
-                subject, output=scaled, registry=own, steps=known.steps, inferred=inferred
+                subject, output=scaled, registry=own, steps=known.steps, inferred=known.followed
             )
             parts, backwards = self._parts_of(seen, known, keep_graph=True)
             readings.append(backwards)
@@ -218,9 +211,9 @@ class Gatherer:
                 release(subject.registry, known.slots)
         return parts, reduce(Backwards.joined, readings, subject.backwards)
 
-    def _own(self) -> frozenset[int]:
-        """The memory of the modules' parameters and buffers."""
-        return frozenset(map(memory_of, self.tensors())) - {-1}
+    def _dim_of(self, output: Tensor) -> int | None:
+        """The output's dimension that counts poses, if the caller has said."""
+        return self.batch_dim if isinstance(self.batch_dim, int) and output.ndim else None
 
     def _read(self, reading: Reading, found: Found) -> tuple[Recipe, Parts]:
         subject, is_lasting = reading.subject, True

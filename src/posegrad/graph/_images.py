@@ -5,6 +5,8 @@ may also lie along C, where an operator treats groups of channels apart, or alon
 kernel of size one leaves alone.
 """
 
+from collections.abc import Callable
+
 import torch
 
 from posegrad.graph._axis import Axis, Facts, Rule
@@ -98,20 +100,18 @@ def spread_channels(
     facts: Facts, arg: int, axis: Axis, out: torch.Size, inside: torch.Size
 ) -> Axis | None:
     """`pixel_shuffle`: from `[..., C r r, H, W]` to `[..., C, H r, W r]`."""
-    (factor,) = facts
-    if axis.dim == len(out) - 3:
-        return _finer(axis, factor**2)
-    return _coarser(axis, factor) if axis.dim > len(out) - 3 else axis
+    return _spread(_finer, _coarser, facts, axis, out)
 
 
 def spread_pixels(
     facts: Facts, arg: int, axis: Axis, out: torch.Size, inside: torch.Size
 ) -> Axis | None:
     """`pixel_unshuffle`: from `[..., C, H r, W r]` to `[..., C r r, H, W]`."""
-    (factor,) = facts
-    if axis.dim == len(out) - 3:
-        return _coarser(axis, factor**2)
-    return _finer(axis, factor) if axis.dim > len(out) - 3 else axis
+    return _spread(_coarser, _finer, facts, axis, out)
+
+
+Grain = Callable[[Axis, int], Axis | None]
+"""From an axis and how many neighbours become one, or one becomes, to the axis they then have."""
 
 
 def _at(values: tuple[int, ...], place: int) -> int:
@@ -125,6 +125,16 @@ def _first_if_channels(axis: Axis) -> Axis | None:
 
 def _if_kept(axis: Axis, out: torch.Size, inside: torch.Size) -> Axis | None:
     return axis if len(inside) == len(out) and inside[axis.dim] == out[axis.dim] else None
+
+
+def _spread(
+    channels: Grain, pixels: Grain, facts: Facts, axis: Axis, out: torch.Size
+) -> Axis | None:
+    """Where the factor is squared among channels `[..., C, H, W]`, and plain among pixels."""
+    (factor,) = facts
+    if axis.dim == len(out) - 3:
+        return channels(axis, factor**2)
+    return pixels(axis, factor) if axis.dim > len(out) - 3 else axis
 
 
 def _finer(axis: Axis, factor: int) -> Axis:

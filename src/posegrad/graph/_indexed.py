@@ -18,6 +18,9 @@ from posegrad.jacobian import NOBODY
 
 __all__ = ["IndexRule", "Memo", "added", "added_each", "picked", "picked_each"]
 
+NumberRule = Callable[[Axis, Tensor, int], Axis | None]
+"""From the axis of an output, the numbers `[E]` and the argument's size to the argument's axis."""
+
 Memo = dict[Hashable, tuple[Axis, Tensor, Axis | None]]
 """What was found for axes and indices of one graph: layers of a network have theirs in common."""
 
@@ -76,10 +79,7 @@ def picked_each(
     dim, index = _numbers_each(node, out)
     if index is None or len(inside) != len(out):
         return None
-    if dim != axis.dim:
-        return axis if inside[axis.dim] == out[axis.dim] else None
-    vector = _vector(index, dim)
-    return None if vector is None else _known(memo, _gathered, axis, vector, inside[dim])
+    return _along(memo, _gathered, axis, dim, index, out, inside)
 
 
 def added(
@@ -91,7 +91,7 @@ def added(
     dim, index = _numbers(node, out)
     if index is None or inside != _replaced(out, dim, len(index)):
         return None  # a source that is broadcast may meet several poses
-    return axis if dim != axis.dim else _known(memo, _spread, axis, index, 0)
+    return axis if dim != axis.dim else _known(memo, _spread, axis, index, len(index))
 
 
 def added_each(
@@ -103,10 +103,23 @@ def added_each(
     dim, index = _numbers_each(node, out)
     if index is None or inside != index.shape:
         return None
+    return _along(memo, _spread, axis, dim, index, out, inside)
+
+
+def _along(
+    memo: Memo,
+    rule: NumberRule,
+    axis: Axis,
+    dim: int,
+    index: Tensor,
+    out: torch.Size,
+    inside: torch.Size,
+) -> Axis | None:
+    """What an index of a number for each element does to poses along its dimension, or another."""
     if dim != axis.dim:
         return axis if inside[axis.dim] == out[axis.dim] else None
     vector = _vector(index, dim)
-    return None if vector is None else _known(memo, _spread, axis, vector, 0)
+    return None if vector is None else _known(memo, rule, axis, vector, inside[dim])
 
 
 def _numbers(node: Node, out: torch.Size) -> tuple[int, Tensor | None]:
@@ -152,7 +165,7 @@ def _vector(index: Tensor, dim: int) -> Tensor | None:
 
 def _known(
     memo: Memo,
-    rule: Callable[[Axis, Tensor, int], Axis | None],
+    rule: NumberRule,
     axis: Axis,
     index: Tensor,
     size: int,

@@ -5,7 +5,6 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from posegrad._torch import memory_of
 from posegrad.graph._edges import EdgeRegistry
 from posegrad.graph._guard import python_contained, undisturbed
 from posegrad.graph._recipe import resolve, slow_parameters
@@ -30,13 +29,12 @@ def mixing_modules(
     if not predictions.requires_grad:
         return ""
     registry = EdgeRegistry(predictions)
-    used = {name: p for name, p in parameters.items() if id(p) in registry.leaves and p.numel()}
+    used = registry.used(parameters)
     if not used or registry.is_nested():
         return ""
-    own = frozenset(map(memory_of, tensors))
     generator = torch.Generator("cpu").manual_seed(0)
     subject = Subject(
-        predictions, registry, used, (), 0, generator, [], {}, lambda: own, quiet=True
+        predictions, registry, used, (), 0, generator, [], {}, lambda: tensors, quiet=True
     )
     lock, aside, copied = python_contained(registry, used)
     with undisturbed(), lock, aside, copied:

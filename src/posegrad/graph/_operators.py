@@ -105,9 +105,9 @@ class Kind(NamedTuple):
         moves: How poses move from its output to its arguments; None if nothing is known.
         told: The names under which it saved what `moves` looks at.
         picks: In place of `moves`, where numbers tell that the operator saved.
-        cuts: Besides, where tensors are put together along the poses, or cut out.
+        cuts: In addition to `moves`, where tensors are put together along the poses or cut out.
         forms: By argument, how the closed form of a parameter there is read.
-        opens: Where the forms are those of a product inside the operator, the way to it.
+        opens: How to get at a product inside the operator, if the forms are of that product.
         rearranges: Whether it only rearranges: what it makes of a parameter is read in its place.
         keeps: Whether it keeps the order of numbers, so that it does nothing if the shape stays.
         is_transparent: Whether the gradient behind it is the same numbers: a transpose, a cast.

@@ -26,7 +26,7 @@ class Use(NamedTuple):
         site: The site.
         entry: How the parameter enters the operator.
         reader: How its closed form is read; None if the operator's own vjp is taken.
-        opens: The way to a product inside the operator, if the form is that of one.
+        opens: How to get at a product inside the operator, if the form is of that product.
         places: The numbers of the cotangents of the operator's outputs.
         spent: Those of them that no later use needs.
     """
@@ -143,7 +143,7 @@ class SettledPlan:
         return is_fixed and arrangement.components == 1 and near
 
     def count(self, subject: Subject) -> None:
-        """Notes its backwards, but for components and rows, if they are not the one."""
+        """Counts its backwards unless there is just one; components and rows count theirs."""
         if self.takes_one:
             return
         plan = self.plan

@@ -136,8 +136,8 @@ def _goals(subject: Subject, far: Sequence[Site], tables: Collection[int]) -> li
 def _together(registry: EdgeRegistry, goals: Sequence[_Goal]) -> list[list[_Goal]]:
     """The goals that are reached by one backward, from all their tensors at once.
 
-    None may then lie behind a tensor from which it takes no rows: it has taken them nearer, and
-    would count them twice.
+    A goal may not lie behind a tensor whose rows it does not take: it has taken them at a nearer
+    tensor, and would count them twice.
     """
     behind = {edge: registry.below(edge[0]) for goal in goals for edge in goal.uses.values()}
 

@@ -70,8 +70,8 @@ class Reading:
     Args:
         subject: What is differentiated.
         block_bytes: About how much memory rows without a closed form may take at once.
-        watched: Parameters of which is to be told whether anything flows to them.
-        flowing: Those of them that something flows to.
+        watched: Parameters for which the reading notes whether anything flows to them.
+        flowing: Those of the watched parameters that something flows to.
         declined: The sites whose closed form was found not to serve.
     """
 
@@ -117,7 +117,7 @@ class Reading:
         return parts
 
     def open(self, recipe: Recipe, trial: Trial) -> Parts:
-        """The parts by a recipe and cotangents that were looked at; uses the trial up."""
+        """The parts by a recipe and the cotangents of a trial, which is emptied on the way."""
         plan = Plan.of(self.subject, recipe)
         forms, tables = self._forms(plan)
         columns = [[trial.cotangents.get(edge) for edge in plan.edges]]
@@ -231,15 +231,15 @@ class Reading:
     def _part(self, plan: Plan, use: Use, form: ClosedForm | None, looked: _Looked) -> Part | None:
         """The part of a parameter that enters as it is, or rearranged."""
         site, arrangement = use.site, plan.arrangement
-        served = None if form is None else self._served(use, form, looked)
-        if form is None or served is None:
+        served = self._served(use, form, looked)
+        if served is None:
             rows = self._operator_rows(plan, use, form, looked)
             if rows is None:
                 return None
             pull = self._pull(site)
             values = rows.rows if pull is None else pull.back(rows.rows)
             return Rows(rows.path, 0, values.to(self.subject.parameters[site.parameter].dtype))
-        layout, each = served
+        form, layout, each = served
         if not each:
             return None
         if site.direct:
@@ -249,10 +249,10 @@ class Reading:
 
     def _far(self, plan: Plan, use: Use, form: ClosedForm | None, looked: _Looked) -> Far | None:
         """The rows of a tensor that was computed from parameters."""
-        served = None if form is None else self._served(use, form, looked)
-        if form is None or served is None:
+        served = self._served(use, form, looked)
+        if served is None:
             return self._operator_rows(plan, use, form, looked)
-        layout, each = served
+        form, layout, each = served
         if not each:
             return None
         path = f"closed form ({type(form).__name__}) of a computed weight"
@@ -261,29 +261,26 @@ class Reading:
         return Far(path, Factors(path, 0, form, layout, plan.arrangement, each).rows())
 
     def _served(
-        self, use: Use, form: ClosedForm, looked: _Looked
-    ) -> tuple[Layout, tuple[Tensor, ...]] | None:
-        """The cotangents that a form takes, of all components, and whose their rows are.
+        self, use: Use, form: ClosedForm | None, looked: _Looked
+    ) -> tuple[ClosedForm, Layout, tuple[Tensor, ...]] | None:
+        """A form, the cotangents that it takes, of all components, and whose their rows are.
 
         Returns:
             None if the form does not serve; no cotangents if nothing flows.
         """
-        place, opens = use.places[0], use.opens
-        if opens is None:
+        if form is None:
+            return None
+        place = use.places[0]
+        if use.opens is None:
             layout, values = looked.layouts[place], [column[place] for column in looked.columns]
         else:
-            layout, values = self._opened(opens, use, looked)
+            layout, values = self._opened(use.opens, use, looked)
         if layout is None:
             return None
-        if len(values) == 1 and (only := values[0]) is not None:  # nearly always
-            is_served = not layout.dims or form.accepts(only.shape, layout)
-            return (layout, (only,)) if is_served else None
-        present = next((value for value in values if value is not None), None)
-        if present is None:
-            return layout, ()
-        if layout.dims and not form.accepts(present.shape, layout):
+        each = _filled(values)
+        if each and layout.dims and not form.accepts(each[0].shape, layout):
             return None
-        return layout, tuple([torch.zeros_like(present) if v is None else v for v in values])
+        return form, layout, each
 
     def _opened(
         self, opens: Opening, use: Use, looked: _Looked
@@ -446,3 +443,11 @@ class Reading:
     def registry(self) -> EdgeRegistry:
         """The graph."""
         return self.subject.registry
+
+
+def _filled(values: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
+    """Cotangents of all components, with zeros for None; empty if nothing flows in any."""
+    present = [value for value in values if value is not None]
+    if not present or len(present) == len(values):
+        return tuple(present)
+    return tuple([torch.zeros_like(present[0]) if v is None else v for v in values])

@@ -121,8 +121,8 @@ def uses_of(subject: Subject, name: str) -> Iterator[Site]:
 def _is_few_losses(subject: Subject) -> bool:
     """Whether the output is a few numbers that were put together, as the losses of several tasks.
 
-    Each is then a pose as a whole, and what they have in common is nobody's. Plain backwards, one
-    for each number, cost no more than finding that out would.
+    Each number then is a pose by itself, and what they share belongs to none of them. One plain
+    backward for each costs no more than finding that out.
     """
     arrangement = Arrangement(subject.output.shape, None)
     if not 1 < arrangement.poses <= _FEW or subject.pose_index:

@@ -157,7 +157,7 @@ def carries_data(
 
 
 def may_be_shared(registry: EdgeRegistry, site: Site, own: frozenset[int]) -> bool:
-    """Whether only further on it is seen if what enters is data, or broadcast along the poses.
+    """Whether one has to look further on, to tell data from what is broadcast along the poses.
 
     The arguments are those of `carries_data`.
     """
@@ -200,7 +200,8 @@ def _is_unit(tensor: Tensor) -> bool:
     """Whether it is a unit matrix, as reflections and rotations of a weight start from."""
     if tensor.ndim != 2 or tensor.shape[0] != tensor.shape[1]:
         return False
-    return torch.equal(tensor.detach(), torch.eye(len(tensor)).to(tensor))
+    ones = bool((tensor.diagonal() == 1).all())
+    return ones and int(torch.count_nonzero(tensor)) == len(tensor)
 
 
 def _is_shared(registry: EdgeRegistry, site: Site, axes: Mapping[Edge, Axis]) -> bool:

@@ -30,8 +30,8 @@ class Found:
 
     Args:
         recipe: The recipe.
-        other: Where numbers tell whose rows are, as they pick them: a recipe for graphs in which
-            they mix poses. So a batch that does has no effect on those after it.
+        other: A recipe for graphs in which poses mix, if that depends on the numbers that pick
+            rows. So a batch that mixes poses has no effect on those after it.
     """
 
     recipe: Recipe | None = None
@@ -82,6 +82,11 @@ class Structure:
     is_fixed: bool = True
     inferred: dict[int | None, Inferred] = field(default_factory=dict)
     plan: SettledPlan | None = None
+
+    @property
+    def followed(self) -> dict[int | None, Inferred]:
+        """Where poses lie in the next graph, by the output's dimension; empty if numbers decide."""
+        return self.inferred if self.is_fixed else {}
 
 
 @dataclass

@@ -7,6 +7,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from posegrad._torch import memory_of
 from posegrad.graph._axis import Axis
 from posegrad.graph._edges import Edge, EdgeRegistry, named
 from posegrad.graph._inference import Inferred, Step, infer, steps_of
@@ -28,7 +29,7 @@ class Subject:
         generator: The engine's own source of random numbers.
         steps: The operators of graphs of this very structure, once they were followed.
         inferred: What `axes` found in graphs of this very structure, by the dimension of poses.
-        own: The memory of the modules' parameters and buffers, which are no data.
+        tensors: Lists the modules' parameters and buffers, which are no data.
         is_hooked: Whether activations are seen to have hooks, which may do today what they did not
             when rows were last compared with autograd.
         quiet: Whether not to warn of slow ways.
@@ -42,7 +43,7 @@ class Subject:
     generator: torch.Generator
     steps: list[Step]
     inferred: dict[int | None, Inferred]
-    own: Callable[[], frozenset[int]]
+    tensors: Callable[[], Iterable[Tensor]]
     is_hooked: bool = False
     quiet: bool = False
 
@@ -58,6 +59,10 @@ class Subject:
     def backwards(self) -> Backwards:
         """Those that it took so far; the plainest reading counts none."""
         return Backwards()
+
+    def own(self) -> frozenset[int]:
+        """The memory of the modules' parameters and buffers."""
+        return frozenset(map(memory_of, self.tensors())) - {-1}
 
     def lost_at(self, arrangement: Arrangement, edges: Iterable[Edge]) -> list[str]:
         """The operators through which poses cannot be followed to some edges."""
