@@ -11,6 +11,8 @@ import torch
 import torch._functorch.config
 from hypothesis import HealthCheck, settings
 
+from posegrad.graph import _together
+
 torch.set_num_threads(1)
 
 if device := os.environ.get("POSEGRAD_TEST_DEVICE"):
@@ -32,6 +34,15 @@ settings.register_profile(
     "soak", parent=settings.get_profile("ci"), derandomize=False, max_examples=2000
 )
 settings.load_profile(os.environ.get("POSEGRAD_PROFILE", "ci"))
+
+
+@pytest.fixture(autouse=True)
+def _use_by_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Networks of tests are so small that their rows would be taken all together.
+
+    Most tests are about how a network of any size is read; test_together.py is about these.
+    """
+    monkeypatch.setattr(_together, "_USE", 0)
 
 
 @pytest.fixture(autouse=True)

@@ -41,7 +41,7 @@ from posegrad.graph._warnings import (
     nan_message,
     nested_message,
 )
-from posegrad.jacobian import ONE, Arrangement, Backwards, Block, PoseJacobian, is_cast
+from posegrad.jacobian import ONE, TOGETHER, Arrangement, Backwards, Block, PoseJacobian, is_cast
 
 __all__ = ["Gatherer"]
 
@@ -162,15 +162,18 @@ class Gatherer:
         special = subject.is_hooked or is_cast() or torch.is_inference_mode_enabled()
         with failures_named():
             if known.plan is not None and not special:
-                waiting = self._waiting(known.plan.plan.recipe, subject)
+                plan = known.plan
+                waiting = self._waiting(plan.plan.recipe, subject)
                 reading = Reading(subject, self.block_bytes, waiting)
-                with nullcontext() if known.plan.spares_graph else undisturbed():
+                with nullcontext() if plan.spares_graph else undisturbed():
                     keeps = keep_graph or bool(waiting)
-                    parts = reading.settled(known.plan, known.slots, keep_graph=keeps)
+                    parts = reading.settled(plan, known.slots, keep_graph=keeps)
                 if parts is not None and not reading.flowing:
                     if keeps and not keep_graph:
                         release(subject.registry, known.slots)
-                    return parts, ONE if known.plan.takes_one else subject.backwards
+                    if plan.together:
+                        return parts, TOGETHER
+                    return parts, ONE if plan.takes_one else subject.backwards
             recipes = [r for r in (known.found.recipe, known.found.other) if r is not None]
             waiting = frozenset[str]().union(*(self._waiting(r, subject) for r in recipes))
             reading = Reading(subject, self.block_bytes, waiting)

@@ -114,7 +114,8 @@ class Kind(NamedTuple):
         casts: Whether it is a cast.
         multiplies: Whether data meets a parameter in it; an argument without a graph is data.
         looks_up: Whether it looks up rows of its first argument by number.
-        is_unbatched: Whether torch has no rule to run its backward on a batch of cotangents.
+        is_unbatched: Whether torch has no rule to run its backward on a batch of cotangents, or one
+            that is no faster than running it on each of them.
     """
 
     moves: Rule | None = None
@@ -290,6 +291,7 @@ OPERATORS: dict[str, Kind] = {
         ("groups", "padding", "transposed"),
         forms={1: kernel, 2: channel_bias},
         multiplies=True,
+        is_unbatched=True,
     ),
     **_all("AvgPool2D MaxPool2DWithIndices", Kind(pooled(2), ("kernel_size",))),
     **_all("AvgPool3D MaxPool3DWithIndices", Kind(pooled(3), ("kernel_size",))),

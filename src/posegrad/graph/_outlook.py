@@ -58,6 +58,9 @@ def foreseen(
     arrangement, unknown = _likeliest(subject, edges, recipe)
     subject.blame(arrangement, edges)
     backwards, components = subject.backwards, arrangement.components
+    if plan is not None and plan.together and not is_due:
+        backwards.add(Purpose.TOGETHER)
+        return Outlook(paths, backwards, is_known=True, may_mix=False)
     if edges:
         settles = recipe is None and not unknown and not subject.registry.has_python()
         alone = components > 1 and not is_due and (plan is not None or settles)

@@ -14,6 +14,7 @@ from posegrad.graph._recurrent import Opening
 from posegrad.graph._release import Slot
 from posegrad.graph._sites import Site
 from posegrad.graph._subject import Subject
+from posegrad.graph._together import pays_together
 from posegrad.jacobian import Arrangement, Layout, Purpose
 
 __all__ = ["Plan", "SettledPlan", "Use", "entry_of", "operator_at"]
@@ -81,11 +82,12 @@ class Plan:
         return cls(recipe, arrangement, uses, edges, [*read])
 
 
-@dataclass(frozen=True)
+@dataclass
 class SettledPlan:
     """A plan in which nothing is open: where poses lie follows from what operators are.
 
-    Its graphs need one backward for each component of a pose, and nothing is compared with it.
+    Its graphs need one backward for each component of a pose, and nothing is compared with it. Of
+    small networks all rows are taken together, wherever poses lie.
 
     Args:
         plan: The plan.
@@ -94,6 +96,9 @@ class SettledPlan:
         packable: One slot of each operator that is read, to see whether a checkpoint holds it.
         left: The slots that the backward does not free.
         declined: The sites whose closed form does not serve these cotangents.
+        together: Whether all rows are taken together.
+        mixed: The parameters that poses mix in front of; then there is no other way.
+        is_sure: Whether that was seen to be right.
     """
 
     plan: Plan
@@ -101,6 +106,9 @@ class SettledPlan:
     packable: list[Slot]
     left: list[Slot]
     declined: frozenset[Site]
+    together: bool
+    mixed: frozenset[str] = frozenset()
+    is_sure: bool = False
 
     @classmethod
     def of(
@@ -108,23 +116,29 @@ class SettledPlan:
     ) -> Self | None:
         """The plan for graphs like this one; None if something is open."""
         registry = subject.registry
-        if recipe.by_rows or not recipe.sites or registry.has_python():
+        if registry.has_python():
             return None
+        together = pays_together(subject)
         arrangement = Arrangement(subject.output.shape, recipe.dim)
         several = arrangement.poses > 1
         axes = subject.axes(arrangement) if several else {}
-        if several and any(edge not in axes for site in recipe.sites for edge in site.edges):
+        lost = [s for s in recipe.sites if several and any(edge not in axes for edge in s.edges)]
+        is_open = lost or recipe.by_rows or not recipe.sites
+        if is_open and not together:
             return None
         plan = Plan.of(subject, recipe)
+        if is_open:
+            mixed = frozenset(site.parameter for site in lost)
+            return cls(plan, None, _one_each(slots), [], frozenset(), together, mixed)
         read = {use.site.node for use in plan.uses} | {*plan.operators}
         freed = {*registry.above(read)}
-        first = {node: name for node, name in reversed(slots) if node in read}
+        packable = _one_each(slots if together else [slot for slot in slots if slot[0] in read])
         left = [slot for slot in slots if slot[0] not in freed]
         layouts: list[Layout] | None = None
         if several and subject.is_fixed:
             found = [axes[edge].layout(device_of(registry.nodes[edge[0]])) for edge in plan.edges]
             layouts = None if any(layout.has_dead_rows for layout in found) else found
-        return cls(plan, layouts, [*first.items()], left, frozenset(declined))
+        return cls(plan, layouts, packable, left, frozenset(declined), together)
 
     @cached_property
     def spares_graph(self) -> bool:
@@ -151,6 +165,14 @@ class SettledPlan:
         subject.blame(plan.arrangement, plan.edges)
         if plan.recipe.lost:
             subject.backwards.blame(lost=plan.recipe.lost)
+
+
+def _one_each(slots: Iterable[Slot]) -> list[Slot]:
+    """The first slot of each node."""
+    first: dict[int, str] = {}
+    for node, name in slots:
+        first.setdefault(node, name)
+    return [*first.items()]
 
 
 def operator_at(registry: EdgeRegistry, node: int) -> Operator:

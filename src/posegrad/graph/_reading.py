@@ -21,7 +21,7 @@ from posegrad.graph._release import Slot, release
 from posegrad.graph._sites import Site, looks_up
 from posegrad.graph._subject import Subject
 from posegrad.graph._trial import Trial, known_layout
-from posegrad.graph._vjp import cotangents_at, node_rows, rows_of_graph
+from posegrad.graph._vjp import cotangents_at, node_rows, rows_of_graph, rows_together
 from posegrad.jacobian import (
     NOBODY,
     Arrangement,
@@ -93,6 +93,22 @@ class Reading:
         plan, registry = settled.plan, self.registry
         if any(is_packed_at(registry.nodes[number], name) for number, name in settled.packable):
             return None  # by a checkpoint, which had better be read in one go
+        if settled.together:
+            parts = self._together(settled)
+            if parts is not None and not keep_graph:
+                release(registry, slots)
+            settled.together = settled.is_sure = parts is not None
+            if settled.together:
+                return parts
+        if plan.recipe.by_rows or settled.mixed:
+            return None
+        return self._use_by_use(settled, slots, keep_graph=keep_graph)
+
+    def _use_by_use(
+        self, settled: SettledPlan, slots: list[Slot], *, keep_graph: bool
+    ) -> Parts | None:
+        """The parts by their closed forms, use by use; None as for `settled`."""
+        plan, registry = settled.plan, self.registry
         forms, tables = self._forms(plan)
         for use, form in zip(plan.uses, forms, strict=True):
             if form is None and use.reader and use.site not in settled.declined:
@@ -377,6 +393,23 @@ class Reading:
             return rows.new_zeros(len(rows), *parameter.shape) if found is None else found
 
         return Pull(back, keeps=self.registry.shape(site.source).numel() == parameter.numel())
+
+    def _together(self, settled: SettledPlan) -> Parts | None:
+        """One backward of all numbers of the output together; None if it cannot be batched."""
+        output, parameters = self.subject.output, self.subject.parameters
+        count = output.numel()
+        units = torch.eye(count, dtype=output.dtype, device=output.device)
+        units, leaves = units.reshape(count, *output.shape), [*parameters.values()]
+        found = rows_together(output, units, leaves, is_sure=settled.is_sure)
+        if found is None:
+            return None
+        parts: Parts = {}
+        for name, rows in zip(parameters, found, strict=True):
+            usual = "poses mix" if name in settled.mixed else "few numbers"
+            why = settled.plan.recipe.by_rows.get(name, usual)
+            path = f"rows of the whole graph: {why}"
+            parts[name] = [] if rows is None else [Rows(path, 0, rows)]
+        return parts
 
     def _by_rows(self, reasons: Mapping[str, str]) -> Parts:
         """One backward through the whole graph for every number of the output."""

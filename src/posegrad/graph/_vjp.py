@@ -15,7 +15,14 @@ from posegrad._torch import backward_to, device_of, dtype_of, shape_of
 from posegrad.graph._alone import apply_node
 from posegrad.graph._guard import leaf_hooks_off
 
-__all__ = ["as_source", "cotangents_at", "dense", "node_rows", "rows_of_graph"]
+__all__ = [
+    "as_source",
+    "cotangents_at",
+    "dense",
+    "node_rows",
+    "rows_of_graph",
+    "rows_together",
+]
 
 _VMAP_LEFT = (
     ".*performance drop.*batching rule.*",
@@ -136,6 +143,25 @@ def rows_of_graph(
     ]
 
 
+def rows_together(
+    output: Tensor, cotangents: Tensor, leaves: Sequence[Tensor], *, is_sure: bool
+) -> list[Tensor | None] | None:
+    """Rows of the Jacobian by one backward for all of them.
+
+    Args:
+        output: What is differentiated.
+        cotangents: Of the rows, `[rows, *shape]`.
+        leaves: With respect to what.
+        is_sure: Whether torch's rules for batches need no check.
+
+    Returns:
+        `[rows, *shape]` for each leaf, None where nothing flows; nothing at all if some operator
+        takes no batch, or torch's rule for it is wrong.
+    """
+    with leaf_hooks_off(leaves), _thawed(leaves), ordinary_mode():
+        return _batched([output], [cotangents], list(leaves), is_sure=is_sure)
+
+
 @final
 class _thawed(Change):  # noqa: N801
     """Lets leaves be differentiated by that were frozen since the forward."""
@@ -161,19 +187,9 @@ def _graph_group(
 ) -> list[Tensor | None]:
     count = len(batches[0])
     if count > 1:
-        try:
-            with _quiet():
-                found = _grad(outputs, batches, sources, batched=True)
-            flowing = [g for g in found if g is not None]
-            if is_sure or not flowing:
-                return list(found)
-            weights = _even_weights(flowing)
-            sums = [_weighted(weights, batch) for batch in batches]
-            together = _grad(outputs, sums, sources, batched=False)
-            if _adds_up(weights, found, together):
-                return list(found)
-        except RuntimeError:
-            pass  # not every backward can run under vmap; one by one, all can
+        found = _batched(outputs, batches, sources, is_sure=is_sure)
+        if found is not None:
+            return found
     rows = [
         _grad(outputs, [batch[i] for batch in batches], sources, batched=False)
         for i in range(count)
@@ -184,10 +200,32 @@ def _graph_group(
     ]
 
 
+def _batched(
+    outputs: list[Tensor | GradientEdge],
+    batches: list[Tensor],
+    sources: Sequence[Tensor | GradientEdge],
+    *,
+    is_sure: bool,
+) -> list[Tensor | None] | None:
+    """Rows by one backward; None if it cannot run under vmap, as one by one all can."""
+    try:
+        with _quiet():
+            found = _grad(outputs, batches, sources, batched=True)
+        flowing = [g for g in found if g is not None]
+        if is_sure or not flowing:
+            return list(found)
+        weights = _even_weights(flowing)
+        sums = [_weighted(weights, batch) for batch in batches]
+        alone = _grad(outputs, sums, sources, batched=False)
+        return list(found) if _adds_up(weights, found, alone) else None
+    except RuntimeError:
+        return None
+
+
 def _grad(
     outputs: list[Tensor | GradientEdge],
     cotangents: list[Tensor],
-    sources: list[Tensor | GradientEdge],
+    sources: Sequence[Tensor | GradientEdge],
     *,
     batched: bool,
 ) -> tuple[Tensor | None, ...]:
@@ -217,7 +255,7 @@ def _even_weights(found: Sequence[Tensor]) -> Tensor:
     They are drawn alike each time, and no global random number is.
     """
     flat = [rows.detach().reshape(len(rows), rows[0].numel()) for rows in found]
-    norms = [rows.abs().double().norm(dim=1).cpu() for rows in flat]
+    norms = [torch.linalg.vector_norm(r, dim=1, dtype=_wide_of(r)).cpu().double() for r in flat]
     sizes = torch.stack(norms).norm(dim=0)  # [k]
     generator = torch.Generator("cpu").manual_seed(0)
     drawn = torch.rand(len(sizes), dtype=torch.float64, device="cpu", generator=generator) + 0.5
@@ -257,7 +295,12 @@ def _adds_up(
 
 
 def _norm(tensor: Tensor) -> float:
-    return float(tensor.detach().abs().double().norm())
+    return float(torch.linalg.vector_norm(tensor.detach(), dtype=_wide_of(tensor)))
+
+
+def _wide_of(tensor: Tensor) -> torch.dtype:
+    """A dtype in which squares of its numbers neither overflow nor vanish."""
+    return torch.complex128 if tensor.is_complex() else torch.float64
 
 
 @final

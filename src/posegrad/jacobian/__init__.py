@@ -1,7 +1,7 @@
 """The Jacobian of a group of poses, held in the cheapest form that is exact."""
 
 from posegrad.jacobian._arrangement import Arrangement
-from posegrad.jacobian._backwards import ONE, Backwards, Purpose
+from posegrad.jacobian._backwards import ONE, TOGETHER, Backwards, Purpose
 from posegrad.jacobian._block import Block
 from posegrad.jacobian._form import ClosedForm, Factor
 from posegrad.jacobian._layout import NOBODY, Layout, single
@@ -13,6 +13,7 @@ from posegrad.jacobian.shared import SharedJacobian, of_all
 __all__ = [
     "NOBODY",
     "ONE",
+    "TOGETHER",
     "Arrangement",
     "Backwards",
     "Block",

@@ -7,17 +7,18 @@ from typing import final
 
 from posegrad.errors import listed
 
-__all__ = ["ONE", "Backwards", "Purpose"]
+__all__ = ["ONE", "TOGETHER", "Backwards", "Purpose"]
 
 
 class Purpose(Enum):
-    """What a backward is for; a row counts as one, however many are computed together."""
+    """What a backward is for; a row counts as one, unless all are computed together."""
 
     ACTIVATIONS = "to the activations"
     COMPONENTS = "for the components of the output"
     PROBES = "to find whose rows are whose"
     PULLS = "for rows behind computed tensors"
     ROWS = "for rows of the whole graph"
+    TOGETHER = "for all rows of the whole graph together"
     CHECK = "to compare with plain autograd"
     SCALE = "to find a scale for float16"
 
@@ -73,3 +74,6 @@ class Backwards:
 
 ONE = Backwards({Purpose.ACTIVATIONS: 1})
 """What most Jacobians take. Never written to."""
+
+TOGETHER = Backwards({Purpose.TOGETHER: 1})
+"""What those of small networks take. Never written to."""

@@ -16,6 +16,7 @@ from posegrad.jacobian._precision import exact
 from posegrad.jacobian._products import Products, added, generalized, inner_products
 from posegrad.jacobian._range import left_range
 from posegrad.jacobian._report import report
+from posegrad.jacobian._sheet import side_by_side
 from posegrad.weighting._rules import AnyRule, as_gradient_rule
 
 __all__ = ["PoseJacobian"]
@@ -198,6 +199,11 @@ class PoseJacobian:
             Rochette et al. (2019) for convolutions.
         """
         join(self._blocks)
+        used = [self._blocks[name] for name in self.used]
+        sheet = None if per_parameter else side_by_side(used)
+        if sheet is not None:
+            gram = inner_products(sheet if dtype is None else sheet.to(dtype))
+            return generalized(gram, self.output_shape)
         products = Products()
         grams = {
             name: self._gramian_of(name, products, dtype)
@@ -228,8 +234,11 @@ class PoseJacobian:
         """
         join(self._blocks)
         products = Products()
-        squares = (self._squares_of(name, products) for name in self.used)
-        total = added(squares, self._device)
+        sheet = side_by_side([self._blocks[name] for name in self.used])
+        if sheet is not None:
+            total: Tensor | None = torch.linalg.vector_norm(sheet, dim=1).square()
+        else:
+            total = added((self._squares_of(name, products) for name in self.used), self._device)
         if total is None:
             return torch.zeros(self.output_shape, device=self._device)
         if left_range(total, self._blocks.values()):
