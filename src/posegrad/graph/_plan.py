@@ -97,7 +97,6 @@ class SettledPlan:
         left: The slots that the backward does not free.
         declined: The sites whose closed form does not serve these cotangents.
         together: Whether all rows are taken together.
-        mixed: The parameters that poses mix in front of; then there is no other way.
         is_sure: Whether that was seen to be right.
     """
 
@@ -107,7 +106,6 @@ class SettledPlan:
     left: list[Slot]
     declined: frozenset[Site]
     together: bool
-    mixed: frozenset[str] = frozenset()
     is_sure: bool = False
 
     @classmethod
@@ -122,14 +120,13 @@ class SettledPlan:
         arrangement = Arrangement(subject.output.shape, recipe.dim)
         several = arrangement.poses > 1
         axes = subject.axes(arrangement) if several else {}
-        lost = [s for s in recipe.sites if several and any(edge not in axes for edge in s.edges)]
+        lost = several and any(edge not in axes for site in recipe.sites for edge in site.edges)
         is_open = lost or recipe.by_rows or not recipe.sites
         if is_open and not together:
             return None
         plan = Plan.of(subject, recipe)
         if is_open:
-            mixed = frozenset(site.parameter for site in lost)
-            return cls(plan, None, _one_each(slots), [], frozenset(), together, mixed)
+            return cls(plan, None, _one_each(slots), [], frozenset(), together)
         read = {use.site.node for use in plan.uses} | {*plan.operators}
         freed = {*registry.above(read)}
         packable = _one_each(slots if together else [slot for slot in slots if slot[0] in read])

@@ -15,7 +15,7 @@ from posegrad.graph._operators import kind_of
 from posegrad.graph._plan import Plan, SettledPlan, Use, operator_at
 from posegrad.graph._pulled import Far, entries, lifted, pulled
 from posegrad.graph._read import Operator, form_of
-from posegrad.graph._recipe import Recipe, uses_of
+from posegrad.graph._recipe import Recipe, slow_parameters, uses_of
 from posegrad.graph._recurrent import Opening
 from posegrad.graph._release import Slot, release
 from posegrad.graph._sites import Site, looks_up
@@ -100,7 +100,7 @@ class Reading:
             settled.together = settled.is_sure = parts is not None
             if settled.together:
                 return parts
-        if plan.recipe.by_rows or settled.mixed:
+        if plan.recipe.by_rows:
             return None
         return self._use_by_use(settled, slots, keep_graph=keep_graph)
 
@@ -403,10 +403,10 @@ class Reading:
         found = rows_together(output, units, leaves, is_sure=settled.is_sure)
         if found is None:
             return None
-        parts: Parts = {}
+        recipe, parts = settled.plan.recipe, Parts()
+        mixed = dict.fromkeys(slow_parameters(recipe), "poses mix") | {**recipe.by_rows}
         for name, rows in zip(parameters, found, strict=True):
-            usual = "poses mix" if name in settled.mixed else "few numbers"
-            why = settled.plan.recipe.by_rows.get(name, usual)
+            why = mixed.get(name, "few numbers")
             path = f"rows of the whole graph: {why}"
             parts[name] = [] if rows is None else [Rows(path, 0, rows)]
         return parts
