@@ -110,6 +110,7 @@ class EdgeRegistry:
         edges = [(node, i) for i in range(len(self.sizes[node]))]
         return [edge[1] for edge in edges if edge in self._consumers or edge == self.root]
 
+    @cached_property
     def is_nested(self) -> bool:
         """Whether shapes in it are no numbers: of nested tensors, or where torch tells none."""
         return any(

@@ -297,7 +297,7 @@ def _tried(subject: Subject, recipe: Recipe) -> Trial:
 
 
 def _why_slow(slow: Sequence[str], subject: Subject, *, is_lasting: bool) -> str:
-    if subject.registry.is_nested():
+    if subject.registry.is_nested:
         return nested_message()
     return coupled_message(slow) if is_lasting else nan_message(slow, subject.output)
 

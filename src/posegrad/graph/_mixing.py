@@ -30,7 +30,7 @@ def mixing_modules(
         return ""
     registry = EdgeRegistry(predictions)
     used = registry.used(parameters)
-    if not used or registry.is_nested():
+    if not used or registry.is_nested:
         return ""
     generator = torch.Generator("cpu").manual_seed(0)
     subject = Subject(

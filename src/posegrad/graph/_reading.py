@@ -440,7 +440,7 @@ class Reading:
     def _target(self, name: str) -> tuple[Tensor | GradientEdge, Embedding | None]:
         """By what rows of the whole graph are taken, and the table if it is what was looked up."""
         registry, parameter = self.registry, self.subject.parameters[name]
-        if not registry.is_nested():
+        if not registry.is_nested:
             uses = [*uses_of(self.subject, name)]
             if len(uses) == 1 and looks_up(registry, uses[0]):
                 operator = operator_at(registry, uses[0].node)
@@ -457,7 +457,7 @@ class Reading:
         """
         registry = self.registry
         held = sum(self.subject.parameters[name].numel() for name in names)
-        if registry.is_nested():
+        if registry.is_nested:
             return self._most(held)
         numbers = sum(
             prod(shape)

@@ -102,7 +102,7 @@ def resolve(subject: Subject) -> tuple[Recipe, Trial]:
 
 def of_rows(subject: Subject) -> Recipe | None:
     """The recipe of rows of the whole graph, where no other is worth a look; else None."""
-    if subject.registry.is_nested():
+    if subject.registry.is_nested:
         why = "tensors are nested"
     elif _is_few_losses(subject):
         why = FEW_ROWS
@@ -161,7 +161,7 @@ def is_followed(subject: Subject, recipe: Recipe) -> bool:
 
 def keeps_apart(subject: Subject, recipe: Recipe) -> bool:
     """Whether numbers keep poses apart this time, in every use of every parameter."""
-    if subject.registry.is_nested():
+    if subject.registry.is_nested:
         return False
     arrangement = Arrangement(subject.output.shape, recipe.dim)
     axes = subject.axes(arrangement)

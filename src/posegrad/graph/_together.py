@@ -27,7 +27,7 @@ def pays_together(subject: Subject) -> bool:
     Operators that take no batch run once for every row.
     """
     registry = subject.registry
-    if registry.is_nested():
+    if registry.is_nested:
         return False
     if not {torch.float32, torch.float64}.issuperset(chain.from_iterable(registry.dtypes)):
         return False

@@ -131,16 +131,35 @@ def rows_of_graph(
     Returns:
         `[count, *shape]` for each source, None where nothing flows.
     """
-    chunks: list[list[Tensor | None]] = []
+    found: list[Tensor | None] = []
     leaves = [source for source in sources if isinstance(source, Tensor)]
     with leaf_hooks_off(leaves), _thawed(leaves), ordinary_mode():
         for start in range(0, count, most):
             batches = cotangents(start, min(start + most, count))
-            chunks.append(_graph_group(list(outputs), batches, list(sources), is_sure=is_sure))
-    return [
-        None if column[0] is None else torch.cat(column) if len(column) > 1 else column[0]
-        for column in zip(*chunks, strict=True)
-    ]
+            group = _graph_group(list(outputs), batches, list(sources), is_sure=is_sure)
+            found = _with_more(found, group, start, count)
+    return found
+
+
+def _with_more(
+    found: list[Tensor | None], rows: list[Tensor | None], start: int, count: int
+) -> list[Tensor | None]:
+    """The rows of each source so far and some more of them.
+
+    Args:
+        found: Room for all, `[count, *shape]`; nothing yet before the first rows come.
+        rows: Some, from number `start` on.
+        start: The number of the first of them.
+        count: How many there will be.
+    """
+    if not found:
+        if all(own is None or len(own) == count for own in rows):
+            return rows
+        found = [None if own is None else own.new_empty(count, *own.shape[1:]) for own in rows]
+    for total, own in zip(found, rows, strict=True):
+        if total is not None and own is not None:
+            total[start : start + len(own)] = own
+    return found
 
 
 def rows_together(
@@ -187,17 +206,15 @@ def _graph_group(
 ) -> list[Tensor | None]:
     count = len(batches[0])
     if count > 1:
-        found = _batched(outputs, batches, sources, is_sure=is_sure)
-        if found is not None:
-            return found
-    rows = [
-        _grad(outputs, [batch[i] for batch in batches], sources, batched=False)
-        for i in range(count)
-    ]
-    return [
-        None if column[0] is None else torch.stack([dense(g) for g in column])
-        for column in zip(*rows, strict=True)
-    ]
+        together = _batched(outputs, batches, sources, is_sure=is_sure)
+        if together is not None:
+            return together
+    found: list[Tensor | None] = []
+    for i in range(count):
+        row = _grad(outputs, [batch[i] for batch in batches], sources, batched=False)
+        own = [None if g is None else dense(g).unsqueeze(0) for g in row]
+        found = _with_more(found, own, i, count)
+    return found
 
 
 def _batched(
