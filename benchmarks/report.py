@@ -5,7 +5,7 @@ The page docs/benchmarks.md with all tables, the tables of other pages, and the 
 
 import json
 import statistics
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -46,57 +46,50 @@ def page(results: Results) -> str:
     return "\n".join(parts)
 
 
-def _disciplines(results: Results) -> str:
-    """The README's table: a line for each discipline."""
-    head = ["one step, one CPU thread", "plain autograd", "best peer", "posegrad"]
-    head += ["its memory", "peer's memory"]
-    lines = [line(cells) for cells in _lines(results)]
-    return "\n".join([line(head), rule(len(head)), *lines]) + "\n"
-
-
-def _lines(results: Results) -> Iterator[list[str]]:
-    for rule_name, text in (("Min(1000)", "smooth minimum"), ("Mean", "mean")):
-        rows = [
-            row
-            for row in results["multipose"]["rows"]
-            if (row["model"], row["poses"], row["rule"]) == ("SchNet", 64, rule_name)
-        ]
-        name = f"{text} of 64 docked poses, SchNet"
-        yield _line(name, rows, "posegrad auto", "live_mib")
-    for case, text in (
-        ("mlp-64", "MLP, 64 poses"),
-        ("conv-32", "convolutions, 32 images"),
-        ("encoder-16", "transformer encoder, 16 poses of 64 tokens"),
-        ("large-8", "transformer encoder of 31.5 M parameters, 8 poses"),
-        ("schnet-16", "SchNet, 16 docked poses in one ragged batch"),
-    ):
-        rows = [row for row in results["gramian"]["rows"] if row["case"] == case]
-        yield _line(f"Gramian and weighted gradient: {text}", rows, "posegrad", "second_live_mib")
-    for case, text in (("mlp-64", "MLP"), ("conv-32", "convolutions"), ("encoder-16", "encoder")):
-        rows = [row for row in results["clipping"]["rows"] if row["case"] == case]
-        yield _line(f"clipped per-pose gradients: {text}", rows, "posegrad", "second_live_mib")
-
-
-def _line(name: str, rows: list[Row], ours: str, memory: str) -> list[str]:
-    unit = next(row["seconds"] for row in rows if row["method"] == "plain")
-    own = next(row for row in rows if row["method"] == ours)
-    peers = [
+def _first_screen(results: Results) -> str:
+    """The README's table: one row for each kind of user."""
+    poses = [
         row
-        for row in rows
-        if "seconds" in row
-        and row["method"] != "plain"
-        and not row["method"].startswith("posegrad")
+        for row in results["multipose"]["rows"]
+        if (row["model"], row["poses"], row["rule"]) == ("SchNet", 64, "Min(1000)")
     ]
-    best = min(peers, key=lambda row: relative(row["seconds"], unit))
-    seconds = statistics.median(unit)
-    return [
-        name,
-        f"1 ({seconds:.2f} s)" if seconds >= 0.1 else f"1 ({seconds * 1000:.1f} ms)",
-        f"{relative(best['seconds'], unit):.2f} ({best['method']})",
-        f"**{relative(own['seconds'], unit):.2f}**",
-        f"{own[memory]:.0f} MiB",
-        f"{best[memory]:.0f} MiB",
+    head = ["one step, one CPU thread", "plain autograd", "best peer", "posegrad"]
+    lines = [
+        _line("smooth minimum of 64 docked poses, SchNet", poses, "posegrad auto"),
+        _line(
+            "clipped gradient of each text, BERT, cross entropy", _ordinary(results, "bert", "clip")
+        ),
+        _line(
+            "Gramian of the gradients of 64 images' losses, MLP, cross entropy",
+            _ordinary(results, "mlp", "gramian"),
+        ),
     ]
+    return "\n".join([line(head), rule(len(head)), *map(line, lines)]) + "\n"
+
+
+def _ordinary(results: Results, case: str, task: str) -> list[Row]:
+    rows = [row for row in results["ordinary"]["rows"] if row["case"] == case]
+    return [row for row in rows if row["task"] in ("plain", task)]
+
+
+def _line(name: str, rows: list[Row], ours: str = "posegrad") -> list[str]:
+    timed = [row for row in rows if "seconds" in row]
+    plain = next(row for row in timed if row["method"] == "plain")
+    own = next(row for row in timed if row["method"] == ours)
+    peers = [row for row in timed if row is not plain and not row["method"].startswith("posegrad")]
+    best = min(peers, key=lambda row: relative(row["seconds"], plain["seconds"]))
+    seconds = statistics.median(plain["seconds"])
+    unit = f"1 ({seconds:.2f} s)" if seconds >= 0.1 else f"1 ({seconds * 1000:.1f} ms)"
+    theirs = f"{_figure(best, plain)} ({best['method']})"
+    return [name, unit + _peak(plain), theirs, f"**{_figure(own, plain)}**"]
+
+
+def _figure(row: Row, plain: Row) -> str:
+    return f"{relative(row['seconds'], plain['seconds']):.2f}{_peak(row)}"
+
+
+def _peak(row: Row) -> str:
+    return f", {row['live_mib']:.0f} MiB" if "live_mib" in row else ""
 
 
 def _clipping(results: Results) -> str:
@@ -135,7 +128,7 @@ def _ratio(rows: Mapping[str, Row], method: str) -> str:
 
 
 TABLES: dict[str, Callable[[Results], str]] = {
-    "README.md": _disciplines,
+    "README.md": _first_screen,
     "docs/coming-from-opacus.md": _clipping,
     "docs/jacobian.md": _gramian,
 }
