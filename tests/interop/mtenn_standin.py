@@ -106,6 +106,10 @@ class BoltzmannCombination(Combination):
         return _ByFormula.apply(value, slope, pred_list, grad_dict, param_names, *model_params)
 
 
+for _own in (MeanCombination, MaxCombination, BoltzmannCombination):
+    _own.__module__ = "mtenn.combination"
+
+
 class Model(nn.Module):
     def __init__(self, representation, strategy, readout=None):
         super().__init__()

@@ -1,19 +1,14 @@
 """Which rule a combination object of mtenn's stands for."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, final
 
 import torch
 from torch import Tensor, nn
 
-from posegrad.combination import Combination
-from posegrad.interop.mtenn._combination import (
-    BoltzmannCombination,
-    MaxCombination,
-    MeanCombination,
-    WithMtennSignature,
-)
+from posegrad.combination import Boltzmann, Combination, Max, Mean, Min
+from posegrad.interop.mtenn._combination import WithMtennSignature
 from posegrad.weighting._rules import rule_of_predictions
 
 __all__ = ["picks_the_worst", "rule_of"]
@@ -30,27 +25,18 @@ def rule_of(combination: Any) -> Combination:
     if isinstance(combination, type | Combination) or not hasattr(combination, "split_grad_dict"):
         return rule_of_predictions(combination)
     theirs = _ByHand(combination)
-    ours = _of_that_name(combination)
-    values = torch.tensor(
-        [-2.0, 1.5, -2.001, 1.499], dtype=torch.float64, device="cpu"
-    )  # sharp and soft differ
-    if ours is not None and torch.allclose(ours.rule(values), theirs(values)):
-        return ours.rule
-    return theirs
+    if type(combination).__module__.partition(".")[0] != "mtenn":
+        return theirs
+    values = torch.tensor([-2.0, 1.5, -2.001, 1.499], dtype=torch.float64)  # sharp and soft differ
+    found = theirs(values)
+    same = (rule for rule in _rules_of_mtenn(combination) if torch.allclose(rule(values), found))
+    return next(same, theirs)
 
 
-def _of_that_name(theirs: Any) -> WithMtennSignature | None:
-    """Ours, whose weights are more exact; a guess, for readers of the guide reuse these names."""
-    match type(theirs).__name__:
-        case "MeanCombination":
-            return MeanCombination()
-        case "BoltzmannCombination":
-            return BoltzmannCombination()
-        case "MaxCombination" if hasattr(theirs, "pred_scale"):
-            return MaxCombination(getattr(theirs, "negate_preds", False), theirs.pred_scale)
-        case "MaxCombination" if hasattr(theirs, "scale"):  # its name in older releases
-            return MaxCombination(getattr(theirs, "neg", False), theirs.scale)
-    return None
+def _rules_of_mtenn(theirs: Any) -> Iterator[Combination]:
+    """Those that mtenn's own may be, by what they say of themselves; weights of ours sum to 1."""
+    scale = getattr(theirs, "pred_scale", None) or getattr(theirs, "scale", None)  # the older name
+    yield from [Mean(), Boltzmann(kT=1.0)] if scale is None else [Min(scale), Max(scale)]
 
 
 @final
