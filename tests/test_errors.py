@@ -102,8 +102,18 @@ IN_COMBINE = {
     ),
     "a rule that returns no tensor": Bad(
         TypeError,
-        r"rule made torch.return_types.min.*\n?.*min\(dim=0\)",
-        rule=lambda y: y.min(dim=0),
+        r"rule made a dict of the.*\n.*a tuple of tensors",
+        rule=lambda y: {"low": y.min()},
+    ),
+    "a rule that returns more than tensors": Bad(
+        TypeError, r"rule made a tuple of 2 with a float in it", rule=lambda y: (y.min(), 1.0)
+    ),
+    "a rule that returns nothing": Bad(TypeError, r"rule made a tuple of 0", rule=lambda y: ()),
+    "a rule with weights for poses of groups of several sizes": Bad(
+        ShapeMismatchError,
+        r"shapes \[\[1\]\] for group 0, and \[\[3\]\] for group 1.*\n.*\n.*from per_pose",
+        rule=lambda y: (y.mean(0), y.softmax(0)),
+        combine={"groups": [1, 3]},
     ),
     "a rule that returns a number": Bad(
         TypeError, r"rule made", rule=lambda y: float(y.detach().min())
@@ -279,7 +289,7 @@ Act = Callable[[nn.Module, Combined], None]
 IN_BACKWARD: dict[str, tuple[type[Exception], str, list[str], Act]] = {
     "optimizer step": (
         StaleParametersError,
-        r"Changed between combine\(\) and backward\(\): 0.weight, 0.bias",
+        r"Changed between combine\(\) or embed\(\) and backward\(\): 0.weight, 0.bias",
         ["store", "stream", "recompute"],
         _step_the_optimizer,
     ),

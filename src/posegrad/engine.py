@@ -15,6 +15,7 @@ from posegrad.schedule._batch import as_batch
 from posegrad.schedule._call import Setting
 from posegrad.schedule._chunks import ChunkSize
 from posegrad.schedule._combine import run
+from posegrad.schedule._embed import Embeddings
 from posegrad.schedule._gather import Loss, gather
 from posegrad.schedule._plan import Plan, ReadingPlan, may_be_output, reading_plan
 from posegrad.schedule._poses import Pose
@@ -160,6 +161,45 @@ class Engine:
         combined, seen = run(call, self._gatherer, wary=not self._seasoned)
         self._seasoned |= seen
         return combined
+
+    def embed(self, poses: Iterable[Pose]) -> Tensor:
+        r"""What the model makes of each pose, as one tensor with a gradient, for any loss.
+
+        For losses that compare poses: contrastive ones over two encoders, with an engine each, or
+        heads that look at all instances of a bag. The backward of the loss ends at `[m, d]`
+        numbers; from there each chunk is scored again and differentiated, so that one graph is
+        alive at a time. Gradients are those of `torch.cat([model(chunk), ...])`.
+
+        Args:
+            poses: As for `combine`.
+
+        Returns:
+            `[m, ...]`; `[m]` if the model returns one number a pose. Of all ranks, if several
+            processes share the poses. Under `torch.no_grad()` without gradient.
+
+        Raises:
+            NoPosesError: if there are none. Other errors, in backward too, are `combine`'s.
+
+        Note:
+            Time and memory are those of the schedule `recompute`: m F + k (F + B), where k poses
+            have a cotangent that is not exactly zero, and one graph. Poses that all fit into one
+            chunk are scored once, and their graph is kept. A second backward, with
+            `retain_graph=True`, replays again.
+
+        References:
+            Gao, Zhang, Han, Callan, "Scaling Deep Contrastive Learning Batch Size under Memory
+            Limited Setup", RepL4NLP 2021 (GradCache).
+
+        Example:
+            >>> engine = Engine(nn.Linear(3, 4), chunk_size=2)
+            >>> embeddings = engine.embed(torch.randn(6, 3))
+            >>> similarities = embeddings @ embeddings.T  # [6, 6], of all pairs
+            >>> similarities.logsumexp(1).sum().backward()  # three chunks, scored again
+        """
+        call = self._setting.call(poses, Embeddings(), None, "auto", 0.0)
+        combined, seen = run(call, self._gatherer, wary=not self._seasoned)
+        self._seasoned |= seen
+        return combined.prediction
 
     def jacobian(
         self,

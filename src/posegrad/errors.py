@@ -27,8 +27,15 @@ __all__ = [
     "StaleParametersError",
     "UnsupportedModuleError",
     "UntrackedTensorError",
+    "described",
     "listed",
 ]
+
+
+def described(found: object) -> str:
+    """Something of the wrong kind, for a message: its type, and the length of a sequence."""
+    kind = type(found).__name__
+    return f"a {kind} of {len(found)}" if isinstance(found, tuple | list) else f"a {kind}"
 
 
 def listed(found: Sequence[object]) -> str:

@@ -89,6 +89,19 @@ def test_a_step_equals_the_unsharded_one(
         model.zero_grad()
 
 
+def test_embeddings_equal_those_of_the_unsharded_model() -> None:
+    model, whole = sharded(network()), network()
+    embeddings = Engine(model).embed(list(own(poses())))
+    torch.testing.assert_close(embeddings, whole(poses()).squeeze(1))
+    torch.outer(embeddings, embeddings).logsumexp(1).sum().backward()
+    expected = whole(poses()).squeeze(1)
+    torch.outer(expected, expected).logsumexp(1).sum().backward()
+    close = torch.testing.assert_close
+    close(
+        full(model), {name: p.grad for name, p in whole.named_parameters()}, rtol=1e-9, atol=1e-11
+    )
+
+
 def test_groups_chunks_and_accumulation() -> None:
     model = sharded(network())
     engine = Engine(model, chunk_size=2, collate=torch.stack)

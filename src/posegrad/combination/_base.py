@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from posegrad._restoring import restoring
 from posegrad.combination._compiled import uncovered
 from posegrad.combination._online import OnlineForm
+from posegrad.errors import described
 
-__all__ = ["Combination", "Rule", "as_combination", "flush_denormals"]
+__all__ = ["Combination", "Rule", "as_combination", "flush_denormals", "outcome"]
 
 
 def flush_denormals(weights: Tensor) -> Tensor:
@@ -40,7 +41,8 @@ class Combination(nn.Module, ABC):
 
     Shape:
         predictions `[m, ...]` to `[...]`; a rule may act on each trailing component by itself
-        (`Mean`, `Min`) or mix them (`AttentionPooling`).
+        (`Mean`, `Min`) or mix them (`AttentionPooling`). Of a tuple of tensors, the first is the
+        combined prediction, and the others are `Combined.extra`.
 
     Note:
         Rules may have trainable parameters. They are differentiated by autograd as usual. A rule
@@ -57,7 +59,7 @@ class Combination(nn.Module, ABC):
     """
 
     @abstractmethod
-    def forward(self, predictions: Tensor) -> Tensor:
+    def forward(self, predictions: Tensor) -> Tensor | tuple[Tensor, ...]:
         """Combines predictions `[m, ...]` into one `[...]`, differentiably."""
 
     def online(self) -> OnlineForm | None:
@@ -81,7 +83,7 @@ class Combination(nn.Module, ABC):
         """
         with torch.enable_grad():
             leaf = predictions.detach().requires_grad_()
-            (weights,) = torch.autograd.grad(self(leaf).sum(), leaf)
+            (weights,) = torch.autograd.grad(outcome(self(leaf))[0].sum(), leaf)
         return flush_denormals(weights)
 
     def _hold(self, name: str, value: float | Tensor) -> None:
@@ -93,25 +95,37 @@ class Combination(nn.Module, ABC):
 
 
 type_of_rule = "a Combination, an nn.Module, or any function of the predictions"
-Rule = Combination | Callable[[Tensor], Tensor]
+Rule = Combination | Callable[[Tensor], Tensor | tuple[Tensor, ...]]
+
+
+def outcome(found: object) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """What a rule returned: the combined prediction, and whatever stood beside it in a tuple.
+
+    Raises:
+        TypeError: if it is neither a tensor nor a tuple of them.
+    """
+    parts = found if isinstance(found, tuple) else (found,)
+    odd = [part for part in parts if not isinstance(part, Tensor)]
+    if not odd and parts:
+        return parts[0], tuple(parts[1:])
+    inside = f" with {described(odd[0])} in it" if isinstance(found, tuple) and odd else ""
+    raise TypeError(
+        f"The rule made {described(found)}{inside} of the predictions, but a combined prediction "
+        f"is one tensor, with its graph.\nReturn that tensor, or a tuple of tensors that begins "
+        f"with it."
+    )
 
 
 @final
 class _Function(Combination):
     """Any callable as a rule."""
 
-    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+    def __init__(self, function: Callable[[Tensor], Tensor | tuple[Tensor, ...]]) -> None:
         super().__init__()
         self.function = function
 
-    def forward(self, predictions: Tensor) -> Tensor:
-        found = self.function(predictions)
-        if not isinstance(found, Tensor):
-            raise TypeError(
-                f"The rule made {found!r} of the predictions, but a combined prediction is one "
-                f"tensor, with its graph.\nReturn a tensor, as predictions.min(dim=0).values is."
-            )
-        return found
+    def forward(self, predictions: Tensor) -> Tensor | tuple[Tensor, ...]:
+        return self.function(predictions)
 
 
 def as_combination(rule: Rule) -> Combination:

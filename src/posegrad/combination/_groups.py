@@ -8,7 +8,7 @@ from typing import Self, final
 import torch
 from torch import Tensor
 
-from posegrad.combination._base import Combination
+from posegrad.combination._base import Combination, outcome
 from posegrad.combination._online import OnlineForm
 from posegrad.errors import NoPosesError, ShapeMismatchError, listed
 
@@ -109,6 +109,8 @@ class Groups:
 class Grouped(Combination):
     """A rule applied to each group by itself: predictions `[m, ...]` to `[n, ...]`.
 
+    What it returns beside the combined prediction is stacked likewise.
+
     Args:
         rule: Any rule; it sees one group at a time, whatever it does with it.
         groups: Whose each pose is.
@@ -119,14 +121,36 @@ class Grouped(Combination):
         self.rule = rule
         self.groups = groups
 
-    def forward(self, predictions: Tensor) -> Tensor:
+    def forward(self, predictions: Tensor) -> Tensor | tuple[Tensor, ...]:
         self.groups.check(len(predictions))
         members = [index.to(predictions.device) for index in self.groups.members()]
-        return torch.stack([self.rule(predictions[index]) for index in members])
+        found = [outcome(self.rule(predictions[index])) for index in members]
+        combined = torch.stack([prediction for prediction, _ in found])
+        extras = [extra for _, extra in found]
+        _check_alike(extras)
+        return (combined, *map(torch.stack, zip(*extras, strict=True))) if extras[0] else combined
 
     def online(self) -> OnlineForm | None:
         """The rule's own, for one group."""
         return self.rule.online()
+
+
+def _check_alike(extras: Sequence[tuple[Tensor, ...]]) -> None:
+    """Refuses what cannot be stacked, such as a weight for each pose of groups of several sizes.
+
+    Raises:
+        ShapeMismatchError: if so.
+    """
+    shapes = [[list(tensor.shape) for tensor in extra] for extra in extras]
+    odd = next((i for i, own in enumerate(shapes) if own != shapes[0]), None)
+    if odd is not None:
+        raise ShapeMismatchError(
+            f"Beside the combined prediction the rule returned tensors of shapes {shapes[0]} for "
+            f"group 0, and {shapes[odd]} for group {odd}.\n"
+            f"Those of all groups are stacked, so they must agree.\n"
+            f"What the rule makes for each pose, compute from per_pose; or call combine() once for "
+            f"each group."
+        )
 
 
 def _sizes(groups: Sequence[int]) -> Tensor:

@@ -133,7 +133,7 @@ class _Refusal(torch.autograd.Function):
     @staticmethod
     def backward(ctx: FunctionCtx, *cotangents: Tensor) -> tuple[None, ...]:
         raise HigherOrderError(
-            "A second derivative was asked of combine(), whose poses' graphs are gone.\n"
+            "A second derivative was asked of combine() or embed(), whose poses' graphs are gone.\n"
             "Differentiating the gradient again needs all of them at once: use "
-            "schedule='retain', which keeps them."
+            "schedule='retain', which keeps them; for embed(), a chunk_size that takes all poses."
         )

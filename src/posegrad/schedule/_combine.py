@@ -5,6 +5,7 @@ from dataclasses import replace
 import torch
 
 from posegrad._restoring import restoring
+from posegrad.combination._base import outcome
 from posegrad.combination._groups import ungrouped
 from posegrad.errors import NotDifferentiableError
 from posegrad.graph import Gatherer, check_no_talk
@@ -76,7 +77,8 @@ def _check_needless(call: Call) -> None:
 def _informed(request: Request, session: Session) -> Request:
     """The request with what only a first prediction tells.
 
-    Its size, whether the rule trains something, and whether the model casts to float16 by itself.
+    Its size, whether the rule trains something or returns more than streaming differentiates, and
+    whether the model casts to float16 by itself.
     """
     rule, streams = ungrouped(request.rule), choose(request)[0] == "stream"
 
@@ -85,7 +87,7 @@ def _informed(request: Request, session: Session) -> Request:
         if first is None:
             return 1, False, False  # the poses are on other ranks
         with torch.enable_grad():  # a rule that streams takes any number of poses
-            trained = streams and rule(first.predictions.detach()).requires_grad
+            trained = streams and _needs_graph(rule(first.predictions.detach()))
         return first.predictions[0].numel(), trained, session.has_float16
 
     ranks = session.ranks
@@ -97,3 +99,9 @@ def _informed(request: Request, session: Session) -> Request:
         rule_is_trained=any(trained),
         scales_float16=request.scales_float16 or any(float16),
     )
+
+
+def _needs_graph(found: object) -> bool:
+    """Whether autograd must see a rule, of which this was returned for detached predictions."""
+    prediction, extra = outcome(found)
+    return bool(extra) or prediction.requires_grad

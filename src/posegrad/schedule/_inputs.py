@@ -190,11 +190,11 @@ class Inputs:
         changed = [name for i, name in enumerate(self.names) if not self._is_fresh(i)]
         if changed:
             raise StaleParametersError(
-                f"Changed between combine() and backward(): {listed(changed)}.\n"
+                f"Changed between combine() or embed() and backward(): {listed(changed)}.\n"
                 f"The prediction was made with the old values, so no gradient at the new ones "
                 f"belongs to it.\n"
                 f"Call backward() before optimizer.step(), and load or freeze parameters before "
-                f"combine()."
+                f"poses are scored."
             )
 
     def _is_fresh(self, number: int) -> bool:

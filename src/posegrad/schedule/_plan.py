@@ -136,7 +136,8 @@ def _check_served(request: Request) -> None:
     if name == "stream" and request.form() is None:
         raise ValueError(
             f"{type(ungrouped(request.rule)).__name__} cannot stream: its weights do not separate, "
-            f"or it has parameters to train. Use schedule='recompute' or 'auto'."
+            f"it has parameters to train, or it returns more than the combined prediction. Use "
+            f"schedule='recompute' or 'auto'."
         )
     if name in ("stream", "store") and request.scales_float16:
         raise ValueError(underflow(f"schedule={name!r}"))

@@ -3,17 +3,19 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any, NamedTuple, final
+from typing import Any, NamedTuple, Self, TypeVar, final
 
 import torch
 from torch import Tensor, nn
 
 from posegrad._restoring import Change
+from posegrad.combination._base import outcome
 from posegrad.combination._groups import Groups
 from posegrad.errors import (
     NoPosesError,
     NotDifferentiableError,
     ShapeMismatchError,
+    described,
 )
 from posegrad.graph import check_tracked, graph_clock
 from posegrad.ranks import Ranks
@@ -39,22 +41,52 @@ __all__ = [
     "Session",
 ]
 
+T = TypeVar("T")
 
-class Combined(NamedTuple):
-    """What `Engine.combine` returns; both parts carry gradients.
+
+class _Fields(NamedTuple):
+    prediction: Tensor
+    per_pose: Tensor
+
+
+@final
+class Combined(_Fields):
+    """What `Engine.combine` returns; all of it carries gradients.
+
+    A tuple `(prediction, per_pose)`, and behind these whatever else the rule returns.
 
     Args:
         prediction: The rule's combined prediction, `[...]`.
         per_pose: The predictions of the poses, `[m, ...]`.
+        extra: What the rule returns beside the prediction.
 
     Example:
         >>> combined = Engine(nn.Linear(3, 1)).combine(torch.zeros(5, 3), Mean())
         >>> combined.prediction.shape, combined.per_pose.shape
         (torch.Size([]), torch.Size([5]))
+        >>> lowest = lambda predictions: predictions.min(dim=0)  # a value and its index
+        >>> combined = Engine(nn.Linear(3, 1)).combine(torch.zeros(5, 3), lowest)
+        >>> combined.extra
+        (tensor(0),)
     """
 
-    prediction: Tensor
-    per_pose: Tensor
+    def __new__(cls, prediction: Tensor, per_pose: Tensor, *extra: Tensor) -> Self:
+        return tuple.__new__(cls, (prediction, per_pose, *extra))
+
+    @classmethod
+    def of(cls, found: object, per_pose: Tensor) -> Self:
+        """From what a rule returned; raises as `outcome` does."""
+        prediction, extra = outcome(found)
+        return cls(prediction, per_pose, *extra)
+
+    @property
+    def extra(self) -> tuple[Tensor, ...]:
+        """What the rule returned beside the combined prediction."""
+        return tuple(self)[2:]
+
+    def __repr__(self) -> str:
+        extra = f", extra={self.extra}" if self.extra else ""
+        return f"Combined(prediction={self.prediction}, per_pose={self.per_pose}{extra})"
 
 
 @dataclass(frozen=True)
@@ -90,7 +122,7 @@ class Scorer:
         count = portion.count
         if not isinstance(output, Tensor):
             raise NotDifferentiableError(
-                f"The model returned {_described(output)} for {_span(start, count)}, but a "
+                f"The model returned {described(output)} for {_span(start, count)}, but a "
                 f"prediction is one tensor.\n"
                 f"Pick it with Engine(model, predict=lambda model, pose: model(pose)[...])."
             )
@@ -204,11 +236,11 @@ class Session:
         self.reached.update(*reached)
         return predictions.to(self.scorer.device)
 
-    def apply(self, rule: Callable[[], Tensor]) -> Tensor:
+    def apply(self, rule: Callable[[], T]) -> T:
         """The result of a rule, once it has been applied on all ranks."""
         if self.ranks is None:
             return rule()
-        found: list[Tensor] = []
+        found: list[T] = []
         self.ranks.together("apply the rule", lambda: found.append(rule()))
         return found[0]
 
@@ -363,8 +395,3 @@ def _unpacking(portion: Portion) -> str:
         f"is. Engine(model, predict=lambda model, {name}: model({stars}{name})) unpacks it"
         f"{'' if name == 'batch' else groups}."
     )
-
-
-def _described(output: object) -> str:
-    kind = type(output).__name__
-    return f"a {kind} of {len(output)}" if isinstance(output, tuple | list) else f"a {kind}"

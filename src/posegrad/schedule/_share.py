@@ -18,6 +18,7 @@ from torch import Tensor
 
 from posegrad._torch import in_fsdp_backward
 from posegrad.combination import Combination
+from posegrad.combination._base import outcome
 from posegrad.errors import UnsupportedModuleError, UntrackedTensorError
 from posegrad.graph import check_tracked, graph_clock, leaf_hooks_off
 from posegrad.jacobian import wide
@@ -48,7 +49,7 @@ def combined(
     """
     if session.ranks is None:
         (per_pose,) = attached(session, [predictions], pullback, saved)
-        return Combined(rule(per_pose), per_pose)
+        return Combined.of(rule(per_pose), per_pose)
     return _sealed(session, session.ranks, rule, predictions, pullback, saved)
 
 
@@ -80,27 +81,34 @@ def _sealed(
     leaf = predictions.detach().requires_grad_()
     trained = [p for p in rule.parameters() if p.requires_grad]
 
-    def applied() -> Tensor:
+    def applied() -> list[Tensor]:
         with torch.enable_grad(), graph_clock() as clock:
-            found: Tensor = rule(leaf)
-        used.update(_check_known(found, [leaf, *trained], clock))
+            prediction, extra = outcome(rule(leaf))
+        found = [prediction, *extra]
+        for tensor in found:
+            used.update(_check_known(tensor, [leaf, *trained], clock))
         return found
 
     used: set[int] = set()
-    prediction = session.apply(applied)
+    outputs = session.apply(applied)
     numbers = inputs.joined(trained)
     own = zip(numbers, trained, strict=True)
     reached = session.reached | {number for number, p in own if id(p) in used}
 
     def through_rule(cotangents: Gradients) -> Gradients:
-        on_prediction, on_poses = cotangents
+        *on_outputs, on_poses = cotangents
+        reaching = [
+            (output, cotangent)
+            for output, cotangent in zip(outputs, on_outputs, strict=True)
+            if cotangent is not None and output.requires_grad
+        ]
         found: Gradients = [None] * (1 + len(trained))
-        if on_prediction is not None and prediction.requires_grad:
+        if reaching:
             with leaf_hooks_off(trained):  # they run once the gradient is summed over ranks
                 found = torch.autograd.grad(
-                    prediction,
+                    [output for output, _ in reaching],
                     [leaf, *trained],
-                    on_prediction,
+                    [cotangent for _, cotangent in reaching],
                     retain_graph=True,
                     allow_unused=True,
                 )
@@ -115,8 +123,9 @@ def _sealed(
             gradients[number] = _added(gradients[number], gradient)  # the model may have it too
         return gradients
 
-    values = [prediction.detach(), leaf.detach()]
-    return Combined(*attach(values, inputs, shared, saved, reached))
+    values = [*(output.detach() for output in outputs), leaf.detach()]
+    prediction, *extra, per_pose = attach(values, inputs, shared, saved, reached)
+    return Combined(prediction, per_pose, *extra)
 
 
 def _means(

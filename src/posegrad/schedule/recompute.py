@@ -192,9 +192,9 @@ class _Tape:
         if changed:
             raise ReplayError(
                 f"Tensors of pose(s) {listed(changed)} were modified in place "
-                f"between combine() and backward().\n"
+                f"after they had been scored.\n"
                 f"Scored again, they would give other predictions.\n"
-                f"Clone the poses before changing them, or use schedule='store'."
+                f"Clone the poses before changing them, or, in combine(), use schedule='store'."
             )
 
 
@@ -224,6 +224,6 @@ def _replay_message(poses: range, expected: Tensor, found: Tensor) -> str:
         f"The model depends on something that neither its parameters, buffers, training flags, "
         f"autocast nor torch's random state hold: another random generator, a counter, a file; or "
         f"the pose was changed.\n"
-        f"Register such state as a buffer, draw from torch's generators, or use "
-        f"schedule='stream', 'store' or 'retain', which score each pose once."
+        f"Register such state as a buffer, draw from torch's generators, or, in "
+        f"combine(), use schedule='stream', 'store' or 'retain', which score each pose once."
     )

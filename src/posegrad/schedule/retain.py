@@ -33,7 +33,7 @@ def retain(
     else:
         found, *_ = shared_predictions(ranks, groups, score, lambda: None)
         per_pose = found.to(scorer.device)
-    return Combined(rule(per_pose), per_pose)
+    return Combined.of(rule(per_pose), per_pose)
 
 
 def _scored(scorer: Scorer, chunks: Iterator[Portion]) -> list[Tensor]:

@@ -3,12 +3,12 @@
 import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from posegrad.combination._base import Rule, as_combination
+from posegrad.combination._base import Rule, as_combination, outcome
 from posegrad.engine import Engine
 from posegrad.schedule._batch import as_batch
 from posegrad.schedule._chunks import ChunkSize, in_portions, sizes_of, sliced
@@ -116,13 +116,13 @@ class _Case:
     def combined(self, per_pose: Tensor) -> Tensor:
         """The rule's result, group by group."""
         if self.groups is None:
-            return cast("Tensor", self.rule(per_pose))
+            return outcome(self.rule(per_pose))[0]
         if isinstance(self.groups, Tensor):
             ids = self.groups.tolist()
         else:
             ids = [group for group, size in enumerate(self.groups) for _ in range(size)]
         members = [[i for i, own in enumerate(ids) if own == g] for g in range(max(ids) + 1)]
-        return torch.stack([self.rule(per_pose[own]) for own in members])
+        return torch.stack([outcome(self.rule(per_pose[own]))[0] for own in members])
 
     def buffers(self) -> list[tuple[nn.Module, str, Tensor]]:
         """Every buffer and where it lives; a model may change it by being run, or replace it."""
@@ -180,19 +180,17 @@ def _plain(case: _Case, loss: Loss) -> dict[str, Tensor]:
 def _engine(case: _Case, loss: Loss, schedule: str) -> Iterator[dict[str, Tensor]]:
     """The same group twice: an engine looks closer at its first group than at later ones."""
     engine = Engine(*case.modules, **case.options)
-    found = [(module, name, b, b.clone()) for module, name, b in case.buffers()]
+    buffers = [(module, name, b, b.clone()) for module, name, b in case.buffers()]
     for _ in range(2):
-        for module, name, buffer, value in found:
+        for module, name, buffer, value in buffers:
             setattr(module, name, buffer.copy_(value))
         for tensor in case.trained():
             tensor.grad = None
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            prediction, per_pose = engine.combine(
-                case.poses, case.rule, groups=case.groups, schedule=schedule
-            )
-            torch.autograd.backward(loss(prediction, per_pose))
-            yield case.results(prediction.detach(), per_pose.detach())
+            found = engine.combine(case.poses, case.rule, groups=case.groups, schedule=schedule)
+            torch.autograd.backward(loss(found.prediction, found.per_pose))
+            yield case.results(found.prediction.detach(), found.per_pose.detach())
 
 
 def _loss_of(*, per_pose: bool) -> Loss:

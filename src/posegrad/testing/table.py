@@ -73,6 +73,13 @@ RULES: dict[str, Row] = {
     "AttentionPooling(4)": Row(
         lambda: AttentionPooling(4), "sum a y, a trained", "learn which poses count", (4,), False
     ),
+    "AttentionPooling(4, gated=True)": Row(
+        lambda: AttentionPooling(4, gated=True),
+        "sum a y, a trained, with a gate",
+        "patches of a bag; ABMIL",
+        (4,),
+        False,
+    ),
     "Clip(1)": Row(lambda: Clip(1.0), "sum g min(1, 1/|g|)", "bound one pose's pull; DP-SGD"),
     "TrimmedMean(1)": Row(
         lambda: TrimmedMean(1), "mean g but for 1 at each end", "outliers among poses", least=3

@@ -1,13 +1,12 @@
 """Whatever a user hands over as a rule, as one that turns a Jacobian into a gradient."""
 
 import importlib
-from collections.abc import Callable
 from typing import final
 
 import torch
 from torch import Tensor, nn
 
-from posegrad.combination._base import Combination, Rule, as_combination
+from posegrad.combination._base import Combination, Rule, as_combination, outcome
 from posegrad.combination._compiled import uncovered
 from posegrad.errors import (
     NonFinitePredictionError,
@@ -25,7 +24,7 @@ __all__ = [
     "rule_of_predictions",
 ]
 
-AnyRule = GradientRule | Combination | nn.Module | Callable[[Tensor], Tensor]
+AnyRule = GradientRule | nn.Module | Rule
 
 
 @final
@@ -65,7 +64,7 @@ class OfPredictions(GradientRule):
         _check_finite(predictions)
         leaf = predictions.detach().clone().requires_grad_()
         with torch.enable_grad():
-            combined = self.rule(leaf)
+            combined, _ = outcome(self.rule(leaf))
             total = combined.sum()
         if combined.numel() != 1:
             raise ShapeMismatchError(
