@@ -1,0 +1,1 @@
+"""Bags of handwritten digits: which contain a nine?"""
