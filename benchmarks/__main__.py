@@ -7,7 +7,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks import batches, forms, multipose, ordinary, overhead, processes, rules, scaling
+from benchmarks import (
+    bags,
+    batches,
+    forms,
+    multipose,
+    ordinary,
+    overhead,
+    processes,
+    rules,
+    scaling,
+)
 from benchmarks.models import MODELS
 from benchmarks.settings import Memory, Settings
 from benchmarks.table import markdown
@@ -32,6 +42,7 @@ SUITES: dict[str, _Suite] = {
         )
         for suite, tasks in batches.SUITES.items()
     },
+    "bags": _Suite(bags.run, bags.CASES, bags.MEMORY),
     "scaling": _Suite(scaling.run, scaling.CASES, scaling.MEMORY),
     "processes": _Suite(processes.run, processes.CASES, devices=("cpu",)),
     "overhead": _Suite(overhead.run, overhead.NETWORKS),

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from benchmarks.table import (
+    bags,
     batches,
     forms,
     multipose,
@@ -21,6 +22,7 @@ SUITES: dict[str, Callable[[dict[str, Any]], str]] = {
     "gramian": batches.markdown,
     "rows": batches.markdown,
     "clipping": batches.markdown,
+    "bags": bags.markdown,
     "scaling": scaling.markdown,
     "processes": processes.markdown,
     "overhead": overhead.markdown,

@@ -121,6 +121,8 @@ def _cases(result: dict[str, Any]) -> Iterator[tuple[str, list[Row], str, str]]:
                 next(m["method"] for m in result["rows"] if "a chunk" in m["method"]),
                 "live_mib",
             )
+        elif suite == "bags":
+            place, how = row["case"], ("posegrad", "live_mib")
         elif suite in ("gramian", "rows", "clipping") and row["task"] != "plain":
             place, how = f"{row['task']}/{row['case']}", ("posegrad", "second_live_mib")
         else:
