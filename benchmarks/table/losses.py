@@ -44,6 +44,9 @@ _ONE_CHUNK = "all poses are one chunk, so this is plain autograd; on top comes t
 _CHUNKS = "one batch makes fewer and larger products of matrices than chunks of a hundred poses"
 _GRAPH = "the graph of a chunk of a hundred poses is held; one by one, that of one pose is"
 _SUMS = "beside the graph of a chunk, its gradient and the running sum are held"
+_TWICE = "every chunk is scored twice, where plain autograd keeps the graphs of all"
+_WHOLE = "the chunks in which the best lie are scored again whole"
+_LOOKS = "every graph is walked in search of untracked tensors, and every replay is compared"
 
 CPU = {
     "clipping/encoder-*/memory": _KEPT,
@@ -61,6 +64,10 @@ CPU = {
     "10 poses, */time": _ONE_CHUNK,
     "100 poses, */time": _ONE_CHUNK,
     "*parameters, */time": _ONE_CHUNK,
+    "gated attention/plain/time": _TWICE,
+    "contrast/plain/time": _TWICE,
+    "*/two passes by hand/time": _LOOKS,
+    "TopK(8)/the best again by hand/*": _WHOLE,
     "*, poses/*/time": _CHUNKS,
     "*, poses/*/memory": _GRAPH,
     "*/memory": _SUMS,
