@@ -103,6 +103,14 @@ def _combined(schedule: str, **options: Any) -> Job:
     return Job([combine, backward], [True, False], **options)
 
 
+def _embedded(engine: Engine, poses: Tensor) -> Tensor:
+    return engine.embed(poses)
+
+
+def _differentiated(engine: Engine, embeddings: Tensor) -> None:
+    embeddings.square().sum().backward()
+
+
 def _output(engine: Engine, poses: Tensor) -> Tensor:
     (model,) = engine.modules
     return model(poses)
@@ -142,6 +150,7 @@ JOBS = {
     "J.backward(Clip)": _read(_clipped, mixes=False),
     "compute_gramian": _read(_gramian, mixes=False),
     "gather": Job([_gathered], [True]),
+    "embed": Job([_embedded, _differentiated], [True, False]),
 }
 
 

@@ -53,6 +53,7 @@ W = torch.linspace(-1, 2, M, dtype=torch.float64)
 
 STEPS: dict[str, Step] = {
     **{s: _combined(s) for s in ("retain", "store", "stream", "recompute", "auto")},
+    "embed": lambda engine, X: torch.logsumexp(engine.embed(list(X)).square(), 0).backward(),
     "J.combine(w)": lambda engine, X: engine.jacobian(_scored(engine, X)).combine(W),
     "J.backward(w)": lambda engine, X: engine.jacobian(_scored(engine, X)).backward(W),
     "gather(poses)": lambda engine, X: engine.gather(list(X)).backward(W),

@@ -147,7 +147,7 @@ REFUSED: dict[tuple[str, str], Refused] = {
     },
     **{
         ("checkpoint, reentrant", way): _REENTRANT
-        for way in ("store", "stream", "recompute", "auto", *JACOBIAN)
+        for way in ("store", "stream", "recompute", "auto", "embed", *JACOBIAN)
     },
 }
 

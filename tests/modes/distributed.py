@@ -32,7 +32,7 @@ OUTCOMES: dict[str, dict[str, Refused | str]] = {
     DDP: dict.fromkeys((*COMBINE, *JACOBIAN), "exact") | {"retain": _LOCAL},
     FSDP2: {
         **dict.fromkeys(COMBINE, _BACKWARD_ONLY),
-        **dict.fromkeys(("auto", "recompute"), "exact"),
+        **dict.fromkeys(("auto", "recompute", "embed"), "exact"),
         **dict.fromkeys(JACOBIAN, _NO_ROWS),
     },
 }

@@ -38,7 +38,10 @@ def _lines() -> Iterator[str]:
     rows = _rows()
     errors = list(dict.fromkeys(c for _, cells in rows.values() for c in cells.values()))
     refused = [cell for cell in errors if isinstance(cell, Refused)]
-    for title, ways in (("`engine.combine`", COMBINE), ("The Jacobian", JACOBIAN)):
+    for title, ways in (
+        ("`engine.combine` and `engine.embed`", COMBINE),
+        ("The Jacobian", JACOBIAN),
+    ):
         yield f"\n### {title}\n"
         yield "| mode | " + " | ".join(f"`{way}`" for way in ways) + " |"
         yield "|---" * (len(ways) + 1) + "|"

@@ -47,6 +47,15 @@ def _combined_plainly(run: Run) -> Found:
     return {}
 
 
+def _embedded(run: Run) -> Found:
+    engine = run.engine
+    with run.mode.forward():
+        embeddings = engine.embed(run.poses)
+    losses = run.loss_of(embeddings, torch.arange(len(run.poses)))
+    run.scale((losses * run.weights).sum()).backward()
+    return {}
+
+
 def _product(run: Run) -> Found:
     """J.combine(w), put into .grad by hand."""
     found = run.engine.jacobian(run.losses()).combine(run.weights)
@@ -128,7 +137,7 @@ def _clipping(gramian: Tensor) -> Tensor:
 COMBINE: dict[str, Way] = {
     schedule: Way(_combined(schedule), _combined_plainly)
     for schedule in ("retain", "store", "stream", "recompute", "auto")
-}
+} | {"embed": Way(_embedded, _gathered_plainly, has_rule=False)}
 
 JACOBIAN: dict[str, Way] = {
     "J.combine(w)": Way(_product, _weighted_plainly, has_rule=False),

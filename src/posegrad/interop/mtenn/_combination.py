@@ -20,7 +20,7 @@ from typing import final
 from torch import Tensor, nn
 
 from posegrad.combination import Boltzmann, Max, Mean, Min
-from posegrad.combination._base import Rule, flush_denormals
+from posegrad.combination._base import Rule, flush_denormals, outcome
 from posegrad.errors import (
     NonFinitePredictionError,
     NoPosesError,
@@ -140,7 +140,8 @@ class WithMtennSignature(nn.Module):
             return _weighted_sum(cotangents[0], rows).delivered(inputs.tensors)
 
         (per_pose,) = attach([predictions], inputs, pullback, rows)
-        return self.rule(per_pose), per_pose
+        prediction, _ = outcome(self.rule(per_pose))
+        return prediction, per_pose
 
 
 @final
