@@ -113,9 +113,10 @@ class Bag(nn.Module):
         self.pool = AttentionPooling(D, gated=True)
         self.scale = nn.Parameter(torch.tensor(2.0))
 
-    def forward(self, instances: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, instances: Tensor) -> tuple[Tensor, ...]:
         attention = self.pool.attention(instances)
-        return self.pool(instances), self.scale * attention, attention.argmax()
+        shown = attention.detach(), attention.argmax()
+        return self.pool(instances), self.scale * attention, *shown
 
 
 @pytest.mark.parametrize("schedule", ["auto", "recompute", "store"])
@@ -126,6 +127,7 @@ def test_rules_of_several_outputs(schedule: str, weights: tuple[float, float]) -
 
     def step(poses: list[Tensor], schedule: str, **options: Any) -> None:
         combined = Engine(model, **options).combine(poses, rule, schedule=schedule)
+        assert [tensor.requires_grad for tensor in combined[2:]] == [True, False, False]
         outputs.append([tensor.detach() for tensor in combined])
         of_both = zip(weights, (combined.prediction, combined.extra[0]), strict=True)
         sum(weight * output.exp().sum() for weight, output in of_both if weight).backward()

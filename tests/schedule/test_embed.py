@@ -144,6 +144,15 @@ def test_embeddings_serve_several_losses() -> None:
     torch.testing.assert_close(_state(model), _state(twin), rtol=1e-9, atol=1e-11)
 
 
+def test_embeddings_may_be_changed_in_place() -> None:
+    model, poses = _encoder("mlp"), torch.randn(6, FEATURES, dtype=torch.float64)
+    twin = copy.deepcopy(model)
+    for embeddings in (Engine(model, chunk_size=4).embed(poses), _plain(twin, poses, 4)):
+        embeddings.div_(embeddings.detach().norm(dim=1, keepdim=True)).sin_()
+        LOSSES["all pairs"](embeddings).backward()
+    torch.testing.assert_close(_state(model), _state(twin), rtol=1e-9, atol=1e-11)
+
+
 def test_embeddings_and_a_combined_prediction_share_a_loss() -> None:
     model, poses = _encoder("mlp"), torch.randn(6, FEATURES, dtype=torch.float64)
     twin = copy.deepcopy(model)

@@ -125,7 +125,8 @@ def _sealed(
 
     values = [*(output.detach() for output in outputs), leaf.detach()]
     prediction, *extra, per_pose = attach(values, inputs, shared, saved, reached)
-    return Combined(prediction, per_pose, *extra)
+    pairs = zip(extra, outputs[1:], strict=True)  # what the rule detached stays without a gradient
+    return Combined(prediction, per_pose, *(a if o.requires_grad else o for a, o in pairs))
 
 
 def _means(
