@@ -119,9 +119,10 @@ class SettledPlan:
         together = pays_together(subject)
         arrangement = Arrangement(subject.output.shape, recipe.dim)
         several = arrangement.poses > 1
-        axes = subject.axes(arrangement) if several else {}
-        lost = several and any(edge not in axes for site in recipe.sites for edge in site.edges)
-        is_open = lost or recipe.by_rows or not recipe.sites
+        is_open = bool(recipe.by_rows) or not recipe.sites
+        axes = subject.axes(arrangement) if several and not is_open else {}
+        if several and any(edge not in axes for site in recipe.sites for edge in site.edges):
+            is_open = True
         if is_open and not together:
             return None
         plan = Plan.of(subject, recipe)

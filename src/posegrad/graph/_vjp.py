@@ -38,7 +38,8 @@ def cotangents_at(
     No parameter's gradient is computed on the way.
     """
     found = backward_to(output, edges, cotangent, keep_graph=keep_graph)
-    return [None if g is None else dense(g) for g in found]
+    # A hook, or an operator written over in place, may hand on a tensor with a graph.
+    return [None if g is None else dense(g.detach() if g.requires_grad else g) for g in found]
 
 
 def node_rows(
