@@ -2,7 +2,7 @@
 
 from posegrad.graph._edges import EdgeRegistry
 from posegrad.graph._gather import Gatherer
-from posegrad.graph._guard import alone, failures_named, grad_set_aside, leaf_hooks_off
+from posegrad.graph._guard import alone, failures_named, grad_set_aside
 from posegrad.graph._mixing import mixing_modules
 from posegrad.graph._modules import Roster, Wanted, check_modules
 from posegrad.graph._outlook import Outlook
@@ -23,7 +23,6 @@ __all__ = [
     "grad_set_aside",
     "graph_clock",
     "is_slice_of_leaf",
-    "leaf_hooks_off",
     "leaf_of_slice",
     "mixing_modules",
     "unwrapped",

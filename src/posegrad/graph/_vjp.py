@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
-from posegrad._restoring import Change, ordinary_mode
+from posegrad._restoring import Change, leaf_hooks_off, ordinary_mode
 from posegrad._torch import backward_to, device_of, dtype_of, shape_of
 from posegrad.graph._alone import apply_node
-from posegrad.graph._guard import leaf_hooks_off
 
 __all__ = [
     "as_source",

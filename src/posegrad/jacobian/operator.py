@@ -7,9 +7,10 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
+from posegrad._restoring import restoring
 from posegrad.jacobian._backwards import ONE, Backwards
 from posegrad.jacobian._block import Block, join
-from posegrad.jacobian._deliver import deliver_step
+from posegrad.jacobian._deliver import Gradient, deliver_step, gradient_of
 from posegrad.jacobian._iterate import each, one_at
 from posegrad.jacobian._parts import Weights, checked_weights
 from posegrad.jacobian._precision import exact
@@ -175,6 +176,16 @@ class PoseJacobian:
             tensor([[0.5000, 0.5000]])
         """
         return deliver_step(as_gradient_rule(rule), self, self._parameters, scaler)
+
+    @restoring
+    def made_by(self, rule: Tensor | AnyRule, *, or_nan: bool = False) -> Gradient:
+        """The gradient that `backward` would add to `.grad`, and the weights.
+
+        Args:
+            rule: As there.
+            or_nan: Whether rows that are nan or infinite give a gradient of nan, not an error.
+        """
+        return gradient_of(as_gradient_rule(rule), self, or_nan=or_nan)
 
     @exact
     def gramian(self, dtype: torch.dtype | None = None, *, per_parameter: bool = False) -> Any:

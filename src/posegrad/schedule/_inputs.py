@@ -6,7 +6,7 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor, nn
 
-from posegrad._restoring import no_autocast
+from posegrad._restoring import leaf_hooks_off, no_autocast
 from posegrad._torch import has_hooks, version_of
 from posegrad.errors import StaleParametersError, UntrackedTensorError, listed
 from posegrad.graph import (
@@ -14,7 +14,6 @@ from posegrad.graph import (
     failures_named,
     grad_set_aside,
     is_slice_of_leaf,
-    leaf_hooks_off,
     leaf_of_slice,
 )
 from posegrad.ranks import Ranks
