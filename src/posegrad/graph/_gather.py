@@ -11,6 +11,7 @@ from torch import Tensor
 from posegrad._torch import is_hooked
 from posegrad._warn import warn
 from posegrad.errors import NotDifferentiableError, ReentrantCheckpointError
+from posegrad.graph._beside import gradients_of_sum
 from posegrad.graph._boundary import (
     check_dimension,
     check_index,
@@ -113,6 +114,7 @@ class Gatherer:
         keep_graph: bool = False,
         must_depend: bool = True,
         quiet: bool = False,
+        registry: EdgeRegistry | None = None,
     ) -> PoseJacobian:
         """The Jacobian of `output` with respect to `parameters`.
 
@@ -123,6 +125,7 @@ class Gatherer:
             keep_graph: Leave the graph as it is.
             must_depend: Refuse an output that depends on none of them.
             quiet: Do not warn of slow ways.
+            registry: The output's graph, if it was walked already.
 
         Raises:
             NoPosesError: if the output is empty.
@@ -133,7 +136,7 @@ class Gatherer:
         parts: Parts = {}
         backwards = _NO_BACKWARDS
         if output.requires_grad:
-            registry = _graph_of(output)
+            registry = registry or _graph_of(output)
             used, dim = registry.used(parameters), self._dim_of(output)
             check_dimension(output, dim)
             check_index(pose_index)
@@ -155,6 +158,22 @@ class Gatherer:
             name: Block.of(p, output.numel(), parts.get(name, ())) for name, p in parameters.items()
         }
         return PoseJacobian(output.detach().clone(), parameters, blocks, backwards)
+
+    def graph_of(self, output: Tensor) -> EdgeRegistry | None:
+        """The graph of an output that can have a Jacobian; None if it has no graph."""
+        check_output(output)
+        return _graph_of(output) if output.requires_grad else None
+
+    def beside(
+        self,
+        output: Tensor,
+        registry: EdgeRegistry,
+        leaves: Sequence[Tensor],
+        parameters: Mapping[str, Tensor],
+    ) -> list[Tensor | None]:
+        """The gradient of an output's sum by leaves that are none of the engine's parameters."""
+        exponent = (self._scaling.exponent or 0) if registry.has_float16() else None
+        return gradients_of_sum(output, registry, leaves, parameters, exponent)
 
     def _parts_of(
         self, subject: Subject, known: Structure, keep_graph: bool

@@ -19,6 +19,7 @@ __all__ = [
     "cotangents_at",
     "dense",
     "node_rows",
+    "rows_of_each",
     "rows_of_graph",
     "rows_together",
 ]
@@ -178,6 +179,38 @@ def rows_together(
     """
     with leaf_hooks_off(leaves), _thawed(leaves), ordinary_mode():
         return _batched([output], [cotangents], list(leaves), is_sure=is_sure)
+
+
+def rows_of_each(
+    outputs: Sequence[GradientEdge | None], sources: Sequence[Tensor | GradientEdge]
+) -> list[Tensor | None]:
+    """The gradient of one number after another, each by a backward through its own graph.
+
+    Args:
+        outputs: The numbers; None for one without a graph.
+        sources: With respect to what: leaves, or tensors of the graph.
+
+    Returns:
+        `[count, *shape]` for each source, None where nothing flows.
+    """
+    leaves = [source for source in sources if isinstance(source, Tensor)]
+    found: list[Tensor | None] = [None] * len(sources)
+    with leaf_hooks_off(leaves), _thawed(leaves), ordinary_mode():
+        for i, edge in enumerate(outputs):
+            row = () if edge is None else _grad([edge], [_one(edge)], sources, batched=False)
+            for k, gradient in enumerate(row):
+                if gradient is not None:
+                    gradient = dense(gradient)
+                    rows = found[k]
+                    if rows is None:
+                        rows = found[k] = gradient.new_zeros(len(outputs), *gradient.shape)
+                    rows[i] = gradient
+    return found
+
+
+def _one(edge: GradientEdge) -> Tensor:
+    shape, dtype = shape_of(edge.node)[edge.output_nr], dtype_of(edge.node)[edge.output_nr]
+    return torch.ones(shape, dtype=dtype, device=device_of(edge.node))
 
 
 @final

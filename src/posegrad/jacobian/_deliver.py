@@ -14,7 +14,7 @@ from posegrad.jacobian._exchange import grad_apart
 from posegrad.weighting._base import GradientRule, Jacobian, Step
 from posegrad.weighting._rules import OfPredictions
 
-__all__ = ["Gradient", "deliver", "deliver_step", "deposit", "gradient_of"]
+__all__ = ["Gradient", "deliver", "deliver_step", "deposit", "gradient_of", "owned"]
 
 _PROBE = [object()]
 _HELD_BY_A_LIST = sys.getrefcount(_PROBE[0])
@@ -112,6 +112,16 @@ def deposit(gradients: dict[str, Tensor], parameters: Mapping[str, Tensor]) -> N
     ready = [gradients[n].to(p.device, p.dtype) for n, p in zip(named, places, strict=True)]
     gradients.clear()
     deliver(places, ready)
+
+
+def owned(gradients: dict[str, Tensor]) -> list[Tensor]:
+    """Some gradients, of which nobody else holds any; the dict is emptied."""
+    own = [*gradients.values()]
+    gradients.clear()
+    for i, _ in enumerate(own):
+        if sys.getrefcount(own[i]) > _HELD_BY_A_LIST:  # by the rule
+            own[i] = own[i].clone()
+    return own
 
 
 def deliver(parameters: Sequence[Tensor], gradients: list[Tensor]) -> None:

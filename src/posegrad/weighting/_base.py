@@ -62,7 +62,13 @@ class Step(NamedTuple):
 
 
 class GradientRule(nn.Module, ABC):
-    """Anything that turns a Jacobian into one gradient."""
+    """Anything that turns a Jacobian into one gradient.
+
+    Attributes:
+        has_noise: Whether the gradient hides single poses, so that none may pass beside the rule.
+    """
+
+    has_noise: bool = False
 
     @abstractmethod
     def step(self, jacobian: Jacobian) -> Step:
