@@ -62,13 +62,12 @@ class Step(NamedTuple):
 
 
 class GradientRule(nn.Module, ABC):
-    """Anything that turns a Jacobian into one gradient.
+    """Anything that turns a Jacobian into one gradient."""
 
-    Attributes:
-        has_noise: Whether the gradient hides single poses, so that none may pass beside the rule.
-    """
-
-    has_noise: bool = False
+    @property
+    def has_noise(self) -> bool:
+        """Whether noise hides single poses in its gradient, so that none may pass beside it."""
+        return False
 
     @abstractmethod
     def step(self, jacobian: Jacobian) -> Step:

@@ -26,6 +26,9 @@ class Clip(Weighting):
     ones these are may tell. An output `[m, d]` has d gradients a pose, each shortened by itself: to
     bound the pose, reduce them to its one loss. With noise nothing else is taken.
 
+    The noise is that of one optimizer step. Where several gradients are added up for a step, of
+    micro-batches or of ranks, `last` says which of them has it.
+
     Args:
         max_norm: C, the greatest norm of one pose's gradient over all parameters, in units of the
             prediction per parameter. Positive and finite.
@@ -76,6 +79,31 @@ class Clip(Weighting):
                 )
         self.noise_multiplier = float(noise_multiplier)
         self.generator = generator
+        self._is_last = True
+
+    @property
+    def has_noise(self) -> bool:
+        """Whether there is any."""
+        return self.noise_multiplier != 0
+
+    def last(self, is_last: bool) -> None:
+        """Says whether the gradients to come end an optimizer step; these alone have the noise.
+
+        Args:
+            is_last: False for the micro-batches before the last one, and for all ranks but one
+                where each has a rule of its own and DistributedDataParallel averages their
+                gradients. It holds until the next call, so a step that never hears True has no
+                noise.
+
+        Example:
+            >>> model, rule = nn.Linear(2, 1), Clip(1.0, noise_multiplier=0.5,
+            ...                                     generator=torch.Generator())
+            >>> for micro_batch in range(4):
+            ...     rule.last(micro_batch == 3)
+            ...     losses = model(torch.randn(8, 2)).square().squeeze(1)
+            ...     Engine(model).loss(losses, rule).div(4).backward()
+        """
+        self._is_last = is_last
 
     def forward(self, gramian: Tensor, predictions: Tensor) -> Tensor:
         return self._shortening(gramian.diagonal().clamp(min=0).sqrt())
@@ -86,7 +114,7 @@ class Clip(Weighting):
         return self._shortening(norms)
 
     def step(self, jacobian: Jacobian) -> Step:
-        if self.noise_multiplier == 0:
+        if not self.has_noise:
             return super().step(jacobian)
         if jacobian.predictions.ndim != 1:
             raise ShapeMismatchError(
@@ -97,7 +125,9 @@ class Clip(Weighting):
             )
         weights = self.weights(jacobian)
         gradients = jacobian.combine(weights)
-        return Step({name: g + self._noise(g) for name, g in gradients.items()}, weights)
+        if self._is_last:
+            gradients = {name: g + self._noise(g) for name, g in gradients.items()}
+        return Step(gradients, weights)
 
     def _shortening(self, norms: Tensor) -> Tensor:
         return norms.div(self.max_norm).clamp_(min=1).reciprocal_()  # 1 also for a norm of zero
@@ -108,4 +138,5 @@ class Clip(Weighting):
         return (self.noise_multiplier * self.max_norm * noise).to(gradient)
 
     def extra_repr(self) -> str:
-        return f"max_norm={self.max_norm:g}, noise_multiplier={self.noise_multiplier:g}"
+        pending = "" if self._is_last else ", not the last of its step"
+        return f"max_norm={self.max_norm:g}, noise_multiplier={self.noise_multiplier:g}{pending}"
