@@ -110,7 +110,7 @@ class LossCall:
             gradients: That of each, which the backward may write to.
             named: All tensors that may have one, by name.
         """
-        inputs = Inputs(named, modules=self.modules, call="loss()")
+        inputs = Inputs(named, modules=self.modules, call="engine.loss()")
         known = {id(tensor): number for number, tensor in enumerate(inputs.tensors)}
         numbers = [known.get(id(tensor)) for tensor in places]  # None for one frozen since
         kept = [KeptGraph(graph) for graph in self._graphs]
