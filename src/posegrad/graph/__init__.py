@@ -9,7 +9,7 @@ from posegrad.graph._modules import Roster, Wanted, check_modules
 from posegrad.graph._outlook import Outlook
 from posegrad.graph._release import KeptGraph
 from posegrad.graph._tracked import check_tracked, graph_clock, is_slice_of_leaf, leaf_of_slice
-from posegrad.graph._wrapped import check_no_talk, unwrapped
+from posegrad.graph._wrapped import Sinks, check_no_talk, unwrapped
 
 __all__ = [
     "EdgeRegistry",
@@ -17,6 +17,7 @@ __all__ = [
     "KeptGraph",
     "Outlook",
     "Roster",
+    "Sinks",
     "Wanted",
     "alone",
     "check_modules",

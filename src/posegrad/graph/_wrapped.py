@@ -1,16 +1,19 @@
 """Models wrapped for distributed training: what is inside, and who shares the poses."""
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, final
 
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from posegrad._restoring import Change
+from posegrad._torch import ddp_sinks, have_noticed, is_first_of_static, pass_sink
 from posegrad.errors import UnsupportedModuleError, listed
+from posegrad.graph._edges import EdgeRegistry
 from posegrad.ranks import Ranks
 
-__all__ = ["check_no_talk", "is_wrapper", "reshard", "unwrapped"]
+__all__ = ["Sinks", "check_no_talk", "is_wrapper", "reshard", "unwrapped"]
 
 _FULLY_SHARD = "FSDPModule"  # by name: its module takes a second to import
 
@@ -83,6 +86,43 @@ def check_no_talk(modules: Sequence[nn.Module], *, sharded: bool) -> None:
                     f"made, which so does not know that processes wait for each other.\n"
                     f"Call fully_shard(model) first, then Engine(model) or MultiPose(model, rule)."
                 )
+
+
+@final
+class Sinks(Change):
+    """Where DDP notices, in the graph of its outputs, that a backward passes.
+
+    Within, a backward passes unnoticed: it reads rows, and gradients come later.
+
+    Args:
+        registry: The graph; None if there is none.
+
+    Attributes:
+        awaited: The leaves, by `id`, that a DDP which looks for unused parameters has found used.
+            It waits for each of them, also for one that the losses do not depend on.
+    """
+
+    def __init__(self, registry: EdgeRegistry | None) -> None:
+        self._all = [] if registry is None else ddp_sinks(registry.nodes)
+        self._first = [sink for sink in self._all if is_first_of_static(sink)]
+        self.awaited: set[int] = set()
+        if registry is not None and len(self._all) > len(self._first):
+            for sink in self._all:
+                below = registry.below(registry.nodes.index(sink))
+                self.awaited |= {key for key, node in registry.leaves.items() if node in below}
+
+    def make(self) -> None:
+        for sink in self._first:
+            have_noticed(sink, True)
+
+    def undo(self) -> None:
+        for sink in self._first:
+            have_noticed(sink, False)
+
+    def pass_all(self) -> None:
+        """Has every DDP notice the backward that is running."""
+        for sink in self._all:
+            pass_sink(sink)
 
 
 def reshard(modules: Sequence[nn.Module]) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from posegrad._restoring import restoring
 from posegrad._torch import keeps_graph
 from posegrad.errors import UntrackedTensorError, listed
-from posegrad.graph import EdgeRegistry, Gatherer, KeptGraph, leaves_beside
+from posegrad.graph import EdgeRegistry, Gatherer, KeptGraph, Sinks, leaves_beside
 from posegrad.jacobian import PoseJacobian, of_all, owned, wide
 from posegrad.ranks import Ranks
 from posegrad.schedule._attach import Gradients, attach
@@ -87,12 +87,15 @@ class LossCall:
             self._graphs.append(graph)
         if leaves and (self.outside == "error" or rule.has_noise):
             raise UntrackedTensorError(_refused(leaves, has_noise=rule.has_noise))
-        jacobian = self.gatherer.gather(self.losses, parameters, keep_graph=True, registry=graph)
-        if graph is not None and leaves:
-            of_sum = self.gatherer.beside(self.losses, graph, leaves, parameters)
-            pairs = zip(leaves, of_sum, strict=True)
-            self._beside.extend(leaf for leaf, g in pairs if g is not None)
-            self._of_sum.extend(g for g in of_sum if g is not None)
+        with Sinks(graph):
+            jacobian = self.gatherer.gather(
+                self.losses, parameters, keep_graph=True, registry=graph
+            )
+            if graph is not None and leaves:
+                of_sum = self.gatherer.beside(self.losses, graph, leaves, parameters)
+                pairs = zip(leaves, of_sum, strict=True)
+                self._beside.extend(leaf for leaf, g in pairs if g is not None)
+                self._of_sum.extend(g for g in of_sum if g is not None)
         return jacobian
 
     def _attached(
@@ -114,11 +117,14 @@ class LossCall:
         known = {id(tensor): number for number, tensor in enumerate(inputs.tensors)}
         numbers = [known.get(id(tensor)) for tensor in places]  # None for one frozen since
         kept = [KeptGraph(graph) for graph in self._graphs]
+        sinks = [Sinks(graph) for graph in self._graphs]
 
         def pullback(saved: Gradients, cotangents: Gradients) -> Gradients:
             (scale,) = cotangents
             if scale is None:
                 return [None] * len(inputs.tensors)
+            for sink in sinks:
+                sink.pass_all()
             is_last = not keeps_graph()
             if is_last:
                 for graph in kept:
@@ -127,6 +133,8 @@ class LossCall:
             return _by_number(numbers, scaled, inputs.tensors)
 
         reached = {number for number in numbers if number is not None}
+        awaited = set[int]().union(*(sink.awaited for sink in sinks))
+        reached |= {number for key, number in known.items() if key in awaited}
         (attached,) = attach([value], inputs, pullback, gradients, reached, _FIRST_ORDER)
         return attached
 
