@@ -15,6 +15,7 @@ from posegrad.jacobian import PoseJacobian, of_all, owned, wide
 from posegrad.ranks import Ranks
 from posegrad.schedule._attach import Gradients, attach
 from posegrad.schedule._inputs import Inputs
+from posegrad.weighting._base import GradientRule
 from posegrad.weighting._rules import AnyRule, as_gradient_rule
 
 __all__ = ["LossCall"]
@@ -51,6 +52,7 @@ class LossCall:
     _beside: list[Tensor] = field(default_factory=list)  # leaves, and the gradients of the sum
     _of_sum: list[Tensor] = field(default_factory=list)
     _graphs: list[EdgeRegistry] = field(default_factory=list)
+    _rules: list[GradientRule] = field(default_factory=list)
 
     @restoring
     def value(self, trained: Callable[[], Mapping[str, Tensor]], ranks: Ranks | None) -> Tensor:
@@ -61,7 +63,7 @@ class LossCall:
             return self._mean()
         jacobian = of_all(self._read, trained, ranks)
         or_nan = any(graph.has_float16() for graph in self._graphs)
-        own, weights, of_rule, of_rule_trained = jacobian.made_by(self.rule, or_nan=or_nan)
+        own, weights, of_rule, of_rule_trained = jacobian.made_by(self._rules[0], or_nan=or_nan)
         losses = wide(jacobian.predictions)
         value = losses.mean() if weights is None else (weights.to(losses) * losses).sum()
         places: list[Tensor] = [self.parameters[name] for name in own]
@@ -80,6 +82,7 @@ class LossCall:
     def _read(self, parameters: Mapping[str, Tensor]) -> PoseJacobian:
         """The rows of this process, and the gradient of what lies beside the engine."""
         rule = as_gradient_rule(self.rule)
+        self._rules.append(rule)
         graph = self.gatherer.graph_of(self.losses)
         leaves: list[Tensor] = []
         if graph is not None:
@@ -129,7 +132,11 @@ class LossCall:
             if is_last:
                 for graph in kept:
                     graph.free_after_backward()
-            scaled = [_scaled(g, scale, in_place=is_last) for g in saved if g is not None]
+            scaled = [g for g in saved if g is not None]
+            if not is_last:
+                scaled = [g * scale.to(g.device) for g in scaled]
+            elif scale.device.type != "cpu" or float(scale) != 1:  # most often it is 1
+                scaled = [g.mul_(scale.to(g.device)) for g in scaled]
             return _by_number(numbers, scaled, inputs.tensors)
 
         reached = {number for number in numbers if number is not None}
@@ -137,11 +144,6 @@ class LossCall:
         reached |= {number for key, number in known.items() if key in awaited}
         (attached,) = attach([value], inputs, pullback, gradients, reached, _FIRST_ORDER)
         return attached
-
-
-def _scaled(gradient: Tensor, scale: Tensor, *, in_place: bool) -> Tensor:
-    scale = scale.to(gradient.device)
-    return gradient.mul_(scale) if in_place else gradient * scale
 
 
 def _by_number(
