@@ -1,11 +1,13 @@
 """Every cell of the table in docs/trainers.md, in one process; `ranks_cells.py` has two."""
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 from torch.utils.data import DataLoader
 
+from tests.processes import ROOT
 from tests.trainers.cells import CELLS, Cell, optimizer_of
 
 
@@ -54,3 +56,11 @@ def test_accelerate(way: str, setting: str) -> None:
 
     cell = Cell(way, setting)
     cell.assert_trained(trained(cell))
+
+
+def test_the_script_of_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("transformers", reason="pip install transformers")
+    page = (ROOT / "docs" / "trainers.md").read_text(encoding="utf-8")
+    [script] = re.findall(r"^```python rule_trainer\.py\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    exec(compile(script, "rule_trainer.py", "exec"), {"__name__": "rule_trainer"})
