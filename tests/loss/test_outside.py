@@ -58,6 +58,16 @@ def test_of_a_parameter_that_both_use_the_engine_has_its_own() -> None:
     torch.testing.assert_close(taken(body.parameters()), expected, rtol=1e-12, atol=1e-12)
 
 
+def test_leaves_that_have_one_gradient_in_common() -> None:
+    body = trunk()
+    one, other = (drawn(6, 4, seed=i).requires_grad_() for i in (1, 2))
+    Engine(body).loss((body(drawn(6, 5)) + one + other).sum(1), Mean()).mul(3).backward()
+    torch.testing.assert_close(one.grad, torch.full_like(one, 3.0))
+    torch.testing.assert_close(other.grad, one.grad)
+    one.grad.zero_()
+    torch.testing.assert_close(other.grad, torch.full_like(one, 3.0))
+
+
 def test_frozen_heads_cost_no_second_backward(monkeypatch: pytest.MonkeyPatch) -> None:
     body, end = trunk(), head().requires_grad_(False)
     engine, poses = Engine(body), drawn(6, 5)

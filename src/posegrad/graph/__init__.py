@@ -1,6 +1,6 @@
 """Reading autograd's graph: the only code that touches autograd's internals."""
 
-from posegrad.graph._beside import leaves_beside
+from posegrad.graph._beside import Beside, leaves_beside
 from posegrad.graph._edges import EdgeRegistry
 from posegrad.graph._gather import Gatherer
 from posegrad.graph._guard import alone, failures_named, grad_set_aside
@@ -12,6 +12,7 @@ from posegrad.graph._tracked import check_tracked, graph_clock, is_slice_of_leaf
 from posegrad.graph._wrapped import Sinks, check_no_talk, unwrapped
 
 __all__ = [
+    "Beside",
     "EdgeRegistry",
     "Gatherer",
     "KeptGraph",

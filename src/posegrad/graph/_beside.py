@@ -1,6 +1,7 @@
 """What an output depends on beside the engine's parameters, and its gradient there."""
 
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -18,10 +19,23 @@ from posegrad.graph._guard import (
 from posegrad.graph._vjp import dense
 from posegrad.jacobian import wide
 
-__all__ = ["gradients_of_sum", "leaves_beside"]
+__all__ = ["Beside", "gradients_of_sum", "leaves_beside"]
 
 _STEP = 8  # powers of two by which a scale is lowered that float16 cannot hold
 _LEAST = -24
+
+
+@dataclass
+class Beside:
+    """Leaves that an output depends on beside the parameters of its Jacobian.
+
+    Args:
+        leaves: The leaves.
+        gradients: Those of the output's sum there, once they are known.
+    """
+
+    leaves: list[Tensor] = field(default_factory=list)
+    gradients: list[Tensor | None] | None = None
 
 
 def leaves_beside(registry: EdgeRegistry, own: Collection[int]) -> list[Tensor]:
@@ -53,6 +67,8 @@ def gradients_of_sum(
         exponent: The power of two by which the output is scaled meanwhile, so that float16 holds
             its gradients; lowered where it does not. None for no scale.
     """
+    if not leaves:
+        return []
     nodes = enumerate(registry.nodes)
     slots = [(number, name) for number, node in nodes for name in slot_names(node)]
     heard = listened_to(output, registry, slots)

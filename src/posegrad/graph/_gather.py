@@ -11,7 +11,7 @@ from torch import Tensor
 from posegrad._torch import is_hooked
 from posegrad._warn import warn
 from posegrad.errors import NotDifferentiableError, ReentrantCheckpointError
-from posegrad.graph._beside import gradients_of_sum
+from posegrad.graph._beside import Beside, gradients_of_sum
 from posegrad.graph._boundary import (
     check_dimension,
     check_index,
@@ -115,6 +115,7 @@ class Gatherer:
         must_depend: bool = True,
         quiet: bool = False,
         registry: EdgeRegistry | None = None,
+        beside: Beside | None = None,
     ) -> PoseJacobian:
         """The Jacobian of `output` with respect to `parameters`.
 
@@ -126,6 +127,7 @@ class Gatherer:
             must_depend: Refuse an output that depends on none of them.
             quiet: Do not warn of slow ways.
             registry: The output's graph, if it was walked already.
+            beside: Other leaves, if the gradient of the output's sum there is wanted too.
 
         Raises:
             NoPosesError: if the output is empty.
@@ -145,7 +147,7 @@ class Gatherer:
                 heard = listened_to(output, registry, known.slots)
                 subject = Subject(
                     output, registry, used, pose_index, dim, self._generator, known.steps,
-                    known.followed, self.tensors, any(map(is_hooked, heard)), quiet,
+                    known.followed, self.tensors, any(map(is_hooked, heard)), quiet, beside,
                 )  # fmt: skip
                 scale = known.has_float16
                 scale = registry.has_float16() if scale is None else scale
@@ -154,6 +156,11 @@ class Gatherer:
                     parts, backwards = read(subject, known, keep_graph)
         if not parts and must_depend:
             raise NotDifferentiableError(unrelated_message(output, len(parameters)))
+        if beside is not None and registry is not None and beside.gradients is None:
+            exponent = (self._scaling.exponent or 0) if registry.has_float16() else None
+            beside.gradients = gradients_of_sum(
+                output, registry, beside.leaves, parameters, exponent
+            )
         blocks = {
             name: Block.of(p, output.numel(), parts.get(name, ())) for name, p in parameters.items()
         }
@@ -163,17 +170,6 @@ class Gatherer:
         """The graph of an output that can have a Jacobian; None if it has no graph."""
         check_output(output)
         return _graph_of(output) if output.requires_grad else None
-
-    def beside(
-        self,
-        output: Tensor,
-        registry: EdgeRegistry,
-        leaves: Sequence[Tensor],
-        parameters: Mapping[str, Tensor],
-    ) -> list[Tensor | None]:
-        """The gradient of an output's sum by leaves that are none of the engine's parameters."""
-        exponent = (self._scaling.exponent or 0) if registry.has_float16() else None
-        return gradients_of_sum(output, registry, leaves, parameters, exponent)
 
     def _parts_of(
         self, subject: Subject, known: Structure, keep_graph: bool
@@ -220,8 +216,9 @@ class Gatherer:
             stated = bool(subject.pose_index)
             known = self._structures.of(own, subject.parameters, scaled, stated=stated)
             seen = replace(
-                subject, output=scaled, registry=own, steps=known.steps, inferred=known.followed
-            )
+                subject, output=scaled, registry=own, steps=known.steps, inferred=known.followed,
+                beside=None,
+            )  # fmt: skip
             parts, backwards = self._parts_of(seen, known, keep_graph=True)
             readings.append(backwards)
             return parts

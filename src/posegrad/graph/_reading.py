@@ -435,7 +435,10 @@ class Reading:
         if apart is None:
             found = rows_of_graph([output], units, sources, output.numel(), self._at_once(names))
         else:
-            found = rows_of_each(apart, sources)
+            beside = None if self.registry.has_python() else self.subject.beside
+            found, sums = rows_of_each(apart, sources, () if beside is None else beside.leaves)
+            if beside is not None:
+                beside.gradients = sums  # on the way; functions of Python need a guard there
         parts: Parts = {}
         for name, (_, table), rows in zip(names, targets, found, strict=True):
             path = f"rows of the whole graph: {reasons[name]}"

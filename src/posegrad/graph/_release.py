@@ -19,11 +19,11 @@ class KeptGraph:
     """A graph that was read, and that other losses may still be differentiated through.
 
     Args:
-        registry: The graph.
+        registry: The graph; None if there is none.
     """
 
-    def __init__(self, registry: EdgeRegistry) -> None:
-        self._registry: EdgeRegistry | None = registry
+    def __init__(self, registry: EdgeRegistry | None) -> None:
+        self._registry = registry
 
     def free_after_backward(self) -> None:
         """Frees it when the backward that is running ends, as that would do with its own graph."""

@@ -182,30 +182,41 @@ def rows_together(
 
 
 def rows_of_each(
-    outputs: Sequence[GradientEdge | None], sources: Sequence[Tensor | GradientEdge]
-) -> list[Tensor | None]:
+    outputs: Sequence[GradientEdge | None],
+    sources: Sequence[Tensor | GradientEdge],
+    summed: Sequence[Tensor] = (),
+) -> tuple[list[Tensor | None], list[Tensor | None]]:
     """The gradient of one number after another, each by a backward through its own graph.
 
     Args:
         outputs: The numbers; None for one without a graph.
         sources: With respect to what: leaves, or tensors of the graph.
+        summed: Leaves of which the sum of all gradients is wanted.
 
     Returns:
-        `[count, *shape]` for each source, None where nothing flows.
+        `[count, *shape]` for each source, and the sums; None where nothing flows.
     """
-    leaves = [source for source in sources if isinstance(source, Tensor)]
-    found: list[Tensor | None] = [None] * len(sources)
+    leaves = [source for source in (*sources, *summed) if isinstance(source, Tensor)]
+    rows: list[Tensor | None] = [None] * len(sources)
+    sums: list[Tensor | None] = [None] * len(summed)
     with leaf_hooks_off(leaves), _thawed(leaves), ordinary_mode():
         for i, edge in enumerate(outputs):
-            row = () if edge is None else _grad([edge], [_one(edge)], sources, batched=False)
-            for k, gradient in enumerate(row):
-                if gradient is not None:
-                    gradient = dense(gradient)
-                    rows = found[k]
-                    if rows is None:
-                        rows = found[k] = gradient.new_zeros(len(outputs), *gradient.shape)
-                    rows[i] = gradient
-    return found
+            if edge is None:
+                continue
+            found = _grad([edge], [_one(edge)], [*sources, *summed], batched=False)
+            for k, gradient in enumerate(found):
+                if gradient is None:
+                    continue
+                gradient = dense(gradient)
+                if k >= len(sources):
+                    total = sums[k - len(sources)]
+                    sums[k - len(sources)] = gradient if total is None else total + gradient
+                    continue
+                own = rows[k]
+                if own is None:
+                    own = rows[k] = gradient.new_zeros(len(outputs), *gradient.shape)
+                own[i] = gradient
+    return rows, sums
 
 
 def _one(edge: GradientEdge) -> Tensor:

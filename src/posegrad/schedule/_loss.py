@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import final
 
 import torch
@@ -10,12 +11,11 @@ from torch import Tensor, nn
 from posegrad._restoring import restoring
 from posegrad._torch import keeps_graph
 from posegrad.errors import UntrackedTensorError, listed
-from posegrad.graph import EdgeRegistry, Gatherer, KeptGraph, Sinks, leaves_beside
-from posegrad.jacobian import PoseJacobian, of_all, owned, wide
+from posegrad.graph import Beside, EdgeRegistry, Gatherer, KeptGraph, Sinks, leaves_beside
+from posegrad.jacobian import Gradient, PoseJacobian, of_all, owned, wide
 from posegrad.ranks import Ranks
 from posegrad.schedule._attach import Gradients, attach
 from posegrad.schedule._inputs import Inputs
-from posegrad.weighting._base import GradientRule
 from posegrad.weighting._rules import AnyRule, as_gradient_rule
 
 __all__ = ["LossCall"]
@@ -30,7 +30,7 @@ _FIRST_ORDER = (
 
 
 @final
-@dataclass(frozen=True)
+@dataclass
 class LossCall:
     """One call of `Engine.loss`.
 
@@ -49,10 +49,8 @@ class LossCall:
     gatherer: Gatherer
     parameters: Mapping[str, nn.Parameter]
     modules: Sequence[nn.Module]
-    _beside: list[Tensor] = field(default_factory=list)  # leaves, and the gradients of the sum
-    _of_sum: list[Tensor] = field(default_factory=list)
-    _graphs: list[EdgeRegistry] = field(default_factory=list)
-    _rules: list[GradientRule] = field(default_factory=list)
+    _graph: EdgeRegistry | None = field(default=None, init=False)  # of a process that has losses
+    _beside: Beside = field(default_factory=Beside, init=False)
 
     @restoring
     def value(self, trained: Callable[[], Mapping[str, Tensor]], ranks: Ranks | None) -> Tensor:
@@ -60,90 +58,72 @@ class LossCall:
         if self.outside not in OUTSIDE:
             raise ValueError(f"outside={self.outside!r} is unknown; it is 'sum' or 'error'.")
         if not torch.is_grad_enabled():
-            return self._mean()
-        jacobian = of_all(self._read, trained, ranks)
-        or_nan = any(graph.has_float16() for graph in self._graphs)
-        own, weights, of_rule, of_rule_trained = jacobian.made_by(self._rules[0], or_nan=or_nan)
-        losses = wide(jacobian.predictions)
-        value = losses.mean() if weights is None else (weights.to(losses) * losses).sum()
-        places: list[Tensor] = [self.parameters[name] for name in own]
-        places += [of_rule_trained[name] for name in of_rule]
-        places += self._beside
-        gradients = owned(own) + owned(of_rule) + self._of_sum
-        named: dict[str, Tensor] = {**self.parameters}
-        named |= {f"{name} of the rule": p for name, p in of_rule_trained.items()}
-        named |= {f"leaf {i} {_shown(leaf)}": leaf for i, leaf in enumerate(self._beside)}
-        return self._attached(value, places, gradients, named)
-
-    def _mean(self) -> Tensor:
-        self.gatherer.graph_of(self.losses.detach())
-        return wide(self.losses.detach()).mean()
-
-    def _read(self, parameters: Mapping[str, Tensor]) -> PoseJacobian:
-        """The rows of this process, and the gradient of what lies beside the engine."""
+            self.gatherer.graph_of(self.losses.detach())  # refuses what has no rows
+            return wide(self.losses.detach()).mean()
         rule = as_gradient_rule(self.rule)
-        self._rules.append(rule)
-        graph = self.gatherer.graph_of(self.losses)
-        leaves: list[Tensor] = []
+        jacobian = of_all(partial(self._read, has_noise=rule.has_noise), trained, ranks)
+        in_float16 = self._graph is not None and self._graph.has_float16()
+        made = jacobian.made_by(rule, or_nan=in_float16)
+        losses, weights = wide(jacobian.predictions), made.weights
+        value = losses.mean() if weights is None else (weights.to(losses) * losses).sum()
+        return self._attached(value, made)
+
+    def _read(self, parameters: Mapping[str, Tensor], *, has_noise: bool) -> PoseJacobian:
+        """The rows of this process, and the gradient of what lies beside the engine."""
+        self._graph = graph = self.gatherer.graph_of(self.losses)
         if graph is not None:
-            leaves = leaves_beside(graph, {id(p) for p in self.parameters.values()})
-            self._graphs.append(graph)
-        if leaves and (self.outside == "error" or rule.has_noise):
-            raise UntrackedTensorError(_refused(leaves, has_noise=rule.has_noise))
+            self._beside.leaves = leaves_beside(graph, {id(p) for p in self.parameters.values()})
+        if self._beside.leaves and (self.outside == "error" or has_noise):
+            raise UntrackedTensorError(_refused(self._beside.leaves, has_noise=has_noise))
         with Sinks(graph):
-            jacobian = self.gatherer.gather(
-                self.losses, parameters, keep_graph=True, registry=graph
+            return self.gatherer.gather(
+                self.losses, parameters, keep_graph=True, registry=graph, beside=self._beside
             )
-            if graph is not None and leaves:
-                of_sum = self.gatherer.beside(self.losses, graph, leaves, parameters)
-                pairs = zip(leaves, of_sum, strict=True)
-                self._beside.extend(leaf for leaf, g in pairs if g is not None)
-                self._of_sum.extend(g for g in of_sum if g is not None)
-        return jacobian
 
-    def _attached(
-        self,
-        value: Tensor,
-        places: Sequence[Tensor],
-        gradients: Sequence[Tensor],
-        named: Mapping[str, Tensor],
-    ) -> Tensor:
-        """The value, with a backward that hands out gradients.
-
-        Args:
-            value: The value.
-            places: Tensors.
-            gradients: That of each, which the backward may write to.
-            named: All tensors that may have one, by name.
-        """
+    def _attached(self, value: Tensor, made: Gradient) -> Tensor:
+        """The value, with a backward that hands out the gradients."""
+        pairs = zip(self._beside.leaves, self._beside.gradients or (), strict=False)
+        outside = [(leaf, gradient) for leaf, gradient in pairs if gradient is not None]
+        places: list[Tensor] = [self.parameters[name] for name in made.own]
+        places += [made.trained[name] for name in made.of_rule]
+        places += [leaf for leaf, _ in outside]
+        own = owned(made.own)
+        gradients = own + [*made.of_rule.values()] + [gradient for _, gradient in outside]
+        named: dict[str, Tensor] = {**self.parameters}
+        named |= {f"{name} of the rule": p for name, p in made.trained.items()}
+        named |= {f"leaf {i} {_shown(leaf)}": leaf for i, (leaf, _) in enumerate(outside)}
         inputs = Inputs(named, modules=self.modules, call="engine.loss()")
         known = {id(tensor): number for number, tensor in enumerate(inputs.tensors)}
         numbers = [known.get(id(tensor)) for tensor in places]  # None for one frozen since
-        kept = [KeptGraph(graph) for graph in self._graphs]
-        sinks = [Sinks(graph) for graph in self._graphs]
+        sinks = Sinks(self._graph)
+        kept = KeptGraph(self._graph)
 
         def pullback(saved: Gradients, cotangents: Gradients) -> Gradients:
             (scale,) = cotangents
             if scale is None:
                 return [None] * len(inputs.tensors)
-            for sink in sinks:
-                sink.pass_all()
+            sinks.pass_all()
             is_last = not keeps_graph()
             if is_last:
-                for graph in kept:
-                    graph.free_after_backward()
-            scaled = [g for g in saved if g is not None]
-            if not is_last:
-                scaled = [g * scale.to(g.device) for g in scaled]
-            elif scale.device.type != "cpu" or float(scale) != 1:  # most often it is 1
-                scaled = [g.mul_(scale.to(g.device)) for g in scaled]
+                kept.free_after_backward()
+            found = [gradient for gradient in saved if gradient is not None]
+            # In place those alone that nobody else holds: one that autograd made may be of two.
+            scaled = _scaled(found[: len(own)], scale, in_place=is_last)
+            scaled += _scaled(found[len(own) :], scale, in_place=False)
             return _by_number(numbers, scaled, inputs.tensors)
 
         reached = {number for number in numbers if number is not None}
-        awaited = set[int]().union(*(sink.awaited for sink in sinks))
-        reached |= {number for key, number in known.items() if key in awaited}
+        reached |= {number for key, number in known.items() if key in sinks.awaited}
         (attached,) = attach([value], inputs, pullback, gradients, reached, _FIRST_ORDER)
         return attached
+
+
+def _scaled(gradients: Sequence[Tensor], scale: Tensor, *, in_place: bool) -> list[Tensor]:
+    if not in_place:
+        return [gradient * scale.to(gradient.device) for gradient in gradients]
+    if scale.device.type == "cpu" and float(scale) == 1:  # nearly always
+        return [*gradients]
+    return [gradient.mul_(scale.to(gradient.device)) for gradient in gradients]
 
 
 def _by_number(
