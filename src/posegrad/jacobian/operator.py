@@ -22,6 +22,8 @@ from posegrad.weighting._rules import AnyRule, as_gradient_rule
 
 __all__ = ["PoseJacobian"]
 
+MIXED = "poses mix"  # in the path of a parameter's rows
+
 
 @final
 class PoseJacobian:
@@ -98,6 +100,17 @@ class PoseJacobian:
     def shapes(self) -> dict[str, torch.Size]:
         """The parameters' shapes, in the order of the columns of `matrix`."""
         return {name: block.shape for name, block in self._blocks.items()}
+
+    @property
+    def mixed(self) -> list[str]:
+        """The parameters on whose way to the output poses were seen to influence each other."""
+        return [name for name, paths in self.paths.items() if any(MIXED in p for p in paths)]
+
+    def of(self, names: Sequence[str]) -> "PoseJacobian":
+        """The rows of some parameters alone; it shares what this Jacobian holds."""
+        parameters = {name: self._parameters[name] for name in names}
+        blocks = {name: self._blocks[name] for name in names}
+        return PoseJacobian(self.predictions, parameters, blocks, self._backwards)
 
     @property
     def output_shape(self) -> torch.Size:

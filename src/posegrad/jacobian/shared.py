@@ -10,6 +10,7 @@ So the rows of one layer, in the form they are held in, go to one rank, those of
 the next rank, and what each has made of them is added up. No rank ever has the whole of J.
 """
 
+import copy
 import pickle
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -132,6 +133,19 @@ class SharedJacobian:
     def shapes(self) -> dict[str, torch.Size]:
         """The parameters' shapes, in the order of the columns of `matrix`."""
         return self._own.shapes
+
+    @property
+    def mixed(self) -> list[str]:
+        """The parameters on whose way to the output poses of this rank influence each other."""
+        return self._own.mixed
+
+    def of(self, names: Sequence[str]) -> "SharedJacobian":
+        """The rows of some parameters alone; all ranks name the same."""
+        part = copy.copy(self)
+        part._own = self._own.of(names)
+        part._parameters = {name: self._parameters[name] for name in names}
+        part.used = [name for name in self.used if name in part._parameters]
+        return part
 
     @property
     def output_shape(self) -> torch.Size:
