@@ -21,7 +21,7 @@ from posegrad.schedule._loss import LossCall
 from posegrad.schedule._plan import Plan, ReadingPlan, may_be_output, reading_plan
 from posegrad.schedule._poses import Pose
 from posegrad.schedule._session import Combined
-from posegrad.weighting._rules import AnyRule
+from posegrad.weighting._rules import AnyRule, is_noise_alone
 
 __all__ = ["Engine"]
 
@@ -312,7 +312,8 @@ class Engine:
         r"""Adds the gradient a rule makes of an output's Jacobian to the parameters' `.grad`.
 
         Args:
-            output: As for `jacobian`; not scaled, if there is a scaler.
+            output: As for `jacobian`; not scaled, if there is a scaler. One without rows gives a
+                rule with noise its noise alone.
             rule: As for `PoseJacobian.backward`.
             scaler: Likewise.
 
@@ -327,6 +328,9 @@ class Engine:
             >>> Engine(model).backward(model(torch.ones(2, 3)).squeeze(1), Mean())
             tensor([0.5000, 0.5000])
         """
+        if self._ranks is None and is_noise_alone(output, rule):
+            nothing = PoseJacobian.empty(output, self._trained())
+            return nothing.backward(rule, scaler=scaler)
         return self.jacobian(output).backward(rule, scaler=scaler)
 
     def loss(self, losses: Tensor, rule: Tensor | AnyRule, *, outside: str = "sum") -> Tensor:
@@ -336,7 +340,7 @@ class Engine:
         by what comes from above: a scale, a share of accumulated steps, a sum with other losses.
 
         Args:
-            losses: As the output of `jacobian`. Their graph is kept until the scalar's backward, so
+            losses: As the output of `backward`. Their graph is kept until the scalar's backward, so
                 that other losses of the same forward can be added.
             rule: As for `PoseJacobian.backward`.
             outside: What leaves of the graph get that are no parameters of the engine's modules, as

@@ -72,7 +72,8 @@ class PosesMixError(PosegradError, RuntimeError):
     """The prediction of a pose depends on the poses that are scored together with it.
 
     Raised by `Engine.combine` and `Engine.gather` for a batch that the engine itself divides,
-    without `chunk_size`; names the modules in front of which poses mix.
+    without `chunk_size`; names the modules in front of which poses mix. Raised by rules with noise,
+    which it would make useless; names the parameters.
     """
 
 

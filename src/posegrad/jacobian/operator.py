@@ -67,6 +67,12 @@ class PoseJacobian:
         self._backwards = backwards
 
     @classmethod
+    def empty(cls, output: Tensor, parameters: Mapping[str, Tensor]) -> "PoseJacobian":
+        """The rows of an output that has none; it is like `output` in all but dimension 0."""
+        blocks = {name: Block.of(p, 0, ()) for name, p in parameters.items()}
+        return cls(output.detach()[:0], parameters, blocks)
+
+    @classmethod
     def joined(cls, jacobians: Sequence["PoseJacobian"]) -> "PoseJacobian":
         """The rows of several Jacobians of the same parameters, one after another."""
         predictions = torch.cat([jacobian.predictions for jacobian in jacobians])

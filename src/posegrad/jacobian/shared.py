@@ -119,7 +119,7 @@ class SharedJacobian:
         self.predictions = torch.cat([predictions for predictions, _ in present]).to(device)
         self._parameters = dict(parameters)
         self._ranks = ranks
-        self._own = made[0] if made else self._empty()
+        self._own = made[0] if made else PoseJacobian.empty(self.predictions, self._parameters)
         self._rows = slice(start, start + len(self._own))
         used = {name for _, names in present for name in names}
         self.used = [name for name in parameters if name in used]
@@ -306,11 +306,6 @@ class SharedJacobian:
     def report(self) -> str:
         """How this rank holds each parameter's block."""
         return self._own.report()
-
-    def _empty(self) -> PoseJacobian:
-        """The rows of a rank without poses."""
-        blocks = {name: Block.of(p, 0, ()) for name, p in self._parameters.items()}
-        return PoseJacobian(self.predictions[:0], self._parameters, blocks)
 
     def _of_layer(self, names: list[str], found: list[bytes], dtype: torch.dtype | None) -> Grams:
         """The Gramians of one layer's parameters, from the rows of all ranks."""

@@ -12,11 +12,11 @@ from posegrad._restoring import restoring
 from posegrad._torch import keeps_graph
 from posegrad.errors import UntrackedTensorError, listed
 from posegrad.graph import Beside, EdgeRegistry, Gatherer, KeptGraph, Sinks, leaves_beside
-from posegrad.jacobian import Gradient, PoseJacobian, of_all, owned, wide
+from posegrad.jacobian import Gradient, PoseJacobian, SharedJacobian, of_all, owned, wide
 from posegrad.ranks import Ranks
 from posegrad.schedule._attach import Gradients, attach
 from posegrad.schedule._inputs import Inputs
-from posegrad.weighting._rules import AnyRule, as_gradient_rule
+from posegrad.weighting._rules import AnyRule, as_gradient_rule, is_noise_alone
 
 __all__ = ["LossCall"]
 
@@ -61,7 +61,10 @@ class LossCall:
             self.gatherer.graph_of(self.losses.detach())  # refuses what has no rows
             return wide(self.losses.detach()).mean()
         rule = as_gradient_rule(self.rule)
-        jacobian = of_all(partial(self._read, has_noise=rule.has_noise), trained, ranks)
+        if ranks is None and is_noise_alone(self.losses, rule):
+            jacobian: PoseJacobian | SharedJacobian = PoseJacobian.empty(self.losses, trained())
+        else:
+            jacobian = of_all(partial(self._read, has_noise=rule.has_noise), trained, ranks)
         in_float16 = self._graph is not None and self._graph.has_float16()
         made = jacobian.made_by(rule, or_nan=in_float16)
         losses, weights = wide(jacobian.predictions), made.weights

@@ -21,6 +21,7 @@ __all__ = [
     "AnyRule",
     "OfPredictions",
     "as_gradient_rule",
+    "is_noise_alone",
     "is_of_predictions",
     "rule_of_predictions",
 ]
@@ -118,6 +119,13 @@ def as_gradient_rule(rule: Tensor | AnyRule) -> GradientRule:
         if adapted is not None:
             return adapted
     return OfPredictions(rule)
+
+
+def is_noise_alone(output: object, rule: Tensor | AnyRule) -> bool:
+    """Whether an output has no rows, and the rule noise for a step without any."""
+    if not isinstance(output, Tensor) or output.ndim != 1 or output.numel():
+        return False
+    return as_gradient_rule(rule).has_noise
 
 
 def rule_of_predictions(rule: Rule) -> Combination:
