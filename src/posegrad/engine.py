@@ -89,7 +89,8 @@ class Engine:
         self._setting = Setting(
             modules, predict, collate, chunk_size, self._ranks, self._named, self._roster.parts
         )
-        self._gatherer = Gatherer(check, batch_dim, block_bytes, self._roster.tensors)
+        shared = self._ranks is not None
+        self._gatherer = Gatherer(check, batch_dim, block_bytes, self._roster.tensors, shared)
         self._closed = False
         self._seasoned = False  # whether a group has been through without a complaint
 

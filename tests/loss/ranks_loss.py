@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torchjd.aggregation import UPGrad
 
 from posegrad import Clip, Engine, Mean, Median
-from posegrad.errors import RankError
+from posegrad.errors import RankError, UnsupportedModuleError
 from tests.distributed.setting import gradients, mine, network, poses, same_everywhere
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -105,6 +105,23 @@ def test_one_rule_of_all_rows(rule: str, inside: bool, options: str) -> None:
     torch.testing.assert_close(
         values[0], plain.loss(_losses(alone, poses()), RULES[rule]()).detach()
     )
+
+
+def test_rows_alone_are_refused_where_ddp_waits_for_its_first_backward() -> None:
+    """Its gradients would have stayed local."""
+    model = network()
+    ddp = DistributedDataParallel(model, static_graph=True)
+    engine = Engine(ddp.module)
+    with pytest.raises(UnsupportedModuleError, match=r"(?s)static_graph=True.*engine\.loss"):
+        engine.backward(_losses(ddp, mine(poses())), Clip(0.5))
+    assert all(p.grad is None for p in model.parameters())
+    for _ in range(2):  # the first by the scalar; then by rows as well
+        found = gradients(
+            [model], lambda: engine.loss(_losses(ddp, mine(poses())), Clip(0.5)).backward()
+        )
+        _check(found, _averaged("Clip", [*poses().split((8, 3))]))
+    found = gradients([model], lambda: engine.backward(_losses(ddp, mine(poses())), Clip(0.5)))
+    _check(found, _averaged("Clip", [*poses().split((8, 3))]))
 
 
 def test_without_gradients_no_rank_waits() -> None:

@@ -42,6 +42,7 @@ from posegrad.graph._warnings import (
     nan_message,
     nested_message,
 )
+from posegrad.graph._wrapped import Sinks
 from posegrad.jacobian import ONE, TOGETHER, Arrangement, Backwards, Block, PoseJacobian, is_cast
 
 __all__ = ["Gatherer"]
@@ -64,12 +65,14 @@ class Gatherer:
         batch_dim: The output's dimension that counts poses, `"auto"`, or None for rows only.
         block_bytes: About how much memory rows that have no closed form may take at once.
         tensors: Lists the parameters and buffers of the modules.
+        is_shared: Whether all ranks make the same of the rows, so that no DDP need sum it.
     """
 
     check: str
     batch_dim: int | str | None
     block_bytes: int
     tensors: Callable[[], Iterable[Tensor]]
+    is_shared: bool = False
     _structures: Structures = field(default_factory=Structures)
     _scaling: Scaling = field(default_factory=Scaling)
     _generator: torch.Generator = field(default_factory=_seeded)
@@ -127,7 +130,8 @@ class Gatherer:
             must_depend: Refuse an output that depends on none of them.
             quiet: Do not warn of slow ways.
             registry: The output's graph, if it was walked already.
-            beside: Other leaves, if the gradient of the output's sum there is wanted too.
+            beside: Other leaves, if the gradient of the output's sum there is wanted too. Whoever
+                asks for them has DDP notice the backward in which gradients are delivered.
 
         Raises:
             NoPosesError: if the output is empty.
@@ -152,15 +156,19 @@ class Gatherer:
                 scale = known.has_float16
                 scale = registry.has_float16() if scale is None else scale
                 read = self._parts_in_float16 if scale else self._parts_of
-                with retained_set_aside(heard):
+                sinks = Sinks(registry)
+                if beside is None and not self.is_shared:
+                    sinks.check_delivered()
+                with retained_set_aside(heard), sinks:
                     parts, backwards = read(subject, known, keep_graph)
         if not parts and must_depend:
             raise NotDifferentiableError(unrelated_message(output, len(parameters)))
         if beside is not None and registry is not None and beside.gradients is None:
             exponent = (self._scaling.exponent or 0) if registry.has_float16() else None
-            beside.gradients = gradients_of_sum(
-                output, registry, beside.leaves, parameters, exponent
-            )
+            with Sinks(registry):
+                beside.gradients = gradients_of_sum(
+                    output, registry, beside.leaves, parameters, exponent
+                )
         blocks = {
             name: Block.of(p, output.numel(), parts.get(name, ())) for name, p in parameters.items()
         }

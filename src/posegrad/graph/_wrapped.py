@@ -103,13 +103,29 @@ class Sinks(Change):
     """
 
     def __init__(self, registry: EdgeRegistry | None) -> None:
-        self._all = [] if registry is None else ddp_sinks(registry.nodes)
+        talks = dist.is_available() and dist.is_initialized()
+        self._all = ddp_sinks(registry.nodes) if registry is not None and talks else []
         self._first = [sink for sink in self._all if is_first_of_static(sink)]
         self.awaited: set[int] = set()
         if registry is not None and len(self._all) > len(self._first):
             for sink in self._all:
                 below = registry.below(registry.nodes.index(sink))
                 self.awaited |= {key for key, node in registry.leaves.items() if node in below}
+
+    def check_delivered(self) -> None:
+        """Refuses rows whose gradient would come to no DDP's notice.
+
+        Raises:
+            UnsupportedModuleError: if a DDP waits for the first backward through its outputs.
+        """
+        if self._first:
+            raise UnsupportedModuleError(
+                "The output was computed by a DistributedDataParallel with static_graph=True, "
+                "which sums gradients over processes only once a first backward has passed its "
+                "outputs. Rows that are read are no such backward: gradients made of them would "
+                "stay local, in silence.\n"
+                "Use engine.loss(losses, rule).backward(), which passes; or leave static_graph out."
+            )
 
     def make(self) -> None:
         for sink in self._first:

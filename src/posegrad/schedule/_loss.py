@@ -78,10 +78,9 @@ class LossCall:
             self._beside.leaves = leaves_beside(graph, {id(p) for p in self.parameters.values()})
         if self._beside.leaves and (self.outside == "error" or has_noise):
             raise UntrackedTensorError(_refused(self._beside.leaves, has_noise=has_noise))
-        with Sinks(graph):
-            return self.gatherer.gather(
-                self.losses, parameters, keep_graph=True, registry=graph, beside=self._beside
-            )
+        return self.gatherer.gather(
+            self.losses, parameters, keep_graph=True, registry=graph, beside=self._beside
+        )
 
     def _attached(self, value: Tensor, made: Gradient) -> Tensor:
         """The value, with a backward that hands out the gradients."""
