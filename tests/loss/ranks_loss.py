@@ -23,6 +23,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 RULES: dict[str, Any] = {
     "Clip": lambda: Clip(0.5),
+    "Clip, by parameter": lambda: Clip(0.5, by="parameter"),
     "UPGrad": UPGrad,
     "Median": Median,
     "Mean": Mean,
@@ -83,9 +84,11 @@ def test_accumulation_without_talking(options: str) -> None:
 
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("inside", [True, False])
-@pytest.mark.parametrize("rule", ["Clip", "Median"])
+@pytest.mark.parametrize("rule", ["Clip", "Clip, by parameter", "Median"])
 def test_one_rule_of_all_rows(rule: str, inside: bool, options: str) -> None:
     """The forward goes through DDP, which then averages what is alike, or through the model."""
+    if rule == "Clip, by parameter" and options != "plain":
+        pytest.skip("two rules are enough for the other options")
     model, alone = network(), network()
     ddp = DistributedDataParallel(model, **OPTIONS[options])
     engine, plain = Engine(ddp), Engine(alone)
