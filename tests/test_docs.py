@@ -196,7 +196,8 @@ def test_the_table_of_the_rules_is_that_of_the_kit() -> None:
 def test_the_table_of_the_kit_has_every_rule() -> None:
     kinds = {type(row.make()).__name__ for row in table.RULES.values()}
     public = {path.removeprefix("posegrad.") for path in PUBLIC if _is_rule(path)}
-    assert public - kinds == {"Projected"}, "Projected needs a rule of another library"
+    left_out = {"Projected", "AdaptiveClip"}  # a rule of another library; one that moves
+    assert public - kinds == left_out
 
 
 def test_the_map_of_the_house_names_every_room() -> None:

@@ -128,6 +128,14 @@ def _clipped(engine: Engine, output: Tensor) -> None:
     engine.backward(output, Clip(0.5))
 
 
+def _loss(engine: Engine, output: Tensor) -> Tensor:
+    return engine.loss(output, Clip(0.5))
+
+
+def _differentiated(engine: Engine, loss: Tensor) -> None:
+    (2 * loss).backward()
+
+
 def _gramian(engine: Engine, output: Tensor) -> None:
     engine.compute_gramian(output)
     output.sum().backward()
@@ -142,6 +150,10 @@ JOBS = {
     "combine, stream, autocast": _combined("stream", casts=True),
     "combine, recompute, autocast": _combined("recompute", casts=True),
     "combine, recompute, again": _combined("recompute", warm=True),
+    "loss": Job([_output, _loss, _differentiated], [True, False, False], mixes=False),
+    "loss, poses mix, again": Job(
+        [_output, _loss, _differentiated], [True, False, False], warm=True
+    ),
     "jacobian, poses mix": _read(_by_rows),
     "jacobian, poses mix, again": _read(_by_rows, warm=True),
     "jacobian": _read(_by_rows, mixes=False),

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from posegrad import Boltzmann, Engine, _torch
+from posegrad import Boltzmann, Clip, Engine, _torch
 from posegrad.errors import StaleFactorError
 from tests.architectures import ARCHITECTURES, Architecture
 from tests.reference import rows, trainable
@@ -141,3 +141,20 @@ def compare(row: Architecture) -> None:
         expected = rows(output, trainable(model))
         found = engine.jacobian(output).matrix()
         torch.testing.assert_close(found, expected, rtol=row.tolerance, atol=row.tolerance)
+
+
+@pytest.mark.parametrize(
+    "name", ["_execution_engine", "queue_callback", "_get_current_graph_task_keep_graph"]
+)
+def test_a_loss_is_exact_and_frees_nothing_too_early(name: str, hidden: Any) -> None:
+    model, poses = Net(), torch.randn(6, 3, dtype=torch.float64)
+    engine = Engine(model)
+    engine.backward(model(poses), Clip(0.5))
+    expected = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    model.zero_grad()
+    hidden(name)
+    loss = engine.loss(model(poses), Clip(0.5))
+    loss.backward(retain_graph=True)
+    loss.backward()
+    found = [p.grad / 2 for p in model.parameters() if p.grad is not None]
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)

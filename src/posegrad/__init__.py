@@ -40,6 +40,7 @@ from posegrad.schedule._chunks import Budget
 from posegrad.schedule._plan import Plan, ReadingPlan
 from posegrad.schedule._session import Combined
 from posegrad.weighting import (
+    AdaptiveClip,
     Aggregation,
     Clip,
     Median,
@@ -52,6 +53,7 @@ from posegrad.weighting import (
 __version__ = "0.1.0"
 
 __all__ = [
+    "AdaptiveClip",
     "Aggregation",
     "AttentionPooling",
     "Best",

@@ -10,18 +10,19 @@ would undo a second time, later, what somebody else has set meanwhile.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from functools import wraps
 from threading import local
 from typing import Any, ParamSpec, TypeVar, final
 
 import torch
+from torch import Tensor
 
 from posegrad._threads import ThreadState, device_kinds, put_back, thread_state
-from posegrad._torch import mode_guard
+from posegrad._torch import hooks_of, mode_guard
 
-__all__ = ["Change", "no_autocast", "no_graph", "ordinary_mode", "restoring"]
+__all__ = ["Change", "leaf_hooks_off", "no_autocast", "no_graph", "ordinary_mode", "restoring"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -139,3 +140,24 @@ class no_autocast(Change):  # noqa: N801
     def undo(self) -> None:
         for kind in self._on:
             torch.set_autocast_enabled(kind, True)
+
+
+@final
+class leaf_hooks_off(Change):  # noqa: N801
+    """Keeps `Tensor.register_hook` hooks of leaves from running.
+
+    They would run for every `autograd.grad` that asks for the leaf, and once more when the sum is
+    delivered; plain autograd runs them once, on the sum.
+    """
+
+    def __init__(self, leaves: Iterable[Tensor]) -> None:
+        tables = [table for leaf in leaves if (table := hooks_of(leaf))]
+        self._held = [(table, dict(table)) for table in tables]
+
+    def make(self) -> None:
+        for table, _ in self._held:
+            table.clear()
+
+    def undo(self) -> None:
+        for table, functions in self._held:
+            table.update(functions)

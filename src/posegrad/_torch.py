@@ -17,11 +17,12 @@ from torch.autograd.variable import Variable
 from torch.nn.parallel import DistributedDataParallel
 
 __all__ = [
-    "TorchDispatchMode", "UntoldError", "add_each", "address_of", "backward_into_leaves",
-    "backward_to", "calls_by", "device_of", "dtype_of", "facts_of", "has_forward_hooks",
-    "has_hooks", "holds", "hooks_of", "in_ddp", "in_fsdp_backward", "in_static_ddp",
-    "inside_compiled", "is_hooked", "is_listened_to", "is_packed", "is_packed_at", "is_python",
-    "made_at", "memory_of", "mode_guard", "mode_stack", "multithreading", "outputs_of",
+    "TorchDispatchMode", "UntoldError", "add_each", "address_of", "after_backward",
+    "backward_into_leaves", "backward_to", "calls_by", "ddp_sinks", "device_of", "dtype_of",
+    "facts_of", "has_forward_hooks", "has_hooks", "have_noticed", "holds", "hooks_of", "in_ddp",
+    "in_fsdp_backward", "in_static_ddp", "inside_compiled", "is_first_of_static", "is_hooked",
+    "is_listened_to", "is_packed", "is_packed_at", "is_python", "keeps_graph", "made_at",
+    "memory_of", "mode_guard", "mode_stack", "multithreading", "outputs_of", "pass_sink",
     "saved", "saved_tensors", "set_grad", "set_multithreading", "shape_of", "slot_names",
     "slots_of", "tables_of", "tells_slots", "tree_leaves", "version_of",
 ]  # fmt: skip
@@ -76,6 +77,17 @@ def backward_into_leaves(outputs: tuple[Tensor, ...], cotangents: tuple[Tensor, 
         torch.autograd.backward(outputs, cotangents)
     else:
         run(outputs, cotangents, False, False, (), True, accumulate_grad=True)
+
+
+def after_backward(work: Callable[[], None]) -> None:
+    """Has the backward that is running do some work at its end, if this torch can."""
+    _found(lambda: Variable._execution_engine.queue_callback, bool)(work)
+
+
+def keeps_graph() -> bool:
+    """Whether the backward that is running keeps its graph; so it may, if it is not told."""
+    told = _found(lambda: torch._C._autograd._get_current_graph_task_keep_graph, None)
+    return True if told is None else bool(told())
 
 
 def hooks_of(leaf: Tensor) -> dict[int, Any] | None:
@@ -347,3 +359,24 @@ def in_static_ddp() -> bool:
 
 def _active_ddp() -> DistributedDataParallel | None:
     return getattr(DistributedDataParallel, "_active_ddp_module", None)
+
+
+def ddp_sinks(nodes: Iterable[Node]) -> list[Any]:
+    """Where a DDP with `static_graph` or `find_unused_parameters` notices a backward."""
+    return [node for node in nodes if type(node).__name__ == "_DDPSinkBackward"]
+
+
+def is_first_of_static(sink: Any) -> bool:
+    """Whether a sink has its DDP sum gradients at the end of the next backward that passes it."""
+    ddp = sink.ddp_weakref()
+    return bool(ddp.static_graph and not ddp._static_graph_delay_allreduce_enqueued)
+
+
+def have_noticed(sink: Any, noticed: bool) -> None:
+    """Says to the DDP of a sink whether its first backward has been seen."""
+    sink.ddp_weakref()._static_graph_delay_allreduce_enqueued = noticed
+
+
+def pass_sink(sink: Any) -> None:
+    """Does, in the backward that is running, what passing a sink would do."""
+    sink._forward_cls.backward(sink)

@@ -17,10 +17,11 @@ from posegrad.schedule._chunks import ChunkSize
 from posegrad.schedule._combine import run
 from posegrad.schedule._embed import Embeddings
 from posegrad.schedule._gather import Loss, gather
+from posegrad.schedule._loss import LossCall
 from posegrad.schedule._plan import Plan, ReadingPlan, may_be_output, reading_plan
 from posegrad.schedule._poses import Pose
 from posegrad.schedule._session import Combined
-from posegrad.weighting._rules import AnyRule
+from posegrad.weighting._rules import AnyRule, is_noise_alone
 
 __all__ = ["Engine"]
 
@@ -88,7 +89,8 @@ class Engine:
         self._setting = Setting(
             modules, predict, collate, chunk_size, self._ranks, self._named, self._roster.parts
         )
-        self._gatherer = Gatherer(check, batch_dim, block_bytes, self._roster.tensors)
+        shared = self._ranks is not None
+        self._gatherer = Gatherer(check, batch_dim, block_bytes, self._roster.tensors, shared)
         self._closed = False
         self._seasoned = False  # whether a group has been through without a complaint
 
@@ -311,7 +313,8 @@ class Engine:
         r"""Adds the gradient a rule makes of an output's Jacobian to the parameters' `.grad`.
 
         Args:
-            output: As for `jacobian`; not scaled, if there is a scaler.
+            output: As for `jacobian`; not scaled, if there is a scaler. One without rows gives a
+                rule with noise its noise alone.
             rule: As for `PoseJacobian.backward`.
             scaler: Likewise.
 
@@ -326,7 +329,55 @@ class Engine:
             >>> Engine(model).backward(model(torch.ones(2, 3)).squeeze(1), Mean())
             tensor([0.5000, 0.5000])
         """
+        if self._ranks is None and is_noise_alone(output, rule):
+            nothing = PoseJacobian.empty(output, self._trained())
+            return nothing.backward(rule, scaler=scaler)
         return self.jacobian(output).backward(rule, scaler=scaler)
+
+    def loss(self, losses: Tensor, rule: Tensor | AnyRule, *, outside: str = "sum") -> Tensor:
+        """A scalar for any trainer: its backward adds the rule's gradient to `.grad`.
+
+        The rows are read and the rule is applied in this call. The backward multiplies the gradient
+        by what comes from above: a scale, a share of accumulated steps, a sum with other losses.
+
+        Args:
+            losses: As the output of `backward`. Their graph is kept until the scalar's backward, so
+                that other losses of the same forward can be added.
+            rule: As for `PoseJacobian.backward`.
+            outside: What leaves of the graph get that are no parameters of the engine's modules, as
+                heads behind a shared trunk or inputs: the gradient of `losses.sum()` by a plain
+                backward, `"sum"`; or `"error"`, which refuses them. So does a rule with noise.
+
+        Returns:
+            The sum of the weighted losses, in float32 at least; their mean if the rule has no
+            weights, and under `torch.no_grad()`.
+
+        Raises:
+            UntrackedTensorError: if such leaves are refused.
+            ValueError: if `outside` is unknown. Other errors are `jacobian`'s and
+                `PoseJacobian.backward`'s; but where gradients pass through float16, rows that are
+                nan or infinite give nan, for a GradScaler to skip the step.
+
+        In backward:
+            StaleParametersError: if a parameter was changed since.
+            HigherOrderError: with `create_graph=True`.
+
+        Note:
+            Time: that of `backward`; where there are leaves outside, one backward to these. Memory:
+            the graph while rows are read, then one gradient. If ranks share the group, the scalar
+            is that of all rows, and every rank's backward gives the whole gradient; leaves outside
+            have that of this rank's own losses.
+
+        Example:
+            >>> model = nn.Linear(3, 1)
+            >>> loss = Engine(model).loss(model(torch.ones(2, 3)).squeeze(1), Mean())
+            >>> (loss / 4).backward()  # one of four steps that are accumulated
+            >>> model.weight.grad
+            tensor([[0.2500, 0.2500, 0.2500]])
+        """
+        named = self._named()
+        call = LossCall(losses, rule, outside, self._gatherer, named, self._roster.parts())
+        return call.value(self._trained, self._ranks)
 
     def plan(
         self,

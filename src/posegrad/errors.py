@@ -72,7 +72,8 @@ class PosesMixError(PosegradError, RuntimeError):
     """The prediction of a pose depends on the poses that are scored together with it.
 
     Raised by `Engine.combine` and `Engine.gather` for a batch that the engine itself divides,
-    without `chunk_size`; names the modules in front of which poses mix.
+    without `chunk_size`; names the modules in front of which poses mix. Raised by rules with noise,
+    which it would make useless; names the parameters.
     """
 
 
@@ -127,7 +128,7 @@ class ReplayError(PosegradError, RuntimeError):
 
 
 class StaleParametersError(PosegradError, RuntimeError):
-    """A parameter changed between `combine` and `backward`.
+    """A parameter changed between `combine`, or `Engine.loss`, and `backward`.
 
     Raised in backward, by the version that autograd counts; names the parameters.
     """
@@ -143,7 +144,8 @@ class StaleFactorError(PosegradError, RuntimeError):
 class UntrackedTensorError(PosegradError, RuntimeError):
     """A tensor that requires grad is neither a parameter of the engine nor part of a pose.
 
-    Raised by `Engine.combine`: its gradient would be lost.
+    Raised by `Engine.combine`: its gradient would be lost. Raised by `Engine.loss` with
+    `outside="error"`, and for rules with noise, which it would escape.
     """
 
 
@@ -170,7 +172,8 @@ class ReentrantCheckpointError(PosegradError, RuntimeError):
 class HigherOrderError(PosegradError, RuntimeError):
     """A second derivative through a schedule that keeps no graph.
 
-    Raised in the second backward, except under `retain`.
+    Raised in the second backward, except under `retain`; for `Engine.loss` in a backward with
+    `create_graph=True`.
     """
 
 

@@ -61,6 +61,8 @@ STEPS: dict[str, Step] = {
     "compute_gramian": lambda engine, X: engine.compute_gramian(_scored(engine, X)),
     "backward(Clip)": lambda engine, X: engine.backward(_scored(engine, X), Clip(0.5)),
     "backward(UPGrad)": lambda engine, X: engine.backward(_scored(engine, X), UPGrad()),
+    "loss(Clip)": lambda engine, X: engine.loss(_scored(engine, X), Clip(0.5)).backward(),
+    "loss(UPGrad)": lambda engine, X: engine.loss(_scored(engine, X), UPGrad()).backward(),
 }
 
 

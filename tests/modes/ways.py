@@ -119,6 +119,15 @@ def _ruled(make: Any) -> Step:
     return step
 
 
+def _lost(make: Any) -> Step:
+    def step(run: Run) -> Found:
+        loss = run.engine.loss(run.losses(), run.mode.rule(make()))
+        run.scale(loss).backward()
+        return {}
+
+    return step
+
+
 def _ruled_plainly(weights_of: Any) -> Step:
     def step(run: Run) -> Found:
         losses = run.losses()
@@ -147,6 +156,8 @@ JACOBIAN: dict[str, Way] = {
     "compute_gramian": Way(_gramian_of_the_seed, _gramian_plainly, has_rule=False),
     "backward(Clip)": Way(_ruled(lambda: Clip(MAX_NORM)), _ruled_plainly(_clipping)),
     "backward(UPGrad)": Way(_ruled(UPGrad), _ruled_plainly(UPGradWeighting())),
+    "loss(Clip)": Way(_lost(lambda: Clip(MAX_NORM)), _ruled_plainly(_clipping)),
+    "loss(UPGrad)": Way(_lost(UPGrad), _ruled_plainly(UPGradWeighting())),
 }
 
 WAYS = COMBINE | JACOBIAN

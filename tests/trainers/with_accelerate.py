@@ -9,6 +9,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
 
 from posegrad import MultiPose
+from tests.trainers.cells import Cell, optimizer_of
 from tests.trainers.oracle import RULES, assert_same, compounds, network, plain_step
 
 ACCUMULATED, STEPS, MAX_NORM = 2, 3, 0.3
@@ -64,3 +65,18 @@ def assert_trains_like_a_plain_loop(name: str, *, ranks: int) -> None:
                 scheduler.step()
         torch.testing.assert_close(torch.stack(found), torch.stack(norms), rtol=1e-10, atol=1e-10)
         assert_same(own.unwrap_model(module), plain)
+
+
+def trained(cell: Cell) -> torch.nn.Module:
+    """The module of a cell of the table, after all steps."""
+    options: dict[str, Any] = {"mixed_precision": "bf16"} if cell.setting.half else {}
+    with accelerator(gradient_accumulation_steps=cell.setting.accumulated, **options) as own:
+        module = cell.module()
+        loss, optimizer = cell.way.loss(module), optimizer_of(module.parameters())
+        wrapped, optimizer = own.prepare(module, optimizer)
+        for batch in cell.batches()[own.process_index :: own.num_processes]:
+            with own.accumulate(wrapped):
+                own.backward(loss(wrapped, batch))
+                optimizer.step()
+                optimizer.zero_grad()
+        return own.unwrap_model(wrapped)

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler
 
 from posegrad import Combination, MultiPose
+from tests.trainers.cells import Batch, Cell, optimizer_of
 from tests.trainers.oracle import RULES, Compound, assert_same, compounds, network, plain_step
 
 MAX_NORM, EPOCHS, STEPS = 0.3, 2, 3
@@ -29,6 +30,21 @@ class Affinity(lightning.LightningModule):
         optimizer = torch.optim.SGD(self.parameters(), lr=0.2, momentum=0.9)
         scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.7)
         return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
+
+
+class Trained(lightning.LightningModule):
+    """A cell of the table."""
+
+    def __init__(self, cell: Cell) -> None:
+        super().__init__()
+        self.module = cell.module()
+        self.loss = cell.way.loss(self.module)
+
+    def training_step(self, batch: Batch, _: int) -> Tensor:
+        return self.loss(self.module, batch)
+
+    def configure_optimizers(self) -> Any:
+        return optimizer_of(self.parameters())
 
 
 def trainer(folder: Path, **options: Any) -> lightning.Trainer:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from posegrad import Clip, Engine
+from posegrad import Clip, Engine, NoPosesError, PosesMixError
 from posegrad.testing._seeded import seeded
 from tests import reference
 
@@ -121,3 +121,174 @@ def test_the_noise_is_not_negative(sigma: float) -> None:
 def test_noise_needs_a_generator() -> None:
     with pytest.raises(ValueError, match=r"no generator .*\nPass generator=torch.Generator"):
         Clip(1.0, noise_multiplier=1.0)
+
+
+def _rows_of(model: nn.Module, losses: Tensor) -> dict[str, Tensor]:
+    """By parameter its rows `[m, *shape]`, by plain autograd; the graph is kept."""
+    named = reference.trainable(model)
+    flat = reference.rows(losses, named).split([p.numel() for p in named.values()], dim=1)
+    return {n: part.reshape(-1, *p.shape) for (n, p), part in zip(named.items(), flat, strict=True)}
+
+
+def _small() -> tuple[nn.Module, Tensor]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1)).double()
+    return model, model(torch.randn(6, 3, dtype=torch.float64)).squeeze(1).square()
+
+
+def _shortened(rows: list[Tensor], norm: float, *, automatic: bool = False) -> list[Tensor]:
+    """The sums of rows `[m, ...]` of a group of parameters, shortened together."""
+    flat = torch.cat([r.flatten(1) for r in rows], dim=1)
+    norms = flat.norm(dim=1)
+    weights = norm / (norms + 0.01) if automatic else (norm / norms).clamp(max=1)
+    return [torch.tensordot(weights, r, 1) for r in rows]
+
+
+GROUPS = {"first": (["0.weight", "0.bias"], 0.2), "last": (["2.weight", "2.bias"], None)}
+
+
+@pytest.mark.parametrize("mode", ["flat", "automatic"])
+@pytest.mark.parametrize("by", ["all", "parameter", GROUPS], ids=["all", "parameter", "groups"])
+def test_groups_are_shortened_each_by_itself(by: Any, mode: str) -> None:
+    model, losses = _small()
+    rows = _rows_of(model, losses)
+    if by == "all":
+        groups = [([*rows], NORM)]
+    elif by == "parameter":
+        groups = [([name], NORM / 2) for name in rows]  # of four
+    else:
+        groups = [(["0.weight", "0.bias"], 0.2), (["2.weight", "2.bias"], NORM / math.sqrt(2))]
+    expected: dict[str, Tensor] = {}
+    for names, norm in groups:
+        sums = _shortened([rows[n] for n in names], norm, automatic=mode == "automatic")
+        expected |= dict(zip(names, sums, strict=True))
+
+    weights = Engine(model).backward(losses, Clip(NORM, by=by, mode=mode))
+
+    assert (weights is None) == (by != "all")
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.grad, expected[name], rtol=1e-10, atol=1e-12)
+
+
+def test_the_value_of_a_loss_by_groups_is_the_mean() -> None:
+    model, losses = _small()
+    loss = Engine(model).loss(losses, Clip(NORM, by="parameter"))
+    torch.testing.assert_close(loss.detach(), losses.detach().mean())
+
+
+@pytest.mark.parametrize(
+    ("by", "greatest"),
+    [("all", NORM), ("parameter", NORM), (GROUPS, math.hypot(0.2, NORM / math.sqrt(2)))],
+    ids=["all", "parameter", "groups"],
+)
+def test_the_noise_is_that_of_what_one_pose_can_move(by: Any, greatest: float) -> None:
+    model, losses = _small()
+    Engine(model).backward(losses, Clip(NORM, by=by))
+    plain = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    model, losses = _small()
+    Engine(model).backward(losses, _noisy(4, by=by))
+    generator = seeded(4)
+    for p, g in zip(model.parameters(), plain, strict=True):
+        noise = SIGMA * greatest * torch.randn(p.shape, generator=generator)
+        torch.testing.assert_close(p.grad, g + noise, rtol=1e-6, atol=1e-6)
+
+
+def test_groups_name_every_parameter_once() -> None:
+    model, losses = _small()
+    by = {"a": (["0.weight", "0.bias", "3.weight"], 1.0), "b": (["0.bias"], 1.0)}
+    with pytest.raises(
+        ValueError, match=r"unknown: 3\.weight; in several groups: 0\.bias; in none: 2\.weight"
+    ):
+        Engine(model).backward(losses, Clip(1.0, by=by))
+    assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"by": "layer"}, "by='layer' is unknown"),
+        ({"by": {}}, "by is an empty dict"),
+        ({"by": {"a": (["x"], 0.0)}}, "the norm of group 'a' is 0.0"),
+        ({"mode": "hard"}, "mode='hard' is unknown"),
+        ({"mode": "automatic", "gamma": 0.0}, "gamma is 0.0"),
+    ],
+)
+def test_other_words_are_refused(options: dict[str, Any], match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        Clip(1.0, **options)
+
+
+def test_noise_is_drawn_once_in_a_step_of_several_batches() -> None:
+    rule, generator = _noisy(0), seeded(0)
+    model, _ = _small()
+    engine = Engine(model)
+    batches = [torch.randn(6, 3, dtype=torch.float64) for _ in range(3)]
+    for number, batch in enumerate(batches):
+        rule.last(number == 2)
+        engine.backward(model(batch).squeeze(1).square(), rule)
+    noisy = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    for batch in batches:
+        engine.backward(model(batch).squeeze(1).square(), Clip(NORM))
+    for found, p in zip(noisy, model.parameters(), strict=True):
+        noise = SIGMA * NORM * torch.randn(p.shape, generator=generator)
+        torch.testing.assert_close(found, p.grad + noise, rtol=1e-6, atol=1e-6)
+
+
+def test_an_output_without_rows_is_noise_alone() -> None:
+    generator = seeded(0)
+    model, losses = _small()
+    engine = Engine(model)
+    engine.backward(losses[:0], _noisy(0))
+    for p in model.parameters():
+        noise = SIGMA * NORM * torch.randn(p.shape, generator=generator)
+        torch.testing.assert_close(p.grad, noise.double(), rtol=1e-6, atol=1e-6)
+    before = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    loss = engine.loss(losses.detach()[:0], _noisy(0))
+    assert float(loss.detach()) == 0
+    loss.backward()
+    torch.testing.assert_close([p.grad for p in model.parameters()], before)
+    with pytest.raises(NoPosesError, match=r"shape \[0\]"):
+        engine.backward(losses[:0], Clip(NORM))
+
+
+@pytest.mark.filterwarnings("ignore:The predictions of different poses depend:UserWarning")
+def test_noise_hides_no_pose_that_moves_others() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 1))
+    losses = model(torch.randn(6, 3)).squeeze(1)
+    with pytest.raises(PosesMixError, match=r"(?s)0\.weight.*would not be private"):
+        Engine(model).backward(losses, _noisy(0))
+    assert all(p.grad is None for p in model.parameters())
+    Engine(model.eval()).backward(model(torch.randn(6, 3)).squeeze(1), _noisy(0))
+
+
+def test_the_random_state_is_saved_and_goes_on() -> None:
+    rule, other = _noisy(0), _noisy(9)
+    _gradient(rule)
+    other.load_state_dict(rule.state_dict())
+    first, again = _gradient(rule), _gradient(other)
+    assert all(torch.equal(g, again[name]) for name, g in first.items())
+    assert Clip(NORM).state_dict() == {"_extra_state": {}}
+
+
+USERS = torch.tensor([0, 1, 0, 2, 2, 1])
+POOLED = {
+    "users": lambda y: torch.zeros(3, dtype=y.dtype).index_add(0, USERS, y),
+    "microbatches": lambda y: y.view(3, 2).mean(1),
+}
+
+
+@pytest.mark.parametrize("name", POOLED)
+def test_losses_pooled_by_user_or_microbatch_are_shortened_as_such(name: str) -> None:
+    model, losses = _small()
+    pooled = POOLED[name](losses)
+    rows = _rows_of(model, pooled)
+    expected = _shortened([*rows.values()], NORM)
+    J = Engine(model).jacobian(pooled)
+    assert not J.mixed
+    assert all("closed form" in path for paths in J.paths.values() for path in paths)
+    J.backward(Clip(NORM))
+    for p, gradient in zip(model.parameters(), expected, strict=True):
+        torch.testing.assert_close(p.grad, gradient, rtol=1e-10, atol=1e-12)

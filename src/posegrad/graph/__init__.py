@@ -1,19 +1,24 @@
 """Reading autograd's graph: the only code that touches autograd's internals."""
 
+from posegrad.graph._beside import Beside, leaves_beside
 from posegrad.graph._edges import EdgeRegistry
 from posegrad.graph._gather import Gatherer
-from posegrad.graph._guard import alone, failures_named, grad_set_aside, leaf_hooks_off
+from posegrad.graph._guard import alone, failures_named, grad_set_aside
 from posegrad.graph._mixing import mixing_modules
 from posegrad.graph._modules import Roster, Wanted, check_modules
 from posegrad.graph._outlook import Outlook
+from posegrad.graph._release import KeptGraph
 from posegrad.graph._tracked import check_tracked, graph_clock, is_slice_of_leaf, leaf_of_slice
-from posegrad.graph._wrapped import check_no_talk, unwrapped
+from posegrad.graph._wrapped import Sinks, check_no_talk, unwrapped
 
 __all__ = [
+    "Beside",
     "EdgeRegistry",
     "Gatherer",
+    "KeptGraph",
     "Outlook",
     "Roster",
+    "Sinks",
     "Wanted",
     "alone",
     "check_modules",
@@ -23,8 +28,8 @@ __all__ = [
     "grad_set_aside",
     "graph_clock",
     "is_slice_of_leaf",
-    "leaf_hooks_off",
     "leaf_of_slice",
+    "leaves_beside",
     "mixing_modules",
     "unwrapped",
 ]

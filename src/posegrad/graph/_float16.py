@@ -12,8 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from posegrad._restoring import ordinary_mode
-from posegrad.graph._guard import leaf_hooks_off
+from posegrad._restoring import leaf_hooks_off, ordinary_mode
 from posegrad.graph._reading import Parts
 from posegrad.jacobian import Backwards, Factors, Part, Purpose, Rows, wide
 

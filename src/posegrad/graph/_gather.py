@@ -11,6 +11,7 @@ from torch import Tensor
 from posegrad._torch import is_hooked
 from posegrad._warn import warn
 from posegrad.errors import NotDifferentiableError, ReentrantCheckpointError
+from posegrad.graph._beside import Beside, gradients_of_sum
 from posegrad.graph._boundary import (
     check_dimension,
     check_index,
@@ -41,6 +42,7 @@ from posegrad.graph._warnings import (
     nan_message,
     nested_message,
 )
+from posegrad.graph._wrapped import Sinks
 from posegrad.jacobian import ONE, TOGETHER, Arrangement, Backwards, Block, PoseJacobian, is_cast
 
 __all__ = ["Gatherer"]
@@ -63,12 +65,14 @@ class Gatherer:
         batch_dim: The output's dimension that counts poses, `"auto"`, or None for rows only.
         block_bytes: About how much memory rows that have no closed form may take at once.
         tensors: Lists the parameters and buffers of the modules.
+        is_shared: Whether all ranks make the same of the rows, so that no DDP need sum it.
     """
 
     check: str
     batch_dim: int | str | None
     block_bytes: int
     tensors: Callable[[], Iterable[Tensor]]
+    is_shared: bool = False
     _structures: Structures = field(default_factory=Structures)
     _scaling: Scaling = field(default_factory=Scaling)
     _generator: torch.Generator = field(default_factory=_seeded)
@@ -113,6 +117,8 @@ class Gatherer:
         keep_graph: bool = False,
         must_depend: bool = True,
         quiet: bool = False,
+        registry: EdgeRegistry | None = None,
+        beside: Beside | None = None,
     ) -> PoseJacobian:
         """The Jacobian of `output` with respect to `parameters`.
 
@@ -123,6 +129,9 @@ class Gatherer:
             keep_graph: Leave the graph as it is.
             must_depend: Refuse an output that depends on none of them.
             quiet: Do not warn of slow ways.
+            registry: The output's graph, if it was walked already.
+            beside: Other leaves, if the gradient of the output's sum there is wanted too. Whoever
+                asks for them has DDP notice the backward in which gradients are delivered.
 
         Raises:
             NoPosesError: if the output is empty.
@@ -133,7 +142,7 @@ class Gatherer:
         parts: Parts = {}
         backwards = _NO_BACKWARDS
         if output.requires_grad:
-            registry = _graph_of(output)
+            registry = registry or _graph_of(output)
             used, dim = registry.used(parameters), self._dim_of(output)
             check_dimension(output, dim)
             check_index(pose_index)
@@ -142,19 +151,33 @@ class Gatherer:
                 heard = listened_to(output, registry, known.slots)
                 subject = Subject(
                     output, registry, used, pose_index, dim, self._generator, known.steps,
-                    known.followed, self.tensors, any(map(is_hooked, heard)), quiet,
+                    known.followed, self.tensors, any(map(is_hooked, heard)), quiet, beside,
                 )  # fmt: skip
                 scale = known.has_float16
                 scale = registry.has_float16() if scale is None else scale
                 read = self._parts_in_float16 if scale else self._parts_of
-                with retained_set_aside(heard):
+                sinks = Sinks(registry)
+                if beside is None and not self.is_shared:
+                    sinks.check_delivered()
+                with retained_set_aside(heard), sinks:
                     parts, backwards = read(subject, known, keep_graph)
         if not parts and must_depend:
             raise NotDifferentiableError(unrelated_message(output, len(parameters)))
+        if beside is not None and registry is not None and beside.gradients is None:
+            exponent = (self._scaling.exponent or 0) if registry.has_float16() else None
+            with Sinks(registry):
+                beside.gradients = gradients_of_sum(
+                    output, registry, beside.leaves, parameters, exponent
+                )
         blocks = {
             name: Block.of(p, output.numel(), parts.get(name, ())) for name, p in parameters.items()
         }
         return PoseJacobian(output.detach().clone(), parameters, blocks, backwards)
+
+    def graph_of(self, output: Tensor) -> EdgeRegistry | None:
+        """The graph of an output that can have a Jacobian; None if it has no graph."""
+        check_output(output)
+        return _graph_of(output) if output.requires_grad else None
 
     def _parts_of(
         self, subject: Subject, known: Structure, keep_graph: bool
@@ -201,8 +224,9 @@ class Gatherer:
             stated = bool(subject.pose_index)
             known = self._structures.of(own, subject.parameters, scaled, stated=stated)
             seen = replace(
-                subject, output=scaled, registry=own, steps=known.steps, inferred=known.followed
-            )
+                subject, output=scaled, registry=own, steps=known.steps, inferred=known.followed,
+                beside=None,
+            )  # fmt: skip
             parts, backwards = self._parts_of(seen, known, keep_graph=True)
             readings.append(backwards)
             return parts

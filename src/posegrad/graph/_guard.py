@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from posegrad._restoring import Change, no_autocast, no_graph, ordinary_mode
-from posegrad._torch import hooks_of, is_listened_to, is_python, slots_of
+from posegrad._torch import is_listened_to, is_python, slots_of
 from posegrad.errors import ReentrantCheckpointError, StaleFactorError, UnsupportedModuleError
 from posegrad.graph._edges import EdgeRegistry
 from posegrad.graph._release import Slot
@@ -20,7 +20,6 @@ __all__ = [
     "cotangents_copied",
     "failures_named",
     "grad_set_aside",
-    "leaf_hooks_off",
     "listened_to",
     "python_contained",
     "retained_set_aside",
@@ -146,27 +145,6 @@ class undisturbed(Change):  # noqa: N801
 
     def undo(self) -> None:
         pass  # each does that for itself
-
-
-@final
-class leaf_hooks_off(Change):  # noqa: N801
-    """Keeps `Tensor.register_hook` hooks of leaves from running.
-
-    They would run for every `autograd.grad` that asks for the leaf, and once more when the sum is
-    delivered; plain autograd runs them once, on the sum.
-    """
-
-    def __init__(self, leaves: Iterable[Tensor]) -> None:
-        tables = [table for leaf in leaves if (table := hooks_of(leaf))]
-        self._held = [(table, dict(table)) for table in tables]
-
-    def make(self) -> None:
-        for table, _ in self._held:
-            table.clear()
-
-    def undo(self) -> None:
-        for table, functions in self._held:
-            table.update(functions)
 
 
 @final

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from posegrad._torch import dtype_of, is_packed, is_packed_at
+from posegrad._torch import dtype_of, is_listened_to, is_packed, is_packed_at
 from posegrad.graph._alone import in_backward
 from posegrad.graph._edges import LEAF_NAME, EdgeRegistry, named
 from posegrad.graph._operators import kind_of
@@ -21,7 +21,13 @@ from posegrad.graph._release import Slot, release
 from posegrad.graph._sites import Site, looks_up
 from posegrad.graph._subject import Subject
 from posegrad.graph._trial import Trial, known_layout
-from posegrad.graph._vjp import cotangents_at, node_rows, rows_of_graph, rows_together
+from posegrad.graph._vjp import (
+    cotangents_at,
+    node_rows,
+    rows_of_each,
+    rows_of_graph,
+    rows_together,
+)
 from posegrad.jacobian import (
     NOBODY,
     Arrangement,
@@ -425,7 +431,14 @@ class Reading:
 
         self.subject.backwards.add(Purpose.ROWS, output.numel())
         sources = [source for source, _ in targets]
-        found = rows_of_graph([output], units, sources, output.numel(), self._at_once(names))
+        apart = self._put_together()
+        if apart is None:
+            found = rows_of_graph([output], units, sources, output.numel(), self._at_once(names))
+        else:
+            beside = None if self.registry.has_python() else self.subject.beside
+            found, sums = rows_of_each(apart, sources, () if beside is None else beside.leaves)
+            if beside is not None:
+                beside.gradients = sums  # on the way; functions of Python need a guard there
         parts: Parts = {}
         for name, (_, table), rows in zip(names, targets, found, strict=True):
             path = f"rows of the whole graph: {reasons[name]}"
@@ -436,6 +449,23 @@ class Reading:
             else:
                 parts[name] = [entries(path, table, rows, Arrangement(output.shape, None))]
         return parts
+
+    def _put_together(self) -> list[GradientEdge | None] | None:
+        """The numbers that the output was put together of, one after another; None if it was not.
+
+        Each has a graph of its own, in which the others' part costs nothing.
+        """
+        registry, output = self.registry, self.subject.output
+        sources = registry.sources[0]
+        if not kind_of(registry.names[0]).cuts or not 1 < len(sources) == output.numel():
+            return None
+        present = [edge for edge in sources if edge is not None]
+        if any(prod(registry.sizes[node][i]) != 1 for node, i in present):
+            return None
+        if is_listened_to(output):  # its hooks see the gradients of all
+            return None
+        edges = iter(registry.at(present))
+        return [None if edge is None else next(edges) for edge in sources]
 
     def _target(self, name: str) -> tuple[Tensor | GradientEdge, Embedding | None]:
         """By what rows of the whole graph are taken, and the table if it is what was looked up."""

@@ -1,20 +1,45 @@
 """Freeing a graph without running it."""
 
-from collections.abc import Iterable
-from typing import NoReturn
+from collections.abc import Callable, Iterable
+from typing import NoReturn, final
 
 from torch import Tensor
 
-from posegrad._torch import slot_names, slots_of
+from posegrad._torch import after_backward, slot_names, slots_of
 from posegrad.graph._edges import EdgeRegistry
 
-__all__ = ["Slot", "release", "slots_above"]
+__all__ = ["KeptGraph", "Slot", "release", "slots_above"]
 
 Slot = tuple[int, str]
 """The number of a node, and the name of what it saved."""
 
 
-def release(registry: EdgeRegistry, slots: Iterable[Slot]) -> None:
+@final
+class KeptGraph:
+    """A graph that was read, and that other losses may still be differentiated through.
+
+    Args:
+        registry: The graph; None if there is none.
+    """
+
+    def __init__(self, registry: EdgeRegistry | None) -> None:
+        self._registry = registry
+
+    def free_after_backward(self) -> None:
+        """Frees it when the backward that is running ends, as that would do with its own graph."""
+        after_backward(self._free)
+
+    def _free(self) -> None:
+        registry, self._registry = self._registry, None
+        if registry is not None:
+            nodes = enumerate(registry.nodes)
+            slots = [(number, name) for number, node in nodes for name in slot_names(node)]
+            release(registry, slots, _freed_by_backward)
+
+
+def release(
+    registry: EdgeRegistry, slots: Iterable[Slot], gone: Callable[[None], NoReturn] | None = None
+) -> None:
     """Frees what nodes saved, as `torch.autograd.grad` of the leaves below would.
 
     Nothing runs, no hook of the user's either: every saved tensor is replaced by nothing, through
@@ -24,11 +49,12 @@ def release(registry: EdgeRegistry, slots: Iterable[Slot]) -> None:
     Args:
         registry: The graph.
         slots: Where tensors may be saved.
+        gone: Raises what whoever uses the graph again is told.
     """
     for number, name in slots:
         for slot in slots_of(registry.nodes[number], name):
             try:
-                slot.register_hooks(_nothing, _gone)
+                slot.register_hooks(_nothing, gone or _read)
             except RuntimeError:
                 continue  # empty, or packed by a checkpoint, which holds little
 
@@ -47,7 +73,15 @@ def _nothing(_: Tensor) -> None:
     return None
 
 
-def _gone(_: None) -> NoReturn:
+def _freed_by_backward(_: None) -> NoReturn:
+    raise RuntimeError(
+        "Trying to backward through the graph a second time: the backward of engine.loss() has "
+        "freed it, as any backward does. Add the losses up before it, or call "
+        "backward(retain_graph=True)."
+    )
+
+
+def _read(_: None) -> NoReturn:
     raise RuntimeError(
         "Trying to backward through the graph a second time: the engine has read its Jacobian and "
         "freed it. Pass jacobian(..., retain_graph=True) to keep it."

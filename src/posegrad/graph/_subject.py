@@ -9,6 +9,7 @@ from torch import Tensor
 
 from posegrad._torch import memory_of
 from posegrad.graph._axis import Axis
+from posegrad.graph._beside import Beside
 from posegrad.graph._edges import Edge, EdgeRegistry, named
 from posegrad.graph._inference import Inferred, Step, infer, steps_of
 from posegrad.jacobian import Arrangement, Backwards
@@ -33,6 +34,7 @@ class Subject:
         is_hooked: Whether activations are seen to have hooks, which may do today what they did not
             when rows were last compared with autograd.
         quiet: Whether not to warn of slow ways.
+        beside: Leaves that are no parameters, if the gradient of the sum there is wanted too.
     """
 
     output: Tensor
@@ -46,6 +48,7 @@ class Subject:
     tensors: Callable[[], Iterable[Tensor]]
     is_hooked: bool = False
     quiet: bool = False
+    beside: Beside | None = None
 
     def axes(self, arrangement: Arrangement) -> Mapping[Edge, Axis]:
         """Where poses lie at the edges for which operators tell, one after another."""

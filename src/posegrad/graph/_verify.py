@@ -7,7 +7,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from posegrad.graph._guard import leaf_hooks_off
+from posegrad._restoring import leaf_hooks_off
 from posegrad.graph._subject import Subject
 from posegrad.graph._vjp import dense
 from posegrad.jacobian import Block, Part, Purpose, Weights

@@ -10,16 +10,16 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
-from posegrad._restoring import Change, ordinary_mode
+from posegrad._restoring import Change, leaf_hooks_off, ordinary_mode
 from posegrad._torch import backward_to, device_of, dtype_of, shape_of
 from posegrad.graph._alone import apply_node
-from posegrad.graph._guard import leaf_hooks_off
 
 __all__ = [
     "as_source",
     "cotangents_at",
     "dense",
     "node_rows",
+    "rows_of_each",
     "rows_of_graph",
     "rows_together",
 ]
@@ -180,6 +180,49 @@ def rows_together(
     """
     with leaf_hooks_off(leaves), _thawed(leaves), ordinary_mode():
         return _batched([output], [cotangents], list(leaves), is_sure=is_sure)
+
+
+def rows_of_each(
+    outputs: Sequence[GradientEdge | None],
+    sources: Sequence[Tensor | GradientEdge],
+    summed: Sequence[Tensor] = (),
+) -> tuple[list[Tensor | None], list[Tensor | None]]:
+    """The gradient of one number after another, each by a backward through its own graph.
+
+    Args:
+        outputs: The numbers; None for one without a graph.
+        sources: With respect to what: leaves, or tensors of the graph.
+        summed: Leaves of which the sum of all gradients is wanted.
+
+    Returns:
+        `[count, *shape]` for each source, and the sums; None where nothing flows.
+    """
+    leaves = [source for source in (*sources, *summed) if isinstance(source, Tensor)]
+    rows: list[Tensor | None] = [None] * len(sources)
+    sums: list[Tensor | None] = [None] * len(summed)
+    with leaf_hooks_off(leaves), _thawed(leaves), ordinary_mode():
+        for i, edge in enumerate(outputs):
+            if edge is None:
+                continue
+            found = _grad([edge], [_one(edge)], [*sources, *summed], batched=False)
+            for k, gradient in enumerate(found):
+                if gradient is None:
+                    continue
+                gradient = dense(gradient)
+                if k >= len(sources):
+                    total = sums[k - len(sources)]
+                    sums[k - len(sources)] = gradient if total is None else total + gradient
+                    continue
+                own = rows[k]
+                if own is None:
+                    own = rows[k] = gradient.new_zeros(len(outputs), *gradient.shape)
+                own[i] = gradient
+    return rows, sums
+
+
+def _one(edge: GradientEdge) -> Tensor:
+    shape, dtype = shape_of(edge.node)[edge.output_nr], dtype_of(edge.node)[edge.output_nr]
+    return torch.ones(shape, dtype=dtype, device=device_of(edge.node))
 
 
 @final

@@ -3,6 +3,7 @@
 from posegrad.jacobian._arrangement import Arrangement
 from posegrad.jacobian._backwards import ONE, TOGETHER, Backwards, Purpose
 from posegrad.jacobian._block import Block
+from posegrad.jacobian._deliver import Gradient, owned
 from posegrad.jacobian._form import ClosedForm, Factor
 from posegrad.jacobian._layout import NOBODY, Layout, single
 from posegrad.jacobian._parts import Factors, Part, Pull, Rows, Weights
@@ -20,6 +21,7 @@ __all__ = [
     "ClosedForm",
     "Factor",
     "Factors",
+    "Gradient",
     "Layout",
     "Part",
     "PoseJacobian",
@@ -30,6 +32,7 @@ __all__ = [
     "Weights",
     "is_cast",
     "of_all",
+    "owned",
     "single",
     "wide",
 ]

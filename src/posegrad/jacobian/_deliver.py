@@ -2,47 +2,88 @@
 
 import sys
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from posegrad._restoring import restoring
 from posegrad._torch import backward_into_leaves
-from posegrad.errors import NonFiniteGradientError
-from posegrad.weighting._base import GradientRule, Jacobian
+from posegrad.errors import NonFiniteGradientError, NonFinitePredictionError
+from posegrad.jacobian._exchange import grad_apart
+from posegrad.weighting._base import GradientRule, Jacobian, Step
 from posegrad.weighting._rules import OfPredictions
 
-__all__ = ["deliver", "deliver_step", "deposit", "step_of"]
+__all__ = ["Gradient", "deliver", "deliver_step", "deposit", "gradient_of", "owned"]
 
 _PROBE = [object()]
 _HELD_BY_A_LIST = sys.getrefcount(_PROBE[0])
 
 
-def step_of(
-    rule: GradientRule, jacobian: Jacobian, scaler: torch.amp.GradScaler | None
-) -> tuple[dict[str, Tensor], Tensor | None]:
-    """What a rule makes of a Jacobian, times the scale that a scaler will divide by.
+class Gradient(NamedTuple):
+    """What a rule makes of a Jacobian, before anything is added to `.grad`.
 
-    Returns:
-        The gradients, in a dict that is nobody else's, and the weights.
-
-    Rows that are nan or infinite are no error to a scaler, which skips the step and goes on with a
-    lower scale: it is shown a gradient of nan.
+    Args:
+        own: The gradients of the engine's parameters, by name, in a dict that is nobody else's.
+        weights: As of a `Step`.
+        of_rule: The gradients of the rule's own parameters, by name.
+        trained: Those parameters.
     """
-    if scaler is None or not scaler.is_enabled():
-        gradients, weights = rule.step(jacobian)
-        return dict(gradients), weights
-    predictions = jacobian.predictions
-    scale = scaler.scale(torch.ones((), device=predictions.device)).item()
-    if isinstance(rule, OfPredictions):
-        rule = OfPredictions(rule.rule, scale=scale)
+
+    own: dict[str, Tensor]
+    weights: Tensor | None
+    of_rule: dict[str, Tensor]
+    trained: dict[str, nn.Parameter]
+
+
+def gradient_of(
+    rule: GradientRule,
+    jacobian: Jacobian,
+    *,
+    scaler: torch.amp.GradScaler | None = None,
+    or_nan: bool = False,
+) -> Gradient:
+    """The gradient that a rule makes, also of its own parameters; no `.grad` is touched.
+
+    Args:
+        rule: The rule.
+        jacobian: The rows.
+        scaler: Multiplies the gradient by the scale that it will divide by. Rows that are nan or
+            infinite are no error to it: it skips the step and goes on with a lower scale.
+        or_nan: Whether such rows give a gradient of nan, without a scaler too.
+    """
+    trained = {name: p for name, p in rule.named_parameters() if p.requires_grad}
+    scales = scaler is not None and scaler.is_enabled()
     try:
-        gradients, weights = rule.step(jacobian)
-    except NonFiniteGradientError:
-        weights = torch.full_like(predictions, torch.nan)
-        shapes = jacobian.shapes
-        gradients = {name: weights.new_full(shapes[name], torch.nan) for name in jacobian.used}
-    return {name: scale * gradient for name, gradient in gradients.items()}, weights
+        (own, weights), of_rule = _apart(rule, jacobian, trained)
+    except (NonFiniteGradientError, NonFinitePredictionError):
+        if not scales and not or_nan:
+            raise
+        (own, weights), of_rule = _lost(jacobian), {}
+    own = dict(own)
+    if scaler is not None and scales:
+        scale = scaler.scale(torch.ones((), device=jacobian.predictions.device)).item()
+        own = {name: scale * gradient for name, gradient in own.items()}
+        of_rule = {name: scale * gradient for name, gradient in of_rule.items()}
+    return Gradient(own, weights, of_rule, trained)
+
+
+def _apart(
+    rule: GradientRule, jacobian: Jacobian, trained: Mapping[str, Tensor]
+) -> tuple[Step, dict[str, Tensor]]:
+    """A rule's step, and the gradients of its own parameters, by name."""
+    if isinstance(rule, OfPredictions):
+        return rule.trained_step(jacobian)
+    with grad_apart(trained) as of_rule:  # whatever a user's own rule adds there
+        step = rule.step(jacobian)
+    return step, of_rule
+
+
+def _lost(jacobian: Jacobian) -> Step:
+    """A gradient of nan."""
+    weights = torch.full_like(jacobian.predictions, torch.nan)
+    shapes = jacobian.shapes
+    return Step({n: weights.new_full(shapes[n], torch.nan) for n in jacobian.used}, weights)
 
 
 @restoring
@@ -53,9 +94,10 @@ def deliver_step(
     scaler: torch.amp.GradScaler | None,
 ) -> Tensor | None:
     """Adds what a rule makes of a Jacobian to `.grad`; returns the weights."""
-    gradients, weights = step_of(rule, jacobian, scaler)
-    deposit(gradients, parameters)
-    return weights
+    found = gradient_of(rule, jacobian, scaler=scaler)
+    deposit(found.own, parameters)
+    deposit(found.of_rule, found.trained)
+    return found.weights
 
 
 def deposit(gradients: dict[str, Tensor], parameters: Mapping[str, Tensor]) -> None:
@@ -70,6 +112,16 @@ def deposit(gradients: dict[str, Tensor], parameters: Mapping[str, Tensor]) -> N
     ready = [gradients[n].to(p.device, p.dtype) for n, p in zip(named, places, strict=True)]
     gradients.clear()
     deliver(places, ready)
+
+
+def owned(gradients: dict[str, Tensor]) -> list[Tensor]:
+    """Some gradients, of which nobody else holds any; the dict is emptied."""
+    own = [*gradients.values()]
+    gradients.clear()
+    for i, _ in enumerate(own):
+        if sys.getrefcount(own[i]) > _HELD_BY_A_LIST:  # by the rule
+            own[i] = own[i].clone()
+    return own
 
 
 def deliver(parameters: Sequence[Tensor], gradients: list[Tensor]) -> None:

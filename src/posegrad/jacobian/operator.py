@@ -7,9 +7,10 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
+from posegrad._restoring import restoring
 from posegrad.jacobian._backwards import ONE, Backwards
 from posegrad.jacobian._block import Block, join
-from posegrad.jacobian._deliver import deliver_step
+from posegrad.jacobian._deliver import Gradient, deliver_step, gradient_of
 from posegrad.jacobian._iterate import each, one_at
 from posegrad.jacobian._parts import Weights, checked_weights
 from posegrad.jacobian._precision import exact
@@ -20,6 +21,8 @@ from posegrad.jacobian._sheet import side_by_side
 from posegrad.weighting._rules import AnyRule, as_gradient_rule
 
 __all__ = ["PoseJacobian"]
+
+MIXED = "poses mix"  # in the path of a parameter's rows
 
 
 @final
@@ -64,6 +67,12 @@ class PoseJacobian:
         self._backwards = backwards
 
     @classmethod
+    def empty(cls, output: Tensor, parameters: Mapping[str, Tensor]) -> "PoseJacobian":
+        """The rows of an output that has none; it is like `output` in all but dimension 0."""
+        blocks = {name: Block.of(p, 0, ()) for name, p in parameters.items()}
+        return cls(output.detach()[:0], parameters, blocks)
+
+    @classmethod
     def joined(cls, jacobians: Sequence["PoseJacobian"]) -> "PoseJacobian":
         """The rows of several Jacobians of the same parameters, one after another."""
         predictions = torch.cat([jacobian.predictions for jacobian in jacobians])
@@ -97,6 +106,17 @@ class PoseJacobian:
     def shapes(self) -> dict[str, torch.Size]:
         """The parameters' shapes, in the order of the columns of `matrix`."""
         return {name: block.shape for name, block in self._blocks.items()}
+
+    @property
+    def mixed(self) -> list[str]:
+        """The parameters on whose way to the output poses were seen to influence each other."""
+        return [name for name, paths in self.paths.items() if any(MIXED in p for p in paths)]
+
+    def of(self, names: Sequence[str]) -> "PoseJacobian":
+        """The rows of some parameters alone; it shares what this Jacobian holds."""
+        parameters = {name: self._parameters[name] for name in names}
+        blocks = {name: self._blocks[name] for name in names}
+        return PoseJacobian(self.predictions, parameters, blocks, self._backwards)
 
     @property
     def output_shape(self) -> torch.Size:
@@ -175,6 +195,16 @@ class PoseJacobian:
             tensor([[0.5000, 0.5000]])
         """
         return deliver_step(as_gradient_rule(rule), self, self._parameters, scaler)
+
+    @restoring
+    def made_by(self, rule: Tensor | AnyRule, *, or_nan: bool = False) -> Gradient:
+        """The gradient that `backward` would add to `.grad`, and the weights.
+
+        Args:
+            rule: As there.
+            or_nan: Whether rows that are nan or infinite give a gradient of nan, not an error.
+        """
+        return gradient_of(as_gradient_rule(rule), self, or_nan=or_nan)
 
     @exact
     def gramian(self, dtype: torch.dtype | None = None, *, per_parameter: bool = False) -> Any:

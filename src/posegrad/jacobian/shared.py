@@ -10,12 +10,14 @@ So the rows of one layer, in the form they are held in, go to one rank, those of
 the next rank, and what each has made of them is added up. No rank ever has the whole of J.
 """
 
+import copy
 import pickle
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, final
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from posegrad._restoring import restoring
 from posegrad.errors import (
@@ -24,11 +26,10 @@ from posegrad.errors import (
     UnsupportedModuleError,
 )
 from posegrad.jacobian._block import Block
-from posegrad.jacobian._deliver import deposit, step_of
+from posegrad.jacobian._deliver import Gradient, deposit, gradient_of
 from posegrad.jacobian._exchange import (
     check_alike,
     check_same,
-    grad_apart,
     layers,
     made_of,
     packed,
@@ -118,7 +119,7 @@ class SharedJacobian:
         self.predictions = torch.cat([predictions for predictions, _ in present]).to(device)
         self._parameters = dict(parameters)
         self._ranks = ranks
-        self._own = made[0] if made else self._empty()
+        self._own = made[0] if made else PoseJacobian.empty(self.predictions, self._parameters)
         self._rows = slice(start, start + len(self._own))
         used = {name for _, names in present for name in names}
         self.used = [name for name in parameters if name in used]
@@ -132,6 +133,19 @@ class SharedJacobian:
     def shapes(self) -> dict[str, torch.Size]:
         """The parameters' shapes, in the order of the columns of `matrix`."""
         return self._own.shapes
+
+    @property
+    def mixed(self) -> list[str]:
+        """The parameters on whose way to the output poses of this rank influence each other."""
+        return self._own.mixed
+
+    def of(self, names: Sequence[str]) -> "SharedJacobian":
+        """The rows of some parameters alone; all ranks name the same."""
+        part = copy.copy(self)
+        part._own = self._own.of(names)
+        part._parameters = {name: self._parameters[name] for name in names}
+        part.used = [name for name in self.used if name in part._parameters]
+        return part
 
     @property
     def output_shape(self) -> torch.Size:
@@ -199,28 +213,36 @@ class SharedJacobian:
             RankError: if another rank failed, or a rule that draws random numbers of its own made
                 different gradients on different ranks; no `.grad` is touched.
         """
-        found: list[tuple[dict[str, Tensor], Tensor | None, dict[str, nn.Parameter]]] = []
+        found = self._made_by(rule, partial(gradient_of, scaler=scaler))
+        deposit(found.own, self._parameters)
+        deposit(found.of_rule, found.trained)
+        return found.weights
+
+    @restoring
+    def made_by(self, rule: Tensor | AnyRule, *, or_nan: bool = False) -> Gradient:
+        """The gradient that `backward` would add to `.grad`; as `PoseJacobian.made_by`."""
+        return self._made_by(rule, partial(gradient_of, or_nan=or_nan))
+
+    def _made_by(self, rule: Tensor | AnyRule, make: Callable[..., Gradient]) -> Gradient:
+        """What every rank makes of the rows, once all know that it is the same."""
+        found: list[Gradient] = []
 
         def applied() -> tuple[str, float, float, Tensor | None, Grams]:
-            made = as_gradient_rule(rule)
-            trained = {n: p for n, p in made.named_parameters() if p.requires_grad}
-            with grad_apart(trained) as of_rule:
-                gradients, weights = step_of(made, self, scaler)
-            found.append((gradients, weights, trained))
-            sums = [float(g.sum(dtype=torch.float64)) for g in gradients.values()]
-            sizes = [float(g.abs().sum(dtype=torch.float64)) for g in gradients.values()]
-            told = None if weights is None else weights.cpu()
-            own = {n: g.cpu() for n, g in of_rule.items()}
-            return made_of(rule), sum(sums), sum(sizes), told, own
+            made = make(as_gradient_rule(rule), self)
+            found.append(made)
+            sums = [float(g.sum(dtype=torch.float64)) for g in made.own.values()]
+            sizes = [float(g.abs().sum(dtype=torch.float64)) for g in made.own.values()]
+            told = None if made.weights is None else made.weights.cpu()
+            of_rule = {n: g.cpu() for n, g in made.of_rule.items()}
+            return made_of(rule), sum(sums), sum(sizes), told, of_rule
 
         told = self._ranks.together("apply the rule", applied)
         check_same(*zip(*(one[:3] for one in told), strict=True))
-        gradients, weights, trained = found[0]
+        own, weights, _, trained = found.pop()
         means = {n: torch.stack([each[n] for *_, each in told]).mean(dim=0) for n in told[0][4]}
-        deposit(gradients, self._parameters)
-        deposit(means, trained)
         first = told[0][3]
-        return None if weights is None or first is None else first.to(weights.device)
+        weights = None if weights is None or first is None else first.to(weights.device)
+        return Gradient(own, weights, means, trained)
 
     @restoring
     def gramian(self, dtype: torch.dtype | None = None, *, per_parameter: bool = False) -> Any:
@@ -284,11 +306,6 @@ class SharedJacobian:
     def report(self) -> str:
         """How this rank holds each parameter's block."""
         return self._own.report()
-
-    def _empty(self) -> PoseJacobian:
-        """The rows of a rank without poses."""
-        blocks = {name: Block.of(p, 0, ()) for name, p in self._parameters.items()}
-        return PoseJacobian(self.predictions[:0], self._parameters, blocks)
 
     def _of_layer(self, names: list[str], found: list[bytes], dtype: torch.dtype | None) -> Grams:
         """The Gramians of one layer's parameters, from the rows of all ranks."""

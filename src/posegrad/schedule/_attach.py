@@ -25,6 +25,7 @@ def attach(
     pullback: Pullback,
     saved: Gradients = (),
     reached: Collection[int] | None = None,
+    first_order: str | None = None,
 ) -> tuple[Tensor, ...]:
     """Returns `values` as differentiable functions of `inputs`.
 
@@ -38,6 +39,8 @@ def attach(
         saved: Tensors the pullback needs; autograd frees them after backward, as it does its own.
         reached: The numbers of the inputs that the values' graphs would reach; default: all. Others
             are left out, for autograd runs the hooks of every input, with None if need be.
+        first_order: What is said to a backward with `create_graph=True`, where that is refused at
+            once; by default, the second derivative is.
     """
     inputs.close()
     if in_static_ddp():
@@ -49,6 +52,7 @@ def attach(
         inputs,
         numbers,
         pullback,
+        first_order,
         len(values),
         *values,
         *saved,
@@ -81,12 +85,14 @@ class _Attached(torch.autograd.Function):
         inputs: Inputs,
         numbers: Sequence[int],
         pullback: Pullback,
+        first_order: str | None,
         count: int,
         *tensors: Tensor | None,
     ) -> tuple[Tensor | None, ...]:
         ctx.inputs = inputs
         ctx.numbers = numbers
         ctx.pullback = pullback
+        ctx.first_order = first_order
         ctx.skipped = len(tensors) - len(numbers)
         ctx.save_for_backward(*tensors[count : ctx.skipped])
         ctx.set_materialize_grads(False)
@@ -95,6 +101,8 @@ class _Attached(torch.autograd.Function):
     @staticmethod
     @restoring
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        if ctx.first_order is not None and torch.is_grad_enabled():
+            raise HigherOrderError(ctx.first_order)
         with torch.no_grad():
             if ctx.inputs.ranks is None:  # else the ranks look together, each at its own
                 ctx.inputs.check_fresh()
@@ -102,7 +110,7 @@ class _Attached(torch.autograd.Function):
         gradients: Gradients = [_for_hooks(found[i], ctx.inputs, i) for i in ctx.numbers]
         if torch.is_grad_enabled():  # create_graph=True: someone means to differentiate again
             gradients = _first_order_only(gradients, [*cotangents, *ctx.inputs.tensors])
-        return (None, None, None, None, *([None] * ctx.skipped), *gradients)
+        return (None, None, None, None, None, *([None] * ctx.skipped), *gradients)
 
 
 def _for_hooks(gradient: Tensor | None, inputs: Inputs, number: int) -> Tensor | None:

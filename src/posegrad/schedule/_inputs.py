@@ -6,7 +6,7 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor, nn
 
-from posegrad._restoring import no_autocast
+from posegrad._restoring import leaf_hooks_off, no_autocast
 from posegrad._torch import has_hooks, version_of
 from posegrad.errors import StaleParametersError, UntrackedTensorError, listed
 from posegrad.graph import (
@@ -14,7 +14,6 @@ from posegrad.graph import (
     failures_named,
     grad_set_aside,
     is_slice_of_leaf,
-    leaf_hooks_off,
     leaf_of_slice,
 )
 from posegrad.ranks import Ranks
@@ -36,6 +35,7 @@ class Inputs:
             not, so such a tensor then must be a leaf: the parameters of an encoder upstream would
             be left with the gradient of this rank alone.
         modules: All modules of the models.
+        call: What was called, for messages.
     """
 
     def __init__(
@@ -43,6 +43,7 @@ class Inputs:
         parameters: Mapping[str, Tensor],
         ranks: Ranks | None = None,
         modules: Sequence[nn.Module] = (),
+        call: str = "combine() or embed()",
     ) -> None:
         # By identity: a weight tied across two modules has two names and one gradient.
         trained = {id(p): (name, p) for name, p in parameters.items() if p.requires_grad}
@@ -53,6 +54,7 @@ class Inputs:
         self._index = {id(tensor): i for i, tensor in enumerate(self.tensors)}
         self.ranks = ranks
         self.modules = modules
+        self._call = call
         self._marks: list[tuple[int, int, bool]] | None = None
         self._copies: dict[int, Tensor] = {}
         limits = _limits(self.modules)
@@ -190,11 +192,11 @@ class Inputs:
         changed = [name for i, name in enumerate(self.names) if not self._is_fresh(i)]
         if changed:
             raise StaleParametersError(
-                f"Changed between combine() or embed() and backward(): {listed(changed)}.\n"
-                f"The prediction was made with the old values, so no gradient at the new ones "
+                f"Changed between {self._call} and backward(): {listed(changed)}.\n"
+                f"The result was made with the old values, so no gradient at the new ones "
                 f"belongs to it.\n"
                 f"Call backward() before optimizer.step(), and load or freeze parameters before "
-                f"poses are scored."
+                f"{self._call}."
             )
 
     def _is_fresh(self, number: int) -> bool:

@@ -16,11 +16,12 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from posegrad._restoring import leaf_hooks_off
 from posegrad._torch import in_fsdp_backward
 from posegrad.combination import Combination
 from posegrad.combination._base import outcome
 from posegrad.errors import UnsupportedModuleError, UntrackedTensorError
-from posegrad.graph import check_tracked, graph_clock, leaf_hooks_off
+from posegrad.graph import check_tracked, graph_clock
 from posegrad.jacobian import wide
 from posegrad.ranks import Ranks
 from posegrad.schedule._attach import Gradients, Pullback, attach

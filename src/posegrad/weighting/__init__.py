@@ -4,6 +4,7 @@ One rule a file; `_base.py` holds what a rule is, `_rules.py` what else is taken
 """
 
 from posegrad.weighting._base import Aggregation, GradientRule, Step, Weighting
+from posegrad.weighting.adaptive_clip import AdaptiveClip
 from posegrad.weighting.clip import Clip
 from posegrad.weighting.median import Median
 from posegrad.weighting.projected import Projected
@@ -11,6 +12,7 @@ from posegrad.weighting.sign_agreement import SignAgreement
 from posegrad.weighting.trimmed_mean import TrimmedMean
 
 __all__ = [
+    "AdaptiveClip",
     "Aggregation",
     "Clip",
     "GradientRule",

@@ -32,6 +32,13 @@ class Jacobian(Protocol):
     def shapes(self) -> Mapping[str, torch.Size]:
         """The shapes of all parameters, in the order of the matrix's columns."""
 
+    @property
+    def mixed(self) -> Sequence[str]:
+        """The parameters on whose way to the output poses influence each other."""
+
+    def of(self, names: Sequence[str]) -> "Jacobian":
+        """The rows of some parameters alone."""
+
     def gramian(self) -> Tensor:
         """The inner products of the rows, `output_shape + reversed(output_shape)`."""
 
@@ -63,6 +70,11 @@ class Step(NamedTuple):
 
 class GradientRule(nn.Module, ABC):
     """Anything that turns a Jacobian into one gradient."""
+
+    @property
+    def has_noise(self) -> bool:
+        """Whether noise hides single poses in its gradient, so that none may pass beside it."""
+        return False
 
     @abstractmethod
     def step(self, jacobian: Jacobian) -> Step:

@@ -6,6 +6,7 @@ from typing import final
 import torch
 from torch import Tensor, nn
 
+from posegrad._restoring import leaf_hooks_off
 from posegrad.combination._base import Combination, Rule, as_combination, outcome
 from posegrad.combination._compiled import uncovered
 from posegrad.errors import (
@@ -20,6 +21,7 @@ __all__ = [
     "AnyRule",
     "OfPredictions",
     "as_gradient_rule",
+    "is_noise_alone",
     "is_of_predictions",
     "rule_of_predictions",
 ]
@@ -33,13 +35,11 @@ class OfPredictions(GradientRule):
 
     Args:
         rule: h.
-        scale: What the gradient of its own parameters is multiplied by.
     """
 
-    def __init__(self, rule: Rule, *, scale: float = 1.0) -> None:
+    def __init__(self, rule: Rule) -> None:
         super().__init__()
         self.rule = as_combination(rule)
-        self.scale = scale
 
     def weights(self, predictions: Tensor) -> Tensor:
         """The weights, in the predictions' shape.
@@ -52,12 +52,18 @@ class OfPredictions(GradientRule):
         return self._differentiated(predictions)[0]
 
     def step(self, jacobian: Jacobian) -> Step:
+        return weighted(jacobian, self.weights(jacobian.predictions))
+
+    def trained_step(self, jacobian: Jacobian) -> tuple[Step, dict[str, Tensor]]:
+        """The step, and the gradients of h by its own parameters, by name."""
         weights, total = self._differentiated(jacobian.predictions)
-        step = weighted(jacobian, weights)
-        trained = [p for p in self.rule.parameters() if p.requires_grad]
-        if trained:  # the rule's own gradient, once nothing can fail any more
-            torch.autograd.backward(self.scale * total, inputs=trained)
-        return step
+        trained = {name: p for name, p in self.named_parameters() if p.requires_grad}
+        found: tuple[Tensor | None, ...] = ()
+        if trained:
+            with leaf_hooks_off(trained.values()):  # they run once the gradient is delivered
+                found = torch.autograd.grad(total, tuple(trained.values()), allow_unused=True)
+        pairs = zip(trained, found, strict=True)
+        return weighted(jacobian, weights), {name: g for name, g in pairs if g is not None}
 
     def _differentiated(self, predictions: Tensor) -> tuple[Tensor, Tensor]:
         """The weights, and the combined prediction with its graph."""
@@ -113,6 +119,13 @@ def as_gradient_rule(rule: Tensor | AnyRule) -> GradientRule:
         if adapted is not None:
             return adapted
     return OfPredictions(rule)
+
+
+def is_noise_alone(output: object, rule: Tensor | AnyRule) -> bool:
+    """Whether an output has no rows, and the rule noise for a step without any."""
+    if not isinstance(output, Tensor) or output.ndim != 1 or output.numel():
+        return False
+    return as_gradient_rule(rule).has_noise
 
 
 def rule_of_predictions(rule: Rule) -> Combination:
