@@ -53,7 +53,7 @@ bench: $(VENV)/.bench-ready
 	$(RUN) -m benchmarks --suite scaling --device $(DEVICE) --rounds 1
 	$(if $(filter cpu,$(DEVICE)),$(RUN) -m benchmarks --suite processes --rounds 7)
 	for suite in gramian rows clipping bags overhead forms rules \
-	    $(if $(filter cpu,$(DEVICE)),ordinary published); do \
+	    $(if $(filter cpu,$(DEVICE)),ordinary published operator); do \
 	  $(HEAP) $(RUN) -m benchmarks --suite $$suite --device $(DEVICE) --rounds 5 || exit 1; done
 	$(RUN) -m benchmarks.report
 

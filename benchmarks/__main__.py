@@ -12,6 +12,7 @@ from benchmarks import (
     batches,
     forms,
     multipose,
+    operator,
     ordinary,
     overhead,
     processes,
@@ -46,6 +47,7 @@ SUITES: dict[str, _Suite] = {
     "scaling": _Suite(scaling.run, scaling.CASES, scaling.MEMORY),
     "processes": _Suite(processes.run, processes.CASES, devices=("cpu",)),
     "overhead": _Suite(overhead.run, overhead.NETWORKS),
+    "operator": _Suite(operator.run, operator.NAMES, devices=("cpu",)),
     "forms": _Suite(forms.run, forms.LAYERS),
     "rules": _Suite(rules.run, rules.NETWORKS),
     **{

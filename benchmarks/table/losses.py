@@ -48,7 +48,15 @@ _TWICE = "every chunk is scored twice, where plain autograd keeps the graphs of 
 _WHOLE = "the chunks in which the best lie are scored again whole"
 _LOOKS = "every graph is walked in search of untracked tensors, and every replay is compared"
 
+_FORWARD = (
+    "forward mode takes two forwards, holds nothing, and leaves nothing behind: another product "
+    "takes all of it again, and an operator without a forward rule is an error"
+)
+
 CPU = {
+    "J @ v/*/torch.func.jvp/*": _FORWARD,
+    "projection/*/memory": _ALIVE,
+    "J @ K.T/*/memory": "rows that were made for this product are kept for the next one",
     "clipping/encoder-*/memory": _KEPT,
     "gramian/large-*/time": _NOT_KEPT,
     "gramian/*/memory": _ALIVE,
@@ -132,6 +140,8 @@ def _cases(result: dict[str, Any]) -> Iterator[tuple[str, list[Row], str, str]]:
             place, how = row["case"], ("posegrad", "live_mib")
         elif suite in ("gramian", "rows", "clipping") and row["task"] != "plain":
             place, how = f"{row['task']}/{row['case']}", ("posegrad", "second_live_mib")
+        elif suite == "operator" and row["method"] != "plain":
+            place, how = f"{row['task']}/{row['case']}", ("posegrad", "live_mib")
         else:
             continue
         groups.setdefault((place, *how), []).append(row)

@@ -16,6 +16,7 @@ from posegrad.engine import Engine
 from posegrad.errors import (
     ClosedEngineError,
     HigherOrderError,
+    IllConditionedError,
     MissingExtraError,
     NonFiniteGradientError,
     NonFinitePredictionError,
@@ -34,7 +35,7 @@ from posegrad.errors import (
     UnsupportedModuleError,
     UntrackedTensorError,
 )
-from posegrad.jacobian import PoseJacobian, SharedJacobian
+from posegrad.jacobian import Jacobian, PoseJacobian, SharedJacobian, Transposed
 from posegrad.multipose import MultiPose
 from posegrad.schedule._chunks import Budget
 from posegrad.schedule._plan import Plan, ReadingPlan
@@ -65,6 +66,8 @@ __all__ = [
     "Combined",
     "Engine",
     "HigherOrderError",
+    "IllConditionedError",
+    "Jacobian",
     "Max",
     "Mean",
     "Median",
@@ -94,6 +97,7 @@ __all__ = [
     "StaleParametersError",
     "Sum",
     "TopK",
+    "Transposed",
     "TrimmedMean",
     "UnsupportedModuleError",
     "UntrackedTensorError",

@@ -2,28 +2,33 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from functools import partial
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
+import torch
 from torch import Tensor, nn
 from torch.amp import GradScaler
 
 from posegrad.combination._base import Rule
-from posegrad.errors import ClosedEngineError
+from posegrad.errors import ClosedEngineError, UnsupportedModuleError
 from posegrad.graph import Gatherer, Roster, Wanted, check_modules, unwrapped
-from posegrad.jacobian import PoseJacobian, SharedJacobian, of_all
+from posegrad.jacobian import Jacobian, PoseJacobian, of_all, step_of_batches
 from posegrad.schedule._batch import as_batch
 from posegrad.schedule._call import Setting
 from posegrad.schedule._chunks import ChunkSize
 from posegrad.schedule._combine import run
 from posegrad.schedule._embed import Embeddings
-from posegrad.schedule._gather import Loss, gather
+from posegrad.schedule._gather import Loss, gather, in_form
 from posegrad.schedule._loss import LossCall
 from posegrad.schedule._plan import Plan, ReadingPlan, may_be_output, reading_plan
 from posegrad.schedule._poses import Pose
 from posegrad.schedule._session import Combined
+from posegrad.schedule._tiles import gramian
+from posegrad.weighting._batches import check_batches
 from posegrad.weighting._rules import AnyRule, is_noise_alone
 
 __all__ = ["Engine"]
+
+T = TypeVar("T")
 
 
 class Engine:
@@ -210,7 +215,7 @@ class Engine:
         params: Wanted = None,
         pose_index: Tensor | Sequence[Tensor] | None = None,
         retain_graph: bool = False,
-    ) -> PoseJacobian | SharedJacobian:
+    ) -> Jacobian:
         r"""Reads the Jacobian of an output off its graph; the graph is freed.
 
         Any output will do: predictions, losses, several numbers a pose. Which rows of the
@@ -252,7 +257,7 @@ class Engine:
 
     def gather(
         self, poses: Iterable[Pose], *, loss: Loss | None = None, form: str = "auto"
-    ) -> PoseJacobian | SharedJacobian:
+    ) -> Jacobian:
         """Scores poses chunk by chunk and gathers their Jacobian; each chunk's graph is freed.
 
         Args:
@@ -282,11 +287,90 @@ class Engine:
         """
 
         def own(parameters: Mapping[str, nn.Parameter]) -> PoseJacobian:
-            scorer, batch = self._setting.scorer(), as_batch(poses)
-            _, chunks = self._setting.chunks(poses, batch, scorer)
-            return gather(self._gatherer, scorer, chunks, parameters, loss, form)
+            return PoseJacobian.joined(self._gathered(poses, parameters, loss, in_form(form)))
 
         return of_all(own, self._trained, self._ranks)
+
+    def gramian(
+        self,
+        poses: Iterable[Pose],
+        other: Iterable[Pose] | None = None,
+        *,
+        loss: Loss | None = None,
+    ) -> Tensor:
+        r"""The Gramian of more poses than fit, or their inner products with those of others.
+
+        The poses are divided into blocks that hold about `block_bytes`, and gathered block by
+        block: a tile of the Gramian is the product of two blocks. Tiles below the diagonal are
+        those above it.
+
+        Args:
+            poses: As for `combine`. What has a length and can be indexed is fetched pose by pose,
+                once for every tile; a generator is listed.
+            other: Others, to be met by the first.
+            loss: As for `gather`. The numbers of others follow those of the poses, so that one
+                tensor may hold the targets of both.
+
+        Returns:
+            :math:`J J^\top`, or :math:`J K^\top` with K the rows of the others, in the shape of
+            `Jacobian.gramian`: `[N, N]` or `[N, N']` for one number a pose.
+
+        Raises:
+            NoPosesError: if there are none, or no others.
+            UnsupportedModuleError: if several processes share the poses. Other errors are
+                `gather`'s.
+
+        Note:
+            Time: of B blocks some `B^2 / 2` are gathered, of B and B' some `B B'`; with one block
+            each pose is scored once. Memory: two blocks, the graph of a chunk, and the result.
+
+        Example:
+            >>> Engine(nn.Linear(3, 1)).gramian(torch.randn(50, 3), torch.randn(20, 3)).shape
+            torch.Size([50, 20])
+        """
+        if self._ranks is not None:
+            raise UnsupportedModuleError(
+                "Ranks share the poses of this engine, and tiles of a Gramian are gathered in one "
+                "process.\nUse gather(poses).gramian(), which exchanges rows layer by layer."
+            )
+        parameters = self._trained()
+
+        def own(part: Any, start: int) -> PoseJacobian:
+            kept = in_form("auto")
+            return PoseJacobian.joined(self._gathered(part, parameters, loss, kept, start))
+
+        return gramian(poses, other, own, self._gatherer.block_bytes)
+
+    def project(
+        self, poses: Iterable[Pose], k: int, seed: int = 0, *, loss: Loss | None = None
+    ) -> Tensor:
+        """Random projections of the rows of any number of poses, chunk by chunk.
+
+        Args:
+            poses: As for `combine`.
+            k: As for `Jacobian.project`, which tells what a projection is and how exact.
+            seed: Likewise.
+            loss: As for `gather`.
+
+        Returns:
+            `[N, k]` for one number a pose. To keep a data set's on disk, save this tensor.
+
+        Raises:
+            ValueError: if k is no positive number. Other errors are `gather`'s.
+
+        Note:
+            Time: as `gather`, and some products of a projection's width. Memory: one chunk's
+            factors, and the result; if several processes share the poses, all factors.
+
+        Example:
+            >>> Engine(nn.Linear(3, 1)).project(torch.randn(50, 3), 16).shape
+            torch.Size([50, 16])
+        """
+        if self._ranks is not None:
+            return self.gather(poses, loss=loss).project(k, seed)
+        return torch.cat(
+            self._gathered(poses, self._trained(), loss, lambda J: J.consumed().project(k, seed))
+        )
 
     def compute_gramian(self, output: Tensor) -> Tensor:
         """The Gramian of an output's gradients, as by TorchJD's engine; the graph is kept.
@@ -295,7 +379,7 @@ class Engine:
             Of shape `output.shape + reversed(output.shape)`, which for `[m]` is `[m, m]`.
 
         Note:
-            Outputs, time, memory and errors: those of `jacobian`, then of `PoseJacobian.gramian`.
+            Outputs, time, memory and errors: those of `jacobian`, then of `Jacobian.gramian`.
 
         Example:
             >>> model = nn.Linear(3, 1)
@@ -305,34 +389,44 @@ class Engine:
                     [4., 4.]])
             >>> losses.backward(torch.ones(2))
         """
-        return self.jacobian(output, retain_graph=True).gramian()  # type: ignore[no-any-return]
+        return self.jacobian(output, retain_graph=True).consumed().gramian()
 
     def backward(
-        self, output: Tensor, rule: Tensor | AnyRule, *, scaler: GradScaler | None = None
+        self,
+        output: Tensor | tuple[Tensor, ...],
+        rule: Tensor | AnyRule,
+        *,
+        scaler: GradScaler | None = None,
     ) -> Tensor | None:
         r"""Adds the gradient a rule makes of an output's Jacobian to the parameters' `.grad`.
 
         Args:
             output: As for `jacobian`; not scaled, if there is a scaler. One without rows gives a
-                rule with noise its noise alone.
-            rule: As for `PoseJacobian.backward`.
+                rule with noise its noise alone. For TorchJD's `MoDoWeighting` and
+                `SDMGradWeighting`, the losses `[m]` of m tasks on two independent batches, whose
+                weights are made of :math:`J_1 J_2^\top`; the gradient is that of the mean of both
+                batches. With a third, that of the third.
+            rule: As for `Jacobian.backward`.
             scaler: Likewise.
 
         Returns:
             The weights, in the output's shape; None if the rule has none.
 
         Note:
-            Time, memory and errors: those of `jacobian`, then of `PoseJacobian.backward`.
+            Time, memory and errors: those of `jacobian`, then of `Jacobian.backward`.
 
         Example:
             >>> model = nn.Linear(3, 1)
             >>> Engine(model).backward(model(torch.ones(2, 3)).squeeze(1), Mean())
             tensor([0.5000, 0.5000])
         """
+        if isinstance(output, tuple):
+            check_batches(rule, [one.shape for one in output])
+            return step_of_batches([self.jacobian(one) for one in output], rule, scaler)
         if self._ranks is None and is_noise_alone(output, rule):
             nothing = PoseJacobian.empty(output, self._trained())
             return nothing.backward(rule, scaler=scaler)
-        return self.jacobian(output).backward(rule, scaler=scaler)
+        return self.jacobian(output).consumed().backward(rule, scaler=scaler)
 
     def loss(self, losses: Tensor, rule: Tensor | AnyRule, *, outside: str = "sum") -> Tensor:
         """A scalar for any trainer: its backward adds the rule's gradient to `.grad`.
@@ -343,7 +437,7 @@ class Engine:
         Args:
             losses: As the output of `backward`. Their graph is kept until the scalar's backward, so
                 that other losses of the same forward can be added.
-            rule: As for `PoseJacobian.backward`.
+            rule: As for `Jacobian.backward`.
             outside: What leaves of the graph get that are no parameters of the engine's modules, as
                 heads behind a shared trunk or inputs: the gradient of `losses.sum()` by a plain
                 backward, `"sum"`; or `"error"`, which refuses them. So does a rule with noise.
@@ -355,7 +449,7 @@ class Engine:
         Raises:
             UntrackedTensorError: if such leaves are refused.
             ValueError: if `outside` is unknown. Other errors are `jacobian`'s and
-                `PoseJacobian.backward`'s; but where gradients pass through float16, rows that are
+                `Jacobian.backward`'s; but where gradients pass through float16, rows that are
                 nan or infinite give nan, for a GradScaler to skip the step.
 
         In backward:
@@ -437,6 +531,18 @@ class Engine:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _gathered(
+        self,
+        poses: Iterable[Pose],
+        parameters: Mapping[str, nn.Parameter],
+        loss: Loss | None,
+        keep: Callable[[PoseJacobian], T],
+        start: int = 0,
+    ) -> list[T]:
+        scorer, batch = self._setting.scorer(), as_batch(poses)
+        _, chunks = self._setting.chunks(poses, batch, scorer)
+        return gather(self._gatherer, scorer, chunks, parameters, loss, keep, start)
 
     def _named(self) -> dict[str, nn.Parameter]:
         self._check_open()

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 __all__ = [
     "ClosedEngineError",
     "HigherOrderError",
+    "IllConditionedError",
     "MissingExtraError",
     "NoPosesError",
     "NonFiniteGradientError",
@@ -88,8 +89,16 @@ class NonFinitePredictionError(PosegradError, FloatingPointError):
 class NonFiniteGradientError(PosegradError, FloatingPointError):
     """Gradients of some poses are nan or infinite, and a rule is asked to weigh them.
 
-    Raised by `Engine.backward` and `PoseJacobian.backward` for a rule that looks at gradients,
+    Raised by `Engine.backward` and `Jacobian.backward` for a rule that looks at gradients,
     without `scaler=`; also if the rule's own weights are not finite. Names the rows.
+    """
+
+
+class IllConditionedError(PosegradError, ArithmeticError):
+    """A system of equations with the Gramian that has no definite solution.
+
+    Raised by `Jacobian.solve` if rows depend on each other, or nearly so, and the damping does not
+    make up for it: the solution would be made of rounding errors.
     """
 
 

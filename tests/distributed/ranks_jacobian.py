@@ -13,6 +13,7 @@ from posegrad import (
     Clip,
     Combination,
     Engine,
+    Jacobian,
     Mean,
     Median,
     NoPosesError,
@@ -22,6 +23,7 @@ from posegrad import (
     SignAgreement,
     StaleFactorError,
     TrimmedMean,
+    UnsupportedModuleError,
 )
 from posegrad.jacobian import SharedJacobian
 from posegrad.testing import peak_live_bytes
@@ -207,8 +209,8 @@ def test_bad_input_is_refused() -> None:
     engine = Engine(model, process_group=dist.group.WORLD)
     with pytest.raises(ShapeMismatchError, match="the output of all ranks"):
         shared.combine(torch.ones(M + 1))
-    with pytest.raises(IndexError, match="picks 11 numbers"):
-        shared[:]
+    with pytest.raises(IndexError, match="out of range"):
+        shared[M]
     with pytest.raises(NoPosesError, match="No rank has predictions"):
         engine.gather([])
     with pytest.raises(ShapeMismatchError, match="joined along dimension 0"):
@@ -226,3 +228,73 @@ def test_no_rank_has_the_rows_of_all_layers() -> None:
     with peak_live_bytes() as peak:
         shared.gramian()
     assert peak.bytes < 5 * layer
+
+
+@pytest.mark.parametrize("in_chunks", [False, True])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_the_operator_is_that_of_one_process(name: str, in_chunks: bool) -> None:
+    _, shared, alone = made(name, in_chunks=in_chunks)
+    close = torch.testing.assert_close
+    n = shared.shape[1]
+    v = torch.randn(n, 2, generator=seeded(2), dtype=torch.float64)
+    w = torch.randn(M, generator=seeded(3), dtype=torch.float64)
+    assert shared.shape == alone.shape
+    close(shared @ v[:, 0], alone @ v[:, 0])
+    close(shared @ v, alone @ v)
+    close(w @ shared, w @ alone)
+    close(shared.T @ w, alone.T @ w)
+    close(shared @ shared.T, alone.gramian())
+    close(shared.norms(per_parameter=True), alone.norms(per_parameter=True))
+    close(shared.project(9, seed=1), alone.project(9, seed=1))
+    close(shared.solve(w, 0.1), alone.solve(w, 0.1))
+    close(shared.to("cpu").norms(), alone.norms())
+
+
+INDICES: dict[str, Any] = {
+    "slice": slice(2, 9),
+    "backwards": slice(None, None, -1),
+    "numbers": [10, 0, 3, 3],
+    "mask": torch.arange(M) % 3 == 0,
+    "none": slice(0, 0),
+    "those of one": slice(9, 11),
+}
+
+
+@pytest.mark.parametrize("index", INDICES)
+def test_an_index_picks_rows_of_all_ranks(index: str) -> None:
+    _, shared, alone = made("convolutions")
+    part, expected = shared[INDICES[index]], alone[INDICES[index]]
+    v = torch.randn(shared.shape[1], generator=seeded(2), dtype=torch.float64)
+    w = torch.randn(len(part), generator=seeded(3), dtype=torch.float64)
+    close = torch.testing.assert_close
+    close(part.output, expected.output)
+    close(part.matrix(), expected.matrix())
+    close(part.gramian(), expected.gramian())
+    close(part.norms(), expected.norms())
+    close(part @ v, expected @ v)
+    close(w @ part, w @ expected)
+    close(shared @ part.T, alone @ expected.T)
+    close(part @ shared.T, expected @ alone.T)
+    close(list(part), list(expected))
+    both = Jacobian.cat([part, shared, part])
+    close(both.matrix(), torch.cat([expected.matrix(), alone.matrix(), expected.matrix()]))
+    close(both.gramian(), Jacobian.cat([expected, alone, expected]).gramian())
+    close(both[::2].norms(), both.norms()[::2])
+
+
+def test_directions_that_differ_from_rank_to_rank_are_refused() -> None:
+    _, shared, alone = made("MLP")
+    own = torch.full((shared.shape[1],), float(1 + dist.get_rank()), dtype=torch.float64)
+    with pytest.raises(RankError, match="along different directions"):
+        shared @ own
+    with pytest.raises(TypeError, match="do not meet those that ranks share"):
+        shared @ alone.T
+
+
+def test_tiles_are_refused_and_projections_are_those_of_all() -> None:
+    model = network()
+    X = torch.randn(M, 5, generator=seeded(1), dtype=torch.float64)
+    engine = Engine(model, process_group=dist.group.WORLD)
+    with pytest.raises(UnsupportedModuleError, match="exchanges rows layer by layer"):
+        engine.gramian(mine(X))
+    torch.testing.assert_close(engine.project(mine(X), 4), Engine(model).project(X, 4))

@@ -187,7 +187,7 @@ class TooMany(theirs.Aggregator):
         return matrix
 
 
-TWO = r"wants the product of the Jacobians of two independent batches.*\nTake J1 and J2"
+TWO = r"wants the product of the Jacobians of two independent batches.*\nPass the losses of both"
 BAD: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     **{name: (getattr(theirs, name), UnsupportedModuleError, f"{name} {TWO}") for name in REFUSED},
     "CRMOGM of MoDo": (
@@ -243,16 +243,49 @@ def test_what_cannot_be_served_is_refused_by_name(name: str) -> None:
     assert all(p.grad is None for p in model.parameters())
 
 
-def test_the_way_that_a_refusal_names_is_one() -> None:
+OF_TWO: dict[str, Callable[[], Any]] = {
+    "MoDo": lambda: theirs.MoDoWeighting(gamma=0.3),
+    "SDMGrad": theirs.SDMGradWeighting,
+    "CRMOGM of MoDo": lambda: theirs.CRMOGMWeighting(theirs.MoDoWeighting()),
+}
+
+
+@pytest.mark.parametrize("batches", [2, 3])
+@pytest.mark.parametrize("name", OF_TWO)
+def test_rules_of_two_batches_agree_with_torchjd_on_matrices(name: str, batches: int) -> None:
     model = model_in(torch.float64)
-    engine, rule, twin = Engine(model), theirs.MoDoWeighting(), theirs.MoDoWeighting()
+    engine, rule, twin = Engine(model), OF_TWO[name](), OF_TWO[name]()
     parameters = reference.trainable(model)
-    first, second = (reference.rows(losses_of(model, seed), parameters) for seed in (1, 2))
+    for step in range(3):  # they have a state
+        seeds = range(10 * step, 10 * step + batches)
+        first, second, *third = (
+            reference.rows(losses_of(model, seed), parameters) for seed in seeds
+        )
+        model.zero_grad()
 
-    J1, J2 = engine.jacobian(losses_of(model, 1)), engine.jacobian(losses_of(model, 2))
-    J2.backward(rule(J1.matrix() @ J2.matrix().T))
+        found = engine.backward(tuple(losses_of(model, seed) for seed in seeds), rule)
 
-    torch.testing.assert_close(gradient_of(model), twin(first @ second.T) @ second)
+        weights = twin(first @ second.T)
+        torch.testing.assert_close(found, weights, rtol=1e-9, atol=1e-9)
+        rows = third[0] if third else (first + second) / 2
+        torch.testing.assert_close(gradient_of(model), weights @ rows, rtol=1e-9, atol=1e-9)
+
+
+def test_batches_that_do_not_fit_are_refused() -> None:
+    model = model_in(torch.float64)
+    engine, one = Engine(model), losses_of(model, 0)
+    with pytest.raises(TypeError, match=r"(?s)UPGradWeighting is a rule of one batch, but 2"):
+        engine.backward((one, losses_of(model, 1)), theirs.UPGradWeighting())
+    for wrong in ((one,), (one, one[:2]), (one.sum(), one.sum())):
+        with pytest.raises(ShapeMismatchError, match="row i of each must be the same task's"):
+            engine.backward(wrong, theirs.MoDoWeighting())
+    scales = torch.ones(M, dtype=torch.float64)
+    scales[1] = float("nan")
+    rule = theirs.MoDoWeighting()
+    with pytest.raises(NonFiniteGradientError, match="not finite"):
+        engine.backward((losses_of(model, 0), losses_of(model, 1) * scales), rule)
+    assert all(p.grad is None for p in model.parameters())
+    assert rule._lambda is None
 
 
 BY_COLUMN = ["GradDrop", "GradDrop, leak", "TrimmedMean"]

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from posegrad import Engine, StaleFactorError
 from posegrad.graph._owners import find_layout, make_probes
 from posegrad.jacobian import NOBODY, ClosedForm, Factor, Layout
+from posegrad.jacobian._form import Side
 from posegrad.jacobian._products import Products
 from posegrad.jacobian.layers import (
     BatchedLinear,
@@ -238,6 +239,65 @@ def test_what_else_a_form_offers_is_of_its_rows(name: str, owned: tuple[int, Ten
             gram = case.form.inner(cotangent, cotangent, layout, Products())
             if gram is not None:
                 torch.testing.assert_close(gram, flat @ flat.mT, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_change_of_the_output_is_the_adjoint(name: str) -> None:
+    case = CASES[name](6)
+    direction = torch.randn(case.form.shape, dtype=F64)
+    change = case.form.jvp(direction, case.cotangent.shape)
+    found = (change * case.cotangent).sum()
+    torch.testing.assert_close(found, (case.form.vjp(case.cotangent) * direction).sum())
+
+
+@pytest.mark.parametrize("name", CASES)
+@given(owned=owners(), other=owners())
+def test_what_forms_make_of_two_uses_and_of_projections(
+    name: str, owned: tuple[int, Tensor], other: tuple[int, Tensor]
+) -> None:
+    sides, rows = [], []
+    for count, owner in (owned, other):
+        case = CASES[name](len(owner))
+        layout = Layout.along(count, case.dim, owner)
+        sides.append((case.form, Side(_alive(case.cotangent, layout), layout)))
+        rows.append(case.form.rows(*sides[-1][1]).reshape(count, -1))
+    (form, own), (its_form, its) = sides
+    met = form.across(own, its_form, its, Products())
+    if met is not None:  # else rows are cheaper, or cancel
+        torch.testing.assert_close(met, rows[0] @ rows[1].mT, rtol=1e-9, atol=1e-9)
+    if len(form.shape) < 2:
+        return
+    left = torch.randn(2, form.shape[0], dtype=F64)
+    right = torch.randn(3, form.shape[1:].numel(), dtype=F64)
+    found = form.projected((own.cotangent,), left, right)
+    if found is not None:  # else rows have to be
+        projected = found[0].rows(found[1][0], own.layout)
+        grid = rows[0].reshape(-1, form.shape[0], right.shape[1])
+        torch.testing.assert_close(projected, left @ grid @ right.mT, rtol=1e-9, atol=1e-9)
+
+
+MET = [
+    "linear, wide",
+    "linear, wide, flipped",
+    "linear, on the left",
+    "bias",
+    "embedding",
+    "bilinear",
+]
+
+
+@pytest.mark.parametrize("name", MET)
+def test_uses_meet_without_rows(name: str) -> None:
+    case, layout = CASES[name](2), Layout.regular(2, int("left" in name), 2, 1, DEVICE)
+    own = Side(case.cotangent, layout)
+    assert case.form.across(own, case.form, own, Products()) is not None
+
+
+@pytest.mark.parametrize("name", ["linear", "linear, flipped", "embedding", "convolution"])
+def test_factors_are_projected_not_rows(name: str) -> None:
+    case = CASES[name](4)
+    left, right = torch.ones(1, case.form.shape[0]), torch.ones(1, case.form.shape[1:].numel())
+    assert case.form.projected((case.cotangent,), left.double(), right.double()) is not None
 
 
 @pytest.mark.parametrize("name", ["linear, wide", "linear, wide, flipped", "bias"])

@@ -34,7 +34,7 @@ except ImportError as error:
         "Run: pip install 'posegrad[torchjd]'"
     ) from error
 
-__all__ = ["adapted", "looks_at_gradients"]
+__all__ = ["adapted", "looks_at_gradients", "weighs_two_batches"]
 
 _COUNTING = (
     theirs.ConstantWeighting,
@@ -101,13 +101,19 @@ def _of_weighting(rule: Any, reads: type | None) -> GradientRule:
 def _refuse_two_batches(rule: Any) -> None:
     if isinstance(rule, theirs.CRMOGMWeighting):
         _refuse_two_batches(rule.weighting)
-    if isinstance(rule, _OF_TWO_BATCHES):
+    elif weighs_two_batches(rule):
         raise UnsupportedModuleError(
             f"{type(rule).__name__} wants the product of the Jacobians of two independent batches, "
             f"and a Gramian is that of one with itself: it would not converge.\n"
-            f"Take J1 and J2 from engine.jacobian, and call "
-            f"J2.backward(rule(J1.matrix() @ J2.matrix().T))."
+            f"Pass the losses of both: engine.backward((losses_1, losses_2), rule)."
         )
+
+
+def weighs_two_batches(rule: object) -> bool:
+    """Whether a rule's weights are made of the product of two batches' Jacobians."""
+    if isinstance(rule, theirs.CRMOGMWeighting):
+        return weighs_two_batches(rule.weighting)
+    return isinstance(rule, _OF_TWO_BATCHES)
 
 
 def _counts(rule: Any) -> bool:

@@ -2,13 +2,16 @@
 
 from posegrad.jacobian._arrangement import Arrangement
 from posegrad.jacobian._backwards import ONE, TOGETHER, Backwards, Purpose
+from posegrad.jacobian._batches import step_of_batches
 from posegrad.jacobian._block import Block
 from posegrad.jacobian._deliver import Gradient, owned
 from posegrad.jacobian._form import ClosedForm, Factor
 from posegrad.jacobian._layout import NOBODY, Layout, single
-from posegrad.jacobian._parts import Factors, Part, Pull, Rows, Weights
+from posegrad.jacobian._parts import Factors, Part, Rows, Weights
 from posegrad.jacobian._precision import is_cast, wide
-from posegrad.jacobian.operator import PoseJacobian
+from posegrad.jacobian._pull import Pull
+from posegrad.jacobian.base import Jacobian, Transposed
+from posegrad.jacobian.local import PoseJacobian
 from posegrad.jacobian.shared import SharedJacobian, of_all
 
 __all__ = [
@@ -22,6 +25,7 @@ __all__ = [
     "Factor",
     "Factors",
     "Gradient",
+    "Jacobian",
     "Layout",
     "Part",
     "PoseJacobian",
@@ -29,10 +33,12 @@ __all__ = [
     "Purpose",
     "Rows",
     "SharedJacobian",
+    "Transposed",
     "Weights",
     "is_cast",
     "of_all",
     "owned",
     "single",
+    "step_of_batches",
     "wide",
 ]

@@ -37,6 +37,24 @@ class Arrangement:
         shaped = flat.reshape(*self.shape, *flat.shape[1:])
         return shaped.movedim(self.dim, 0).reshape(self.poses, self.components, *flat.shape[1:])
 
+    def picked(self, index: Tensor) -> tuple["Arrangement", Tensor, Tensor]:
+        """How a part of the output is arranged, and which poses and components of each it has.
+
+        Args:
+            index: Numbers along the output's dimension 0.
+        """
+        shape = torch.Size([len(index), *self.shape[1:]])
+        every = torch.arange(self.components, device=index.device)
+        if self.dim is None:
+            inner = shape[1:].numel()
+            numbers = index.unsqueeze(1) * inner + torch.arange(inner, device=index.device)
+            return Arrangement(shape, None), numbers.reshape(-1), every
+        if self.dim == 0:
+            return Arrangement(shape, 0), index, every
+        others = [size for dim, size in enumerate(self.shape) if dim != self.dim]
+        poses = torch.arange(self.poses, device=index.device)
+        return Arrangement(shape, self.dim), poses, every.reshape(others)[index].reshape(-1)
+
     def join(self, split: Tensor) -> Tensor:
         """The inverse of `split`."""
         if self.dim is None:

@@ -11,6 +11,7 @@ from posegrad.jacobian._joining import Joining
 from posegrad.jacobian._kinds import Kinds, Single
 from posegrad.jacobian._parts import Factors, Part, Rows, Weights
 from posegrad.jacobian._products import Products
+from posegrad.jacobian._projection import Projection
 from posegrad.jacobian._record import record
 
 __all__ = ["Block", "join"]
@@ -87,6 +88,56 @@ class Block:
         total = total if total.dtype == self.dtype else total.to(self.dtype)
         return total if total.is_contiguous() else total.contiguous()
 
+    def along(self, directions: Tensor) -> Tensor:
+        """The rows times directions `[k, *shape]`: `[M, k]`, in float32 at least."""
+        dtype = self.dtype if self.dtype == torch.float64 else torch.float32
+        total = torch.zeros(self.count, len(directions), dtype=dtype, device=self.device)
+        for part in self.parts:
+            total[part.start : part.start + part.count] += part.along(directions)
+        return total
+
+    def picked(self, index: Tensor, inner: int) -> "Block":
+        """Some of the rows, by numbers along the output's dimension 0, of `inner` rows each."""
+        parts: list[Part] = []
+        for part in self.parts:
+            first = part.start // inner
+            is_here = (index >= first) & (index < first + part.count // inner)
+            (places,) = is_here.nonzero(as_tuple=True)
+            if not len(places):
+                continue
+            if int(places[-1] - places[0]) + 1 != len(places):  # rows of others come in between
+                parts = [Rows(self.path, 0, self.rows()).picked(index, inner)]
+                break
+            found = part.picked(index[places] - first, inner)
+            parts.append(found.shifted(int(places[0]) * inner))
+        return replace(self, count=len(index) * inner, parts=parts)
+
+    def across(self, other: "Block", products: Products) -> Tensor | None:
+        """The inner products with the rows of another block `[M, M']` without rows, or None."""
+        parts = [*self.parts, *other.parts]
+        whole = self._is_whole() and other._is_whole()
+        if not whole or not all(isinstance(part, Factors) for part in parts):
+            return None
+        first, second = parts
+        assert isinstance(first, Factors)
+        assert isinstance(second, Factors)
+        return first.across(second, products)
+
+    def projected(self, projection: Projection) -> Tensor:
+        """The rows times a random matrix, `[M, k]`, in float32 at least."""
+        dtype = self.dtype if self.dtype == torch.float64 else torch.float32
+        total = torch.zeros(self.count, projection.width, dtype=dtype, device=self.device)
+        for part in self.parts:
+            found = part.projected(projection) if isinstance(part, Factors) else None
+            rows = projection.of_rows(part.rows()) if found is None else found.rows()
+            total[part.start : part.start + part.count] += rows.flatten(1)
+        return total
+
+    @property
+    def path(self) -> str:
+        """By which ways its rows were read."""
+        return " + ".join(dict.fromkeys(part.path for part in self.parts))
+
     def bytes(self) -> int:
         """The size of what is held."""
         return sum(part.bytes() for part in self.parts)
@@ -103,9 +154,8 @@ class Block:
         """The block as plain rows, in float32 at least, or in another dtype."""
         if not self.parts:
             return self
-        path = " + ".join(dict.fromkeys(part.path for part in self.parts))
         rows = self.rows()
-        return replace(self, parts=[Rows(path, 0, rows if dtype is None else rows.to(dtype))])
+        return replace(self, parts=[Rows(self.path, 0, rows if dtype is None else rows.to(dtype))])
 
     def smaller(self) -> "Block":
         """The block as it is or as plain rows, whichever are less."""

@@ -11,10 +11,17 @@ from torch import Tensor
 
 from posegrad._restoring import Change
 from posegrad.errors import NoPosesError, RankError, ShapeMismatchError
-from posegrad.jacobian._block import Block
 from posegrad.ranks import shown
 
-__all__ = ["check_alike", "check_same", "grad_apart", "layers", "made_of", "packed"]
+__all__ = [
+    "check_alike",
+    "check_same",
+    "check_same_directions",
+    "grad_apart",
+    "layers",
+    "made_of",
+    "packed",
+]
 
 
 @final
@@ -62,6 +69,16 @@ def check_same(rules: Sequence[str], sums: Sequence[float], sizes: Sequence[floa
         )
 
 
+def check_same_directions(sums: Sequence[float], sizes: Sequence[float]) -> None:
+    """Refuses directions of the parameters that differ from rank to rank."""
+    alike = all(abs(one - sums[0]) <= 1e-5 * max(sizes) for one in sums)
+    if not alike and not all(map(math.isnan, sums)):
+        raise RankError(
+            f"The ranks move the parameters along different directions: their sums are "
+            f"{list(sums)}.\nJ @ v is one product of all rows, so v must be the same on all ranks."
+        )
+
+
 def layers(names: Sequence[str]) -> Iterator[list[str]]:
     """The names of parameters, module by module: weight and bias have a cotangent in common."""
     for _, own in groupby(names, key=lambda name: name.rpartition(".")[0]):
@@ -79,8 +96,8 @@ class _Packer(pickle.Pickler):
         return NotImplemented
 
 
-def packed(blocks: Mapping[str, Block]) -> bytes:
-    """Rows of a layer as they travel."""
+def packed(blocks: object) -> bytes:
+    """Blocks of a layer as they travel."""
     file = BytesIO()
     _Packer(file, pickle.HIGHEST_PROTOCOL).dump(blocks)
     return file.getvalue()

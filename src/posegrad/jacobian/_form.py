@@ -3,7 +3,8 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, ClassVar, Self
+from math import prod
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from posegrad.jacobian._layout import Layout
 from posegrad.jacobian._products import Products
 from posegrad.jacobian._record import record
 
-__all__ = ["ClosedForm", "Factor"]
+__all__ = ["ClosedForm", "Factor", "Side"]
 
 
 @record
@@ -78,16 +79,25 @@ class Factor:
         return Factor.of(value.double(), self.beside) if value.is_floating_point() else self
 
 
+class Side(NamedTuple):
+    """A cotangent of a use, and whose its rows are."""
+
+    cotangent: Tensor
+    layout: Layout
+
+
 @record
 class ClosedForm(ABC):
     """How a parameter enters one operator, and what that makes of a cotangent.
 
-    A form holds what the forward saved, never the graph. It states one linear map twice: from the
-    cotangent of the operator's output to the gradient of the parameter, summed over all rows
-    (`vjp`), and kept apart by owner (`rows`).
+    A form holds what the forward saved, never the graph. It states one linear map three times: from
+    the cotangent of the operator's output to the gradient of the parameter, summed over all rows
+    (`vjp`), and kept apart by owner (`rows`); and from a change of the parameter to that of the
+    output (`jvp`), its adjoint.
 
-    *Law:* for any cotangent B and any layout the form accepts,
-    `rows(B, layout)[i] == vjp(layout.only(B, i))`.
+    *Laws:* for any cotangent B, direction V and layout the form accepts,
+    `rows(B, layout)[i] == vjp(layout.only(B, i))`, and
+    `(B * jvp(V, B.shape)).sum() == (vjp(B) * V).sum()`.
 
     Args:
         shape: The shape of the parameter.
@@ -106,6 +116,10 @@ class ClosedForm(ABC):
         concatenated along the first of these dimensions, are those of the sum of these uses.
         """
         return ()
+
+    def sums(self, cotangent: torch.Size) -> int:
+        """How many products are added up to one number of `vjp`."""
+        return prod(cotangent[dim] for dim in self.positions)
 
     def opened(
         self, cotangents: tuple[Tensor, ...], layout: Layout
@@ -132,6 +146,15 @@ class ClosedForm(ABC):
         """The gradient of the parameter, `[*shape]`: autograd's own formula."""
 
     @abstractmethod
+    def jvp(self, direction: Tensor, shape: torch.Size) -> Tensor:
+        """The change of the operator's output as the parameter moves along `[*self.shape]`.
+
+        Args:
+            direction: The movement.
+            shape: That of a cotangent; the result broadcasts against it.
+        """
+
+    @abstractmethod
     def rows(self, cotangent: Tensor, layout: Layout) -> Tensor:
         """The gradient of each pose, `[m, *shape]`; `layout.dims` is not empty."""
 
@@ -156,6 +179,32 @@ class ClosedForm(ABC):
         is formed. None if the rows of a pose cancel, so that sums of products would lose digits.
         """
         raise NotImplementedError
+
+    def across(self, own: "Side", other: Self, its: "Side", products: Products) -> Tensor | None:
+        """The inner products of the poses' gradients with those of another use, `[m, m']`.
+
+        *Law:* it is `rows(*own)` times `other.rows(*its)` transposed. None if rows are cheaper, or
+        if they cancel, so that sums of products would lose digits.
+        """
+        return None
+
+    def projected(
+        self, cotangents: tuple[Tensor, ...], left: Tensor, right: Tensor
+    ) -> tuple["ClosedForm", tuple[Tensor, ...]] | None:
+        """The use of the parameter seen as a matrix `[p, d]`, between two projections.
+
+        *Law:* the rows of what is returned, under any layout the form accepts, are
+        `left @ rows @ right.mT`.
+
+        Args:
+            cotangents: Those of all components.
+            left: `[k, p]`.
+            right: `[l, d]`.
+
+        Returns:
+            A form of shape `[k, l]` and its cotangents; None if rows have to be projected.
+        """
+        return None
 
     def squares(self, cotangent: Tensor, layout: Layout, products: Products) -> Tensor | None:
         """The squared norms of the poses' gradients `[m]` without these; None if not cheaper.

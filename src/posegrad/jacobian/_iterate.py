@@ -1,13 +1,13 @@
 """Single rows of a Jacobian, and all of them one after another."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import product
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["each", "one_at"]
+__all__ = ["each", "numbers_along", "one_at", "picks_one", "rows_at"]
 
 Pick = Callable[[Any], dict[str, Tensor]]
 """From an index of one number of the output to its gradient."""
@@ -28,15 +28,52 @@ def each(shape: torch.Size, pick: Pick) -> Iterator[dict[str, Tensor]]:
             "The output is a number without dimensions, so there is nothing to iterate over.\n"
             "Its gradient is J[()]."
         )
-    return (_at(i, shape[1:], pick) for i in range(shape[0]))
+    return (rows_at(i, shape[1:], pick) for i in range(shape[0]))
 
 
-def _at(index: int, inner: torch.Size, pick: Pick) -> dict[str, Tensor]:
+def rows_at(index: int, inner: torch.Size, pick: Pick) -> dict[str, Tensor]:
+    """The rows of one entry of the first dimension, `[*inner, *parameter.shape]`."""
     if not inner:
         return pick(index)
     rows = [pick((index, *place)) for place in product(*map(range, inner))]
     stacked = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
     return {name: s.reshape(*inner, *s.shape[1:]) for name, s in stacked.items()}
+
+
+def picks_one(index: Any) -> bool:
+    """Whether an index is that of a row, or a tuple of numbers; else it picks several."""
+    if isinstance(index, Tensor):
+        return index.ndim == 0 and index.dtype != torch.bool
+    return isinstance(index, tuple) or (hasattr(index, "__index__") and not isinstance(index, bool))
+
+
+def numbers_along(index: Any, shape: torch.Size) -> Tensor:
+    """The entries of dimension 0 that an index picks, by their numbers, on the CPU.
+
+    Raises:
+        IndexError: if it is no slice, mask, or list of numbers, or one is out of range.
+    """
+    if not shape:
+        raise IndexError("The output is a number without dimensions: its gradient is J[()].")
+    count = shape[0]
+    if isinstance(index, slice):
+        return torch.tensor(range(count)[index], dtype=torch.long)
+    is_listed = isinstance(index, Sequence) and not isinstance(index, str)
+    found = torch.as_tensor(index).cpu() if is_listed or isinstance(index, Tensor) else None
+    if found is not None and found.dtype == torch.bool and found.shape == (count,):
+        return found.nonzero().squeeze(1)
+    is_whole = found is not None and not (found.is_floating_point() and found.numel())
+    if found is None or not is_whole or found.dtype == torch.bool or found.ndim != 1:
+        shown = f"{list(index.shape)}, {index.dtype}" if isinstance(index, Tensor) else repr(index)
+        raise IndexError(
+            f"J is indexed by {shown}, but it has {count} entries along the dimension 0 of its "
+            f"output.\nPass a number, a tuple with a number for each dimension, a slice, a mask "
+            f"[{count}], or a list of numbers."
+        )
+    wrong = found[(found < -count) | (found >= count)].tolist()
+    if wrong:
+        raise IndexError(f"J has {count} entries along dimension 0, but was asked for {wrong}.")
+    return found.long() % max(count, 1)
 
 
 def one_at(index: Any, predictions: Tensor) -> Tensor:
@@ -46,6 +83,10 @@ def one_at(index: Any, predictions: Tensor) -> Tensor:
         IndexError: if the index is out of range or picks several.
     """
     weights = torch.zeros_like(predictions)
+    if isinstance(index, int) and not -len(predictions) <= index < len(predictions):
+        raise IndexError(
+            f"{index} is out of range: the output has {len(predictions)} entries along dimension 0."
+        )
     if weights[index].numel() != 1:
         raise IndexError(
             f"{index!r} picks {weights[index].numel()} numbers of an output of shape "

@@ -149,6 +149,26 @@ class Layout:
             rows = rows[self.owners != NOBODY]
         return total.index_add_(0, self._live_owners, rows)
 
+    def dots(self, first: Tensor, second: Tensor) -> Tensor:
+        """The inner products of two tensors over the rows of each pose, `[m]`.
+
+        Args:
+            first: A tensor of this layout.
+            second: Another, or one that broadcasts against it.
+        """
+        last = first.ndim - 1
+        if second.ndim == 1 and last not in self.dims and len(second) == first.shape[-1]:
+            terms = first @ second  # [...], without its last dimension
+        else:
+            terms = first * second
+        others = [dim for dim in range(terms.ndim) if dim not in self.dims]
+        terms = terms.sum(others) if others else terms
+        if self.dims:
+            return self.sum(terms.reshape(-1))
+        total = terms.new_zeros(self.count)
+        owner = self.owners
+        return total if int(owner) < 0 else total.index_copy_(0, owner, terms.reshape(1))
+
     def spread(self, values: Tensor) -> Tensor:
         """A value for each pose, `[m]`, as one for each row: `[R]`."""
         if self.pattern is None:
@@ -167,6 +187,27 @@ class Layout:
         values = self.spread(weights)
         shape = [size if dim in self.dims else 1 for dim, size in enumerate(tensor.shape)]
         return tensor * values.reshape(shape)
+
+    def picked(self, poses: Tensor, dim: int, inner: int) -> tuple["Layout", Tensor]:
+        """The layout of some poses alone, and the numbers of their rows in `front`.
+
+        Args:
+            poses: Their numbers, in the order they shall have; some may come twice.
+            dim: The dimension along which their rows will lie.
+            inner: How many neighbours there each row becomes.
+        """
+        if self.stride is not None:
+            numbers = torch.arange(self.size, device=poses.device)
+            rows = numbers.reshape(-1, self.count, self.stride).transpose(0, 1).flatten(1)  # [m, T]
+            each = rows.shape[1] * inner
+            layout = Layout.regular(len(poses), dim, len(poses) * each, each, self.device)
+            return layout, rows[poses].reshape(-1)
+        order, sizes = self._order, torch.tensor(self.sizes, device=self.owners.device)
+        ends = sizes.cumsum(0)
+        places = [order[int(ends[i] - sizes[i]) : int(ends[i])] for i in poses.tolist()]
+        owners = torch.arange(len(poses), device=order.device)
+        owners = owners.repeat_interleave(sizes[poses] * inner)
+        return Layout.along(len(poses), dim, owners), torch.cat(places)
 
     def only(self, tensor: Tensor, pose: int) -> Tensor:
         """`tensor` with zeros in place of the rows of all other poses."""

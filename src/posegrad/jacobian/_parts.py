@@ -1,7 +1,6 @@
 """Parts of a block: how the rows of one parameter's Jacobian are held."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from dataclasses import replace
 from itertools import product
 from operator import is_
@@ -12,33 +11,24 @@ from torch import Tensor
 
 from posegrad.errors import ShapeMismatchError
 from posegrad.jacobian._arrangement import Arrangement
-from posegrad.jacobian._form import ClosedForm
+from posegrad.jacobian._form import ClosedForm, Side
 from posegrad.jacobian._layout import NOBODY, Layout
 from posegrad.jacobian._precision import wide
-from posegrad.jacobian._products import Products
+from posegrad.jacobian._products import Products, rows_are_cheaper
+from posegrad.jacobian._projection import Projection
+from posegrad.jacobian._pull import Pull
 from posegrad.jacobian._record import record
 
 __all__ = [
     "Factors",
     "Part",
-    "Pull",
     "Rows",
     "Weights",
     "checked_weights",
 ]
 
 
-@record
-class Pull:
-    """From a tensor that was computed from the parameter to the parameter.
-
-    Args:
-        back: From gradients `[N, ...]` of the tensor to those of the parameter.
-        keeps: Whether it only puts numbers in another order, so that inner products stay.
-    """
-
-    back: Callable[[Tensor], Tensor]
-    keeps: bool
+_KEPT = 2  # times the numbers of the factors that rows may have, to be formed for a product
 
 
 @record
@@ -71,6 +61,10 @@ class Part(ABC):
         """The sum of the rows times their weights: `[*shape]`."""
 
     @abstractmethod
+    def along(self, directions: Tensor) -> Tensor:
+        """The rows times directions `[k, *shape]` of the parameter: `[count, k]`."""
+
+    @abstractmethod
     def is_live(self) -> bool:
         """Whether any row can be other than zero."""
 
@@ -93,6 +87,15 @@ class Part(ABC):
     @abstractmethod
     def live(self) -> Tensor:
         """Which rows can be other than zero, `[count]`."""
+
+    @abstractmethod
+    def picked(self, index: Tensor, inner: int) -> "Part":
+        """Some of its rows, as a part that begins at row 0.
+
+        Args:
+            index: Numbers along dimension 0 of the output, counted from the part's first row.
+            inner: How many rows each of these has.
+        """
 
     def shifted(self, by: int) -> "Part":
         """The part as rows of a longer Jacobian."""
@@ -119,6 +122,14 @@ class Rows(Part):
 
     def combine(self, weights: "Weights") -> Tensor:
         return _weighted_sum(self.rows(), weights.of(self))
+
+    def along(self, directions: Tensor) -> Tensor:
+        rows = self.rows().reshape(self.count, directions[0].numel())
+        return rows @ directions.reshape(len(directions), -1).to(rows.device, rows.dtype).mT
+
+    def picked(self, index: Tensor, inner: int) -> Part:
+        rows = self.values.reshape(-1, inner, *self.values.shape[1:])
+        return replace(self, start=0, values=rows[index.to(rows.device)].flatten(0, 1))
 
     def is_live(self) -> bool:
         return bool(self.values.any())
@@ -255,6 +266,96 @@ class Factors(Part):
         if total.data_ptr() == weighed.data_ptr():  # nothing was summed
             total = total.clone()  # for another parameter may have the same
         return total if self.pull is None else wide(self.pull.back(total.unsqueeze(0))[0])
+
+    def along(self, directions: Tensor) -> Tensor:
+        r"""By the change of the operator's output: no gradient is computed, unless that is cheaper.
+
+        With :math:`b_r` the cotangent of row r and :math:`y_r` the change, :math:`(J v)_i` is
+        :math:`\sum_{r \in R_i} b_r \cdot y_r`.
+        """
+        numbers = self.count * directions[0].numel()
+        sums = self.form.sums(self.cotangents[0].shape)
+        if rows_are_cheaper(sums, self.count, len(directions)) and numbers <= _KEPT * self.size():
+            return self.as_rows().along(directions)
+        moved = self._entering(directions)
+        if moved is None:
+            return self.as_rows().along(directions)
+        return torch.stack([self._along(direction) for direction in moved], dim=1)
+
+    def _along(self, direction: Tensor) -> Tensor:
+        """The rows times one direction of what enters the operator, `[count]`."""
+        cotangents = [wide(b) for b in self.cotangents]
+        b = cotangents[0]
+        change = self.form.jvp(direction.to(b.device, b.dtype), b.shape)
+        columns = [self.layout.dots(b, change) for b in cotangents]  # K of [m]
+        return self.arrangement.join(torch.stack(columns, dim=1))
+
+    def picked(self, index: Tensor, inner: int) -> Part:
+        """By the rows of its factors that belong to these poses, if the form counts positions."""
+        part = self.opened()
+        dims, layout = part.form.positions, part.layout
+        if not dims or not layout.dims:
+            return self.as_rows().picked(index, inner)
+        arrangement, poses, components = part.arrangement.picked(index.to(layout.owners.device))
+        further = len(dims) - len(layout.dims)
+        sizes = layout.front(part.cotangents[0]).shape[1 : 1 + further]
+        chosen, rows = layout.picked(poses, dims[0], sizes.numel())
+
+        def cut(tensor: Tensor) -> Tensor:
+            return layout.front(tensor)[rows].flatten(0, further).movedim(0, dims[0])
+
+        form = part.form.of_positions([cut(factor.value) for factor in part.form.factors()])
+        cotangents = tuple([cut(part.cotangents[k]) for k in components.tolist()])
+        return Factors(self.path, 0, form, chosen, arrangement, cotangents, self.pull)
+
+    def across(self, other: "Factors", products: Products) -> Tensor | None:
+        """The inner products with the rows of another part `[M, M']` without the rows, or None."""
+        if type(self.form) is not type(other.form) or not self._meets(other):
+            return None
+        grid = []
+        for b, c in product(self.cotangents, other.cotangents):
+            own, its = Side(b, self.layout), Side(c, other.layout)
+            found = self.form.across(own, other.form, its, products)
+            if found is None:
+                return None
+            grid.append(found)
+        k = len(self.cotangents)
+        joined = torch.stack(grid).reshape(k, -1, *grid[0].shape).permute(2, 0, 3, 1)
+        joined = self.arrangement.join(joined)  # [M, m', K']
+        return other.arrangement.join(joined.permute(1, 2, 0)).mT
+
+    def _meets(self, other: "Factors") -> bool:
+        """Whether the forms are about the same tensor, in poses that lie along dimensions."""
+        if not self.layout.dims or not other.layout.dims or self.form.shape != other.form.shape:
+            return False
+        if self.pull is None or other.pull is None:
+            return self.pull is other.pull
+        device = self.cotangents[0].device
+        places = self.pull.places(self.form.shape, device)
+        its = other.pull.places(other.form.shape, device)
+        return places is not None and its is not None and torch.equal(places, its)
+
+    def projected(self, projection: Projection) -> "Factors | None":
+        """The part of a projected parameter; None if rows have to be projected."""
+        part = self.opened()
+        if part.pull is not None or not part.layout.dims or len(part.form.shape) < 2:
+            return None
+        found = part.form.projected(part.cotangents, *projection.sides(part.form.shape))
+        if found is None:
+            return None
+        form, cotangents = found
+        return replace(part, form=form, cotangents=cotangents)
+
+    def _entering(self, directions: Tensor) -> Tensor | None:
+        """What directions of the parameter are to what enters the operator; None if not known."""
+        if self.pull is None:
+            return directions
+        places = self.pull.places(self.form.shape, self.cotangents[0].device)
+        return None if places is None else directions.flatten(1)[:, places.to(directions.device)]
+
+    def size(self) -> int:
+        """How many numbers are held."""
+        return sum(tensor.numel() for tensor in self.held())
 
     def weighed(self, weights: Tensor) -> Tensor:
         """The cotangents times the weights `[count]` of their owners, over all components."""

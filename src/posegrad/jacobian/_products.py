@@ -14,11 +14,15 @@ __all__ = [
     "added",
     "as_rows",
     "cancel",
+    "crossed",
+    "crossed_pairs",
+    "crossed_pairs_are_cheaper",
     "generalized",
     "inner_products",
     "is_same",
     "multiplied",
     "pairs_are_cheaper",
+    "rows_are_cheaper",
     "squared_sums",
     "summed_pairs",
 ]
@@ -123,6 +127,13 @@ def generalized(gramian: Tensor, shape: torch.Size) -> Tensor:
     return gramian.reshape((*shape, *shape)).permute(order)
 
 
+def crossed(products: Tensor, shape: torch.Size, other: torch.Size) -> Tensor:
+    """From products `[M, M']` of rows to `shape + reversed(other)`, for outputs of these shapes."""
+    total = products.reshape((*shape, *other))
+    order = [*range(len(shape)), *reversed(range(len(shape), total.ndim))]
+    return total.permute(order)
+
+
 def pairs_are_cheaper(
     rows: int, numbers: int, height: int, width: int, *, halved: bool = False
 ) -> bool:
@@ -152,6 +163,28 @@ def pairs_are_cheaper(
     return pairs <= (rows + 32 * numbers + numbers**2) * size
 
 
+def crossed_pairs_are_cheaper(
+    rows: tuple[int, int], numbers: tuple[int, int], height: int, width: int
+) -> bool:
+    """Whether products of R with R' rows cost less than gradients of M and of M' numbers.
+
+    As `pairs_are_cheaper`, for two Jacobians.
+    """
+    size, pairs, both = height * width, rows[0] * rows[1], sum(numbers)
+    if sum(rows) > both and 2 * pairs > both * size:
+        return False  # products would take more memory, too
+    return pairs * (height + width) <= (sum(rows) + 32 * both + numbers[0] * numbers[1]) * size
+
+
+def rows_are_cheaper(rows: int, numbers: int, directions: int) -> bool:
+    """Whether products of M gradients with k vectors cost less by gradients than by R rows.
+
+    k R d p multiplications, against R d p for the gradients and k M d p for their products; and as
+    many as 32 M d p, to write the gradients and to read them again.
+    """
+    return directions * rows > rows + (32 + directions) * numbers
+
+
 def summed_pairs(
     pairs: Tensor, owners: Layout, *, alike: bool, in_double: Callable[[], Tensor]
 ) -> Tensor | None:
@@ -176,6 +209,39 @@ def summed_pairs(
     if pairs.dtype == torch.float64:
         return None
     return owners.sum(owners.sum(in_double()).mT).mT.to(pairs.dtype)
+
+
+def crossed_pairs(
+    pairs: Tensor,
+    layouts: tuple[Layout, Layout],
+    lengths: Callable[[], tuple[Tensor, Tensor] | None],
+    in_double: Callable[[], Tensor],
+) -> Tensor | None:
+    """Adds up products `[R, R']` of the rows of two Jacobians to those of their owners, `[m, m']`.
+
+    Args:
+        pairs: The products.
+        layouts: Whose each row is, of either.
+        lengths: The norms of the owners' gradients, `[m]` and `[m']`; None if they are not known.
+        in_double: The products in float64, for narrower rows that cancel.
+
+    Returns:
+        None if rows cancel, so that sums of products lose digits that sums of rows have not.
+    """
+    first, second = layouts
+
+    def added(products: Tensor) -> Tensor:
+        return second.sum(first.sum(products).mT).mT
+
+    total = added(pairs)
+    if total.shape == pairs.shape:
+        return total
+    found = lengths()
+    if found is None:
+        return None
+    if not bool(cancel(added(pairs.abs()), torch.outer(*found)).any()):
+        return total
+    return None if pairs.dtype == torch.float64 else added(in_double()).to(pairs.dtype)
 
 
 def squared_sums(a: Tensor, b: Tensor) -> Tensor | None:

@@ -7,7 +7,7 @@ from posegrad.jacobian._block import Block
 from posegrad.jacobian._parts import Factors
 from posegrad.jacobian._table import Line, size, table
 
-__all__ = ["report"]
+__all__ = ["kept_bytes", "report"]
 
 HEADER = ("parameter", "uses", "held as", "each", "path")
 
@@ -23,7 +23,7 @@ def report(count: int, blocks: Mapping[str, Block], backwards: Backwards) -> str
     numbers = sum(block.shape.numel() for block in blocks.values())
     whole = sum(block.shape.numel() * block.dtype.itemsize for block in blocks.values())
     first = (
-        f"{count} rows of {numbers} numbers, held in {size(_kept(blocks))}; "
+        f"{count} rows of {numbers} numbers, held in {size(kept_bytes(blocks))}; "
         f"as a matrix {size(count * whole)}"
     )
     return "\n".join(
@@ -40,7 +40,7 @@ def _line(name: str, block: Block) -> Line:
     return Line(name, (uses, ", ".join(sorted(kinds)), size(block.bytes()), path))
 
 
-def _kept(blocks: Mapping[str, Block]) -> int:
+def kept_bytes(blocks: Mapping[str, Block]) -> int:
     """The memory that is kept alive: what several parameters have in common counts once."""
     storages = {
         (storage.device, storage.data_ptr()): storage.nbytes()

@@ -1,7 +1,8 @@
 r"""The Jacobian of a group whose poses are spread over ranks.
 
-Each rank holds the rows of its own poses. A product with weights is a sum over ranks. The Gramian
-needs every row beside every other, but one layer is enough at a time:
+Each rank holds the rows of its own poses. A product with weights is a sum over ranks, a product
+with a direction is each rank's own. The Gramian needs every row beside every other, but one layer
+is enough at a time:
 
 .. math::
     G = \sum_l J_l J_l^\top .
@@ -10,10 +11,10 @@ So the rows of one layer, in the form they are held in, go to one rank, those of
 the next rank, and what each has made of them is added up. No rank ever has the whole of J.
 """
 
-import copy
 import pickle
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from itertools import accumulate
 from typing import Any, final
 
 import torch
@@ -27,17 +28,21 @@ from posegrad.errors import (
 )
 from posegrad.jacobian._block import Block
 from posegrad.jacobian._deliver import Gradient, deposit, gradient_of
+from posegrad.jacobian._directions import Directions
 from posegrad.jacobian._exchange import (
     check_alike,
     check_same,
+    check_same_directions,
     layers,
     made_of,
     packed,
 )
-from posegrad.jacobian._iterate import each, one_at
+from posegrad.jacobian._iterate import one_at
 from posegrad.jacobian._parts import checked_weights
 from posegrad.jacobian._precision import wide
-from posegrad.jacobian.operator import PoseJacobian
+from posegrad.jacobian.base import Jacobian
+from posegrad.jacobian.base import check_alike as check_columns
+from posegrad.jacobian.local import PoseJacobian
 from posegrad.ranks import Ranks
 from posegrad.weighting._rules import AnyRule, as_gradient_rule
 
@@ -47,29 +52,24 @@ Grams = dict[str, Tensor]
 
 
 @final
-class SharedJacobian:
-    r"""The rows :math:`\partial \hat y_i / \partial \theta` of a group that several ranks score.
+class SharedJacobian(Jacobian):
+    r"""The Jacobian of a group that several ranks score.
 
     It is to all ranks what `PoseJacobian` is to one process: predictions, weights, norms and
     Gramians are those of all rows, in the order of the ranks. All ranks call its methods together,
-    in the same order, and each has the same result. A rank without poses calls them too.
-
-    Made by `Engine.jacobian` and `Engine.gather` of an engine with a process group. Results have
-    the shapes and units of `PoseJacobian`'s.
+    in the same order, and each has the same result. A rank without poses calls them too. What is
+    passed to a method, a direction or an index, must be the same on all.
 
     Attributes:
         predictions: Those of all ranks, of `output_shape`, detached.
-        used: The parameters that the predictions of any rank depend on.
 
     Args:
-        make: Makes the rows of this rank by parameters; raises NoPosesError if it has no poses.
-        trainable: Looks up the parameters by name.
+        own: The rows of this rank.
+        predictions: Those of all ranks.
+        parameters: By name.
+        used: The parameters that the predictions of any rank depend on.
+        places: For each rank, which entries of the predictions' dimension 0 its rows belong to.
         ranks: Who share the group.
-
-    Raises:
-        NoPosesError: if no rank has poses.
-        ShapeMismatchError: if ranks disagree in the shape of a row.
-        RankError: if another rank failed.
 
     Note:
         Memory: each rank holds its own rows. What travels is said at each method.
@@ -87,10 +87,39 @@ class SharedJacobian:
 
     def __init__(
         self,
+        own: PoseJacobian,
+        predictions: Tensor,
+        parameters: Mapping[str, Tensor],
+        used: Sequence[str],
+        places: Sequence[Tensor],
+        ranks: Ranks,
+    ) -> None:
+        self.predictions = predictions
+        self._own = own
+        self._parameters = dict(parameters)
+        self._used = list(used)
+        self._places = list(places)
+        self._ranks = ranks
+
+    @classmethod
+    def read(
+        cls,
         make: Callable[[Any], PoseJacobian],
         trainable: Callable[[], Mapping[str, Tensor]],
         ranks: Ranks,
-    ) -> None:
+    ) -> "SharedJacobian":
+        """What the ranks have read together.
+
+        Args:
+            make: Makes the rows of this rank by parameters; raises NoPosesError if it has no poses.
+            trainable: Looks up the parameters by name.
+            ranks: Who share the group.
+
+        Raises:
+            NoPosesError: if no rank has poses.
+            ShapeMismatchError: if ranks disagree in the shape of a row.
+            RankError: if another rank failed.
+        """
         made: list[PoseJacobian] = []
         parameters: dict[str, Tensor] = {}
 
@@ -114,15 +143,15 @@ class SharedJacobian:
         ranks = ranks.in_call(numbers)
         present = [one for one in everyone if one is not None]
         check_alike([predictions for predictions, _ in present])
-        start = sum(len(one[0]) for one in everyone[: ranks.own] if one is not None)
         device = next((p.device for p in parameters.values()), torch.device("cpu"))
-        self.predictions = torch.cat([predictions for predictions, _ in present]).to(device)
-        self._parameters = dict(parameters)
-        self._ranks = ranks
-        self._own = made[0] if made else PoseJacobian.empty(self.predictions, self._parameters)
-        self._rows = slice(start, start + len(self._own))
+        predictions = torch.cat([predictions for predictions, _ in present]).to(device)
         used = {name for _, names in present for name in names}
-        self.used = [name for name in parameters if name in used]
+        counts = [0 if one is None else len(one[0]) for one in everyone]
+        places = torch.split(torch.arange(len(predictions)), counts)
+        own = made[0] if made else PoseJacobian.empty(predictions, parameters)
+        return cls(
+            own, predictions, parameters, [n for n in parameters if n in used], places, ranks
+        )
 
     @property
     def own(self) -> PoseJacobian:
@@ -130,30 +159,26 @@ class SharedJacobian:
         return self._own
 
     @property
+    def used(self) -> list[str]:
+        return self._used
+
+    @property
     def shapes(self) -> dict[str, torch.Size]:
-        """The parameters' shapes, in the order of the columns of `matrix`."""
         return self._own.shapes
 
     @property
     def mixed(self) -> list[str]:
-        """The parameters on whose way to the output poses of this rank influence each other."""
         return self._own.mixed
 
     def of(self, names: Sequence[str]) -> "SharedJacobian":
-        """The rows of some parameters alone; all ranks name the same."""
-        part = copy.copy(self)
-        part._own = self._own.of(names)
-        part._parameters = {name: self._parameters[name] for name in names}
-        part.used = [name for name in self.used if name in part._parameters]
-        return part
+        used = [name for name in self._used if name in names]
+        parameters = {name: self._parameters[name] for name in names}
+        own, places = self._own.of(names), self._places
+        return SharedJacobian(own, self.predictions, parameters, used, places, self._ranks)
 
-    @property
-    def output_shape(self) -> torch.Size:
-        """The shape of all ranks' predictions; it has M elements."""
-        return self.predictions.shape
-
-    def __len__(self) -> int:
-        return len(self.predictions)
+    def consumed(self) -> "SharedJacobian":
+        self._own.consumed()
+        return self
 
     def __repr__(self) -> str:
         own, shape = len(self._own), list(self.output_shape)
@@ -161,31 +186,19 @@ class SharedJacobian:
 
     @restoring
     def combine(self, weights: Tensor) -> dict[str, Tensor]:
-        r"""The product :math:`w^\top J` with the rows of all ranks.
-
-        Args:
-            weights: Of `output_shape`. Those of the first rank count, should others differ.
-
-        Returns:
-            As `PoseJacobian.combine`, the same on every rank.
-
-        Raises:
-            ShapeMismatchError: as there.
-            StaleFactorError: likewise.
-            RankError: if another rank failed.
-
-        Note:
-            Each rank multiplies its own rows; the results, of parameter size, are summed once.
-        """
         whole = "the output of all ranks"
         return self._combined(lambda: checked_weights(weights, self.output_shape, whole))
+
+    def _gradient(self, index: Any) -> dict[str, Tensor]:
+        return self._combined(lambda: one_at(index, self.predictions))
 
     def _combined(self, weights: Callable[[], Tensor]) -> dict[str, Tensor]:
         first = self._ranks.together("combine rows", lambda: weights().cpu())[0]
         own: dict[str, Tensor] = {}
 
         def work() -> list[bool]:
-            own.update(self._own.combine(first[self._rows].to(self.predictions.device)))
+            of_own = first[self._places[self._ranks.own]]
+            own.update(self._own.combine(of_own.to(self.predictions.device)))
             return [name in self._own.used for name in own]
 
         has = self._ranks.together("multiply rows", work)
@@ -200,19 +213,6 @@ class SharedJacobian:
     def backward(
         self, rule: Tensor | AnyRule, *, scaler: torch.amp.GradScaler | None = None
     ) -> Tensor | None:
-        """Adds the gradient a rule makes of all ranks' rows to `.grad`, the same on every rank.
-
-        Args:
-            rule: As for `PoseJacobian.backward`.
-            scaler: As there.
-
-        Returns:
-            The weights, of `output_shape`; None if the rule has none.
-
-        Raises:
-            RankError: if another rank failed, or a rule that draws random numbers of its own made
-                different gradients on different ranks; no `.grad` is touched.
-        """
         found = self._made_by(rule, partial(gradient_of, scaler=scaler))
         deposit(found.own, self._parameters)
         deposit(found.of_rule, found.trained)
@@ -220,7 +220,6 @@ class SharedJacobian:
 
     @restoring
     def made_by(self, rule: Tensor | AnyRule, *, or_nan: bool = False) -> Gradient:
-        """The gradient that `backward` would add to `.grad`; as `PoseJacobian.made_by`."""
         return self._made_by(rule, partial(gradient_of, or_nan=or_nan))
 
     def _made_by(self, rule: Tensor | AnyRule, make: Callable[..., Gradient]) -> Gradient:
@@ -245,26 +244,212 @@ class SharedJacobian:
         return Gradient(own, weights, means, trained)
 
     @restoring
-    def gramian(self, dtype: torch.dtype | None = None, *, per_parameter: bool = False) -> Any:
-        """The inner products of all rows, on every rank; as `PoseJacobian.gramian`.
+    def block(self, name: str) -> Tensor:
+        return self._rows(f"rows of {name}", lambda: self._own.block(name))
 
-        Note:
-            Memory: of one layer the rows of all ranks, in the form they are held in or as that
-            product needs them. Every row travels once.
+    @restoring
+    def matrix(self) -> Tensor:
+        shape = len(self._own), self.output_shape[1:].numel(), self.shape[1]
+        grids = self._rows("matrix", lambda: self._own.matrix().reshape(shape))
+        return grids.flatten(0, 1)
+
+    def to(self, device: torch.device | str) -> "SharedJacobian":
+        own, predictions = self._own.to(device), self.predictions.to(device)
+        return self._like(own, predictions, self._used, self._places)
+
+    def report(self) -> str:
+        return self._own.report()
+
+    @property
+    def _dtypes(self) -> list[torch.dtype]:
+        return [parameter.dtype for parameter in self._parameters.values()]
+
+    def _like(
+        self,
+        own: PoseJacobian,
+        predictions: Tensor,
+        used: Sequence[str],
+        places: Sequence[Tensor],
+    ) -> "SharedJacobian":
+        """Other rows of the same ranks."""
+        return SharedJacobian(own, predictions, self._parameters, used, places, self._ranks)
+
+    def _rows(self, step: str, of_own: Callable[[], Tensor]) -> Tensor:
+        """What each rank has of its own rows `[own, ...]`, in the order of all: `[len, ...]`."""
+        everyone = self._ranks.together(step, lambda: of_own().cpu())
+        pairs = zip(everyone, self._places, strict=True)
+        found = [(rows, places) for rows, places in pairs if len(places)]
+        if not found:
+            return everyone[0].to(self.predictions.device)
+        joined = torch.cat([rows for rows, _ in found])
+        order = torch.cat([places for _, places in found])
+        whole = torch.empty_like(joined).index_copy_(0, order, joined)
+        return whole.to(self.predictions.device)
+
+    def _in_order(self, rows: Tensor, dim: int) -> Tensor:
+        """Rows of all ranks, one rank's after another's along `dim`, in the output's order."""
+        inner = self.output_shape[1:].numel()
+        places = torch.cat(self._places).to(rows.device)
+        order = places.unsqueeze(1) * inner + torch.arange(inner, device=rows.device)
+        return torch.empty_like(rows).index_copy_(dim, order.reshape(-1), rows)
+
+    @restoring
+    def _moved(self, directions: object) -> Tensor:
+        found: list[Tensor] = []
+
+        def work() -> tuple[float, float]:
+            found.append(self._own._moved(directions))
+            stated = Directions.of(directions, self.shapes).by_name.values()
+            sums = [float(v.sum(dtype=torch.float64)) for v in stated]
+            sizes = [float(v.abs().sum(dtype=torch.float64)) for v in stated]
+            return sum(sums), sum(sizes)
+
+        told = self._ranks.together("move the parameters", work)
+        check_same_directions(*zip(*told, strict=True))
+        return self._rows("put what moved together", lambda: found[0])
+
+    @restoring
+    def _met(self, other: Jacobian) -> Tensor:
+        check_columns(self, other, "The other Jacobian")
+        assert isinstance(other, SharedJacobian)
+        both = self, other
+        names = [name for name in self.shapes if all(name in one.used for one in both)]
+
+        def sent(layer: Sequence[str]) -> bytes:
+            return packed(tuple([one._to_send(layer) for one in both]))
+
+        def of_layer(layer: Sequence[str], found: Sequence[bytes]) -> Grams:
+            parts = zip(*(pickle.loads(rows) for rows in found), strict=True)
+            left, right = (one._whole(layer, own) for one, own in zip(both, parts, strict=True))
+            return {name: left.of([name])._met(right.of([name])) for name in layer}
+
+        grams = self._by_layers(names, sent, of_layer)
+        total = self._added(grams, len(other.predictions.reshape(-1)), None)
+        return other._in_order(self._in_order(total, 0), 1)
+
+    @restoring
+    def _gram(self, dtype: torch.dtype | None) -> Tensor:
+        grams = self._grams_here(self._used, dtype)
+        total = self._added(grams, self.predictions.numel(), dtype)
+        return self._in_order(self._in_order(total, 0), 1)
+
+    @restoring
+    def _grams(self, dtype: torch.dtype | None) -> Grams:
+        grams, count = self._grams_here(list(self.shapes), dtype), self.predictions.numel()
+        found = {}
+        for name in self.shapes:
+            own = {name: grams[name]} if name in grams else {}
+            kind = dtype or wide(self._parameters[name].new_empty(0)).dtype
+            found[name] = self._in_order(self._in_order(self._added(own, count, kind), 0), 1)
+        return found
+
+    def _grams_here(
+        self, names: Sequence[str], dtype: torch.dtype | None, *, in_double: bool = False
+    ) -> Grams:
+        """The Gramians of the layers that come to this rank."""
+
+        def sent(layer: Sequence[str]) -> bytes:
+            return packed(self._to_send(layer))
+
+        def of_layer(layer: Sequence[str], found: Sequence[bytes]) -> Grams:
+            whole = self._whole(layer, [pickle.loads(rows) for rows in found])
+            whole = whole.double() if in_double else whole
+            return whole.consumed()._grams(dtype)
+
+        return self._by_layers(names, sent, of_layer)
+
+    @restoring
+    def _gram_in_double(self) -> Tensor:
+        grams = self._grams_here(self._used, torch.float64, in_double=True)
+        total = self._added(grams, self.predictions.numel(), torch.float64)
+        return self._in_order(self._in_order(total, 0), 1)
+
+    @restoring
+    def _norms(self) -> Tensor:
+        return self._rows("norms", self._own.norms)
+
+    @restoring
+    def _norms_of_each(self) -> dict[str, Tensor]:
+        def of_own() -> Tensor:
+            norms = [norms.double() for norms in self._own._norms_of_each().values()]
+            return torch.stack(norms, dim=1)  # [own, parameters, ...]
+
+        found = self._rows("norms of each parameter", of_own).unbind(1)
+        kinds = [wide(p.new_empty(0)).dtype for p in self._parameters.values()]
+        return {n: v.to(k) for n, v, k in zip(self._parameters, found, kinds, strict=True)}
+
+    @restoring
+    def _projected(self, k: int, seed: int) -> Tensor:
+        shape = len(self._own), self.output_shape[1:].numel(), k
+        rows = self._rows("project rows", lambda: self._own._projected(k, seed).reshape(shape))
+        return rows.flatten(0, 1)
+
+    @restoring
+    def _picked(self, index: Tensor) -> "SharedJacobian":
+        count = len(self.predictions)
+        ranks, numbers = torch.empty(count, dtype=torch.long), torch.empty(count, dtype=torch.long)
+        for rank, own in enumerate(self._places):
+            ranks[own], numbers[own] = rank, torch.arange(len(own))
+        of_rank = ranks[index]
+        made: list[PoseJacobian] = []
+
+        def work() -> list[str]:
+            mine = numbers[index][of_rank == self._ranks.own]
+            made.append(self._own._picked(mine))
+            return made[0].used
+
+        used = {name for names in self._ranks.together("pick rows", work) for name in names}
+        places = [(of_rank == rank).nonzero().squeeze(1) for rank in range(self._ranks.count)]
+        predictions = self.predictions[index.to(self.predictions.device)]
+        return self._like(made[0], predictions, [n for n in self._used if n in used], places)
+
+    def _followed(self, others: Sequence[Jacobian]) -> "SharedJacobian":
+        every = [self, *(other for other in others if isinstance(other, SharedJacobian))]
+        own = PoseJacobian.joined([one._own for one in every])
+        predictions = torch.cat([one.predictions for one in every])
+        used = [name for name in self.shapes if any(name in one._used for one in every)]
+        starts = [0, *accumulate(len(one) for one in every)]
+        by_rank = zip(*(one._places for one in every), strict=True)
+        joined = [
+            torch.cat([start + own for start, own in zip(starts, each, strict=False)])
+            for each in by_rank
+        ]
+        return self._like(own, predictions, used, joined)
+
+    def _to_send(self, names: Sequence[str]) -> dict[str, Block]:
+        return {name: self._own.blocks[name].to("cpu") for name in names}
+
+    def _whole(self, names: Sequence[str], parts: Sequence[Mapping[str, Block]]) -> PoseJacobian:
+        """The rows of some parameters of all ranks, one rank's after another's."""
+        device = self.predictions.device
+        blocks = {n: Block.joined([part[n] for part in parts]).to(device) for n in names}
+        return PoseJacobian(self.predictions, {n: self._parameters[n] for n in names}, blocks)
+
+    def _by_layers(
+        self,
+        names: Sequence[str],
+        sent: Callable[[Sequence[str]], bytes],
+        of_layer: Callable[[Sequence[str], Sequence[bytes]], Grams],
+    ) -> Grams:
+        """Products of the layers that come to this rank; the others have those of the rest.
+
+        Args:
+            names: The parameters.
+            sent: What this rank has of a layer.
+            of_layer: From the names of a layer and what all ranks have of it to its products.
         """
-        names = [name for name in self.shapes if name in self.used or per_parameter]
         grams: Grams = {}
         failure: Exception | None = None
         for number, layer in enumerate(layers(names)):
             to = number % self._ranks.count
             try:
-                sent = packed({name: self._own.blocks[name].to("cpu") for name in layer})
+                own = sent(layer)
             except Exception as error:  # told to the others below: they wait for this one's rows
-                sent, failure = b"", failure or error
-            found = self._ranks.sent(sent, to)
+                own, failure = b"", failure or error
+            found = self._ranks.sent(own, to)
             if found and all(found):
                 try:
-                    grams |= self._of_layer(layer, found, dtype)
+                    grams |= of_layer(layer, found)
                 except Exception as error:
                     failure = failure or error
 
@@ -273,66 +458,15 @@ class SharedJacobian:
                 raise failure
 
         self._ranks.together("multiply rows with rows", finished)
-        return self._summed(grams, names, dtype, per_parameter=per_parameter)
+        return grams
 
-    @restoring
-    def norms(self) -> Tensor:
-        """The Euclidean norm of every row, of `output_shape`; each rank computes its own."""
-        everyone = self._ranks.together("norms", lambda: self._own.norms().cpu())
-        return torch.cat([n for n in everyone if n.numel()]).to(self.predictions.device)
-
-    @restoring
-    def __getitem__(self, index: Any) -> dict[str, Tensor]:
-        """The gradient of one number of the output; as `PoseJacobian.__getitem__`."""
-        return self._combined(lambda: one_at(index, self.predictions))
-
-    def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        """The rows of all ranks; as `PoseJacobian.__iter__`. All ranks iterate together."""
-        return each(self.output_shape, self.__getitem__)
-
-    @restoring
-    def block(self, name: str) -> Tensor:
-        """The rows of one parameter, `[*output_shape, *parameter.shape]`, on every rank."""
-        everyone = self._ranks.together(f"rows of {name}", lambda: self._own.block(name).cpu())
-        whole = torch.cat([rows for rows in everyone if len(rows)])
-        return whole.to(self.predictions.device)
-
-    @restoring
-    def matrix(self) -> Tensor:
-        """J as a matrix `[M, n]`, on every rank. Memory: M n numbers; no other method takes it."""
-        everyone = self._ranks.together("matrix", lambda: self._own.matrix().cpu())
-        return torch.cat(everyone).to(self.predictions.device)
-
-    def report(self) -> str:
-        """How this rank holds each parameter's block."""
-        return self._own.report()
-
-    def _of_layer(self, names: list[str], found: list[bytes], dtype: torch.dtype | None) -> Grams:
-        """The Gramians of one layer's parameters, from the rows of all ranks."""
-        parts = [pickle.loads(rows) for rows in found]
-        device = self.predictions.device
-        blocks = {n: Block.joined([part[n] for part in parts]).to(device) for n in names}
-        own = {name: self._parameters[name] for name in names}
-        whole = PoseJacobian(self.predictions, own, blocks)
-        return dict(whole.gramian(dtype, per_parameter=True))
-
-    def _summed(
-        self, grams: Grams, names: list[str], dtype: torch.dtype | None, *, per_parameter: bool
-    ) -> Any:
-        """The Gramians of layers, wherever they were computed, added up."""
-        shape = (*self.output_shape, *reversed(self.output_shape))
-        kinds = {name: dtype or wide(p.new_empty(0)).dtype for name, p in self._parameters.items()}
-
-        def added(own: Sequence[Tensor], kind: torch.dtype) -> Tensor:
-            total = torch.zeros(shape, dtype=kind, device=self.predictions.device)
-            for gram in own:
-                total += gram
-            return self._ranks.added(total)
-
-        if per_parameter:
-            return {n: added([grams[n]] if n in grams else [], kinds[n]) for n in names}
-        widest = max(kinds.values(), key=lambda kind: kind.itemsize, default=torch.float32)
-        return added(list(grams.values()), widest)
+    def _added(self, grams: Grams, columns: int, dtype: torch.dtype | None) -> Tensor:
+        """Products of layers, wherever they were computed, added up: `[M, columns]`."""
+        shape, device = (self.predictions.numel(), columns), self.predictions.device
+        total = torch.zeros(shape, dtype=dtype or self._kind, device=device)
+        for gram in grams.values():
+            total += gram
+        return self._ranks.added(total)
 
 
 @restoring
@@ -340,7 +474,7 @@ def of_all(
     make: Callable[[Any], PoseJacobian],
     trainable: Callable[[], Mapping[str, Tensor]],
     ranks: Ranks | None,
-) -> PoseJacobian | SharedJacobian:
+) -> Jacobian:
     """The Jacobian of all poses, be they of this process or of several ranks.
 
     Raises:
@@ -353,4 +487,4 @@ def of_all(
             "Use combine() with a rule of the predictions, or wrap the model by "
             "DistributedDataParallel for rules that look at gradients."
         )
-    return make(trainable()) if ranks is None else SharedJacobian(make, trainable, ranks)
+    return make(trainable()) if ranks is None else SharedJacobian.read(make, trainable, ranks)

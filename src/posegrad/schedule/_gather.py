@@ -1,6 +1,7 @@
 """The Jacobian of poses scored in chunks."""
 
 from collections.abc import Callable, Iterator, Mapping
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,9 @@ from posegrad.jacobian import PoseJacobian
 from posegrad.schedule._chunks import Portion
 from posegrad.schedule._session import Scorer
 
-__all__ = ["FORMS", "Loss", "gather"]
+__all__ = ["FORMS", "Loss", "gather", "in_form"]
+
+T = TypeVar("T")
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 """From predictions `[c, ...]` and the numbers of their poses `[c]` to rows `[c, ...]`."""
@@ -27,9 +30,10 @@ def gather(
     chunks: Iterator[Portion],
     parameters: Mapping[str, nn.Parameter],
     loss: Loss | None,
-    form: str,
-) -> PoseJacobian:
-    """Scores chunk after chunk, and keeps of each the rows of its Jacobian.
+    keep: Callable[[PoseJacobian], T],
+    start: int = 0,
+) -> list[T]:
+    """Scores chunk after chunk, and keeps something of the Jacobian of each.
 
     Args:
         gatherer: Reads the rows.
@@ -37,27 +41,41 @@ def gather(
         chunks: The poses.
         parameters: What to differentiate by.
         loss: Made of the predictions, if not they themselves.
-        form: One of `FORMS`.
+        keep: What is kept; nobody else sees the Jacobian.
+        start: The number of the first pose.
+
+    Raises:
+        NotDifferentiableError: if nothing depends on a parameter.
     """
-    if form not in FORMS:
-        raise ValueError(f"form={form!r} is unknown; it is one of {', '.join(FORMS)}.")
-    jacobians: list[PoseJacobian] = []
-    count = 0
+    found: list[T] = []
+    shape, used, count = torch.Size(), False, start
     for portion in chunks:
         with torch.enable_grad():
             rows = scorer(portion, count)
             if loss is not None:
                 rows = _of_loss(loss, rows, count)
-        _check_alike(rows, jacobians, count)
+        shape = _alike(rows, shape if found else rows.shape[1:], count, start)
         jacobian = gatherer.gather(rows, parameters, must_depend=False)
-        jacobians.append(jacobian.in_form(form))
+        used |= bool(jacobian.used)
+        found.append(keep(jacobian))
         count += portion.count
-    if not any(block.parts for jacobian in jacobians for block in jacobian.blocks.values()):
+    if not used:
         raise NotDifferentiableError(
             "No prediction depends on a trainable parameter: the model detaches its result, or "
             "everything it uses is frozen.\nRemove the detach(), or unfreeze a parameter."
         )
-    return PoseJacobian.joined(jacobians)
+    return found
+
+
+def in_form(form: str) -> Callable[[PoseJacobian], PoseJacobian]:
+    """What keeps the rows of a chunk.
+
+    Raises:
+        ValueError: if the form is none of `FORMS`.
+    """
+    if form not in FORMS:
+        raise ValueError(f"form={form!r} is unknown; it is one of {', '.join(FORMS)}.")
+    return lambda jacobian: jacobian.in_form(form)
 
 
 def _of_loss(loss: Loss, predictions: Tensor, start: int) -> Tensor:
@@ -79,10 +97,11 @@ def _of_loss(loss: Loss, predictions: Tensor, start: int) -> Tensor:
     return rows
 
 
-def _check_alike(rows: Tensor, jacobians: list[PoseJacobian], start: int) -> None:
-    if jacobians and rows.shape[1:] != jacobians[0].output_shape[1:]:
+def _alike(rows: Tensor, shape: torch.Size, number: int, first: int) -> torch.Size:
+    """The shape of a row, if it is that of the others."""
+    if rows.shape[1:] != shape:
         raise ShapeMismatchError(
-            f"The rows of pose {start} have shape {list(rows.shape[1:])}, those of pose 0 "
-            f"{list(jacobians[0].output_shape[1:])}.\nLet the model return the same shape for "
-            f"every pose."
+            f"The rows of pose {number} have shape {list(rows.shape[1:])}, those of pose {first} "
+            f"{list(shape)}.\nLet the model return the same shape for every pose."
         )
+    return shape

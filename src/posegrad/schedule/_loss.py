@@ -12,7 +12,7 @@ from posegrad._restoring import restoring
 from posegrad._torch import keeps_graph
 from posegrad.errors import UntrackedTensorError, listed
 from posegrad.graph import Beside, EdgeRegistry, Gatherer, KeptGraph, Sinks, leaves_beside
-from posegrad.jacobian import Gradient, PoseJacobian, SharedJacobian, of_all, owned, wide
+from posegrad.jacobian import Gradient, Jacobian, PoseJacobian, of_all, owned, wide
 from posegrad.ranks import Ranks
 from posegrad.schedule._attach import Gradients, attach
 from posegrad.schedule._inputs import Inputs
@@ -62,11 +62,11 @@ class LossCall:
             return wide(self.losses.detach()).mean()
         rule = as_gradient_rule(self.rule)
         if ranks is None and is_noise_alone(self.losses, rule):
-            jacobian: PoseJacobian | SharedJacobian = PoseJacobian.empty(self.losses, trained())
+            jacobian: Jacobian = PoseJacobian.empty(self.losses, trained())
         else:
             jacobian = of_all(partial(self._read, has_noise=rule.has_noise), trained, ranks)
         in_float16 = self._graph is not None and self._graph.has_float16()
-        made = jacobian.made_by(rule, or_nan=in_float16)
+        made = jacobian.consumed().made_by(rule, or_nan=in_float16)
         losses, weights = wide(jacobian.predictions), made.weights
         value = losses.mean() if weights is None else (weights.to(losses) * losses).sum()
         return self._attached(value, made)

@@ -18,11 +18,13 @@ from posegrad.errors import (
 from posegrad.weighting._base import GradientRule, Jacobian, Step, weighted
 
 __all__ = [
+    "ADAPTER",
     "AnyRule",
     "OfPredictions",
     "as_gradient_rule",
     "is_noise_alone",
     "is_of_predictions",
+    "is_of_torchjd",
     "rule_of_predictions",
 ]
 
@@ -114,8 +116,8 @@ def as_gradient_rule(rule: Tensor | AnyRule) -> GradientRule:
         return rule
     if isinstance(rule, Tensor):
         return Given(rule)
-    if _is_of_torchjd(rule):
-        adapted: GradientRule | None = importlib.import_module(_ADAPTER).adapted(rule)
+    if is_of_torchjd(rule):
+        adapted: GradientRule | None = importlib.import_module(ADAPTER).adapted(rule)
         if adapted is not None:
             return adapted
     return OfPredictions(rule)
@@ -153,10 +155,10 @@ def is_of_predictions(rule: object) -> bool:
 def _looks_at_gradients(rule: object) -> bool:
     if isinstance(rule, GradientRule):
         return True
-    return _is_of_torchjd(rule) and importlib.import_module(_ADAPTER).looks_at_gradients(rule)
+    return is_of_torchjd(rule) and importlib.import_module(ADAPTER).looks_at_gradients(rule)
 
 
-_ADAPTER = "posegrad.interop.torchjd"
+ADAPTER = "posegrad.interop.torchjd"
 
 
 def _check_finite(predictions: Tensor) -> None:
@@ -171,6 +173,6 @@ def _check_finite(predictions: Tensor) -> None:
     )
 
 
-def _is_of_torchjd(rule: object) -> bool:
+def is_of_torchjd(rule: object) -> bool:
     """Whether torchjd, which then is installed, made the class or one of its bases."""
     return any(kind.__module__.partition(".")[0] == "torchjd" for kind in type(rule).__mro__)

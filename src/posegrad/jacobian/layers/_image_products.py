@@ -81,6 +81,13 @@ class Way(NamedTuple):
         work = images * self.once + pairs * self.each + calls * _CALLED
         return work, images * self.held + 3 * min(rows, panel) * rows
 
+    def of_crossed(self, left: int, right: int) -> tuple[int, int]:
+        """For two rows of so many images: multiplications, and numbers held."""
+        rows, others, panel = left * self.places, right * self.places, max(_PANEL, self.places)
+        calls = 1 + rows // panel
+        work = (left + right) * self.once + left * right * self.each + calls * _CALLED
+        return work, (left + right) * self.held + 3 * min(rows, panel) * others
+
 
 @final
 @record
@@ -149,6 +156,18 @@ class Images:
                 own = pairs.diagonal(start, dim1=0, dim2=2)  # [P, P, k]
                 sizes[start:end] = own.abs().sum((0, 1))
         return (gram.tril() + gram.tril(-1).mT if alike else gram), sizes
+
+    def crossed(self, other: "Images") -> tuple[Tensor, Tensor]:
+        """The inner products of all images with others, `[N, N']`, and the sizes they sum up."""
+        gram = self.cotangents.new_zeros(len(self.places), len(other.places))
+        sizes = torch.empty_like(gram)
+        left, right = self._in_order(), other._in_order()
+        step = max(1, _PANEL // self.places.shape[1])
+        for start in range(0, len(gram), step):
+            pairs = left._cut(start, start + step)._pairs(right)  # [k, P, N', P]
+            gram[start : start + step] = pairs.sum((1, 3))
+            sizes[start : start + step] = pairs.abs_().sum((1, 3))
+        return gram, sizes
 
     def _in_order(self) -> Self:
         return type(self)(self.windows, self.places, self.cotangents.contiguous())

@@ -52,6 +52,11 @@ class BatchedLinear(ClosedForm):
         a = self.input.value.to(cotangent.dtype)
         return self._product(*((a.mT, cotangent.mT) if self.on_left else (a, cotangent)))
 
+    def jvp(self, direction: Tensor, shape: torch.Size) -> Tensor:
+        a = self.input.like(direction)
+        change = direction @ a if self.on_left else a @ direction
+        return change if self.scale == 1 else change * self.scale
+
     def rows(self, cotangent: Tensor, layout: Layout) -> Tensor:
         inputs = self.input.value.to(cotangent.dtype)
         if layout.is_regular():

@@ -1,11 +1,11 @@
 """Forms that are linear in each of two inputs."""
 
-from typing import final
+from typing import Self, final
 
 import torch
 from torch import Tensor
 
-from posegrad.jacobian._form import ClosedForm, Factor
+from posegrad.jacobian._form import ClosedForm, Factor, Side
 from posegrad.jacobian._layout import Layout
 from posegrad.jacobian._products import Products
 from posegrad.jacobian._record import record
@@ -41,6 +41,11 @@ class Bilinear(ClosedForm):
     def vjp(self, cotangent: Tensor) -> Tensor:
         return self._of(cotangent, *self._inputs(cotangent))
 
+    def jvp(self, direction: Tensor, shape: torch.Size) -> Tensor:
+        x, z = self._inputs(direction)
+        met = torch.einsum("pde,re->rpd", direction, z)
+        return (met @ x.unsqueeze(2)).squeeze(2)  # [R, p]
+
     def rows(self, cotangent: Tensor, layout: Layout) -> Tensor:
         segments = [layout.segments(t) for t in (cotangent, *self._inputs(cotangent))]
         return torch.stack([self._of(*parts) for parts in zip(*segments, strict=True)])
@@ -52,6 +57,16 @@ class Bilinear(ClosedForm):
     def inner(self, first: Tensor, second: Tensor, layout: Layout, products: Products) -> Tensor:
         x, z = self._inputs(first)
         return products.of(first, second) * products.of(x, x) * products.of(z, z)
+
+    def across(self, own: Side, other: Self, its: Side, products: Products) -> Tensor | None:
+        sides = (self, own), (other, its)
+        if not all(form.prefers_pairs(b.shape, layout, 1) for form, (b, layout) in sides):
+            return None
+        return (
+            products.of(own.cotangent, its.cotangent)
+            * products.of(self.first.value, other.first.value)
+            * products.of(self.second.value, other.second.value)
+        )
 
     def squares(self, cotangent: Tensor, layout: Layout, products: Products) -> Tensor | None:
         if not self.prefers_pairs(cotangent.shape, layout, 1):

@@ -1,19 +1,21 @@
 """Convolutions, transposed ones included."""
 
+from collections.abc import Sequence
 from functools import lru_cache
 from math import prod
-from typing import Any, final
+from typing import Any, Self, final
 
 import torch
 from torch import Tensor
 
-from posegrad.jacobian._form import ClosedForm, Factor
+from posegrad.jacobian._form import ClosedForm, Factor, Side
 from posegrad.jacobian._layout import Layout
 from posegrad.jacobian._precision import wide
 from posegrad.jacobian._products import Products, cancel, summed_pairs
 from posegrad.jacobian._record import record
 from posegrad.jacobian.layers._image_products import Images, Way
 from posegrad.jacobian.layers._windows import Windows
+from posegrad.jacobian.layers.linear import Linear
 
 __all__ = ["Convolution"]
 
@@ -56,6 +58,9 @@ class Convolution(ClosedForm):
     def positions(self) -> tuple[int, ...]:
         return (0,)
 
+    def sums(self, cotangent: torch.Size) -> int:
+        return cotangent[0] * prod(self.windows(cotangent).positions)
+
     def windows(self, cotangent: torch.Size) -> Windows:
         """Where the kernel lies."""
         under = self.input.tensor.shape if self._is_transposed else cotangent
@@ -63,6 +68,12 @@ class Convolution(ClosedForm):
 
     def vjp(self, cotangent: Tensor) -> Tensor:
         return self._summed(self.input.value, cotangent)
+
+    def jvp(self, direction: Tensor, shape: torch.Size) -> Tensor:
+        change: Tensor = torch.convolution(
+            self.input.like(direction), direction, None, *self.options
+        )
+        return change
 
     def rows(self, cotangent: Tensor, layout: Layout) -> Tensor:
         images = self.input.value
@@ -114,6 +125,50 @@ class Convolution(ClosedForm):
             return left.double().gramian(right.double())[0]
 
         return summed_pairs(pairs, layout, alike=alike, in_double=in_double)
+
+    def across(self, own: Side, other: Self, its: Side, products: Products) -> Tensor | None:
+        sides = (self, own), (other, its)
+        if max(form._groups for form, _ in sides) > 1:
+            return None
+        if not all(side.layout.is_one_each for _, side in sides):
+            return None
+        way, its_way = (form._way(side.cotangent.shape) for form, side in sides)
+        images = own.layout.count, its.layout.count
+        if way != its_way or not self._pays_across(way, images, sides):
+            return None
+        left, right = (form._images(side.cotangent) for form, side in sides)
+        pairs, sizes = left.crossed(right)
+        squares = [form.squares(*side, products) for form, side in sides]
+        if squares[0] is None or squares[1] is None:
+            return None
+        if not bool(cancel(sizes, torch.outer(squares[0].sqrt(), squares[1].sqrt())).any()):
+            return pairs
+        if pairs.dtype == torch.float64:
+            return None
+        return left.double().crossed(right.double())[0].to(pairs.dtype)
+
+    def projected(
+        self, cotangents: tuple[Tensor, ...], left: Tensor, right: Tensor
+    ) -> tuple[ClosedForm, tuple[Tensor, ...]] | None:
+        """As a weight behind what each window meets; projections of that are a convolution."""
+        if self._groups > 1 or self._is_transposed:
+            return None
+        kernels = right.reshape(len(right), *self.shape[1:])
+        seen = torch.convolution(self.input.like(right), kernels, None, *self.options)
+        shape = torch.Size([len(left), len(right)])
+        input = Factor.of(seen.movedim(1, -1), self.input.beside)
+        under = tuple([b.movedim(1, -1).to(left.dtype) @ left.mT for b in cotangents])
+        return Linear(shape, input, flipped=False, on_left=False, scale=1.0), under
+
+    def _pays_across(
+        self, way: Way, images: tuple[int, int], sides: Sequence[tuple[Self, Side]]
+    ) -> bool:
+        """Whether products of positions are cheaper than those of rows, and hold less."""
+        size = self.shape.numel()
+        pairs = zip(sides, images, strict=True)
+        rows = sum(form._cost_of_rows(side.cotangent.shape, n, 1) for (form, side), n in pairs)
+        work, held = way.of_crossed(*images)
+        return work <= rows + images[0] * images[1] * size and held <= sum(images) * size
 
     def squares(self, cotangent: Tensor, layout: Layout, products: Products) -> Tensor | None:
         if self._groups > 1 or not layout.is_regular():

@@ -1,5 +1,6 @@
 """Parameters that are added to, or multiplied with, every row alike: biases and scales."""
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Self, final
@@ -7,7 +8,7 @@ from typing import Any, Self, final
 import torch
 from torch import Tensor
 
-from posegrad.jacobian._form import ClosedForm, Factor
+from posegrad.jacobian._form import ClosedForm, Factor, Side
 from posegrad.jacobian._layout import Layout
 from posegrad.jacobian._products import Products
 from posegrad.jacobian._record import record
@@ -33,9 +34,9 @@ class Broadcast(ClosedForm):
 
     has_small_rows = True
 
+    @abstractmethod
     def contribution(self, cotangent: Tensor) -> Tensor:
         """The cotangent times the derivative of each element of Y, in the shape of Y."""
-        raise NotImplementedError
 
     def accepts(self, cotangent: torch.Size, layout: Layout) -> bool:
         return all(self.aligned[dim] == 1 for dim in layout.dims)
@@ -46,6 +47,13 @@ class Broadcast(ClosedForm):
         if repeated and parts.shape[repeated:] == self.aligned[repeated:] == self.shape:
             return parts.sum(tuple(range(repeated)))
         return parts.sum_to_size(self.aligned).reshape(self.shape)
+
+    def jvp(self, direction: Tensor, shape: torch.Size) -> Tensor:
+        return self.moved(direction.reshape(self.aligned))
+
+    @abstractmethod
+    def moved(self, direction: Tensor) -> Tensor:
+        """The derivative of each element of Y times a direction in the shape `aligned`."""
 
     def rows(self, cotangent: Tensor, layout: Layout) -> Tensor:
         parts = self.contribution(cotangent)
@@ -93,6 +101,11 @@ class Elementwise(Broadcast):
     def inner(self, first: Tensor, second: Tensor, layout: Layout, products: Products) -> Tensor:
         return products.of(first, second)
 
+    def across(self, own: Side, other: Self, its: Side, products: Products) -> Tensor | None:
+        plain = self.prefers_pairs(own.cotangent.shape, own.layout, 1)
+        plain = plain and other.prefers_pairs(its.cotangent.shape, its.layout, 1)
+        return products.of(own.cotangent, its.cotangent) if plain else None
+
     def combine(self, cotangent: Tensor, layout: Layout, weights: Tensor) -> Tensor | None:
         plain = self.prefers_pairs(cotangent.shape, layout, 1)
         return weights.to(cotangent) @ cotangent if plain else None
@@ -100,5 +113,8 @@ class Elementwise(Broadcast):
     def contribution(self, cotangent: Tensor) -> Tensor:
         if isinstance(self.factor, Factor):
             parts = cotangent * self.factor.value.to(cotangent.dtype)
-            return parts if self.stops is None else parts.masked_fill_(self.stops.value, 0)
+            return parts if self.stops is None else parts.masked_fill(self.stops.value, 0)
         return cotangent if self.factor == 1 else cotangent * self.factor
+
+    def moved(self, direction: Tensor) -> Tensor:
+        return self.contribution(direction)

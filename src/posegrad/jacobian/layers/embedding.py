@@ -1,16 +1,17 @@
 """Lookup tables."""
 
 from collections.abc import Sequence
-from typing import final
+from typing import Self, final
 
 import torch
 from torch import Tensor
 
-from posegrad.jacobian._form import ClosedForm, Factor
+from posegrad.jacobian._form import ClosedForm, Factor, Side
 from posegrad.jacobian._layout import NOBODY, Layout
 from posegrad.jacobian._precision import wide
 from posegrad.jacobian._products import Products
 from posegrad.jacobian._record import record
+from posegrad.jacobian.layers.linear import Linear
 
 __all__ = ["Embedding", "EmbeddingBag"]
 
@@ -34,6 +35,14 @@ class Table(ClosedForm):
         table = entries.new_zeros(count * height, entries.shape[1])
         places = owners.clamp(min=0) * height + indices % height
         return table.index_add_(0, places, entries).reshape(count, *self.shape)
+
+    def _picked(self, direction: Tensor, indices: Tensor) -> Tensor:
+        """The rows of a direction `[V, ...]` that were looked up, `[*indices.shape, ...]`."""
+        rows = direction[indices]
+        if self.padding is None:
+            return rows
+        beside = (indices == self.padding).reshape(*indices.shape, *[1] * (direction.ndim - 1))
+        return rows.masked_fill_(beside, 0)
 
     def _meet(self, indices: Tensor, count: int, components: int) -> bool:
         """Whether fewer products of entries are to be taken than there are rows in the tables."""
@@ -92,6 +101,28 @@ class Table(ClosedForm):
         places = owners[left] * count + owners[right]
         return values.new_zeros(count * count).index_add_(0, places, values).reshape(count, count)
 
+    def _crossed(
+        self, own: tuple[Tensor, Tensor, Tensor], its: tuple[Tensor, Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The inner products of entries that meet in a row of the table.
+
+        Args:
+            own: Indices, owners and values of the entries of one table, each `[U, ...]`.
+            its: Those of the other.
+
+        Returns:
+            The owners of either, and the products.
+        """
+        indices, owners, sums = own
+        order = torch.argsort(its[0])
+        others = its[0][order]
+        start = torch.searchsorted(others, indices)
+        times = torch.searchsorted(others, indices, right=True) - start
+        left = torch.arange(len(indices), device=indices.device).repeat_interleave(times)
+        turn = torch.arange(len(left), device=indices.device) - (times.cumsum(0) - times)[left]
+        right = order[start[left] + turn]
+        return owners[left], its[1][right], (sums[left] * its[2][right]).sum(1)
+
 
 @final
 @record
@@ -115,6 +146,9 @@ class Embedding(Table):
         indices = self.indices.value.reshape(-1)
         return self._added(indices, cotangent, torch.zeros_like(indices), 1)[0]
 
+    def jvp(self, direction: Tensor, shape: torch.Size) -> Tensor:
+        return self._picked(direction, self.indices.value)
+
     def rows(self, cotangent: Tensor, layout: Layout) -> Tensor:
         indices, owners = self.looked_up(layout)
         return self._added(indices, layout.front(cotangent), owners, layout.count)
@@ -126,6 +160,34 @@ class Embedding(Table):
         indices, owners = self.looked_up(layout)
         sides = layout.front(first), layout.front(second)
         return self._inner(indices, sides, owners, layout.count)
+
+    def across(self, own: Side, other: Self, its: Side, products: Products) -> Tensor | None:
+        sides = (self, own), (other, its)
+        count, others, height = own.layout.count, its.layout.count, self.shape[0]
+        looked_up = [form.indices.value.reshape(-1) % height for form, _ in sides]
+        times = [torch.bincount(indices, minlength=height) for indices in looked_up]
+        if int((times[0] * times[1]).sum()) > (count + others) * height:
+            return None
+        met = [form._entries_of(*side) for form, side in sides]
+        left, right, values = self._crossed(*met)
+        total = values.new_zeros(count * others)
+        return total.index_add_(0, left * others + right, values).reshape(count, others)
+
+    def projected(
+        self, cotangents: tuple[Tensor, ...], left: Tensor, right: Tensor
+    ) -> tuple[ClosedForm, tuple[Tensor, ...]]:
+        """As a weight behind vectors of zeros and a one, which pick columns of the projection."""
+        indices = self.indices.value
+        picked = self._picked(left.mT, indices)  # [..., k]
+        input, shape = Factor.of(picked, self.indices.beside), torch.Size([len(left), len(right)])
+        entries = [b.flatten(indices.ndim).to(right.dtype) @ right.mT for b in cotangents]
+        return Linear(shape, input, flipped=True, on_left=False, scale=1.0), tuple(entries)
+
+    def _entries_of(self, cotangent: Tensor, layout: Layout) -> tuple[Tensor, Tensor, Tensor]:
+        """The entries of the poses' tables that are not zero: indices, owners, values."""
+        indices, owners = self.looked_up(layout)
+        indices, owners, (sums,) = self._sums(indices, [layout.front(cotangent)], owners)
+        return indices, owners, sums
 
     def squares(self, cotangent: Tensor, layout: Layout, products: Products) -> Tensor | None:
         indices, owners = self.looked_up(layout)
@@ -159,6 +221,12 @@ class EmbeddingBag(Table):
     def vjp(self, cotangent: Tensor) -> Tensor:
         indices = self.indices.value
         return self._added(indices, self._entries(cotangent), torch.zeros_like(indices), 1)[0]
+
+    def jvp(self, direction: Tensor, shape: torch.Size) -> Tensor:
+        entries = self._picked(direction, self.indices.value)
+        entries *= self.scale.like(entries).unsqueeze(1)
+        bags = entries.new_zeros(shape)
+        return bags.index_add_(0, self.bags.value, entries)
 
     def rows(self, cotangent: Tensor, layout: Layout) -> Tensor:
         owners = layout.owners[self.bags.value]

@@ -41,6 +41,14 @@ class GroupedLinear(ClosedForm):
         everyone = torch.zeros(len(cotangent), dtype=torch.long, device=cotangent.device)
         return self.rows(cotangent, Layout.along(1, 0, everyone))[0]
 
+    def jvp(self, direction: Tensor, shape: torch.Size) -> Tensor:
+        a = self.input.like(direction)
+        change, start = a.new_zeros(len(a), self.shape[2]), 0
+        for weight, stop in zip(direction, self.ends.value.tolist(), strict=True):
+            change[start:stop] = a[start:stop] @ weight
+            start = stop
+        return change
+
     def rows(self, cotangent: Tensor, layout: Layout) -> Tensor:
         rows = self._linear.rows(cotangent, self._by_expert(layout))
         return rows.reshape(layout.count, *self.shape)

@@ -2,17 +2,19 @@
 
 from dataclasses import replace
 from math import prod
-from typing import final
+from typing import Self, final
 
 import torch
 from torch import Tensor
 
-from posegrad.jacobian._form import ClosedForm, Factor
+from posegrad.jacobian._form import ClosedForm, Factor, Side
 from posegrad.jacobian._layout import Layout
 from posegrad.jacobian._precision import wide
 from posegrad.jacobian._products import (
     Products,
     as_rows,
+    crossed_pairs,
+    crossed_pairs_are_cheaper,
     multiplied,
     pairs_are_cheaper,
     squared_sums,
@@ -78,6 +80,11 @@ class Linear(ClosedForm):
         left, right = self._sides(a, b)
         return self._scaled(left @ right)
 
+    def jvp(self, direction: Tensor, shape: torch.Size) -> Tensor:
+        weight = direction if self.flipped else direction.mT  # [d, p]
+        a = self.input.like(direction)
+        return self._scaled(weight.mT @ a if self.on_left else a @ weight)
+
     def rows(self, cotangent: Tensor, layout: Layout) -> Tensor:
         if layout.is_regular():
             return self._scaled(multiplied(*self._sides(*self._by_pose(cotangent, layout))))
@@ -114,6 +121,51 @@ class Linear(ClosedForm):
 
         owners = self._flat(first.shape[:-1], layout)
         return summed_pairs(pairs, owners, alike=alike, in_double=in_double)
+
+    def across(self, own: Side, other: Self, its: Side, products: Products) -> Tensor | None:
+        rows = self._count(own.cotangent.shape), other._count(its.cotangent.shape)
+        numbers = own.layout.count, its.layout.count
+        if not crossed_pairs_are_cheaper(rows, numbers, *self.shape):
+            return None
+        left, right = self._standing(own.cotangent), other._standing(its.cotangent)
+        scale = self.scale * other.scale
+        pairs = products.of(left[0], right[0]) * products.of(left[1], right[1])
+        pairs = pairs if scale == 1 else pairs.mul_(scale)
+
+        def lengths() -> tuple[Tensor, Tensor] | None:
+            found = self.squares(*own, products), other.squares(*its, products)
+            return (
+                None if found[0] is None or found[1] is None else (found[0].sqrt(), found[1].sqrt())
+            )
+
+        def in_double() -> Tensor:
+            (p, q), (r, s) = ([as_rows(t).double() for t in side] for side in (left, right))
+            return (p @ r.mT) * (q @ s.mT) * scale
+
+        layouts = self._owners(own), other._owners(its)
+        return crossed_pairs(pairs, layouts, lengths, in_double)
+
+    def _standing(self, cotangent: Tensor) -> tuple[Tensor, Tensor]:
+        """What stands along the parameter's dimensions, row by row: `[..., shape[0 or 1]]`."""
+        sides = self.input.value, cotangent
+        a, b = (side.mT for side in sides) if self.on_left else sides
+        return (a, b) if self.flipped else (b, a)
+
+    def _owners(self, side: Side) -> Layout:
+        rows = side.cotangent.mT.shape if self.on_left else side.cotangent.shape
+        return self._flat(rows[:-1], side.layout)
+
+    def projected(
+        self, cotangents: tuple[Tensor, ...], left: Tensor, right: Tensor
+    ) -> tuple[ClosedForm, tuple[Tensor, ...]] | None:
+        """As LoGra does: by the factors, so that gradients are formed of `[k, l]` alone."""
+        if self.on_left:
+            return None
+        of_input, of_cotangent = (left, right) if self.flipped else (right, left)
+        a = self.input.like(left) @ of_input.mT
+        shape = torch.Size([len(left), len(right)])
+        form = replace(self, shape=shape, input=Factor.of(a, self.input.beside))
+        return form, tuple([b.to(left.dtype) @ of_cotangent.mT for b in cotangents])
 
     def squares(self, cotangent: Tensor, layout: Layout, products: Products) -> Tensor | None:
         if layout.is_one_each and cotangent.ndim == 2:

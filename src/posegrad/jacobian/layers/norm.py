@@ -34,6 +34,9 @@ class NormScale(Broadcast):
         )
         return (x - mean).mul_(rho).mul_(cotangent)
 
+    def moved(self, direction: Tensor) -> Tensor:
+        return self.contribution(direction)
+
 
 @final
 @record
@@ -62,9 +65,18 @@ class NormScaleBackward(Broadcast):
     inverse_deviation: Factor
 
     def contribution(self, cotangent: Tensor) -> Tensor:
-        g, x, mean, rho = (factor.value.to(cotangent.dtype) for factor in self.factors())
+        return self._projected(cotangent).mul_(self.gradient.like(cotangent))
+
+    def moved(self, direction: Tensor) -> Tensor:
+        return self._projected(self.gradient.like(direction) * direction)
+
+    def _projected(self, values: Tensor) -> Tensor:
+        r""":math:`\rho\, P v`, as a tensor of its own."""
+        x, mean, rho = (
+            factor.like(values) for factor in (self.input, self.mean, self.inverse_deviation)
+        )
         dims = tuple(range(-len(self.shape), 0))
         x = (x - mean).mul_(rho)
-        along = (x * cotangent).mean(dims, keepdim=True)
-        moved = cotangent - cotangent.mean(dims, keepdim=True) - x.mul_(along)
-        return moved.mul_(rho).mul_(g)
+        along = (x * values).mean(dims, keepdim=True)
+        moved = values - values.mean(dims, keepdim=True) - x.mul_(along)
+        return moved.mul_(rho)

@@ -35,6 +35,9 @@ class Repeat(ClosedForm):
         copies = range(0, 2 * len(self.repeats), 2)
         return self._grid(cotangent).sum(tuple(copies)).reshape(self.shape)
 
+    def jvp(self, direction: Tensor, shape: torch.Size) -> Tensor:
+        return direction.repeat(self.repeats)
+
     def rows(self, cotangent: Tensor, layout: Layout) -> Tensor:
         (dim,) = layout.dims
         others = [d for d in range(0, 2 * len(self.repeats), 2) if d != 2 * dim]

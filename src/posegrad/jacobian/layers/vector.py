@@ -32,6 +32,9 @@ class Vector(ClosedForm):
     def vjp(self, cotangent: Tensor) -> Tensor:
         return cotangent @ self.input.value.to(cotangent.dtype)
 
+    def jvp(self, direction: Tensor, shape: torch.Size) -> Tensor:
+        return self.input.like(direction) @ direction
+
     def rows(self, cotangent: Tensor, layout: Layout) -> Tensor:
         a = self.input.value.to(cotangent.dtype)
         if layout.is_regular():

@@ -1,0 +1,92 @@
+"""Directions in the space of parameters, as users state them."""
+
+from collections.abc import Mapping
+from typing import NamedTuple, Self, final
+
+import torch
+from torch import Tensor
+
+from posegrad.errors import ShapeMismatchError, listed
+
+__all__ = ["Directions"]
+
+
+@final
+class Directions(NamedTuple):
+    """Some movements of all parameters.
+
+    Args:
+        by_name: `[k, *shape]` by parameter.
+        is_one: Whether it was stated as one, without a dimension of its own.
+    """
+
+    by_name: dict[str, Tensor]
+    is_one: bool
+
+    @classmethod
+    def of(cls, stated: object, shapes: Mapping[str, torch.Size]) -> Self:
+        """What was stated: a tensor `[n]` or `[n, k]`, or a dict of tensors by parameter.
+
+        Raises:
+            TypeError: if it is neither, or complex.
+            ShapeMismatchError: if it does not fit the parameters.
+            KeyError: if it names what is none of them.
+        """
+        if isinstance(stated, Mapping):
+            return cls(_of_mapping(stated, shapes), True)
+        if isinstance(stated, Tensor):
+            return cls(_of_tensor(stated, shapes), stated.ndim == 1)
+        raise TypeError(
+            f"J @ v takes a tensor [n] or [n, k], a dict of tensors by parameter, or K.T of "
+            f"another Jacobian, but v is a {type(stated).__name__}."
+        )
+
+
+def _of_tensor(stated: Tensor, shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
+    widths = [shape.numel() for shape in shapes.values()]
+    if stated.ndim not in (1, 2) or len(stated) != sum(widths):
+        raise ShapeMismatchError(
+            f"v has shape {list(stated.shape)}, but J has {sum(widths)} columns: v must be "
+            f"[{sum(widths)}] or [{sum(widths)}, k].\n"
+            f"The columns are the parameters of J.shapes, one after another, also those that are "
+            f"not used; a dict of tensors by parameter will do as well."
+        )
+    _check_real(stated)
+    columns = stated.detach().reshape(len(stated), -1).mT  # [k, n]
+    pieces = torch.split(columns, widths, dim=1)
+    return {
+        name: piece.reshape(-1, *shape)
+        for (name, shape), piece in zip(shapes.items(), pieces, strict=True)
+    }
+
+
+def _of_mapping(
+    stated: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]
+) -> dict[str, Tensor]:
+    unknown = [repr(name) for name in stated if name not in shapes]
+    if unknown:
+        raise KeyError(
+            f"v names {listed(unknown)}, but J has the parameters {listed(list(shapes))}."
+        )
+    wrong = [
+        f"{name} {list(value.shape)} for {list(shapes[name])}"
+        for name, value in stated.items()
+        if value.shape != shapes[name]
+    ]
+    if wrong:
+        raise ShapeMismatchError(
+            f"A direction has the shapes of the parameters, but v holds {listed(wrong)}.\n"
+            f"Parameters that are left out stay where they are; for several directions pass a "
+            f"tensor [n, k]."
+        )
+    for value in stated.values():
+        _check_real(value)
+    return {name: value.detach().unsqueeze(0) for name, value in stated.items()}
+
+
+def _check_real(value: Tensor) -> None:
+    if value.is_complex():
+        raise TypeError(
+            f"v is {value.dtype}, but J is real.\nMultiply J with v.real and v.imag, one after the "
+            f"other."
+        )

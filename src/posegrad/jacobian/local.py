@@ -1,0 +1,345 @@
+"""The Jacobian of a group whose rows are all here."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from functools import reduce
+from typing import final
+
+import torch
+from torch import Tensor
+
+from posegrad._restoring import restoring
+from posegrad.jacobian._backwards import ONE, Backwards
+from posegrad.jacobian._block import Block, join
+from posegrad.jacobian._deliver import Gradient, deliver_step, gradient_of
+from posegrad.jacobian._directions import Directions
+from posegrad.jacobian._parts import Weights, checked_weights
+from posegrad.jacobian._precision import exact, wide
+from posegrad.jacobian._products import Products, added, inner_products
+from posegrad.jacobian._projection import Projection
+from posegrad.jacobian._range import left_range
+from posegrad.jacobian._report import kept_bytes, report
+from posegrad.jacobian._sheet import side_by_side
+from posegrad.jacobian.base import Jacobian, check_alike
+from posegrad.weighting._rules import AnyRule, as_gradient_rule
+
+__all__ = ["PoseJacobian"]
+
+MIXED = "poses mix"  # in the path of a parameter's rows
+
+
+@final
+class PoseJacobian(Jacobian):
+    """The Jacobian of a group whose rows are all in this process.
+
+    Attributes:
+        predictions: The output, of `output_shape`, detached.
+
+    Example:
+        >>> model = nn.Linear(2, 1)
+        >>> J = Engine(model).jacobian(model(torch.eye(2)).squeeze(1))  # of two poses
+        >>> J.matrix()  # columns: two of the weight, one of the bias
+        tensor([[1., 0., 1.],
+                [0., 1., 1.]])
+        >>> J.gramian()
+        tensor([[2., 1.],
+                [1., 2.]])
+        >>> J.norms()
+        tensor([1.4142, 1.4142])
+        >>> J[0]
+        {'weight': tensor([[1., 0.]]), 'bias': tensor([1.])}
+        >>> J.block("weight").shape
+        torch.Size([2, 1, 2])
+    """
+
+    def __init__(
+        self,
+        predictions: Tensor,
+        parameters: Mapping[str, Tensor],
+        blocks: Mapping[str, Block],
+        backwards: Backwards = ONE,
+    ) -> None:
+        self.predictions = predictions
+        self._parameters = dict(parameters)
+        self._blocks = dict(blocks)
+        self._working = dict(blocks)  # uses joined, rows in place of factors: as products need them
+        self._backwards = backwards
+
+    @classmethod
+    def empty(cls, output: Tensor, parameters: Mapping[str, Tensor]) -> "PoseJacobian":
+        """The rows of an output that has none; it is like `output` in all but dimension 0."""
+        blocks = {name: Block.of(p, 0, ()) for name, p in parameters.items()}
+        return cls(output.detach()[:0], parameters, blocks)
+
+    @classmethod
+    def joined(cls, jacobians: Sequence["PoseJacobian"]) -> "PoseJacobian":
+        """The rows of several Jacobians of the same parameters, one after another."""
+        predictions = torch.cat([jacobian.predictions for jacobian in jacobians])
+        first = jacobians[0]
+        blocks = {
+            name: Block.joined([jacobian._blocks[name] for jacobian in jacobians])
+            for name in first._blocks
+        }
+        join(blocks)  # at once, so that what is joined is not held twice
+        backwards = reduce(Backwards.joined, [jacobian._backwards for jacobian in jacobians])
+        return cls(predictions, first._parameters, blocks, backwards)
+
+    @property
+    def blocks(self) -> Mapping[str, Block]:
+        """The blocks by parameter, as they are held."""
+        return self._blocks
+
+    def consumed(self) -> "PoseJacobian":
+        self._blocks = self._working
+        return self
+
+    def in_form(self, form: str) -> "PoseJacobian":
+        """The same rows as `"factors"`, `"dense"`, or in the smaller form of each block."""
+        if form == "factors":
+            return self
+        own, auto = self._blocks.items(), form == "auto"
+        blocks = {name: block.smaller() if auto else block.dense() for name, block in own}
+        return self._with(self.predictions, blocks)
+
+    @property
+    def used(self) -> list[str]:
+        return [name for name, block in self._blocks.items() if block.parts]
+
+    @property
+    def shapes(self) -> dict[str, torch.Size]:
+        return {name: block.shape for name, block in self._blocks.items()}
+
+    def __repr__(self) -> str:
+        count = sum(parameter.numel() for parameter in self._parameters.values())
+        return f"PoseJacobian(output_shape={list(self.output_shape)}, parameters={count})"
+
+    @exact
+    def combine(self, weights: Tensor) -> dict[str, Tensor]:
+        join(self._working)
+        flat = Weights(checked_weights(weights, self.output_shape).to(self._device).reshape(-1))
+        # Backwards: a bias before its weight, whose product sweeps from the processor's cache the
+        # cotangents that both need.
+        found = {name: self._working[name].combine(flat) for name in reversed(self._working)}
+        return {name: found[name] for name in self._working}
+
+    def backward(
+        self, rule: Tensor | AnyRule, *, scaler: torch.amp.GradScaler | None = None
+    ) -> Tensor | None:
+        return deliver_step(as_gradient_rule(rule), self, self._parameters, scaler)
+
+    @restoring
+    def made_by(self, rule: Tensor | AnyRule, *, or_nan: bool = False) -> Gradient:
+        return gradient_of(as_gradient_rule(rule), self, or_nan=or_nan)
+
+    @exact
+    def block(self, name: str) -> Tensor:
+        if name not in self._blocks:
+            raise KeyError(
+                f"There is no trainable parameter {name!r}; there are "
+                f"{', '.join(self._blocks) or 'none'}."
+            )
+        rows = self._matrix_of(name).to(self._blocks[name].dtype)
+        block = self._working[name]
+        if any(_share(rows, held) for part in block.parts for held in part.held()):
+            rows = rows.clone()  # the caller's to write to
+        return rows.reshape((*self.output_shape, *block.shape))
+
+    @exact
+    def matrix(self) -> Tensor:
+        count = self.predictions.numel()
+        widths = [block.shape.numel() for block in self._blocks.values()]
+        dtype = reduce(torch.promote_types, self._dtypes) if widths else torch.float32
+        matrix = torch.empty(count, sum(widths), dtype=dtype, device=self._device)
+        columns = torch.split(matrix, widths, dim=1)
+        for part, block in zip(columns, self._working.values(), strict=True):
+            block.write(part)
+        return matrix
+
+    def to(self, device: torch.device | str) -> "PoseJacobian":
+        blocks = {name: block.to(device) for name, block in self._blocks.items()}
+        return self._with(self.predictions.to(device), blocks)
+
+    def report(self) -> str:
+        return report(self.predictions.numel(), self._blocks, self._backwards)
+
+    @property
+    def held_bytes(self) -> int:
+        """The memory that it keeps alive; what parameters have in common counts once."""
+        return kept_bytes(self._blocks)
+
+    @property
+    def paths(self) -> dict[str, tuple[str, ...]]:
+        """The rungs each parameter's parts came by; empty for unused parameters."""
+        return {
+            name: tuple(part.path for part in block.parts) for name, block in self._blocks.items()
+        }
+
+    @property
+    def mixed(self) -> list[str]:
+        return [name for name, paths in self.paths.items() if any(MIXED in p for p in paths)]
+
+    def of(self, names: Sequence[str]) -> "PoseJacobian":
+        parameters = {name: self._parameters[name] for name in names}
+        blocks = {name: self._blocks[name] for name in names}
+        return PoseJacobian(self.predictions, parameters, blocks, self._backwards)
+
+    @property
+    def _device(self) -> torch.device:
+        return self.predictions.device
+
+    @property
+    def _dtypes(self) -> list[torch.dtype]:
+        return [block.dtype for block in self._blocks.values()]
+
+    def _zeros(self, *shape: int) -> Tensor:
+        """Products with rows of which none depends on a parameter."""
+        return torch.zeros(shape, dtype=self._kind, device=self._device)
+
+    def _with(self, predictions: Tensor, blocks: Mapping[str, Block]) -> "PoseJacobian":
+        """Other rows by the same parameters."""
+        return PoseJacobian(predictions, self._parameters, blocks, self._backwards)
+
+    def double(self) -> "PoseJacobian":
+        """The same rows in float64."""
+        blocks = {name: block.double() for name, block in self._blocks.items()}
+        return self._with(self.predictions, blocks)
+
+    @exact
+    def _moved(self, directions: object) -> Tensor:
+        found = Directions.of(directions, self.shapes)
+        join(self._working)
+        own = (
+            self._working[name].along(direction)
+            for name, direction in found.by_name.items()
+            if self._working[name].parts
+        )
+        total = added(own, self._device)
+        if total is None:
+            k = 1 if found.is_one else next(iter(found.by_name.values())).shape[0]
+            total = self._zeros(self.predictions.numel(), k)
+        shape = self.output_shape if found.is_one else (*self.output_shape, total.shape[1])
+        return total.reshape(shape)
+
+    @exact
+    def _met(self, other: Jacobian) -> Tensor:
+        check_alike(self, other, "The other Jacobian")
+        assert isinstance(other, PoseJacobian)
+        if other is self:
+            return self._gram(None)
+        join(self._working)
+        join(other._working)
+        products = Products()
+        used = [name for name in self.used if other._blocks[name].parts]
+        own = (self._met_of(name, other, products) for name in used)
+        total = added(own, self._device)
+        count, others = self.predictions.numel(), other.predictions.numel()
+        return self._zeros(count, others) if total is None else total
+
+    def _met_of(self, name: str, other: "PoseJacobian", products: Products) -> Tensor:
+        """The inner products of one parameter's rows with another's, `[M, M']`."""
+        gram = self._working[name].across(other._working[name], products)
+        if gram is not None:
+            return gram
+        left, right = self._matrix_of(name), other._matrix_of(name)
+        dtype = torch.promote_types(left.dtype, right.dtype)
+        return left.to(dtype) @ right.to(left.device, dtype).mT
+
+    @exact
+    def _gram(self, dtype: torch.dtype | None) -> Tensor:
+        join(self._working)
+        sheet = side_by_side([self._working[name] for name in self.used])
+        if sheet is not None:
+            return inner_products(sheet if dtype is None else sheet.to(dtype))
+        products = Products()
+        # Names alone: where rows take the factors' place, these are freed on the way.
+        grams = (self._gramian_of(name, products, dtype) for name in self.used)
+        total = added(grams, self._device)
+        if total is not None:
+            return total
+        count = self.predictions.numel()
+        return self._zeros(count, count).to(dtype or self._kind)
+
+    @exact
+    def _grams(self, dtype: torch.dtype | None) -> dict[str, Tensor]:
+        join(self._working)
+        products = Products()
+        return {
+            # A copy, for some have one in common.
+            name: self._gramian_of(name, products, dtype).clone()
+            for name in list(self._working)
+        }
+
+    def _gram_in_double(self) -> Tensor:
+        return self.double().consumed()._gram(torch.float64)
+
+    @exact
+    def _norms(self) -> Tensor:
+        join(self._working)
+        products = Products()
+        sheet = side_by_side([self._working[name] for name in self.used])
+        if sheet is not None:
+            total: Tensor | None = torch.linalg.vector_norm(sheet, dim=1).square()
+        else:
+            total = added((self._squares_of(name, products) for name in self.used), self._device)
+        if total is None:
+            return self._zeros(*self.output_shape)
+        if left_range(total, self._working.values()):
+            return self.double()._norms().to(total)
+        return total.sqrt().reshape(self.output_shape)
+
+    def _norms_of_each(self) -> dict[str, Tensor]:
+        return {name: self.of([name])._norms() for name in self._blocks}
+
+    @exact
+    def _projected(self, k: int, seed: int) -> Tensor:
+        join(self._working)
+        total = added(self._projections(k, seed), self._device)
+        return self._zeros(self.predictions.numel(), k) if total is None else total
+
+    def _projections(self, k: int, seed: int) -> Iterator[Tensor]:
+        for name in self.used:
+            block = self._working[name]
+            like = wide(torch.empty(0, dtype=block.dtype, device=block.device))
+            yield block.projected(Projection(k, seed, name, like))
+
+    @exact
+    def _picked(self, index: Tensor) -> "PoseJacobian":
+        join(self._working)
+        index = index.to(self._device)
+        inner = self.output_shape[1:].numel()
+        blocks = {name: block.picked(index, inner) for name, block in self._working.items()}
+        return self._with(self.predictions[index], blocks)
+
+    def _followed(self, others: Sequence[Jacobian]) -> "PoseJacobian":
+        own = [self, *(other for other in others if isinstance(other, PoseJacobian))]
+        return PoseJacobian.joined(own)
+
+    def _gramian_of(self, name: str, products: Products, dtype: torch.dtype | None) -> Tensor:
+        """The inner products of one parameter's rows, `[M, M]`, by the cheaper of two ways."""
+        gram = self._working[name].pairs(products)
+        if gram is None:
+            rows = self._matrix_of(name)
+            gram = inner_products(rows if dtype is None else rows.to(dtype))
+        return gram if dtype is None else gram.to(dtype)
+
+    def _squares_of(self, name: str, products: Products) -> Tensor:
+        """The squared norms of one parameter's rows, `[M]`, by the cheaper of two ways."""
+        squares = self._working[name].squares(products)
+        if squares is None:
+            squares = torch.linalg.vector_norm(self._matrix_of(name), dim=1).square()
+        return squares
+
+    def _matrix_of(self, name: str) -> Tensor:
+        """One parameter's rows `[M, n]`; kept for other products, unless factors are far smaller.
+
+        A product with rows costs one multiplication for each of their numbers, with factors one
+        for each of them and every row of the activations of a pose.
+        """
+        block = self._working[name]
+        dense = block.as_rows()
+        if dense.bytes() <= 2 * block.bytes():
+            self._working[name] = dense
+        return dense.matrix()
+
+
+def _share(first: Tensor, second: Tensor) -> bool:
+    return first.untyped_storage().data_ptr() == second.untyped_storage().data_ptr()

@@ -1,0 +1,120 @@
+"""The Gramian of more rows than fit, tile by tile."""
+
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+
+from posegrad import Engine, NoPosesError
+from posegrad.schedule._tiles import _tiles
+from posegrad.testing import peak_live_bytes
+
+F64 = torch.float64
+N, OTHERS = 41, 23
+
+
+def _network(width: int = 1) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, width)).double()
+
+
+def _poses(count: int, seed: int) -> Tensor:
+    return torch.randn(count, 5, generator=torch.Generator().manual_seed(seed), dtype=F64)
+
+
+def _generated(X: Tensor) -> Iterator[Tensor]:
+    yield from X
+
+
+# name: how the poses are handed over, and how the engine runs them
+FORMS: dict[str, tuple[Callable[[Tensor], Any], dict[str, Any]]] = {
+    "batch": (lambda X: X, {}),
+    "chunks": (lambda X: X, {"chunk_size": 3}),
+    "list": (list, {}),
+    "list, joined": (list, {"collate": torch.stack, "chunk_size": 4}),
+    "generator": (_generated, {}),
+    "dataset": (TensorDataset, {"predict": lambda model, pose: model(pose[0])}),
+}
+
+
+@pytest.mark.parametrize("width", [1, 2])
+@pytest.mark.parametrize("block_bytes", [1, 5000, 2**27])
+@pytest.mark.parametrize("name", FORMS)
+def test_tiles_make_the_gramian(name: str, block_bytes: int, width: int) -> None:
+    hand, options = FORMS[name]
+    model, X, Y = _network(width), _poses(N, 1), _poses(OTHERS, 2)
+    engine = Engine(model, block_bytes=block_bytes, **options)
+    J, K = (Engine(model).gather(batch) for batch in (X, Y))
+    torch.testing.assert_close(engine.gramian(hand(X)), J.gramian())
+    torch.testing.assert_close(engine.gramian(hand(X), hand(Y)), J @ K.T)
+
+
+def test_numbers_of_others_follow() -> None:
+    model, X, Y = _network(), _poses(N, 1), _poses(OTHERS, 2)
+    targets = torch.randn(N + OTHERS, dtype=F64)
+
+    def loss(predictions: Tensor, i: Tensor) -> Tensor:
+        return (predictions - targets[i]).square()
+
+    engine = Engine(model, block_bytes=5000)
+    both = engine.gather(torch.cat([X, Y]), loss=loss).gramian()
+    torch.testing.assert_close(engine.gramian(X, Y, loss=loss), both[:N, N:])
+    torch.testing.assert_close(engine.gramian(X, loss=loss), both[:N, :N])
+
+
+@pytest.mark.parametrize("columns", [None, 1, 3])
+@pytest.mark.parametrize("rows", [1, 2, 5])
+def test_every_tile_has_a_block_of_the_last(rows: int, columns: int | None) -> None:
+    tiles = list(_tiles(rows, columns))
+    wanted = {(i, j) for i in range(rows) for j in range(columns or rows) if columns or j >= i}
+    assert sorted(tiles) == sorted(wanted)
+    for (row, column), (next_row, next_column) in pairwise(tiles):
+        shared = {row, column} & {next_row, next_column} if columns is None else ()
+        assert shared or row == next_row or column == next_column
+
+
+def test_two_blocks_are_held_and_the_result() -> None:
+    model = nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 1))
+    block = 2**16
+    engine, X = Engine(model, block_bytes=block, chunk_size=16), torch.randn(512, 64)
+    engine.gramian(X[:64])
+    with peak_live_bytes() as peak:
+        found = engine.gramian(X)
+    whole = engine.gather(X).held_bytes
+    size = found.numel() * found.element_size()
+    assert whole > 4 * block
+    assert peak.bytes < size + 4 * block
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_projected_rows_are_those_of_the_jacobian(name: str) -> None:
+    hand, options = FORMS[name]
+    model, X = _network(2), _poses(N, 1)
+    expected = Engine(model).gather(X).project(9, seed=4)
+    found = Engine(model, **options).project(hand(X), 9, seed=4)
+    torch.testing.assert_close(found, expected)
+    with pytest.raises(ValueError, match="k is 0"):
+        Engine(model).project(X, 0)
+
+
+def test_projections_hold_one_chunk() -> None:
+    model = nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 1))
+    engine, X = Engine(model, chunk_size=8), torch.randn(256, 64)
+    engine.project(X[:16], 4)
+    with peak_live_bytes() as few:
+        engine.project(X[:32], 4)
+    with peak_live_bytes() as many:
+        engine.project(X, 4)
+    assert many.bytes < few.bytes + 256 * 4 * 4 * 3
+
+
+def test_what_has_no_rows_is_refused() -> None:
+    engine = Engine(_network())
+    with pytest.raises(NoPosesError, match="no rows to multiply"):
+        engine.gramian([])
+    with pytest.raises(NoPosesError, match="no rows to multiply"):
+        engine.gramian(_poses(3, 0), [])
