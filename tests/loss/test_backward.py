@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from posegrad import Clip, Engine, Mean, Median, Min, SignAgreement, Weighting
+from posegrad import Clip, Engine, Mean, Median, Min, PoseJacobian, SignAgreement, Weighting
 from posegrad.errors import (
     HigherOrderError,
     NonFiniteGradientError,
@@ -268,6 +268,49 @@ def test_without_gradients_it_is_the_mean() -> None:
     own = _losses(model)
     with torch.no_grad():
         assert not engine.loss(own, Clip(0.3)).requires_grad
+
+
+class Keeping(Weighting):
+    """A rule that holds on to the gradient that it returned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept: dict[str, Tensor] = {}
+
+    def forward(self, gramian: Tensor, predictions: Tensor) -> Tensor:
+        return torch.ones_like(predictions)
+
+    def step(self, jacobian: Any) -> Any:
+        made = super().step(jacobian)
+        self.kept = dict(made.gradients)
+        return made
+
+
+def test_what_a_rule_keeps_is_not_written_to() -> None:
+    model, rule = _model(), Keeping()
+    loss = Engine(model).loss(_losses(model), rule)
+    before = {name: gradient.clone() for name, gradient in rule.kept.items()}
+    (3 * loss).backward()
+    for name, p in model.named_parameters():
+        assert torch.equal(rule.kept[name], before[name])
+        torch.testing.assert_close(p.grad, 3 * before[name])
+
+
+@pytest.mark.parametrize("factor", [1.0, 3.0])
+def test_the_gradient_is_handed_on_without_a_copy(
+    factor: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, held = _model(), []
+    combine = PoseJacobian.combine
+
+    def watched(self: PoseJacobian, weights: Tensor) -> dict[str, Tensor]:
+        found = combine(self, weights)
+        held.extend(gradient.data_ptr() for gradient in found.values())
+        return found
+
+    monkeypatch.setattr(PoseJacobian, "combine", watched)
+    (factor * Engine(model).loss(_losses(model), Clip(0.3))).backward()
+    assert [p.grad.data_ptr() for p in model.parameters()] == held
 
 
 def test_a_second_derivative_is_refused() -> None:

@@ -118,7 +118,7 @@ def owned(gradients: dict[str, Tensor]) -> list[Tensor]:
     """Some gradients, of which nobody else holds any; the dict is emptied."""
     own = [*gradients.values()]
     gradients.clear()
-    for i, _ in enumerate(own):
+    for i in range(len(own)):  # by number: a name for a gradient would hold it too
         if sys.getrefcount(own[i]) > _HELD_BY_A_LIST:  # by the rule
             own[i] = own[i].clone()
     return own

@@ -89,8 +89,9 @@ class LossCall:
         places: list[Tensor] = [self.parameters[name] for name in made.own]
         places += [made.trained[name] for name in made.of_rule]
         places += [leaf for leaf, _ in outside]
-        own = owned(made.own)
-        gradients = own + [*made.of_rule.values()] + [gradient for _, gradient in outside]
+        gradients = owned(made.own)
+        count = len(gradients)
+        gradients += [*made.of_rule.values()] + [gradient for _, gradient in outside]
         named: dict[str, Tensor] = {**self.parameters}
         named |= {f"{name} of the rule": p for name, p in made.trained.items()}
         named |= {f"leaf {i} {_shown(leaf)}": leaf for i, (leaf, _) in enumerate(outside)}
@@ -110,8 +111,8 @@ class LossCall:
                 kept.free_after_backward()
             found = [gradient for gradient in saved if gradient is not None]
             # In place those alone that nobody else holds: one that autograd made may be of two.
-            scaled = _scaled(found[: len(own)], scale, in_place=is_last)
-            scaled += _scaled(found[len(own) :], scale, in_place=False)
+            scaled = _scaled(found[:count], scale, in_place=is_last)
+            scaled += _scaled(found[count:], scale, in_place=False)
             return _by_number(numbers, scaled, inputs.tensors)
 
         reached = {number for number in numbers if number is not None}
