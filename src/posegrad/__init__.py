@@ -15,7 +15,9 @@ from posegrad.combination import (
 from posegrad.engine import Engine
 from posegrad.errors import (
     ClosedEngineError,
+    CotangentBypassError,
     HigherOrderError,
+    ListeningError,
     MissingExtraError,
     NonFiniteGradientError,
     NonFinitePredictionError,
@@ -34,6 +36,7 @@ from posegrad.errors import (
     UnsupportedModuleError,
     UntrackedTensorError,
 )
+from posegrad.graph import Listening
 from posegrad.jacobian import PoseJacobian, SharedJacobian
 from posegrad.multipose import MultiPose
 from posegrad.schedule._chunks import Budget
@@ -63,8 +66,11 @@ __all__ = [
     "ClosedEngineError",
     "Combination",
     "Combined",
+    "CotangentBypassError",
     "Engine",
     "HigherOrderError",
+    "Listening",
+    "ListeningError",
     "Max",
     "Mean",
     "Median",

@@ -4,6 +4,7 @@ from posegrad.jacobian._arrangement import Arrangement
 from posegrad.jacobian._backwards import ONE, TOGETHER, Backwards, Purpose
 from posegrad.jacobian._block import Block
 from posegrad.jacobian._deliver import Gradient, owned
+from posegrad.jacobian._division import Division
 from posegrad.jacobian._form import ClosedForm, Factor
 from posegrad.jacobian._layout import NOBODY, Layout, single
 from posegrad.jacobian._parts import Factors, Part, Pull, Rows, Weights
@@ -19,6 +20,7 @@ __all__ = [
     "Backwards",
     "Block",
     "ClosedForm",
+    "Division",
     "Factor",
     "Factors",
     "Gradient",
