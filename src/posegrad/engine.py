@@ -10,7 +10,7 @@ from torch.amp import GradScaler
 from posegrad.combination._base import Rule
 from posegrad.errors import ClosedEngineError
 from posegrad.graph import Gatherer, Listening, Roster, Wanted, check_modules, unwrapped
-from posegrad.jacobian import PoseJacobian, SharedJacobian, of_all
+from posegrad.jacobian import PoseJacobian, SharedJacobian, check_whole, of_all
 from posegrad.schedule._batch import as_batch
 from posegrad.schedule._call import Setting
 from posegrad.schedule._chunks import ChunkSize
@@ -283,8 +283,10 @@ class Engine:
             tensor([[4., 4.],
                     [4., 4.]])
         """
-        outline = self._gatherer.listen(output, self._trained())
-        return Listening(outline, partial(of_all, trainable=self._trained, ranks=self._ranks))
+        check_whole(self._ranks)
+        outlined = partial(self._gatherer.listen, output, self._trained())
+        finish = partial(of_all, trainable=self._trained, ranks=self._ranks)
+        return Listening.of(outlined, finish, is_shared=self._ranks is not None)
 
     def gather(
         self, poses: Iterable[Pose], *, loss: Loss | None = None, form: str = "auto"

@@ -29,7 +29,7 @@ from posegrad.graph._guard import (
     undisturbed,
 )
 from posegrad.graph._hearing import Route
-from posegrad.graph._listening import Outline, check_heard, check_packed
+from posegrad.graph._listening import Outline, check_heard, check_packed, check_static
 from posegrad.graph._outlook import Outlook, foreseen
 from posegrad.graph._plan import Plan, SettledPlan
 from posegrad.graph._reading import Parts, Reading
@@ -216,6 +216,7 @@ class Gatherer:
             output, registry, used, (), dim, self._generator, known.steps, known.followed,
             self.tensors, any(map(is_hooked, heard)), quiet=True,
         )  # fmt: skip
+        check_static(registry)
         lock, aside, copied = python_contained(registry, used)
         with retained_set_aside(heard), failures_named(), undisturbed(), lock, aside, copied:
             plan, layouts = self._heard_by(subject, known)

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from posegrad._restoring import restoring
-from posegrad._torch import is_packed_at, is_python, memory_of
-from posegrad.errors import ListeningError, NonFiniteGradientError, listed
+from posegrad._torch import is_of_static_ddp, is_packed_at, is_python, memory_of
+from posegrad.errors import ListeningError, NonFiniteGradientError, NoPosesError, listed
 from posegrad.graph._edges import EdgeRegistry
 from posegrad.graph._guard import failures_named, undisturbed
 from posegrad.graph._hearing import Hearing, Hooks, Route, versions_count
@@ -30,7 +30,7 @@ from posegrad.jacobian import (
     is_cast,
 )
 
-__all__ = ["Listening", "Outline", "check_heard", "check_packed"]
+__all__ = ["Listening", "Outline", "check_heard", "check_packed", "check_static"]
 
 Finish = Callable[[Callable[[Mapping[str, Tensor]], PoseJacobian]], PoseJacobian | SharedJacobian]
 """From what makes this process's Jacobian to that of all ranks."""
@@ -92,16 +92,34 @@ class Listening:
         tensor([True, True])
     """
 
-    def __init__(self, outline: Outline, finish: Finish) -> None:
-        self._outline: Outline | None = outline
+    def __init__(self, outline: Outline | NoPosesError, finish: Finish) -> None:
+        self._outline = outline if isinstance(outline, Outline) else None
+        self._nothing = None if isinstance(outline, Outline) else outline
         self._finish = finish
         # A hook may hand on a tensor of its own.
-        self._counts = not outline.is_watched and versions_count()
+        self._counts = versions_count() and not (self._outline and self._outline.is_watched)
         self._hooks = Hooks(WeakMethod(self._begin))
         self._shared: list[Layout] = []
         self._found: tuple[Tensor, PoseJacobian] | None = None
         self._failure: Exception | None = None
         self._of_all: PoseJacobian | SharedJacobian | None = None
+
+    @classmethod
+    def of(cls, outlined: Callable[[], Outline], finish: Finish, *, is_shared: bool) -> Self:
+        """One that waits for a backward.
+
+        Args:
+            outlined: Looks at the graph; raises NoPosesError if the output is empty, as it may be
+                on some ranks.
+            finish: Makes the Jacobian of all ranks.
+            is_shared: Whether there are ranks.
+        """
+        try:
+            return cls(outlined(), finish)
+        except NoPosesError as error:
+            if not is_shared:
+                raise
+            return cls(error, finish)
 
     @restoring
     def start(self) -> Self:
@@ -110,6 +128,8 @@ class Listening:
         Raises:
             ListeningError: if it has been stopped: one `listen` hears one graph.
         """
+        if self._nothing is not None:
+            return self
         if self._outline is None:
             raise ListeningError(
                 "start() after stop(): the graph that was listened to is gone.\n"
@@ -150,7 +170,6 @@ class Listening:
             StaleFactorError: if a tensor the forward saved was changed in place since.
             NonFiniteGradientError: if rows of cotangent zero have gradients that are not finite.
         """
-        self._settle()
         if self._of_all is None:
             self._of_all = self._finish(lambda _: self._settle()[1])
         return self._of_all
@@ -163,8 +182,9 @@ class Listening:
     @restoring
     def _settle(self) -> tuple[Tensor, PoseJacobian]:
         """The mask and this process's Jacobian."""
-        if self._failure is not None:
-            raise self._failure
+        failure = self._nothing or self._failure
+        if failure is not None:
+            raise failure
         if self._found is None:
             if self._hooks.heard is None or self._outline is None:
                 raise ListeningError(
@@ -253,6 +273,21 @@ def check_packed(registry: EdgeRegistry, slots: Iterable[Slot]) -> None:
             f"by a checkpoint or save_on_cpu, and is unpacked once in a backward, by the operator "
             f"itself.\n"
             f"Call engine.jacobian(output, retain_graph=True) before the backward instead."
+        )
+
+
+def check_static(registry: EdgeRegistry) -> None:
+    """Refuses graphs through a DDP whose first backward counts, and which any other would disturb.
+
+    Raises:
+        ListeningError: if this is one.
+    """
+    if any(map(is_of_static_ddp, registry.nodes)):
+        raise ListeningError(
+            "The output was computed through a DistributedDataParallel with static_graph=True, "
+            "which averages gradients after the first backward that passes it, and finding out "
+            "how to listen takes a backward before yours.\n"
+            "Leave static_graph=True out."
         )
 
 

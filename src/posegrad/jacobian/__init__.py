@@ -10,7 +10,7 @@ from posegrad.jacobian._layout import NOBODY, Layout, single
 from posegrad.jacobian._parts import Factors, Part, Pull, Rows, Weights
 from posegrad.jacobian._precision import is_cast, wide
 from posegrad.jacobian.operator import PoseJacobian
-from posegrad.jacobian.shared import SharedJacobian, of_all
+from posegrad.jacobian.shared import SharedJacobian, check_whole, of_all
 
 __all__ = [
     "NOBODY",
@@ -32,6 +32,7 @@ __all__ = [
     "Rows",
     "SharedJacobian",
     "Weights",
+    "check_whole",
     "is_cast",
     "of_all",
     "owned",
