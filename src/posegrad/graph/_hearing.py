@@ -123,11 +123,12 @@ class Hearing:
         self._counts = counts and not torch.is_grad_enabled()
         self._waiting = set(route.sends)
         self._running: set[int] = set()
+        self._is_taking = False  # which runs backwards of its own through the graph below
         self._sent: dict[Edge, list[Tensor]] = {}
 
     def arrive(self, node: int, cotangents: Sequence[Tensor | None]) -> None:
         """Notes the cotangents of an operator that is about to run."""
-        if self.failure is not None or node not in self._waiting:
+        if self.failure is not None or self._is_taking or node not in self._waiting:
             return  # each runs once in a backward; this is another, which began elsewhere
         try:
             self._compare(node, cotangents)
@@ -137,15 +138,18 @@ class Hearing:
                     self._note(place, cotangents[output])
                 take = self._take()
                 if take is not None:
+                    self._is_taking = True
                     take(self, node)
         except Exception as error:
             self._fail(error)
+        finally:
+            self._is_taking = False
 
     def leave(
         self, node: int, gradients: Sequence[Tensor | None], cotangents: Sequence[Tensor | None]
     ) -> None:
         """Notes what an operator that has run was handed, and sends on."""
-        if self.failure is not None:
+        if self.failure is not None or self._is_taking:
             return
         try:
             if node in self._running:
