@@ -24,7 +24,7 @@ def test_drawn_programs_are_heard_as_autograd_reads_them(block: int) -> None:
 
 
 # Backwards for rows of computed tensors passed hooks, once.
-@pytest.mark.parametrize("seed", [45, 155, 329, 473])
+@pytest.mark.parametrize("seed", [155, 329, 473])
 def test_programs_that_were_misheard_once_are_heard(seed: int) -> None:
     assert _heard(seed)
 
