@@ -145,6 +145,12 @@ def _gathered(engine: Engine, poses: Tensor) -> None:
     engine.gather(poses).backward(torch.arange(4.0))
 
 
+def _listening(engine: Engine, output: Tensor) -> None:
+    with engine.listen(output):
+        pass
+    output.mean().backward()  # plain: cut short, one that is heard leaves `.grad` in part, too
+
+
 JOBS = {
     **{f"combine, {name}": _combined(name) for name in SCHEDULES},
     "combine, stream, autocast": _combined("stream", casts=True),
@@ -163,6 +169,9 @@ JOBS = {
     "compute_gramian": _read(_gramian, mixes=False),
     "gather": Job([_gathered], [True]),
     "embed": Job([_embedded, _differentiated], [True, False]),
+    "listen": _read(_listening, mixes=False),
+    "listen, again": _read(_listening, mixes=False, warm=True),
+    "listen, autocast": _read(_listening, mixes=False, casts=True),
 }
 
 

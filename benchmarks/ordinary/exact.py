@@ -40,21 +40,29 @@ class Exact:
     def errors(self, task: str, found: Found) -> Row:
         """How far a way is from a task's end, relative."""
         statistic, gradient = found
-        norms = self.gramian.diagonal().sqrt()
+        plain = torch.ones_like(self.weights)
         if task == "norms":
-            assert statistic is not None
-            sizes = norms.clamp(min=1e-6 * float(norms.max()))  # a loss of 0 has a row of rounding
-            return {"norms_error": float(((statistic - norms) / sizes).abs().max())}
+            return self._of_norms(statistic)
         if task == "clip":
+            norms = self.gramian.diagonal().sqrt()
             return {"gradient_error": self._gradient((MAX_NORM / norms).clamp(max=1.0), gradient)}
+        if task == "listen-norms":
+            return {**self._of_norms(statistic), "gradient_error": self._gradient(plain, gradient)}
         if task == "upgrad":
             return {}  # where poses agree closely, its weights are a matter of rounding
         assert statistic is not None
         difference = (statistic - self.gramian).norm() / self.gramian.norm()
+        weights = plain if task == "listen-gramian" else self.weights
         return {
             "gramian_error": float(difference),
-            "gradient_error": self._gradient(self.weights, gradient),
+            "gradient_error": self._gradient(weights, gradient),
         }
+
+    def _of_norms(self, found: Tensor | None) -> Row:
+        assert found is not None
+        norms = self.gramian.diagonal().sqrt()
+        sizes = norms.clamp(min=1e-6 * float(norms.max()))  # a loss of 0 has a row of rounding
+        return {"norms_error": float(((found - norms) / sizes).abs().max())}
 
     def _gradient(self, weights: Tensor, found: Named) -> float:
         sums = {name: torch.tensordot(weights, r, dims=1) for name, r in self.rows.items()}

@@ -11,7 +11,7 @@ from benchmarks.ordinary.problem import MAX_NORM, Problem
 from benchmarks.ordinary.ways import Found, Step
 from benchmarks.torchjd_ways import owners
 
-__all__ = ["dattri", "opacus_flat", "opacus_ghost", "torchjd", "torchjd_projected"]
+__all__ = ["dattri", "dattri_heard", "opacus_flat", "opacus_ghost", "torchjd", "torchjd_projected"]
 
 
 def opacus_flat(problem: Problem) -> Step:
@@ -118,5 +118,24 @@ def dattri(problem: Problem) -> Step:
         losses.backward(problem.weights)
         found: Named = gradients(problem.network)
         return gramian, found
+
+    return step
+
+
+def dattri_heard(what: str, problem: Problem) -> Step:
+    """A plain step that dattri-llm's hooks see, and norms or the Gramian of what they hold."""
+    from dattri_llm import HookManager
+
+    manager = HookManager(problem.network)
+
+    def step() -> Found:
+        problem.network.zero_grad()
+        with manager.collect():
+            problem.of(problem.network).sum().backward()
+            gradient = manager.get_gradient()
+        found: Tensor = gradient.similarity(gradient, reduce="all")
+        if what == "norms":
+            found = found.diagonal().sqrt()
+        return found, gradients(problem.network)
 
     return step

@@ -55,6 +55,14 @@ def _vmap(end: str) -> Method:
     return Method(partial(ways.of_rows, ways.vmap_rows, end), None, _of_items)
 
 
+def _listening(what: str) -> dict[str, Method]:
+    return {
+        "posegrad": Method(partial(ways.heard, what)),
+        "posegrad, two backwards": Method(partial(ways.read_first, what)),
+        "dattri-llm": Method(partial(peers.dattri_heard, what), "dattri_llm", _of_items),
+    }
+
+
 TASKS: dict[str, Task] = {
     "norms": Task(
         "Forward, the norm of each pose's gradient",
@@ -80,6 +88,10 @@ TASKS: dict[str, Task] = {
             "dattri-llm": Method(peers.dattri, "dattri_llm", _of_items),
         },
     ),
+    "listen-norms": Task("A plain step, and the norm of each pose's gradient", _listening("norms")),
+    "listen-gramian": Task(
+        "A plain step, and the Gramian of the poses' gradients", _listening("gramian")
+    ),
     "upgrad": Task(
         "Forward, gradient by UPGrad",
         {
@@ -92,7 +104,7 @@ TASKS: dict[str, Task] = {
 NAIVE: dict[str, Task] = {
     name: Task(task.text, {n: way for n, way in task.ways.items() if way.package is None})
     for name, task in TASKS.items()
-    if name != "upgrad"
+    if name in ("norms", "clip", "gramian")
 }
 """The tasks with posegrad's ways and those that need no package."""
 

@@ -21,6 +21,7 @@ __all__ = [
     "Found",
     "Step",
     "clipped",
+    "heard",
     "loop_clipped",
     "loop_rows",
     "norms",
@@ -28,6 +29,7 @@ __all__ = [
     "plain",
     "products",
     "projected",
+    "read_first",
     "vmap_rows",
 ]
 
@@ -94,6 +96,34 @@ def projected(problem: Problem) -> Step:
         problem.network.zero_grad()
         engine.backward(problem.of(problem.network), rule)
         return None, gradients(problem.network)
+
+    return step
+
+
+def heard(what: str, problem: Problem) -> Step:
+    """A plain step whose backward is listened to, and norms or Gramian of what was heard."""
+    engine = Engine(problem.network)
+
+    def step() -> Found:
+        problem.network.zero_grad()
+        losses = problem.of(problem.network)
+        with engine.listen(losses) as listening:
+            losses.sum().backward()
+        return getattr(listening.jacobian, what)(), gradients(problem.network)
+
+    return step
+
+
+def read_first(what: str, problem: Problem) -> Step:
+    """The same without listening: a Jacobian, and then a plain backward."""
+    engine = Engine(problem.network)
+
+    def step() -> Found:
+        problem.network.zero_grad()
+        losses = problem.of(problem.network)
+        found = getattr(engine.jacobian(losses, retain_graph=True), what)()
+        losses.sum().backward()
+        return found, gradients(problem.network)
 
     return step
 

@@ -15,8 +15,10 @@ from posegrad.combination import (
 from posegrad.engine import Engine
 from posegrad.errors import (
     ClosedEngineError,
+    CotangentBypassError,
     HigherOrderError,
     IllConditionedError,
+    ListeningError,
     MissingExtraError,
     NonFiniteGradientError,
     NonFinitePredictionError,
@@ -35,6 +37,7 @@ from posegrad.errors import (
     UnsupportedModuleError,
     UntrackedTensorError,
 )
+from posegrad.graph import Listening
 from posegrad.jacobian import Jacobian, PoseJacobian, SharedJacobian, Transposed
 from posegrad.multipose import MultiPose
 from posegrad.schedule._chunks import Budget
@@ -64,10 +67,13 @@ __all__ = [
     "ClosedEngineError",
     "Combination",
     "Combined",
+    "CotangentBypassError",
     "Engine",
     "HigherOrderError",
     "IllConditionedError",
     "Jacobian",
+    "Listening",
+    "ListeningError",
     "Max",
     "Mean",
     "Median",

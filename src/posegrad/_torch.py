@@ -21,8 +21,8 @@ __all__ = [
     "backward_into_leaves", "backward_to", "calls_by", "ddp_sinks", "device_of", "dtype_of",
     "facts_of", "has_forward_hooks", "has_hooks", "have_noticed", "holds", "hooks_of", "in_ddp",
     "in_fsdp_backward", "in_static_ddp", "inside_compiled", "is_first_of_static", "is_hooked",
-    "is_listened_to", "is_packed", "is_packed_at", "is_python", "keeps_graph", "made_at",
-    "memory_of", "mode_guard", "mode_stack", "multithreading", "outputs_of", "pass_sink",
+    "is_listened_to", "is_of_static_ddp", "is_packed", "is_packed_at", "is_python", "keeps_graph",
+    "made_at", "memory_of", "mode_guard", "mode_stack", "multithreading", "outputs_of", "pass_sink",
     "saved", "saved_tensors", "set_grad", "set_multithreading", "shape_of", "slot_names",
     "slots_of", "tables_of", "tells_slots", "tree_leaves", "version_of",
 ]  # fmt: skip
@@ -355,6 +355,12 @@ def in_static_ddp() -> bool:
     """Whether the forward of a DDP with `static_graph=True` is running."""
     active = _active_ddp()
     return active is not None and bool(active.static_graph)
+
+
+def is_of_static_ddp(node: Node) -> bool:
+    """Whether a node is what a DDP with `static_graph=True` puts behind its outputs."""
+    wrapper = getattr(node, "ddp_weakref", lambda: None)()
+    return bool(getattr(wrapper, "static_graph", False))
 
 
 def _active_ddp() -> DistributedDataParallel | None:

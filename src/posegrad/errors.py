@@ -9,8 +9,10 @@ from collections.abc import Sequence
 
 __all__ = [
     "ClosedEngineError",
+    "CotangentBypassError",
     "HigherOrderError",
     "IllConditionedError",
+    "ListeningError",
     "MissingExtraError",
     "NoPosesError",
     "NonFiniteGradientError",
@@ -175,6 +177,23 @@ class ReentrantCheckpointError(PosegradError, RuntimeError):
 
     Raised by `Engine.combine`, `Engine.gather` and `Engine.jacobian`, for any function whose
     backward deposits gradients by itself.
+    """
+
+
+class ListeningError(PosegradError, RuntimeError):
+    """Rows that cannot be heard in a backward of somebody else's.
+
+    Raised by `Engine.listen` for an output whose rows one backward does not tell, or only with
+    saved tensors that a checkpoint hands out once; by `Listening.jacobian` if no backward came, or
+    not all of one.
+    """
+
+
+class CotangentBypassError(PosegradError, RuntimeError):
+    """Gradients reached the parameters past the output that is listened to.
+
+    Raised by `Listening.jacobian`; names the operator at which an auxiliary loss, or a hook that
+    changes gradients, came in. The backward itself was not disturbed.
     """
 
 

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from posegrad import Engine, Mean, Min, MultiPose, UnsupportedModuleError
+from posegrad import Engine, ListeningError, Mean, Min, MultiPose, UnsupportedModuleError
 from posegrad.testing._seeded import seeded
 from tests.distributed.setting import gradients, mine, network, poses, same_everywhere
 
@@ -52,6 +52,30 @@ def test_jacobians_of_a_wrapped_model_are_shared() -> None:
     expected = Engine(model).jacobian(model(poses()).squeeze(1))
     torch.testing.assert_close(shared.gramian(), expected.gramian())
     assert list(shared.shapes) == list(expected.shapes)
+
+
+def test_a_static_graph_is_not_listened_to() -> None:
+    wrapped = DistributedDataParallel(network(), static_graph=True)
+    losses = wrapped(poses()).squeeze(1)
+    with pytest.raises(ListeningError, match=r"static_graph=True.*\n.*Leave"):
+        Engine(wrapped).listen(losses)
+    losses.sum().backward()
+
+
+@pytest.mark.parametrize("options", [name for name in OPTIONS if name != "static graph"])
+def test_what_a_wrapped_models_backward_tells_is_shared(options: str) -> None:
+    model, other = network(), network()
+    wrapped = DistributedDataParallel(model, **OPTIONS[options])
+    plain = DistributedDataParallel(other, **OPTIONS[options])
+    engine, alone_model = Engine(wrapped), network()
+    expected = Engine(alone_model).jacobian(alone_model(poses()).squeeze(1))
+    for _ in range(2):
+        outputs = wrapped(mine(poses())).squeeze(1), plain(mine(poses())).squeeze(1)
+        with engine.listen(outputs[0]) as heard:
+            found = gradients([model], outputs[0].sum().backward)
+        for name, gradient in gradients([other], outputs[1].sum().backward).items():
+            assert torch.equal(found[name], gradient)
+        torch.testing.assert_close(heard.jacobian.gramian(), expected.gramian())
 
 
 @pytest.mark.parametrize("view", [False, True])

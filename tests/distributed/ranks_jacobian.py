@@ -14,6 +14,7 @@ from posegrad import (
     Combination,
     Engine,
     Jacobian,
+    ListeningError,
     Mean,
     Median,
     NoPosesError,
@@ -108,6 +109,34 @@ def test_a_rule_sees_the_rows_of_all_ranks(rule: str) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-10)
     torch.testing.assert_close(weights[0], weights[1], rtol=1e-8, atol=1e-10)
     assert same_everywhere(found)
+
+
+@pytest.mark.parametrize("kept", [1, M])
+def test_what_each_rank_hears_is_one_jacobian(kept: int) -> None:
+    model, _, alone = made("MLP")
+    X = torch.randn(M, 5, generator=seeded(1), dtype=torch.float64)
+    mask = torch.arange(M) < kept  # one pose of all ranks, or all of them
+    losses = model(mine(X)).squeeze(1)
+    with Engine(model, process_group=dist.group.WORLD).listen(losses) as heard:
+        if len(losses):
+            (losses * mine(mask)).sum().backward()
+    matrix = alone.matrix()[:kept]
+    torch.testing.assert_close(heard.jacobian.matrix(), matrix)
+    torch.testing.assert_close(heard.jacobian.gramian(), matrix @ matrix.T)
+    model.zero_grad()
+
+
+def test_a_rank_that_heard_nothing_is_named_by_all() -> None:
+    model, *_ = made("MLP")
+    X = torch.randn(2, 5, dtype=torch.float64)
+    losses = model(X).squeeze(1)
+    with Engine(model, process_group=dist.group.WORLD).listen(losses) as heard:
+        if dist.get_rank():
+            losses.sum().backward()
+    model.zero_grad()
+    error = RankError if dist.get_rank() else ListeningError
+    with pytest.raises(error, match=r"No backward came"):
+        _ = heard.jacobian
 
 
 def test_weights_drawn_at_random_are_those_of_the_first_rank() -> None:

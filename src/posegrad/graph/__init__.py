@@ -4,6 +4,7 @@ from posegrad.graph._beside import Beside, leaves_beside
 from posegrad.graph._edges import EdgeRegistry
 from posegrad.graph._gather import Gatherer
 from posegrad.graph._guard import alone, failures_named, grad_set_aside
+from posegrad.graph._listening import Listening
 from posegrad.graph._mixing import mixing_modules
 from posegrad.graph._modules import Roster, Wanted, check_modules
 from posegrad.graph._outlook import Outlook
@@ -16,6 +17,7 @@ __all__ = [
     "EdgeRegistry",
     "Gatherer",
     "KeptGraph",
+    "Listening",
     "Outlook",
     "Roster",
     "Sinks",

@@ -1,4 +1,8 @@
-"""The graph as the registry: nodes, edges, and where each parameter enters."""
+"""The graph as the registry: nodes, edges, and where each parameter enters.
+
+Its edges are where cotangents are asked for, by a backward of ours, and where hooks stand while
+somebody else's backward is listened to.
+"""
 
 import re
 from collections.abc import Iterable, Iterator, Mapping

@@ -8,6 +8,7 @@ from functools import reduce
 import torch
 from torch import Tensor
 
+from posegrad._restoring import restoring
 from posegrad._torch import is_hooked
 from posegrad._warn import warn
 from posegrad.errors import NotDifferentiableError, ReentrantCheckpointError
@@ -27,10 +28,12 @@ from posegrad.graph._guard import (
     retained_set_aside,
     undisturbed,
 )
+from posegrad.graph._hearing import Route
+from posegrad.graph._listening import Outline, check_heard, check_packed, check_static
 from posegrad.graph._outlook import Outlook, foreseen
-from posegrad.graph._plan import SettledPlan
+from posegrad.graph._plan import Plan, SettledPlan
 from posegrad.graph._reading import Parts, Reading
-from posegrad.graph._recipe import Recipe, of_rows, resolve, slow_parameters
+from posegrad.graph._recipe import Recipe, of_rows, resolve, slow_parameters, uses_of
 from posegrad.graph._release import release
 from posegrad.graph._structure import Found, Structure, Structures
 from posegrad.graph._subject import Subject
@@ -43,7 +46,16 @@ from posegrad.graph._warnings import (
     nested_message,
 )
 from posegrad.graph._wrapped import Sinks
-from posegrad.jacobian import ONE, TOGETHER, Arrangement, Backwards, Block, PoseJacobian, is_cast
+from posegrad.jacobian import (
+    ONE,
+    TOGETHER,
+    Arrangement,
+    Backwards,
+    Block,
+    Layout,
+    PoseJacobian,
+    is_cast,
+)
 
 __all__ = ["Gatherer"]
 
@@ -179,6 +191,70 @@ class Gatherer:
         check_output(output)
         return _graph_of(output) if output.requires_grad else None
 
+    @restoring
+    def listen(self, output: Tensor, parameters: Mapping[str, Tensor]) -> Outline:
+        """All that is needed to hear the Jacobian of `output` in a backward of somebody else's.
+
+        A structure that was not met before is read, and compared, as by `gather`; the graph is
+        kept. So is one in which some rows have not said anything yet.
+
+        Raises:
+            NoPosesError: if the output is empty.
+            NotDifferentiableError: if it depends on none of the parameters.
+            ListeningError: if one backward does not tell the rows.
+        """
+        check_output(output)
+        registry = _graph_of(output) if output.requires_grad else None
+        used = {} if registry is None else registry.used(parameters)
+        if registry is None or not used:
+            raise NotDifferentiableError(unrelated_message(output, len(parameters)))
+        dim = self._dim_of(output)
+        check_dimension(output, dim)
+        known = self._structures.of(registry, used, output, stated=False)
+        heard = listened_to(output, registry, known.slots)
+        subject = Subject(
+            output, registry, used, (), dim, self._generator, known.steps, known.followed,
+            self.tensors, any(map(is_hooked, heard)), quiet=True,
+        )  # fmt: skip
+        check_static(registry)
+        lock, aside, copied = python_contained(registry, used)
+        with retained_set_aside(heard), failures_named(), undisturbed(), lock, aside, copied:
+            plan, layouts = self._heard_by(subject, known)
+            if known.route is None or known.route.plan is not plan:
+                known.route = Route.of(registry, plan, known.slots)
+            check_packed(registry, known.route.packable)
+            reading = Reading(subject, self.block_bytes)
+            forms, tables = reading.forms(plan)
+        if not subject.is_fixed:
+            known.is_fixed, known.inferred = False, {}
+        return Outline(
+            reading, known.route, forms, tables, layouts, parameters, subject.backwards, bool(heard)
+        )
+
+    def _heard_by(self, subject: Subject, known: Structure) -> tuple[Plan, Sequence[Layout | None]]:
+        """What to read, and whose the rows of each cotangent are, as far as that is known."""
+        recipe = known.found.recipe if known.heard is None else known.heard.plan.recipe
+        if recipe is None or self._is_due(recipe, subject) or self._waiting(recipe, subject):
+            own = {site.node for name in subject.parameters for site in uses_of(subject, name)}
+            check_packed(subject.registry, [slot for slot in known.slots if slot[0] in own])
+            _, backwards = self._parts_of(subject, known, keep_graph=True)
+            if backwards is not subject.backwards:
+                for purpose, count in backwards.counts.items():
+                    subject.backwards.add(purpose, count)
+            known.heard, recipe = None, known.found.recipe
+        if known.heard is None and recipe is not None:
+            known.heard = SettledPlan.of(subject, recipe, known.slots, ())
+        settled = known.heard
+        if settled is not None and _is_followed(subject, settled):
+            check_heard(subject, settled.plan)
+            return settled.plan, settled.layouts or [None] * len(settled.plan.edges)
+        recipe, trial = _serving(subject, known.found)
+        if recipe is None or trial is None:
+            recipe, trial = self._new_recipe(subject)
+        plan = Plan.of(subject, recipe)
+        check_heard(subject, plan)
+        return plan, [trial.layouts.get(edge) for edge in plan.edges]
+
     def _parts_of(
         self, subject: Subject, known: Structure, keep_graph: bool
     ) -> tuple[Parts, Backwards]:
@@ -310,6 +386,14 @@ def _serving(subject: Subject, found: Found) -> tuple[Recipe | None, Trial | Non
         if all(map(trial.serves, recipe.sites)):
             return recipe, trial
     return None, None
+
+
+def _is_followed(subject: Subject, settled: SettledPlan) -> bool:
+    """Whether poses are followed to all edges of a plan in this very graph."""
+    if settled.layouts is not None or settled.plan.arrangement.poses == 1:
+        return True
+    axes = subject.axes(settled.plan.arrangement)
+    return all(edge in axes for edge in settled.plan.edges)
 
 
 def _tried(subject: Subject, recipe: Recipe) -> Trial:

@@ -41,7 +41,7 @@ from posegrad.jacobian import (
 )
 from posegrad.jacobian.layers import Embedding
 
-__all__ = ["Parts", "Reading"]
+__all__ = ["Forms", "Looked", "Parts", "Reading", "Tables"]
 
 Parts = dict[str, list[Part]]
 
@@ -50,9 +50,12 @@ _LARGE = 2**13  # numbers of an operator that take longer than calling it
 Forms = list[ClosedForm | None]
 """The closed form of each use of a plan."""
 
+Tables = Mapping[int, Embedding | None]
+"""Those that rows were looked up in, by operator."""
+
 
 @dataclass
-class _Looked:
+class Looked:
     """The cotangents of a plan's edges, and whose their rows are.
 
     Args:
@@ -115,7 +118,7 @@ class Reading:
     ) -> Parts | None:
         """The parts by their closed forms, use by use; None as for `settled`."""
         plan, registry = settled.plan, self.registry
-        forms, tables = self._forms(plan)
+        forms, tables = self.forms(plan)
         for use, form in zip(plan.uses, forms, strict=True):
             if form is None and use.reader and use.site not in settled.declined:
                 return None
@@ -133,7 +136,7 @@ class Reading:
             layouts = self._layouts(plan, columns)
             if layouts is None:
                 return None
-        parts = self._multiplied(plan, forms, tables, _Looked(columns, layouts))
+        parts = self.multiplied(plan, forms, tables, Looked(columns, layouts))
         if not keep_graph:
             release(registry, settled.left if frees else slots)
         return parts
@@ -141,7 +144,7 @@ class Reading:
     def open(self, recipe: Recipe, trial: Trial) -> Parts:
         """The parts by a recipe and the cotangents of a trial, which is emptied on the way."""
         plan = Plan.of(self.subject, recipe)
-        forms, tables = self._forms(plan)
+        forms, tables = self.forms(plan)
         columns = [[trial.cotangents.get(edge) for edge in plan.edges]]
         if plan.arrangement.components > 1:
             columns = self._columns(plan, keep_graph=True)
@@ -150,11 +153,11 @@ class Reading:
         self._insides.clear()
         trial.cotangents.clear()
         self.subject.backwards.blame(lost=recipe.lost)
-        found = self._multiplied(plan, forms, tables, _Looked(columns, layouts))
+        found = self.multiplied(plan, forms, tables, Looked(columns, layouts))
         found.update(self._by_rows(recipe.by_rows))
         return found
 
-    def _forms(self, plan: Plan) -> tuple[Forms, dict[int, Embedding | None]]:
+    def forms(self, plan: Plan) -> tuple[Forms, Tables]:
         """Reads what the operators saved, all in one go: a checkpoint recomputes but once.
 
         Returns:
@@ -216,15 +219,22 @@ class Reading:
             found.append(layout)
         return found
 
-    def _multiplied(
+    def multiplied(
         self,
         plan: Plan,
         forms: Forms,
-        tables: Mapping[int, Embedding | None],
-        looked: _Looked,
+        tables: Tables,
+        looked: Looked,
     ) -> Parts:
-        """The parts of the parameters that are read, use by use."""
-        found: Parts = {name: [] for name in self.subject.parameters}
+        """The parts of the parameters that are read, use by use; cotangents are dropped on the way.
+
+        Args:
+            plan: What to read.
+            forms: The closed form of each use.
+            tables: Those that rows were looked up in, by operator.
+            looked: The cotangents.
+        """
+        found: Parts = {use.site.parameter: [] for use in plan.uses}
         far: list[tuple[Site, Far]] = []
         reached: dict[tuple[int, int, bool, bool], Far | None] = {}
         for use, form in zip(plan.uses, forms, strict=True):
@@ -250,7 +260,7 @@ class Reading:
                 found[name].append(part)
         return found
 
-    def _part(self, plan: Plan, use: Use, form: ClosedForm | None, looked: _Looked) -> Part | None:
+    def _part(self, plan: Plan, use: Use, form: ClosedForm | None, looked: Looked) -> Part | None:
         """The part of a parameter that enters as it is, or rearranged."""
         site, arrangement = use.site, plan.arrangement
         served = self._served(use, form, looked)
@@ -269,7 +279,7 @@ class Reading:
         path = f"closed form ({type(form).__name__})"
         return Factors(path, 0, form, layout, arrangement, each, self._pull(site))
 
-    def _far(self, plan: Plan, use: Use, form: ClosedForm | None, looked: _Looked) -> Far | None:
+    def _far(self, plan: Plan, use: Use, form: ClosedForm | None, looked: Looked) -> Far | None:
         """The rows of a tensor that was computed from parameters."""
         served = self._served(use, form, looked)
         if served is None:
@@ -283,7 +293,7 @@ class Reading:
         return Far(path, Factors(path, 0, form, layout, plan.arrangement, each).rows())
 
     def _served(
-        self, use: Use, form: ClosedForm | None, looked: _Looked
+        self, use: Use, form: ClosedForm | None, looked: Looked
     ) -> tuple[ClosedForm, Layout, tuple[Tensor, ...]] | None:
         """A form, the cotangents that it takes, of all components, and whose their rows are.
 
@@ -305,7 +315,7 @@ class Reading:
         return form, layout, each
 
     def _opened(
-        self, opens: Opening, use: Use, looked: _Looked
+        self, opens: Opening, use: Use, looked: Looked
     ) -> tuple[Layout | None, list[Tensor | None]]:
         """The cotangents of a product inside an operator, by those of its outputs."""
         node = use.site.node
@@ -326,7 +336,7 @@ class Reading:
         return self._insides[node]
 
     def _operator_rows(
-        self, plan: Plan, use: Use, form: ClosedForm | None, looked: _Looked
+        self, plan: Plan, use: Use, form: ClosedForm | None, looked: Looked
     ) -> Far | None:
         """The rows of one operator's own vjp, one masked cotangent for each."""
         site, arrangement = use.site, plan.arrangement
@@ -364,9 +374,7 @@ class Reading:
             f"operator vjp ({named(node.name())}): {why}", rows.mT if site.transposed else rows
         )
 
-    def _why_not_closed(
-        self, plan: Plan, use: Use, form: ClosedForm | None, looked: _Looked
-    ) -> str:
+    def _why_not_closed(self, plan: Plan, use: Use, form: ClosedForm | None, looked: Looked) -> str:
         site, layout = use.site, looked.layouts[use.places[0]]
         if layout is not None and not bool((layout.owners != NOBODY).any()):
             return "no gradient flows"

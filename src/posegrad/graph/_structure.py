@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from posegrad.graph._edges import EdgeRegistry
+from posegrad.graph._hearing import Route
 from posegrad.graph._inference import Inferred, Step
 from posegrad.graph._plan import SettledPlan
 from posegrad.graph._recipe import Recipe, is_followed, keeps_apart, slow_parameters
@@ -73,6 +74,9 @@ class Structure:
         is_fixed: Whether that decides where poses lie, as far as is known: no numbers pick rows.
         inferred: Where poses lie, as far as it follows, by the output's dimension of poses.
         plan: How to read it, once nothing is open.
+        heard: How to hear it, once somebody listened: where poses lie follows without numbers that
+            flow, but nothing is known of how the backward's own reading would go.
+        route: Where to listen.
     """
 
     found: Found
@@ -82,6 +86,8 @@ class Structure:
     is_fixed: bool = True
     inferred: dict[int | None, Inferred] = field(default_factory=dict)
     plan: SettledPlan | None = None
+    heard: SettledPlan | None = None
+    route: Route | None = None
 
     @property
     def followed(self) -> dict[int | None, Inferred]:

@@ -5,6 +5,7 @@ from posegrad.jacobian._backwards import ONE, TOGETHER, Backwards, Purpose
 from posegrad.jacobian._batches import step_of_batches
 from posegrad.jacobian._block import Block
 from posegrad.jacobian._deliver import Gradient, owned
+from posegrad.jacobian._division import Division
 from posegrad.jacobian._form import ClosedForm, Factor
 from posegrad.jacobian._layout import NOBODY, Layout, single
 from posegrad.jacobian._parts import Factors, Part, Rows, Weights
@@ -12,7 +13,7 @@ from posegrad.jacobian._precision import is_cast, wide
 from posegrad.jacobian._pull import Pull
 from posegrad.jacobian.base import Jacobian, Transposed
 from posegrad.jacobian.local import PoseJacobian
-from posegrad.jacobian.shared import SharedJacobian, of_all
+from posegrad.jacobian.shared import SharedJacobian, check_whole, of_all
 
 __all__ = [
     "NOBODY",
@@ -22,6 +23,7 @@ __all__ = [
     "Backwards",
     "Block",
     "ClosedForm",
+    "Division",
     "Factor",
     "Factors",
     "Gradient",
@@ -35,6 +37,7 @@ __all__ = [
     "SharedJacobian",
     "Transposed",
     "Weights",
+    "check_whole",
     "is_cast",
     "of_all",
     "owned",

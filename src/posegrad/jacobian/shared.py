@@ -46,7 +46,7 @@ from posegrad.jacobian.local import PoseJacobian
 from posegrad.ranks import Ranks
 from posegrad.weighting._rules import AnyRule, as_gradient_rule
 
-__all__ = ["SharedJacobian", "of_all"]
+__all__ = ["SharedJacobian", "check_whole", "of_all"]
 
 Grams = dict[str, Tensor]
 
@@ -470,6 +470,21 @@ class SharedJacobian(Jacobian):
 
 
 @restoring
+def check_whole(ranks: Ranks | None) -> None:
+    """Refuses parameters that are spread over ranks.
+
+    Raises:
+        UnsupportedModuleError: if FSDP2 has sharded them.
+    """
+    if ranks is not None and ranks.sharded:
+        raise UnsupportedModuleError(
+            "The model is sharded by fully_shard, whose parameters are not in the graph: only its "
+            "own backward() finds them, and gives no rows.\n"
+            "Use combine() with a rule of the predictions, or wrap the model by "
+            "DistributedDataParallel for rules that look at gradients."
+        )
+
+
 def of_all(
     make: Callable[[Any], PoseJacobian],
     trainable: Callable[[], Mapping[str, Tensor]],
@@ -480,11 +495,5 @@ def of_all(
     Raises:
         UnsupportedModuleError: if FSDP2 has sharded the parameters.
     """
-    if ranks is not None and ranks.sharded:
-        raise UnsupportedModuleError(
-            "The model is sharded by fully_shard, whose parameters are not in the graph: only its "
-            "own backward() finds them, and gives no rows.\n"
-            "Use combine() with a rule of the predictions, or wrap the model by "
-            "DistributedDataParallel for rules that look at gradients."
-        )
+    check_whole(ranks)
     return make(trainable()) if ranks is None else SharedJacobian.read(make, trainable, ranks)

@@ -1,0 +1,1 @@
+"""Jacobians that are heard in somebody else's backward."""
