@@ -12,7 +12,6 @@ from posegrad.combination._base import Rule
 from posegrad.errors import ClosedEngineError, UnsupportedModuleError
 from posegrad.graph import Gatherer, Roster, Wanted, check_modules, unwrapped
 from posegrad.jacobian import Jacobian, PoseJacobian, of_all, step_of_batches
-from posegrad.schedule._batch import as_batch
 from posegrad.schedule._call import Setting
 from posegrad.schedule._chunks import ChunkSize
 from posegrad.schedule._combine import run
@@ -50,9 +49,13 @@ class Engine:
         collate: Joins poses of a list into what the model takes, e.g. `torch.stack`. The model must
             then return one row per pose, `[c, ...]`. PyG's graphs need none, nor does a batch.
         chunk_size: How many poses are scored together, in one graph; a `Budget` makes chunks by
-            their sizes instead, e.g. by atoms. `"auto"`: of a batch all, or as many as are little
-            (256 KiB); of what is walked, one. A number or a `Budget` also accepts poses that
-            influence each other within a chunk.
+            their sizes instead, e.g. by atoms. `"auto"`: as many as fit into `memory`; of what is
+            walked without `collate`, one. A number or a `Budget` also accepts poses that influence
+            each other within a chunk.
+        memory: The bytes that graphs may take together, as a number or as text, `"2GiB"`. It bounds
+            the tensors that graphs keep; the temporaries of one chunk come on top. `"auto"`: on an
+            accelerator half of what is free when the engine is made, on a CPU 1 GiB. What the graph
+            of a pose takes is measured in the first call for poses of a kind.
         check: When a Jacobian is compared with a plain backward: on the `"first"` gather of every
             structure of graph, `"always"`, or `"never"`. What disagrees is taken by slower ways.
         batch_dim: `"auto"` finds out which dimension of an output counts poses; a number is trusted
@@ -81,6 +84,7 @@ class Engine:
         predict: Callable[..., Tensor] | None = None,
         collate: Callable[[list[Pose]], Any] | None = None,
         chunk_size: ChunkSize = "auto",
+        memory: int | str = "auto",
         check: str = "first",
         batch_dim: int | str | None = "auto",
         block_bytes: int = 2**27,
@@ -92,7 +96,14 @@ class Engine:
         self.modules = modules
         self._roster = Roster(modules, sharded=self._ranks is not None and self._ranks.sharded)
         self._setting = Setting(
-            modules, predict, collate, chunk_size, self._ranks, self._named, self._roster.parts
+            modules,
+            predict,
+            collate,
+            chunk_size,
+            memory,
+            self._ranks,
+            self._named,
+            self._roster.parts,
         )
         shared = self._ranks is not None
         self._gatherer = Gatherer(check, batch_dim, block_bytes, self._roster.tensors, shared)
@@ -540,9 +551,10 @@ class Engine:
         keep: Callable[[PoseJacobian], T],
         start: int = 0,
     ) -> list[T]:
-        scorer, batch = self._setting.scorer(), as_batch(poses)
-        _, chunks = self._setting.chunks(poses, batch, scorer)
-        return gather(self._gatherer, scorer, chunks, parameters, loss, keep, start)
+        scorer = self._setting.scorer()
+        division, portions = self._setting.divided(poses, scorer, self._named())
+        look = division.known.look
+        return gather(self._gatherer, scorer, portions(), look, parameters, loss, keep, start)
 
     def _named(self) -> dict[str, nn.Parameter]:
         self._check_open()

@@ -1,6 +1,8 @@
 """One call of combine: from poses and a rule to the schedule that runs."""
 
-from dataclasses import replace
+from collections.abc import Iterator
+from functools import partial
+from itertools import chain, islice
 
 import torch
 
@@ -10,8 +12,10 @@ from posegrad.combination._groups import ungrouped
 from posegrad.errors import NotDifferentiableError
 from posegrad.graph import Gatherer, check_no_talk
 from posegrad.schedule._call import Call
+from posegrad.schedule._chunks import Portion
 from posegrad.schedule._inputs import Inputs
 from posegrad.schedule._plan import Request, choose
+from posegrad.schedule._replay import Start
 from posegrad.schedule._session import DETACHED, Combined, Session
 from posegrad.schedule.recompute import recompute
 from posegrad.schedule.retain import retain
@@ -40,20 +44,25 @@ def run(call: Call, gatherer: Gatherer, *, wary: bool) -> tuple[Combined, bool]:
     torch.clear_autocast_cache()
     request, ranks = call.request, call.ranks
     name, _ = choose(request)
+    portions = call.portions(light=name in ("stream", "recompute"))
     if name == "retain" or not (torch.is_grad_enabled() or request.sharded):
-        combined = retain(call.scorer, call.chunks, request.rule, ranks, call.groups)
-        if torch.is_grad_enabled() and not combined.per_pose.requires_grad:
-            _check_needless(call)
-        return combined, False
+        combined, portions = _retained(call, portions)
+        if combined is not None:
+            return combined, False
+        request = request.told(one_chunk=False, measured=False)
+        name, _ = choose(request)
     if ranks is None:
         check_no_talk(call.scorer.modules, sharded=False)
     session = Session(
         call.scorer,
-        call.chunks,
+        portions,
         Inputs(call.named, ranks, call.parts),
-        wary=wary or call.has_hooks,
+        wary=wary,
+        hooked=call.has_hooks,
         ranks=ranks,
         groups=call.groups,
+        known=None if request.sharded else call.division.known,
+        halves=not call.division.is_stated,
     )
     if name in ("stream", "store"):
         name, _ = choose(_informed(request, session))
@@ -61,7 +70,39 @@ def run(call: Call, gatherer: Gatherer, *, wary: bool) -> tuple[Combined, bool]:
         return stream(session, request.rule), True
     if name == "store":
         return store(session, request.rule, gatherer), True
-    return recompute(session, request.rule, skip_below=request.skip_below), True
+    are_apart = partial(_are_apart, call)
+    found = recompute(session, request.rule, skip_below=request.skip_below, are_apart=are_apart)
+    return found, True
+
+
+def _are_apart(call: Call, portion: Portion) -> bool:
+    """Whether poses of a chunk stay apart: as seen in one that may be divided, else as proved."""
+    known = call.division.known
+    if not call.division.is_stated:
+        return True in known.apart
+    return call.apart.proves(portion, known, call.scorer)
+
+
+def _retained(call: Call, portions: Iterator[Portion]) -> tuple[Combined | None, Iterator[Portion]]:
+    """The result of plain autograd; or None if that ran out of memory, and smaller chunks."""
+    known, opening = call.division.known, list(islice(portions, 1))
+    start = Start(call.named.values(), call.parts)
+    chunks = chain(opening, portions)
+    try:
+        combined = retain(
+            call.scorer, chunks, call.request.rule, call.ranks, call.groups, known.look
+        )
+    except torch.OutOfMemoryError:
+        may_halve = call.division.one_chunk and not call.division.is_stated and call.ranks is None
+        if not may_halve or opening[0].count < 2:
+            raise
+    else:
+        if torch.is_grad_enabled() and not combined.per_pose.requires_grad:
+            _check_needless(call)
+        return combined, portions
+    start.put_back()
+    known.shrink(opening[0].count)
+    return None, chain(opening[0].halves(), portions)
 
 
 def _check_needless(call: Call) -> None:
@@ -93,8 +134,7 @@ def _informed(request: Request, session: Session) -> Request:
     ranks = session.ranks
     everyone = [told()] if ranks is None else ranks.together("score the first poses", told)
     components, trained, float16 = zip(*everyone, strict=True)
-    return replace(
-        request,
+    return request.told(
         components=max(components),
         rule_is_trained=any(trained),
         scales_float16=request.scales_float16 or any(float16),

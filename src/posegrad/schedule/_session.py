@@ -22,6 +22,7 @@ from posegrad.ranks import Ranks
 from posegrad.schedule._batch import joined_by_pyg
 from posegrad.schedule._chunks import Portion
 from posegrad.schedule._inputs import Inputs, is_watched
+from posegrad.schedule._memory import Known
 from posegrad.schedule._plan import underflow
 from posegrad.schedule._poses import Pose
 from posegrad.schedule._predictions import (
@@ -106,6 +107,13 @@ class Scorer:
 
     def __call__(self, portion: Portion, start: int) -> Tensor:
         """Scores poses `start`, `start + 1`, ...; returns their predictions `[c, ...]`."""
+        if portion.how == "alone" and portion.count > 1:
+            rows = [
+                self(Portion([pose], 1, "alone"), start + i) for i, pose in enumerate(portion.poses)
+            ]
+            for i, row in enumerate(rows):
+                check_alike(kind_of(row), kind_of(rows[0]), start + i)
+            return torch.cat(rows)
         try:
             argument = portion.poses[0]
             if portion.how == "joined":
@@ -172,9 +180,12 @@ class Session:
         scorer: Runs the model.
         chunks: The poses of this rank.
         inputs: What gradients flow to.
-        wary: Whether to score all poses with graphs.
+        wary: Whether to score poses with graphs until the structure of these repeats.
+        hooked: Whether to score all poses with graphs.
         ranks: With whom the group is shared, if with anyone.
         groups: Of the poses of this rank, if there are several groups.
+        known: What is known of poses like these, to be added to.
+        halves: Whether a chunk may be divided that runs out of memory.
 
     Graphs of sharded parameters are scored to be differentiated only: FSDP2 expects a backward
     after them, and their leaves are none of the parameters that the engine knows.
@@ -196,8 +207,11 @@ class Session:
         inputs: Inputs,
         *,
         wary: bool,
+        hooked: bool = False,
         ranks: Ranks | None = None,
         groups: Groups | None = None,
+        known: Known | None = None,
+        halves: bool = False,
     ) -> None:
         self.scorer = scorer
         self.inputs = inputs
@@ -206,9 +220,15 @@ class Session:
         self.surroundings = Surroundings(scorer.modules)
         self.differentiable = False
         self.has_float16 = False  # in a graph that was seen, the model's own autocast included
-        self._wary = wary or has_other_kernels(scorer.modules)
+        self.draws = False  # whether a chunk drew random numbers
+        self.known = known
+        self._looks = hooked or has_other_kernels(scorer.modules)
+        self._wary = wary
+        self._structure: int | None = None
+        self._halves = halves and known is not None and ranks is None
         self.reached = set()
         self._chunks = iter(chunks)
+        self._halved: list[Portion] = []
         self._count = 0
         self._first: Chunk | None = None
         self._kind: Kind | None = None
@@ -250,30 +270,55 @@ class Session:
         So a tensor the engine does not track is refused before anything else is computed.
         """
         if self._first is None:
-            portion = next(self._chunks, None)
             graph = not self.inputs.is_sharded()
-            self._first = None if portion is None else self._score(portion, with_graph=graph)
+            self._first = next(self._scored(lambda _: graph), None)
         return self._first
 
     def chunks(self, *, with_graph: bool) -> Iterator[Chunk]:
         """All chunks in order, each scored once. Only one graph is alive at a time.
 
-        An engine's first group is scored with graphs throughout: a result that the model caches
-        between poses is seen there, where under no_grad it would lose its gradient in silence.
+        An engine's first group is scored with graphs until their structure repeats: a result that
+        the model caches between poses is seen there, where under no_grad it would lose its gradient
+        in silence.
         """
         first, self._first = self.first(), None
         if first is None:
             return
         yield first
         del first
-        for portion in self._chunks:
-            look = self._wary or any(map(is_watched, portion.tensors()))
-            graph = with_graph or (look and not self.inputs.is_sharded())
-            chunk = self._score(portion, with_graph=graph)
+
+        def has_graph(portion: Portion) -> bool:
+            look = self._wary or self._looks or any(map(is_watched, portion.tensors()))
+            return with_graph or (look and not self.inputs.is_sharded())
+
+        for chunk in self._scored(has_graph):
             if with_graph and self.has_float16:  # only some poses go through it
                 raise ValueError(underflow("The schedule"))
             yield chunk
             del chunk
+
+    def _scored(self, has_graph: Callable[[Portion], bool]) -> Iterator[Chunk]:
+        """Chunks as they are scored; one that runs out of memory is halved."""
+        while (portion := self._next()) is not None:
+            try:
+                chunk = self._score(portion, with_graph=has_graph(portion))
+            except torch.OutOfMemoryError:
+                if not self._halves or portion.count < 2:
+                    raise
+                chunk = None
+            if chunk is None:
+                self._halve(portion)
+                continue
+            yield chunk
+            del chunk
+
+    def _next(self) -> Portion | None:
+        return self._halved.pop(0) if self._halved else next(self._chunks, None)
+
+    def _halve(self, portion: Portion) -> None:
+        assert self.known is not None
+        self.known.shrink(portion.count)
+        self._halved[:0] = portion.halves()
 
     def lag(self, rounds: int | None = None) -> int:
         """How many times less often this rank will run the model than another, where that matters.
@@ -290,7 +335,7 @@ class Session:
         if self.ranks is None or not self.ranks.sharded:
             return 0
         if rounds is None:
-            chunks = list(self._chunks)
+            chunks = [*self._halved, *self._chunks]
             self._chunks, rounds = iter(chunks), len(chunks)
             if not chunks:
                 raise NoPosesError(_IDLE)
@@ -309,8 +354,16 @@ class Session:
     def _score(self, portion: Portion, *, with_graph: bool) -> Chunk:
         portion = portion.copied()  # user and model may write to them
         random = self.surroundings.random_state()
-        with torch.enable_grad() if with_graph else without_graph():
-            predictions, leaves = self.score_again(portion, self._count)
+        try:
+            with torch.enable_grad() if with_graph else without_graph():
+                predictions, leaves = self.score_again(portion, self._count)
+        except torch.OutOfMemoryError:
+            self.surroundings.rewind(random)
+            raise
+        if portion.count > 1:
+            self.draws |= not all(map(torch.equal, random, self.surroundings.random_state()))
+        if with_graph and self.known is not None:
+            self.known.look(portion, predictions)
         moment = self.surroundings.moment_since(random)
         chunk = Chunk(self._count, portion, predictions, leaves, moment)
         self._kind = self._kind or kind_of(predictions)
@@ -332,8 +385,15 @@ class Session:
             found = check_tracked(predictions, known | self.inputs.parameters, clock)
             self.has_float16 |= found.float16
             self.reached |= self.inputs.reached(found.leaves, leaves)
+            self._note(found.structure)
         self.differentiable |= has_graph and predictions.requires_grad
         return predictions if has_graph else predictions.detach(), leaves
+
+    def _note(self, structure: int) -> None:
+        """Ends the closer look once two chunks in a row have graphs of one structure."""
+        if self._wary and self._structure == structure:
+            self._wary = False
+        self._structure = structure
 
 
 DETACHED = (

@@ -1,0 +1,282 @@
+"""The poses of one call, divided into what is scored together."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Sequence, Sized
+from itertools import chain, islice
+from typing import Literal, final
+
+from torch import Tensor
+
+from posegrad.schedule._batch import Batch
+from posegrad.schedule._chunks import ChunkSize, Portion, in_chunks, sizes_of
+from posegrad.schedule._memory import Known, bytes_of
+from posegrad.schedule._poses import Pose, tensors_of
+
+__all__ = ["Ahead", "Division", "Sliced", "Walked", "sliced"]
+
+_GUESSED = 2**12  # bytes of a graph for each byte of a pose, until it is measured
+
+_AT_MOST = 2**16  # such bytes: a batch that fits even then is taken at once before it is measured
+
+_LIGHT = 2**17  # bytes of graphs that are one chunk of poses that are walked alone
+
+
+class Division(ABC):
+    """Poses in chunks.
+
+    Args:
+        known: What is known of poses like these.
+        is_stated: Whether the caller has said how many are scored together.
+    """
+
+    count: int | None
+    """m, if the poses say."""
+
+    one_chunk: bool
+    """Whether all are scored together."""
+
+    is_empty: bool
+    """Whether there are none."""
+
+    walked: bool
+    """Whether each is a forward of its own."""
+
+    def __init__(self, known: Known, *, is_stated: bool) -> None:
+        self.known = known
+        self.is_stated = is_stated
+
+    @abstractmethod
+    def portions(self, *, light: bool) -> Iterator[Portion]:
+        """The poses, forward by forward, once.
+
+        Args:
+            light: Whether poses that are walked alone may be one chunk where their graphs are
+                small: what is done for each chunk would take longer than they do.
+        """
+
+    @abstractmethod
+    def together(self) -> int:
+        """How many poses are in a chunk, about."""
+
+    @abstractmethod
+    def chunks(self) -> int:
+        """In how many chunks poses that have a length are scored, about; uses them up."""
+
+    @abstractmethod
+    def graph(self) -> float | None:
+        """The bytes of a pose's graph, if they were measured."""
+
+
+@final
+class Sliced(Division):
+    """A batch, in slices.
+
+    Args:
+        batch: The batch.
+        chunk_size: As the caller stated it.
+        known: As above.
+        measures: Whether graphs are measured; those of sharded models are not.
+    """
+
+    def __init__(
+        self, batch: Batch, chunk_size: ChunkSize, known: Known, *, measures: bool
+    ) -> None:
+        super().__init__(known, is_stated=chunk_size != "auto")
+        self._batch = batch
+        self._bytes = batch.bytes()
+        self.count = batch.count
+        self._sizes: list[int] | None
+        if chunk_size != "auto":
+            self._sizes = sizes_of(batch, chunk_size)
+        elif self._is_unknown() and measures:
+            self._sizes = None
+        else:
+            self._sizes = self._fitting(0)
+        self.one_chunk = self._sizes is not None and len(self._sizes) == 1
+        self.is_empty = not batch.count
+        self.walked = False
+
+    def portions(self, *, light: bool) -> Iterator[Portion]:
+        if self._sizes is not None:
+            yield from sliced(self._batch, self._sizes)
+            return
+        yield next(sliced(self._batch, [1, self._batch.count - 1]))  # and it is measured
+        sizes = [1, *self._fitting(1)]
+        yield from islice(sliced(self._batch, sizes), 1, None)
+
+    def together(self) -> int:
+        return max(self._planned(), default=1)
+
+    def chunks(self) -> int:
+        return len(self._planned())
+
+    def graph(self) -> float | None:
+        measure = self.known.measure
+        return None if measure is None else measure.graph_of(self._pose())
+
+    def _planned(self) -> list[int]:
+        return self._fitting(0) if self._sizes is None else self._sizes
+
+    def _pose(self) -> float:
+        """The bytes of a pose, in the mean."""
+        return self._bytes / max(1, self._batch.count)
+
+    def _is_unknown(self) -> bool:
+        """Whether nobody knows that all fit."""
+        most = self._bytes * _AT_MOST
+        return self._batch.count > 1 and self.known.measure is None and most > self.known.budget
+
+    def _fitting(self, start: int) -> list[int]:
+        """As few chunks as fit, for the poses from one on."""
+        count, budget = self._batch.count - start, self.known.budget
+        graph = self.graph()
+        if graph is None and not self._is_unknown():
+            return [count] * (count > 0)
+        graph = max(1.0, _GUESSED * self._pose() if graph is None else graph)
+        most = min(count, self.known.most or count)
+        if (extents := self._batch.extents()) is not None:
+            share = graph * len(extents) / max(1e-9, sum(extents))
+            return _greedy([extent * share for extent in extents[start:]], budget, most)
+        return _even(count, min(most, max(1, int(budget // graph))))
+
+
+@final
+class Walked(Division):
+    """Poses that come one by one.
+
+    Args:
+        poses: The poses.
+        chunk_size: As the caller stated it.
+        known: What is known of poses like the first.
+        joins: Whether poses are joined for the model, even a single one.
+    """
+
+    def __init__(self, poses: "Ahead", chunk_size: ChunkSize, known: Known, *, joins: bool) -> None:
+        super().__init__(known, is_stated=chunk_size != "auto")
+        self.count = poses.count
+        self.is_empty = poses.first is poses.none
+        self.walked = not joins
+        self._poses = poses
+        self._size = chunk_size
+        self._how: Literal["joined", "alone"] = "joined" if joins else "alone"
+        self._first = 0 if self.is_empty else self._pose(poses.first)
+        if self.is_stated or joins:
+            walk = self._walk(light=False)
+            opening = list(islice(walk, 2))
+            self._walked: Iterator[Portion] | None = chain(opening, walk)
+            self._opening = opening[0].count if opening else 1
+            self.one_chunk = len(opening) == 1
+        else:
+            self._walked, self._opening = None, 1
+            self.one_chunk = poses.is_one
+
+    def portions(self, *, light: bool) -> Iterator[Portion]:
+        return self._walk(light=light) if self._walked is None else self._walked
+
+    def together(self) -> int:
+        if self._walked is not None:
+            return self._opening
+        graph = self.graph()
+        if graph is None:
+            return 1
+        return max(1, int(min(self.known.budget, _LIGHT) // max(1.0, graph)))
+
+    def chunks(self) -> int:
+        if self._walked is None:
+            return -(-(self.count or 0) // self.together())
+        return sum(1 for _ in self._walked)
+
+    def graph(self) -> float | None:
+        measure = self.known.measure
+        return measure.graph_of(self._first) if measure is not None and self._first else None
+
+    def _walk(self, *, light: bool) -> Iterator[Portion]:
+        if self._size != "auto":
+            chunks = in_chunks(self._poses, self._size)
+        else:
+            chunks = self._fitting(light=light)
+        for chunk in chunks:
+            yield Portion(chunk, len(chunk), self._how)
+
+    def _fitting(self, *, light: bool) -> Iterator[list[Pose]]:
+        """As many together as fit; the first alone, so that it is measured."""
+        joined = self._how == "joined"
+        limit = self.known.budget if joined else min(self.known.budget, _LIGHT)
+        chunk: list[Pose] = []
+        total = 0.0
+        for pose in self._poses:
+            graph = self._graph(pose, limit, several=light or joined)
+            if chunk and (total + graph > limit or len(chunk) == self.known.most):
+                yield chunk
+                chunk, total = [], 0.0
+                graph = self._graph(pose, limit, several=light or joined)  # measured meanwhile
+            chunk.append(pose)
+            total += graph
+        if chunk:
+            yield chunk
+
+    def _graph(self, pose: Pose, limit: float, *, several: bool) -> float:
+        """The bytes of its graph; the limit if it is to be scored by itself."""
+        measure = self.known.measure
+        size = 0 if measure is None or not several else self._pose(pose)
+        return limit if measure is None or not size else measure.graph_of(size)
+
+    @staticmethod
+    def _pose(pose: Pose) -> int:
+        return bytes_of([pose] if isinstance(pose, Tensor) else tensors_of(pose))
+
+
+@final
+class Ahead(Iterator[Pose]):
+    """Poses of any kind, one after another, of which the first can be looked at before.
+
+    Args:
+        poses: As users state them.
+
+    Attributes:
+        count: How many there are, if they say.
+        none: What stands for no pose.
+        first: The first, or `none`.
+        is_one: Whether there is one and no more.
+    """
+
+    none = object()
+
+    def __init__(self, poses: Iterable[Pose]) -> None:
+        self.count = len(poses) if isinstance(poses, Sized) else None
+        rest = iter(poses)
+        opening = list(islice(rest, 2))
+        self.first = opening[0] if opening else self.none
+        self.is_one = len(opening) == 1
+        self._rest = chain(opening, rest)
+
+    def __next__(self) -> Pose:
+        return next(self._rest)
+
+
+def sliced(batch: Batch, sizes: Sequence[int]) -> Iterator[Portion]:
+    """A batch in slices of these sizes."""
+    for piece, size in zip(batch.slices(sizes), sizes, strict=True):
+        yield Portion([piece], size, "slice")
+
+
+def _even(count: int, most: int) -> list[int]:
+    """As few chunks as hold so many at most, of nearly equal size."""
+    if not count:
+        return []
+    chunks = -(-count // most)
+    least, larger = divmod(count, chunks)
+    return [least + 1] * larger + [least] * (chunks - larger)
+
+
+def _greedy(graphs: Sequence[float], budget: float, most: int) -> list[int]:
+    """Chunks of consecutive poses whose graphs add up to no more than the budget."""
+    sizes: list[int] = []
+    total = budget
+    for graph in graphs:
+        if total + graph > budget or sizes[-1] == most:
+            sizes.append(0)
+            total = 0.0
+        sizes[-1] += 1
+        total += graph
+    return sizes

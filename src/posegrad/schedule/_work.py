@@ -1,0 +1,61 @@
+"""What a call has to do, as far as its poses tell."""
+
+from collections.abc import Hashable, Iterable
+
+from torch import Tensor
+
+from posegrad.combination import Combination
+from posegrad.combination._groups import ungrouped
+from posegrad.schedule._cost import Load
+from posegrad.schedule._division import Division
+from posegrad.schedule._memory import bytes_of
+
+__all__ = ["name_of", "work_of"]
+
+_MANY = 2**20  # poses of a generator, which does not say
+
+# Work in bytes that are written and read, as far as it does not grow with the poses: a call of one
+# operator, and what this library does for a chunk, some 5 and 400 us.
+_OPERATOR = 2**13
+_CHUNK = 80 * _OPERATOR
+
+
+def work_of(division: Division, parameters: Iterable[Tensor], *, uses_up: bool) -> Load:
+    """What is to be done for some poses, whatever the rule.
+
+    Args:
+        division: The poses.
+        parameters: What is trained.
+        uses_up: Whether chunks may be formed to count them.
+    """
+    known, graph = division.known, division.graph()
+    poses = division.count if division.count is not None else _MANY
+    poses = max(1, poses)
+    together = -(-poses // max(1, division.chunks())) if uses_up else division.together()
+    together = poses if division.one_chunk else min(together, poses)
+    return Load(
+        poses,
+        together,
+        graph=graph,
+        gradient=bytes_of(p for p in parameters if p.requires_grad),
+        budget=known.budget,
+        apart=known.is_apart(stated=division.is_stated),
+        picks=not known.draws and (division.walked or known.picks is not False),
+        walked=division.walked,
+        extra=0.0 if graph is None else _extra(division, graph, together),
+    )
+
+
+def _extra(division: Division, graph: float, together: int) -> float:
+    """The time that a chunk takes beyond its poses, in forwards of one."""
+    assert division.known.measure is not None
+    operators = division.known.measure.nodes * _OPERATOR
+    forward = graph + operators / (1 if division.walked else together)
+    return _CHUNK / forward
+
+
+def name_of(rule: Combination) -> Hashable:
+    """What a rule is known by from call to call; it decides nothing but what a call costs."""
+    rule = ungrouped(rule)
+    function = getattr(rule, "function", None)
+    return type(rule), getattr(function, "__code__", None), rule.extra_repr()
