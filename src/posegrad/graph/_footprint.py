@@ -10,16 +10,14 @@ from posegrad.graph._edges import walk
 
 __all__ = ["footprint", "storages"]
 
-_NODE = 512  # bytes of a node itself, about
-
 _NOWHERE = 0  # the storage of what has none, and is counted each time
 
 
 def footprint(output: Tensor, other: Collection[int]) -> tuple[int, int] | None:
     """The bytes that the graph of a tensor keeps, and how many operators are in it.
 
-    Memory that several tensors share counts once, and nodes for what they take themselves. The walk
-    takes some 5 us for each node; nothing is kept.
+    Memory that several tensors share counts once. The walk takes some 5 us for each node; nothing
+    is kept.
 
     Args:
         output: The tensor.
@@ -39,7 +37,7 @@ def footprint(output: Tensor, other: Collection[int]) -> tuple[int, int] | None:
                 total += size
                 seen.add(storage)
                 seen.discard(_NOWHERE)
-    return total + nodes * _NODE, nodes
+    return total, nodes
 
 
 def storages(tensors: Collection[Tensor]) -> set[int]:

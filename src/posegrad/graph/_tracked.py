@@ -31,12 +31,10 @@ class Tracked(NamedTuple):
     Args:
         float16: Whether gradients pass through float16.
         leaves: `id` of every leaf.
-        structure: Alike for graphs whose operators are.
     """
 
     float16: bool
     leaves: set[int]
-    structure: int
 
 
 @final
@@ -75,9 +73,7 @@ def check_tracked(output: Tensor, known: Collection[int], since: int) -> Tracked
         ReentrantCheckpointError: if a reentrant checkpoint is.
     """
     narrow, leaves = False, set()
-    kinds: list[type] = []
     for node in walk(get_gradient_edge(output).node):
-        kinds.append(type(node))
         if type(node) is LEAF:
             if id(_variable(node)) not in known and _references(node) > _HELD_BY_GRAPH_ALONE:
                 raise UntrackedTensorError(_leaf_message(_variable(node)))
@@ -86,7 +82,7 @@ def check_tracked(output: Tensor, known: Collection[int], since: int) -> Tracked
             raise UntrackedTensorError(_older_message(node))
         else:
             narrow = narrow or carries_float16(node)
-    return Tracked(narrow, leaves, hash(tuple(kinds)))
+    return Tracked(narrow, leaves)
 
 
 def is_slice_of_leaf(tensor: Tensor) -> bool:

@@ -200,8 +200,8 @@ class Setting:
                 "empty: make a list of it."
             )
 
-        def portions(*, light: bool) -> Iterator[Portion]:
-            chunks = division.portions(light=light)
+        def portions(*, light: bool, reserved: float = 0.0) -> Iterator[Portion]:
+            chunks = division.portions(light=light, reserved=reserved)
             if division.is_stated or self._is_sharded():
                 return chunks
             return self._apart.shown(chunks, division.known, scorer)

@@ -13,6 +13,7 @@ from posegrad.errors import NotDifferentiableError
 from posegrad.graph import Gatherer, check_no_talk
 from posegrad.schedule._call import Call
 from posegrad.schedule._chunks import Portion
+from posegrad.schedule._cost import rows
 from posegrad.schedule._inputs import Inputs
 from posegrad.schedule._plan import Request, choose
 from posegrad.schedule._replay import Start
@@ -44,7 +45,11 @@ def run(call: Call, gatherer: Gatherer, *, wary: bool) -> tuple[Combined, bool]:
     torch.clear_autocast_cache()
     request, ranks = call.request, call.ranks
     name, _ = choose(request)
-    portions = call.portions(light=name in ("stream", "recompute"))
+    wary |= call.has_hooks
+    portions = call.portions(
+        light=name in ("stream", "recompute") and not wary,
+        reserved=rows(request.load) if name == "store" and request.measured else 0.0,
+    )
     if name == "retain" or not (torch.is_grad_enabled() or request.sharded):
         combined, portions = _retained(call, portions)
         if combined is not None:
@@ -58,7 +63,6 @@ def run(call: Call, gatherer: Gatherer, *, wary: bool) -> tuple[Combined, bool]:
         portions,
         Inputs(call.named, ranks, call.parts),
         wary=wary,
-        hooked=call.has_hooks,
         ranks=ranks,
         groups=call.groups,
         known=None if request.sharded else call.division.known,

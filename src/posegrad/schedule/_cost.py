@@ -21,7 +21,7 @@ from typing import final
 
 from posegrad.jacobian._record import record
 
-__all__ = ["BACKWARD", "Cost", "Load", "cheapest", "costs"]
+__all__ = ["BACKWARD", "Cost", "Load", "cheapest", "costs", "rows"]
 
 BACKWARD = 2.0
 """A backward in forwards: two products for each one of the forward."""
@@ -38,7 +38,7 @@ class Load:
 
     Args:
         poses: m.
-        together: c, how many poses are in a chunk.
+        chunks: In how many chunks of c poses they are scored.
         counting: k, how many poses carry weight.
         sums: K, the running sums of a rule that streams; 0 if it does not.
         graph: The bytes that the graph of a pose keeps; None if it was not measured.
@@ -55,7 +55,7 @@ class Load:
     """
 
     poses: int = 1
-    together: int = 1
+    chunks: int = 1
     counting: int = 1
     sums: int = 0
     graph: float | None = None
@@ -71,9 +71,9 @@ class Load:
     extra: float = 0.0
 
     @property
-    def chunks(self) -> int:
-        """In how many chunks the poses are scored."""
-        return -(-self.poses // self.together)
+    def together(self) -> int:
+        """c, how many poses are in the largest chunk, about."""
+        return -(-self.poses // self.chunks)
 
     @property
     def again(self) -> int:
@@ -125,14 +125,22 @@ def _retain(load: Load) -> Cost:
     return _cost(load, "retain", time, 0, graphs=load.poses, serves=one_chunk, needed=one_chunk)
 
 
+def rows(load: Load) -> float:
+    """The bytes of the rows of all poses, each parameter's in their smaller form, about."""
+    alone = load.walked or load.together == 1
+    row = load.gradient if alone else min(load.gradient, 2 * (load.graph or 0.0))
+    return load.poses * load.components * row
+
+
 def _store(load: Load) -> Cost:
     alone = load.walked or load.together == 1
     backward = load.backward * load.components * (1 if alone else _ROWS)
-    chunks = load.poses if alone else load.chunks
-    time = load.poses * (1 + backward) + chunks * load.extra
-    row = load.gradient if alone else min(load.gradient, 2 * (load.graph or 0.0))
-    held = load.poses * load.components * row
-    return _cost(load, "store", time, held, serves=load.early and (alone or load.apart))
+    held, graph = rows(load), load.graph or 1.0
+    room = max(1, int((load.budget - held) // graph))  # for a chunk, beside them
+    together = 1 if alone else min(load.together, room)
+    time = load.poses * (1 + backward) + load.poses / together * load.extra
+    serves = load.early and (alone or load.apart)
+    return _cost(load, "store", time, held, serves=serves, graphs=together)
 
 
 def _stream(load: Load) -> Cost:

@@ -46,12 +46,13 @@ class Division(ABC):
         self.is_stated = is_stated
 
     @abstractmethod
-    def portions(self, *, light: bool) -> Iterator[Portion]:
+    def portions(self, *, light: bool, reserved: float = 0.0) -> Iterator[Portion]:
         """The poses, forward by forward, once.
 
         Args:
             light: Whether poses that are walked alone may be one chunk where their graphs are
                 small: what is done for each chunk would take longer than they do.
+            reserved: The bytes that are kept beside the graphs.
         """
 
     @abstractmethod
@@ -96,12 +97,13 @@ class Sliced(Division):
         self.is_empty = not batch.count
         self.walked = False
 
-    def portions(self, *, light: bool) -> Iterator[Portion]:
+    def portions(self, *, light: bool, reserved: float = 0.0) -> Iterator[Portion]:
         if self._sizes is not None:
-            yield from sliced(self._batch, self._sizes)
+            again = reserved and not self.is_stated
+            yield from sliced(self._batch, self._fitting(0, reserved) if again else self._sizes)
             return
         yield next(sliced(self._batch, [1, self._batch.count - 1]))  # and it is measured
-        sizes = [1, *self._fitting(1)]
+        sizes = [1, *self._fitting(1, reserved)]
         yield from islice(sliced(self._batch, sizes), 1, None)
 
     def together(self) -> int:
@@ -126,9 +128,9 @@ class Sliced(Division):
         most = self._bytes * _AT_MOST
         return self._batch.count > 1 and self.known.measure is None and most > self.known.budget
 
-    def _fitting(self, start: int) -> list[int]:
+    def _fitting(self, start: int, reserved: float = 0.0) -> list[int]:
         """As few chunks as fit, for the poses from one on."""
-        count, budget = self._batch.count - start, self.known.budget
+        count, budget = self._batch.count - start, max(1.0, self.known.budget - reserved)
         graph = self.graph()
         if graph is None and not self._is_unknown():
             return [count] * (count > 0)
@@ -158,8 +160,9 @@ class Walked(Division):
         self.walked = not joins
         self._poses = poses
         self._size = chunk_size
+        self._reserved = 0.0
         self._how: Literal["joined", "alone"] = "joined" if joins else "alone"
-        self._first = 0 if self.is_empty else self._pose(poses.first)
+        self._first = 0 if self.is_empty else self._pose(poses.taken())
         if self.is_stated or joins:
             walk = self._walk(light=False)
             opening = list(islice(walk, 2))
@@ -170,7 +173,8 @@ class Walked(Division):
             self._walked, self._opening = None, 1
             self.one_chunk = poses.is_one
 
-    def portions(self, *, light: bool) -> Iterator[Portion]:
+    def portions(self, *, light: bool, reserved: float = 0.0) -> Iterator[Portion]:
+        self._reserved = reserved
         return self._walk(light=light) if self._walked is None else self._walked
 
     def together(self) -> int:
@@ -201,24 +205,28 @@ class Walked(Division):
     def _fitting(self, *, light: bool) -> Iterator[list[Pose]]:
         """As many together as fit; the first alone, so that it is measured."""
         joined = self._how == "joined"
-        limit = self.known.budget if joined else min(self.known.budget, _LIGHT)
+        if not (light or joined):
+            yield from ([pose] for pose in self._poses)
+            return
+        budget = max(1.0, self.known.budget - self._reserved)
+        limit = budget if joined else min(budget, _LIGHT)
         chunk: list[Pose] = []
         total = 0.0
         for pose in self._poses:
-            graph = self._graph(pose, limit, several=light or joined)
+            graph = self._graph(pose, limit)
             if chunk and (total + graph > limit or len(chunk) == self.known.most):
                 yield chunk
                 chunk, total = [], 0.0
-                graph = self._graph(pose, limit, several=light or joined)  # measured meanwhile
+                graph = self._graph(pose, limit)  # which may have been measured meanwhile
             chunk.append(pose)
             total += graph
         if chunk:
             yield chunk
 
-    def _graph(self, pose: Pose, limit: float, *, several: bool) -> float:
-        """The bytes of its graph; the limit if it is to be scored by itself."""
+    def _graph(self, pose: Pose, limit: float) -> float:
+        """The bytes of its graph; the limit if nobody knows."""
         measure = self.known.measure
-        size = 0 if measure is None or not several else self._pose(pose)
+        size = 0 if measure is None else self._pose(pose)
         return limit if measure is None or not size else measure.graph_of(size)
 
     @staticmethod
@@ -236,7 +244,7 @@ class Ahead(Iterator[Pose]):
     Attributes:
         count: How many there are, if they say.
         none: What stands for no pose.
-        first: The first, or `none`.
+        first: The first, or `none`; it is not held on to once it is `taken`.
         is_one: Whether there is one and no more.
     """
 
@@ -249,6 +257,11 @@ class Ahead(Iterator[Pose]):
         self.first = opening[0] if opening else self.none
         self.is_one = len(opening) == 1
         self._rest = chain(opening, rest)
+
+    def taken(self) -> Pose:
+        """The first, for the last time."""
+        first, self.first = self.first, self.none
+        return first
 
     def __next__(self) -> Pose:
         return next(self._rest)
@@ -272,7 +285,7 @@ def _even(count: int, most: int) -> list[int]:
 def _greedy(graphs: Sequence[float], budget: float, most: int) -> list[int]:
     """Chunks of consecutive poses whose graphs add up to no more than the budget."""
     sizes: list[int] = []
-    total = budget
+    total = budget  # as of a chunk that is full
     for graph in graphs:
         if total + graph > budget or sizes[-1] == most:
             sizes.append(0)

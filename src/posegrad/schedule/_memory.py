@@ -23,6 +23,8 @@ _UNITS = {"b": 1} | {
     for suffix, base in (("b", 1000), ("ib", 1024))
 }
 
+_NODE = 512  # bytes of a node itself, about
+
 _STEEP = 4  # so many times the poses share what a graph keeps but once
 
 
@@ -141,7 +143,9 @@ class Known:
         own = storages([*self._meter.tensors(), *portion.tensors()])
         if (found := footprint(predictions, own)) is not None:
             kept, nodes = found
-            nodes //= portion.count if portion.how == "alone" else 1
+            if portion.how == "alone":  # each has operators of its own, however many are a chunk
+                kept += nodes * _NODE
+                nodes //= portion.count
             self.measure = Measure(size, kept / portion.count, nodes, portion.count)
 
     def shrink(self, poses: int) -> None:

@@ -258,11 +258,11 @@ class Plan:
         rows = {
             "schedule": f"{self.schedule} ({self.reason})",
             "poses": f"{self.poses} in {self.chunks} chunk" + "s" * (self.chunks != 1),
-            "counting": self.counting,
             "forwards": self.forwards,
             "backwards": self.backwards,
             "graphs": f"{self.graphs} at a time",
             "holds": f"{self.holds}{held}",
+            "count": self.counting,
         }
         lines = [f"{name:<10} {text}" for name, text in rows.items()]
         plain = next(cost.time for cost in self.costs if cost.schedule == "retain")

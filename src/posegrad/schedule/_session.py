@@ -107,13 +107,6 @@ class Scorer:
 
     def __call__(self, portion: Portion, start: int) -> Tensor:
         """Scores poses `start`, `start + 1`, ...; returns their predictions `[c, ...]`."""
-        if portion.how == "alone" and portion.count > 1:
-            rows = [
-                self(Portion([pose], 1, "alone"), start + i) for i, pose in enumerate(portion.poses)
-            ]
-            for i, row in enumerate(rows):
-                check_alike(kind_of(row), kind_of(rows[0]), start + i)
-            return torch.cat(rows)
         try:
             argument = portion.poses[0]
             if portion.how == "joined":
@@ -125,6 +118,11 @@ class Scorer:
                 error.add_note(_unpacking(portion))
             raise
         return self._rows(output, portion, start)
+
+    def each(self, portion: Portion, start: int) -> list[Tensor]:
+        """The predictions of poses that are scored alone, `[1, ...]` each."""
+        single = (Portion([pose], 1, "alone") for pose in portion.poses)
+        return [self(pose, start + i) for i, pose in enumerate(single)]
 
     def _rows(self, output: object, portion: Portion, start: int) -> Tensor:
         count = portion.count
@@ -157,6 +155,7 @@ class Chunk:
         start: The number of the first.
         portion: The user's own.
         predictions: `[c, ...]`, with a graph or without.
+        rows: Of poses that were scored alone those of each, with the graph of each.
         leaves: Detached stand-ins for pose tensors that require grad, by number of input.
         moment: What a replay needs to know.
     """
@@ -164,6 +163,7 @@ class Chunk:
     start: int
     portion: Portion
     predictions: Tensor
+    rows: list[Tensor]
     leaves: dict[int, Tensor]
     moment: Moment
 
@@ -180,8 +180,7 @@ class Session:
         scorer: Runs the model.
         chunks: The poses of this rank.
         inputs: What gradients flow to.
-        wary: Whether to score poses with graphs until the structure of these repeats.
-        hooked: Whether to score all poses with graphs.
+        wary: Whether to score all poses with graphs.
         ranks: With whom the group is shared, if with anyone.
         groups: Of the poses of this rank, if there are several groups.
         known: What is known of poses like these, to be added to.
@@ -207,7 +206,6 @@ class Session:
         inputs: Inputs,
         *,
         wary: bool,
-        hooked: bool = False,
         ranks: Ranks | None = None,
         groups: Groups | None = None,
         known: Known | None = None,
@@ -222,9 +220,7 @@ class Session:
         self.has_float16 = False  # in a graph that was seen, the model's own autocast included
         self.draws = False  # whether a chunk drew random numbers
         self.known = known
-        self._looks = hooked or has_other_kernels(scorer.modules)
-        self._wary = wary
-        self._structure: int | None = None
+        self._wary = wary or has_other_kernels(scorer.modules)
         self._halves = halves and known is not None and ranks is None
         self.reached = set()
         self._chunks = iter(chunks)
@@ -277,9 +273,8 @@ class Session:
     def chunks(self, *, with_graph: bool) -> Iterator[Chunk]:
         """All chunks in order, each scored once. Only one graph is alive at a time.
 
-        An engine's first group is scored with graphs until their structure repeats: a result that
-        the model caches between poses is seen there, where under no_grad it would lose its gradient
-        in silence.
+        An engine's first group is scored with graphs throughout: a result that the model caches
+        between poses is seen there, where under no_grad it would lose its gradient in silence.
         """
         first, self._first = self.first(), None
         if first is None:
@@ -288,7 +283,7 @@ class Session:
         del first
 
         def has_graph(portion: Portion) -> bool:
-            look = self._wary or self._looks or any(map(is_watched, portion.tensors()))
+            look = self._wary or any(map(is_watched, portion.tensors()))
             return with_graph or (look and not self.inputs.is_sharded())
 
         for chunk in self._scored(has_graph):
@@ -356,7 +351,7 @@ class Session:
         random = self.surroundings.random_state()
         try:
             with torch.enable_grad() if with_graph else without_graph():
-                predictions, leaves = self.score_again(portion, self._count)
+                predictions, leaves, rows = self._scored_rows(portion, self._count)
         except torch.OutOfMemoryError:
             self.surroundings.rewind(random)
             raise
@@ -365,7 +360,7 @@ class Session:
         if with_graph and self.known is not None:
             self.known.look(portion, predictions)
         moment = self.surroundings.moment_since(random)
-        chunk = Chunk(self._count, portion, predictions, leaves, moment)
+        chunk = Chunk(self._count, portion, predictions, rows, leaves, moment)
         self._kind = self._kind or kind_of(predictions)
         check_alike(kind_of(predictions), self._kind, self._count)
         self._count += portion.count
@@ -373,10 +368,28 @@ class Session:
 
     def score_again(self, portion: Portion, start: int) -> tuple[Tensor, dict[int, Tensor]]:
         """Scores poses on detached leaves; checks the graph, if there is one."""
+        predictions, leaves, _ = self._scored_rows(portion, start)
+        return predictions, leaves
+
+    def _scored_rows(
+        self, portion: Portion, start: int
+    ) -> tuple[Tensor, dict[int, Tensor], list[Tensor]]:
+        """Likewise, and the predictions of poses that were scored alone, one by one."""
+        rows: list[Tensor] = []
+
+        def score() -> Tensor:
+            own = portion.holding(cut)
+            if portion.how != "alone" or portion.count == 1:
+                return self.scorer(own, start)
+            rows.extend(self.scorer.each(own, start))
+            for i, row in enumerate(rows):
+                check_alike(kind_of(row), self._kind or kind_of(rows[0]), start + i)
+            return torch.cat(rows)
+
         plain = [tensor for tensor in portion.tensors() if not tensor.requires_grad]
         with _flags_kept(plain), graph_clock() as clock:
             cut, leaves = self.inputs.cut(portion.poses)
-            predictions = self.inputs.scored(lambda: self.scorer(portion.holding(cut), start))
+            predictions = self.inputs.scored(score)
         has_graph = torch.is_grad_enabled()  # a model may enable it for itself
         if not has_graph or self.inputs.is_sharded():
             self.reached.update(range(self.inputs.parameter_count), leaves)
@@ -385,15 +398,8 @@ class Session:
             found = check_tracked(predictions, known | self.inputs.parameters, clock)
             self.has_float16 |= found.float16
             self.reached |= self.inputs.reached(found.leaves, leaves)
-            self._note(found.structure)
         self.differentiable |= has_graph and predictions.requires_grad
-        return predictions if has_graph else predictions.detach(), leaves
-
-    def _note(self, structure: int) -> None:
-        """Ends the closer look once two chunks in a row have graphs of one structure."""
-        if self._wary and self._structure == structure:
-            self._wary = False
-        self._structure = structure
+        return predictions if has_graph else predictions.detach(), leaves, rows
 
 
 DETACHED = (

@@ -29,13 +29,13 @@ def work_of(division: Division, parameters: Iterable[Tensor], *, uses_up: bool) 
         uses_up: Whether chunks may be formed to count them.
     """
     known, graph = division.known, division.graph()
-    poses = division.count if division.count is not None else _MANY
-    poses = max(1, poses)
-    together = -(-poses // max(1, division.chunks())) if uses_up else division.together()
-    together = poses if division.one_chunk else min(together, poses)
+    poses = _MANY if division.count is None else max(1, division.count)
+    chunks = division.chunks() if uses_up else -(-poses // max(1, division.together()))
+    chunks = 1 if division.one_chunk else max(1, chunks)
+    together = -(-poses // chunks)
     return Load(
         poses,
-        together,
+        chunks,
         graph=graph,
         gradient=bytes_of(p for p in parameters if p.requires_grad),
         budget=known.budget,
