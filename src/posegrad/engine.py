@@ -133,8 +133,8 @@ class Engine:
             rule: A combination rule, or any function from predictions `[m, ...]` to `[...]`.
             groups: For n groups at once, the number of each pose's group, a tensor `[m]`; or a list
                 of the groups' sizes. The prediction then is `[n, ...]`; a loss may couple groups.
-            schedule: `"retain"`, `"store"`, `"stream"`, `"recompute"`; `"auto"` takes the cheapest
-                that serves the rule. All give the same numbers; see `plan`.
+            schedule: `"retain"`, `"store"`, `"stream"`, `"recompute"`; `"auto"` takes the one of
+                least time that fits into `memory`. All give the same numbers; see `plan`.
             skip_below: Leave poses out of the gradient whose weight is below this share of the
                 largest of their group. The error is at most `skip_below * max|w|` times the sum of
                 the norms of the gradients left out; 0 is exact.
@@ -165,17 +165,18 @@ class Engine:
             `[...]`. A prediction of one number counts as `[]`, be it `[1]` or `[1, 1]`.
 
         Note:
-            Time in forwards F and backwards B, memory beyond the poses: `stream` m (F + B), one
-            graph and K sums of parameter size; `recompute` m F + k (F + B), one graph, where k
-            poses have a weight that is not exactly zero; `store` m (F + B), m gradients; `retain`
-            m (F + B), m graphs.
+            Time in forwards F and backwards B, memory beyond the poses: `stream` m F + K m B, in
+            chunks, or m (F + B), one chunk's graph and K sums of parameter size; `recompute`
+            m F + k (F + B), one chunk's graph, where k poses have a weight that is not exactly
+            zero; `store` m (F + B), m rows; `retain` m (F + B), m graphs. The first call of an
+            engine scores all poses with graphs.
 
         Example:
             >>> prediction, per_pose = Engine(nn.Linear(3, 1)).combine(torch.eye(3), Mean())
             >>> bool(prediction == per_pose.mean())
             True
         """
-        call = self._setting.call(poses, rule, groups, schedule, skip_below)
+        call = partial(self._setting.call, poses, rule, groups, schedule, skip_below)
         combined, seen = run(call, self._gatherer, wary=not self._seasoned)
         self._seasoned |= seen
         return combined
@@ -519,6 +520,13 @@ class Engine:
             backwards  1 to 64
             graphs     1 at a time
             holds      1 running sum: 16 B
+            count      64 (until a call has shown)
+            <BLANKLINE>
+                       time  keeps
+            retain     1.00  64 graphs
+            store      1.00  1 KiB + 1 graph
+            stream     1.00  16 B + 1 graph   chosen
+            recompute  1.33  16 B + 1 graph
         """
         parameters = self._trained(real=False)
         wishes = rule, groups, schedule, skip_below

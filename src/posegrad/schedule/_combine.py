@@ -1,6 +1,6 @@
 """One call of combine: from poses and a rule to the schedule that runs."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import chain, islice
 
@@ -9,7 +9,11 @@ import torch
 from posegrad._restoring import restoring
 from posegrad.combination._base import outcome
 from posegrad.combination._groups import ungrouped
-from posegrad.errors import NotDifferentiableError
+from posegrad.errors import (
+    NotDifferentiableError,
+    ReentrantCheckpointError,
+    UnsupportedModuleError,
+)
 from posegrad.graph import Gatherer, check_no_talk
 from posegrad.schedule._call import Call
 from posegrad.schedule._chunks import Portion
@@ -27,11 +31,11 @@ __all__ = ["run"]
 
 
 @restoring
-def run(call: Call, gatherer: Gatherer, *, wary: bool) -> tuple[Combined, bool]:
-    """Scores poses under the schedule the call leads to.
+def run(make: Callable[[], Call], gatherer: Gatherer, *, wary: bool) -> tuple[Combined, bool]:
+    """Scores poses under the schedule a call leads to.
 
     Args:
-        call: The poses, the rule, and the caller's wishes.
+        make: Makes the call: the poses, the rule, and the caller's wishes.
         gatherer: Reads Jacobians for `store`.
         wary: Whether to score all poses with graphs.
 
@@ -43,6 +47,20 @@ def run(call: Call, gatherer: Gatherer, *, wary: bool) -> tuple[Combined, bool]:
     """
     # torch 2.10 takes casts that a forward without a graph has left for a forward with one.
     torch.clear_autocast_cache()
+    call = make()
+    if choose(call.request)[0] != "store" or call.request.schedule != "auto":
+        return _run(call, gatherer, wary=wary)
+    start = Start(call.named.values(), call.parts)
+    try:
+        return _run(call, gatherer, wary=wary)
+    except (UnsupportedModuleError, ReentrantCheckpointError):
+        start.put_back()  # other schedules serve graphs whose rows cannot be read
+        call.division.known.has_rows = False
+    return _run(make(), gatherer, wary=wary)
+
+
+def _run(call: Call, gatherer: Gatherer, *, wary: bool) -> tuple[Combined, bool]:
+    """One attempt."""
     request, ranks = call.request, call.ranks
     name, _ = choose(request)
     wary |= call.has_hooks

@@ -47,7 +47,8 @@ class Load:
         components: The numbers of a prediction.
         groups: How many groups there are.
         early: Whether poses may be differentiated before the loss is there.
-        apart: Whether the poses of a chunk are known to stay apart, so that rows are read at once.
+        apart: Whether the rows of poses can be had one by one, as far as is known: poses that are
+            scored together must stay apart.
         picks: Whether poses are scored again by themselves, not with all of their chunk.
         walked: Whether each pose is a forward of its own, however many are in a chunk.
         backward: The time of a backward, in forwards.
@@ -136,10 +137,10 @@ def _store(load: Load) -> Cost:
     alone = load.walked or load.together == 1
     backward = load.backward * load.components * (1 if alone else _ROWS)
     held, graph = rows(load), load.graph or 1.0
-    room = max(1, int((load.budget - held) // graph))  # for a chunk, beside them
-    together = 1 if alone else min(load.together, room)
+    room = int((load.budget - held) // graph)  # for a chunk, beside them
+    together = 1 if alone else min(load.together, room) if room > 0 else load.together
     time = load.poses * (1 + backward) + load.poses / together * load.extra
-    serves = load.early and (alone or load.apart)
+    serves = load.early and load.apart
     return _cost(load, "store", time, held, serves=serves, graphs=together)
 
 

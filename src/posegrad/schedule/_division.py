@@ -136,6 +136,8 @@ class Sliced(Division):
             return [count] * (count > 0)
         graph = max(1.0, _GUESSED * self._pose() if graph is None else graph)
         most = min(count, self.known.most or count)
+        if count <= most and self._bytes and graph * self._batch.count <= budget:
+            return [count] * (count > 0)
         if (extents := self._batch.extents()) is not None:
             share = graph * len(extents) / max(1e-9, sum(extents))
             return _greedy([extent * share for extent in extents[start:]], budget, most)
@@ -161,6 +163,7 @@ class Walked(Division):
         self._poses = poses
         self._size = chunk_size
         self._reserved = 0.0
+        self._count: int | None = None
         self._how: Literal["joined", "alone"] = "joined" if joins else "alone"
         self._first = 0 if self.is_empty else self._pose(poses.taken())
         if self.is_stated or joins:
@@ -188,7 +191,9 @@ class Walked(Division):
     def chunks(self) -> int:
         if self._walked is None:
             return -(-(self.count or 0) // self.together())
-        return sum(1 for _ in self._walked)
+        if self._count is None:
+            self._count = sum(1 for _ in self._walked)
+        return self._count
 
     def graph(self) -> float | None:
         measure = self.known.measure

@@ -108,6 +108,7 @@ class Known:
             and without.
         picks: Whether poses of a chunk that the caller has stated may be scored again by
             themselves; None if nobody has asked.
+        has_rows: Whether rows may be read off their graphs, as far as is known.
         draws: Whether a forward drew random numbers or wrote to buffers.
         counting: For each rule how many poses carried weight in the last call, and of how many.
     """
@@ -117,6 +118,7 @@ class Known:
         self.most: int | None = None
         self.apart: set[bool] = set()
         self.picks: bool | None = None
+        self.has_rows = True
         self.draws = False
         self.counting: dict[Hashable, tuple[int, int]] = {}
         self._meter = meter
@@ -174,7 +176,10 @@ class Meter:
 
     def of(self, kind: Hashable) -> Known:
         """What is known of a kind of pose."""
-        return self._known.setdefault(kind, Known(self))
+        known = self._known.get(kind)
+        if known is None:
+            known = self._known[kind] = Known(self)
+        return known
 
     def say(self, message: str) -> None:
         """Warns, the first time."""

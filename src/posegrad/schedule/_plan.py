@@ -379,22 +379,22 @@ def describe(request: Request) -> Plan:
     load = request.load
     poses, chunks, groups = load.poses, load.chunks, groups_of(request.rule)
     schedule, reason = choose(request)
-    form = request.form
+    form, scored = request.form, poses if load.walked else chunks
     sums = (form.count if form is not None else 1) * (1 if groups is None else groups.count)
     passes = chunks if poses == chunks else chunks * sums
     gradient = load.gradient
     texts: dict[str, tuple[str, str, int, str, int | None]] = {
-        "retain": (f"{chunks}", "1, through all graphs", chunks, "nothing beside the graphs", None),
-        "store": (f"{chunks}", f"{poses}", 1, f"{poses} gradients", poses * gradient),
+        "retain": (f"{scored}", "1, through all graphs", chunks, "nothing beside the graphs", None),
+        "store": (f"{scored}", f"{poses}", 1, f"{poses} gradients", poses * gradient),
         "stream": (
-            f"{chunks}",
+            f"{scored}",
             f"1 to {passes}",
             1,
             f"{sums} running sum" + "s" * (sums > 1),
             sums * gradient,
         ),
         "recompute": (
-            f"{chunks}, then 1 to {chunks}",
+            f"{scored}, then 1 to {scored}",
             f"1 to {chunks}",
             1,
             "the predictions, beside the poses",
@@ -402,7 +402,7 @@ def describe(request: Request) -> Plan:
         ),
     }
     counting, source = request.counting(poses)
-    who = f"{counting} ({source}), " + (
-        "scored again by themselves" if load.picks else "scored again with their chunks"
-    )
+    who = f"{counting} ({source})"
+    if schedule == "recompute":
+        who += ", scored again " + ("by themselves" if load.picks else "with their chunks")
     return Plan(schedule, reason, poses, chunks, who, *texts[schedule], tuple(costs(load)))

@@ -33,13 +33,14 @@ def work_of(division: Division, parameters: Iterable[Tensor], *, uses_up: bool) 
     chunks = division.chunks() if uses_up else -(-poses // max(1, division.together()))
     chunks = 1 if division.one_chunk else max(1, chunks)
     together = -(-poses // chunks)
+    alone = division.walked or together == 1
     return Load(
         poses,
         chunks,
         graph=graph,
         gradient=bytes_of(p for p in parameters if p.requires_grad),
         budget=known.budget,
-        apart=known.is_apart(stated=division.is_stated),
+        apart=known.has_rows and (alone or known.is_apart(stated=division.is_stated)),
         picks=not known.draws and (division.walked or known.picks is not False),
         walked=division.walked,
         extra=0.0 if graph is None else _extra(division, graph, together),
