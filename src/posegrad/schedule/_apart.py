@@ -55,7 +55,8 @@ class Apart:
         """
         for portion in portions:
             yield portion
-            if portion.count > 1 and portion.how != "alone" and not self._is_apart(known):
+            seen = torch.is_grad_enabled() in known.apart
+            if portion.count > 1 and portion.how != "alone" and not seen:
                 self._look_at(portion, known, score)
 
     def proves(self, portion: Portion, known: Known, score: Score) -> bool:
@@ -69,9 +70,6 @@ class Apart:
             except Exception:  # the model may not take two of them
                 known.picks = False
         return known.picks
-
-    def _is_apart(self, known: Known) -> bool:
-        return torch.is_grad_enabled() in known.apart
 
     def _look_at(self, portion: Portion, known: Known, score: Score) -> None:
         try:

@@ -131,7 +131,7 @@ class Setting:
             whole = _rule_of(rule, of_own if alone else None)
             request = self._request(whole, schedule, skip_below, division, named.values())
             tracked = chain(named.values(), whole.parameters())
-            hooked = choose(request)[0] != "retain" and any(map(has_hooks, tracked))
+            hooked = choose(request) != "retain" and any(map(has_hooks, tracked))
             return Call(
                 scorer,
                 portions,
@@ -202,7 +202,8 @@ class Setting:
 
         def portions(*, light: bool, reserved: float = 0.0) -> Iterator[Portion]:
             chunks = division.portions(light=light, reserved=reserved)
-            if division.is_stated or self._is_sharded():
+            known = torch.is_grad_enabled() in division.known.apart
+            if division.is_stated or self._is_sharded() or known:
                 return chunks
             return self._apart.shown(chunks, division.known, scorer)
 
@@ -265,7 +266,7 @@ class Setting:
             work=partial(work_of, division, parameters, uses_up=uses_up),
             known=counting.get(name_of(rule)) if counting else None,
         )
-        if choose(request)[0] == "retain":  # plain autograd, whatever the model does
+        if choose(request) == "retain":  # plain autograd, whatever the model does
             return request
         return request.told(scales_float16=scales_float16(self._parts()))
 
@@ -281,7 +282,7 @@ def _together(ranks: Ranks, make: Callable[[], Call]) -> Call:
         call = make()
         calls.append(call)
         outline = call.request.outline() | {
-            "chosen schedule": choose(call.request)[0],
+            "chosen schedule": choose(call.request),
             "groups": "none" if call.groups is None else "given",
             "weights of the rule": _weights(call.request),
             "trained parameters": ranks.fingerprint.of(call.named.items()),

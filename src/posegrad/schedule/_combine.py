@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from itertools import chain, islice
+from itertools import chain
 
 import torch
 
@@ -48,7 +48,7 @@ def run(make: Callable[[], Call], gatherer: Gatherer, *, wary: bool) -> tuple[Co
     # torch 2.10 takes casts that a forward without a graph has left for a forward with one.
     torch.clear_autocast_cache()
     call = make()
-    if choose(call.request)[0] != "store" or call.request.schedule != "auto":
+    if choose(call.request) != "store" or call.request.schedule != "auto":
         return _run(call, gatherer, wary=wary)
     start = Start(call.named.values(), call.parts)
     try:
@@ -62,7 +62,7 @@ def run(make: Callable[[], Call], gatherer: Gatherer, *, wary: bool) -> tuple[Co
 def _run(call: Call, gatherer: Gatherer, *, wary: bool) -> tuple[Combined, bool]:
     """One attempt."""
     request, ranks = call.request, call.ranks
-    name, _ = choose(request)
+    name = choose(request)
     wary |= call.has_hooks
     portions = call.portions(
         light=name in ("stream", "recompute") and not wary,
@@ -73,7 +73,7 @@ def _run(call: Call, gatherer: Gatherer, *, wary: bool) -> tuple[Combined, bool]
         if combined is not None:
             return combined, False
         request = request.told(one_chunk=False, measured=False)
-        name, _ = choose(request)
+        name = choose(request)
     if ranks is None:
         check_no_talk(call.scorer.modules, sharded=False)
     session = Session(
@@ -87,7 +87,7 @@ def _run(call: Call, gatherer: Gatherer, *, wary: bool) -> tuple[Combined, bool]
         halves=not call.division.is_stated,
     )
     if name in ("stream", "store"):
-        name, _ = choose(_informed(request, session))
+        name = choose(_informed(request, session))
     if name == "stream":
         return stream(session, request.rule), True
     if name == "store":
@@ -107,24 +107,27 @@ def _are_apart(call: Call, portion: Portion) -> bool:
 
 def _retained(call: Call, portions: Iterator[Portion]) -> tuple[Combined | None, Iterator[Portion]]:
     """The result of plain autograd; or None if that ran out of memory, and smaller chunks."""
-    known, opening = call.division.known, list(islice(portions, 1))
+    known = call.division.known
+    if not (call.division.one_chunk and call.division.may_overrun) or call.ranks is not None:
+        return _plainly(call, portions), portions
+    whole = next(portions)
     start = Start(call.named.values(), call.parts)
-    chunks = chain(opening, portions)
     try:
-        combined = retain(
-            call.scorer, chunks, call.request.rule, call.ranks, call.groups, known.look
-        )
+        return _plainly(call, chain([whole], portions)), portions
     except torch.OutOfMemoryError:
-        may_halve = call.division.one_chunk and not call.division.is_stated and call.ranks is None
-        if not may_halve or opening[0].count < 2:
+        if whole.count < 2:
             raise
-    else:
-        if torch.is_grad_enabled() and not combined.per_pose.requires_grad:
-            _check_needless(call)
-        return combined, portions
     start.put_back()
-    known.shrink(opening[0].count)
-    return None, chain(opening[0].halves(), portions)
+    known.shrink(whole.count)
+    return None, chain(whole.halves(), portions)
+
+
+def _plainly(call: Call, portions: Iterator[Portion]) -> Combined:
+    look, rule = call.division.known.look, call.request.rule
+    combined = retain(call.scorer, portions, rule, call.ranks, call.groups, look)
+    if torch.is_grad_enabled() and not combined.per_pose.requires_grad:
+        _check_needless(call)
+    return combined
 
 
 def _check_needless(call: Call) -> None:
@@ -143,7 +146,7 @@ def _informed(request: Request, session: Session) -> Request:
     Its size, whether the rule trains something or returns more than streaming differentiates, and
     whether the model casts to float16 by itself.
     """
-    rule, streams = ungrouped(request.rule), choose(request)[0] == "stream"
+    rule, streams = ungrouped(request.rule), choose(request) == "stream"
 
     def told() -> tuple[int, bool, bool]:
         first = session.first()

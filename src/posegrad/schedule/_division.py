@@ -45,6 +45,16 @@ class Division(ABC):
         self.known = known
         self.is_stated = is_stated
 
+    @property
+    def may_overrun(self) -> bool:
+        """Whether to be ready for a chunk that runs out of memory.
+
+        Not where the caller has stated chunks, nor where all graphs are a hundredth of the budget.
+        """
+        graph = self.graph()
+        some = graph is None or graph * self.together() > self.known.budget / 100
+        return some and not self.is_stated
+
     @abstractmethod
     def portions(self, *, light: bool, reserved: float = 0.0) -> Iterator[Portion]:
         """The poses, forward by forward, once.
@@ -98,6 +108,9 @@ class Sliced(Division):
         self.walked = False
 
     def portions(self, *, light: bool, reserved: float = 0.0) -> Iterator[Portion]:
+        if self.one_chunk:
+            yield Portion([self._batch.poses], self._batch.count, "slice")
+            return
         if self._sizes is not None:
             again = reserved and not self.is_stated
             yield from sliced(self._batch, self._fitting(0, reserved) if again else self._sizes)

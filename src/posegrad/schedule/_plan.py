@@ -99,7 +99,7 @@ class Request:
         return work
 
     @cached_property
-    def choice(self) -> tuple[str, str]:
+    def choice(self) -> str:
         """What `choose` returns."""
         return _chosen(self)
 
@@ -121,8 +121,8 @@ class Request:
 _FIELDS = tuple(Request.__annotations__)
 
 
-def choose(request: Request) -> tuple[str, str]:
-    """Returns the name of the schedule to run, and why.
+def choose(request: Request) -> str:
+    """Returns the name of the schedule to run.
 
     Raises:
         ValueError: if the schedule asked for does not exist or cannot serve the call.
@@ -130,7 +130,7 @@ def choose(request: Request) -> tuple[str, str]:
     return request.choice
 
 
-def _chosen(request: Request) -> tuple[str, str]:
+def _chosen(request: Request) -> str:
     if request.schedule not in SCHEDULES:
         raise ValueError(
             f"schedule={request.schedule!r} is unknown; it is one of {', '.join(SCHEDULES)}."
@@ -138,9 +138,9 @@ def _chosen(request: Request) -> tuple[str, str]:
     if not 0 <= request.skip_below < 1:
         raise ValueError(f"skip_below is {request.skip_below}, but it must lie in [0, 1).")
     if request.schedule == "auto":
-        return _automatic(request)
+        return _automatic(request)[0]
     _check_served(request)
-    return request.schedule, "asked for"
+    return request.schedule
 
 
 def underflow(who: str) -> str:
@@ -152,6 +152,7 @@ def underflow(who: str) -> str:
 
 
 def _automatic(request: Request) -> tuple[str, str]:
+    """The name of the schedule, and why; without a reason where numbers decided."""
     if request.skip_below > 0:
         return "recompute", "skip_below leaves out poses once all weights are known"
     if request.sharded:
@@ -160,8 +161,7 @@ def _automatic(request: Request) -> tuple[str, str]:
     if request.one_chunk and not request.shared and not (measured and request.few_count()):
         return "retain", _ONE_CHUNK  # nothing else takes less
     if measured and not request.shared:
-        chosen = cheapest(request.load).schedule
-        return chosen, _why(chosen, request)
+        return cheapest(request.load).schedule, ""
     if request.scales_float16:
         return "recompute", "float16 gradients need the scaled loss first"
     form = request.form
@@ -179,8 +179,13 @@ def _automatic(request: Request) -> tuple[str, str]:
 _ONE_CHUNK = "all poses fit into one chunk, so there is one graph anyway"
 
 
-def _why(chosen: str, request: Request) -> str:
-    """What makes a schedule the cheapest that fits."""
+def _why(request: Request) -> str:
+    """What made it the schedule to run."""
+    if request.schedule != "auto":
+        return "asked for"
+    chosen, reason = _automatic(request)
+    if reason:
+        return reason
     load = request.load
     counting, source = request.counting(load.poses)
     if chosen == "recompute" and counting < load.poses:
@@ -378,7 +383,7 @@ def describe(request: Request) -> Plan:
     """The plan of one combine, for scalar predictions."""
     load = request.load
     poses, chunks, groups = load.poses, load.chunks, groups_of(request.rule)
-    schedule, reason = choose(request)
+    schedule, reason = choose(request), _why(request)
     form, scored = request.form, poses if load.walked else chunks
     sums = (form.count if form is not None else 1) * (1 if groups is None else groups.count)
     passes = chunks if poses == chunks else chunks * sums
