@@ -6,6 +6,7 @@ from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
 from posegrad._torch import address_of, held_by, tells_slots
+from posegrad.errors import ReentrantCheckpointError
 from posegrad.graph._edges import walk
 
 __all__ = ["footprint", "storages"]
@@ -24,10 +25,17 @@ def footprint(output: Tensor, other: Collection[int]) -> tuple[int, int] | None:
         other: The storages that are there anyway: those of parameters, buffers and inputs.
 
     Returns:
-        None if torch does not tell.
+        None if torch does not tell, or a reentrant checkpoint hides what it keeps.
     """
     if not tells_slots():
         return None
+    try:
+        return _counted(output, other)
+    except ReentrantCheckpointError:
+        return None
+
+
+def _counted(output: Tensor, other: Collection[int]) -> tuple[int, int]:
     nodes, total, seen = 0, 0, set(other)
     for node in walk(get_gradient_edge(output).node):
         nodes += 1

@@ -21,7 +21,7 @@ from posegrad.schedule._apart import Apart
 from posegrad.schedule._batch import Batch, as_batch
 from posegrad.schedule._chunks import ChunkSize, Portion, checked
 from posegrad.schedule._division import Ahead, Division, Sliced, Walked
-from posegrad.schedule._memory import Meter, checked_memory
+from posegrad.schedule._memory import Meter, checked_memory, on_cpu
 from posegrad.schedule._plan import Plan, Request, choose, count_to_plan, describe
 from posegrad.schedule._poses import Pose, tensors_of
 from posegrad.schedule._replay import scales_float16
@@ -102,7 +102,7 @@ class Setting:
         self._named = named
         self._parts = parts
         self._apart = Apart(modules, named, parts)
-        self._meter = Meter(checked_memory(memory, modules), self._tensors)
+        self._meter = Meter(checked_memory(memory, modules), self._tensors, on_cpu=on_cpu(modules))
 
     def call(
         self,
@@ -200,8 +200,10 @@ class Setting:
                 "empty: make a list of it."
             )
 
-        def portions(*, light: bool, reserved: float = 0.0) -> Iterator[Portion]:
-            chunks = division.portions(light=light, reserved=reserved)
+        def portions(
+            *, light: bool = False, whole: bool = False, reserved: float = 0.0
+        ) -> Iterator[Portion]:
+            chunks = division.portions(light=light, whole=whole, reserved=reserved)
             known = torch.is_grad_enabled() in division.known.apart
             if division.is_stated or self._is_sharded() or known:
                 return chunks

@@ -66,6 +66,7 @@ def _run(call: Call, gatherer: Gatherer, *, wary: bool) -> tuple[Combined, bool]
     wary |= call.has_hooks
     portions = call.portions(
         light=name in ("stream", "recompute") and not wary,
+        whole=name == "retain",
         reserved=rows(request.load) if name == "store" and request.measured else 0.0,
     )
     if name == "retain" or not (torch.is_grad_enabled() or request.sharded):
@@ -108,18 +109,19 @@ def _are_apart(call: Call, portion: Portion) -> bool:
 def _retained(call: Call, portions: Iterator[Portion]) -> tuple[Combined | None, Iterator[Portion]]:
     """The result of plain autograd; or None if that ran out of memory, and smaller chunks."""
     known = call.division.known
-    if not (call.division.one_chunk and call.division.may_overrun) or call.ranks is not None:
+    whole = call.division.one_chunk or call.division.whole
+    if not (whole and call.division.may_overrun) or call.ranks is not None:
         return _plainly(call, portions), portions
-    whole = next(portions)
+    chunk = next(portions)
     start = Start(call.named.values(), call.parts)
     try:
-        return _plainly(call, chain([whole], portions)), portions
+        return _plainly(call, chain([chunk], portions)), portions
     except torch.OutOfMemoryError:
-        if whole.count < 2:
+        if chunk.count < 2:
             raise
     start.put_back()
-    known.shrink(whole.count)
-    return None, chain(whole.halves(), portions)
+    known.shrink(chunk.count)
+    return None, chain(chunk.halves(), portions)
 
 
 def _plainly(call: Call, portions: Iterator[Portion]) -> Combined:

@@ -39,6 +39,7 @@ class Load:
     Args:
         poses: m.
         chunks: In how many chunks of c poses they are scored.
+        whole: Whether all poses may be scored together in one forward, whose graph fits.
         counting: k, how many poses carry weight.
         sums: K, the running sums of a rule that streams; 0 if it does not.
         graph: The bytes that the graph of a pose keeps; None if it was not measured.
@@ -57,6 +58,7 @@ class Load:
 
     poses: int = 1
     chunks: int = 1
+    whole: bool = False
     counting: int = 1
     sums: int = 0
     graph: float | None = None
@@ -123,7 +125,8 @@ def cheapest(load: Load) -> Cost:
 def _retain(load: Load) -> Cost:
     time = load.poses * (1 + load.backward)
     one_chunk = load.chunks == 1
-    return _cost(load, "retain", time, 0, graphs=load.poses, serves=one_chunk, needed=one_chunk)
+    serves = one_chunk or load.whole
+    return _cost(load, "retain", time, 0, graphs=load.poses, serves=serves, needed=one_chunk)
 
 
 def rows(load: Load) -> float:

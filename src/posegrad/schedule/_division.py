@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence, Sized
 from itertools import chain, islice
+from math import ceil, inf, isinf
 from typing import Literal, final
 
 from torch import Tensor
@@ -41,6 +42,9 @@ class Division(ABC):
     walked: bool
     """Whether each is a forward of its own."""
 
+    whole = False
+    """Whether all could be scored together, though smaller chunks are enough."""
+
     def __init__(self, known: Known, *, is_stated: bool) -> None:
         self.known = known
         self.is_stated = is_stated
@@ -52,16 +56,20 @@ class Division(ABC):
         Not where the caller has stated chunks, nor where all graphs are a hundredth of the budget.
         """
         graph = self.graph()
-        some = graph is None or graph * self.together() > self.known.budget / 100
+        poses = (self.count or 1) if self.one_chunk or self.whole else self.together()
+        some = graph is None or graph * poses > self.known.budget / 100
         return some and not self.is_stated
 
     @abstractmethod
-    def portions(self, *, light: bool, reserved: float = 0.0) -> Iterator[Portion]:
+    def portions(
+        self, *, light: bool = False, whole: bool = False, reserved: float = 0.0
+    ) -> Iterator[Portion]:
         """The poses, forward by forward, once.
 
         Args:
             light: Whether poses that are walked alone may be one chunk where their graphs are
                 small: what is done for each chunk would take longer than they do.
+            whole: Whether all are one chunk, where they may be.
             reserved: The bytes that are kept beside the graphs.
         """
 
@@ -104,11 +112,14 @@ class Sliced(Division):
         else:
             self._sizes = self._fitting(0)
         self.one_chunk = self._sizes is not None and len(self._sizes) == 1
+        self.whole = not (self.one_chunk or self.is_stated) and self._fits()
         self.is_empty = not batch.count
         self.walked = False
 
-    def portions(self, *, light: bool, reserved: float = 0.0) -> Iterator[Portion]:
-        if self.one_chunk:
+    def portions(
+        self, *, light: bool = False, whole: bool = False, reserved: float = 0.0
+    ) -> Iterator[Portion]:
+        if self.one_chunk or (whole and self.whole):
             yield Portion([self._batch.poses], self._batch.count, "slice")
             return
         if self._sizes is not None:
@@ -129,6 +140,12 @@ class Sliced(Division):
         measure = self.known.measure
         return None if measure is None else measure.graph_of(self._pose())
 
+    def _fits(self) -> bool:
+        """Whether all fit together, as measured."""
+        graph, most = self.graph(), self.known.most
+        fits = graph is not None and graph * self._batch.count <= self.known.budget
+        return fits and (most is None or self._batch.count <= most)
+
     def _planned(self) -> list[int]:
         return self._fitting(0) if self._sizes is None else self._sizes
 
@@ -145,12 +162,15 @@ class Sliced(Division):
         """As few chunks as fit, for the poses from one on."""
         count, budget = self._batch.count - start, max(1.0, self.known.budget - reserved)
         graph = self.graph()
+        measured = graph is not None and not isinf(self.known.worth(graph))
         if graph is None and not self._is_unknown():
             return [count] * (count > 0)
         graph = max(1.0, _GUESSED * self._pose() if graph is None else graph)
         most = min(count, self.known.most or count)
-        if count <= most and self._bytes and graph * self._batch.count <= budget:
+        enough = max(1, ceil(self.known.worth(graph))) if measured else count
+        if count <= min(most, enough) and self._bytes and graph * self._batch.count <= budget:
             return [count] * (count > 0)
+        most = min(most, enough)
         if (extents := self._batch.extents()) is not None:
             share = graph * len(extents) / max(1e-9, sum(extents))
             return _greedy([extent * share for extent in extents[start:]], budget, most)
@@ -189,7 +209,9 @@ class Walked(Division):
             self._walked, self._opening = None, 1
             self.one_chunk = poses.is_one
 
-    def portions(self, *, light: bool, reserved: float = 0.0) -> Iterator[Portion]:
+    def portions(
+        self, *, light: bool = False, whole: bool = False, reserved: float = 0.0
+    ) -> Iterator[Portion]:
         self._reserved = reserved
         return self._walk(light=light) if self._walked is None else self._walked
 
@@ -232,7 +254,7 @@ class Walked(Division):
         total = 0.0
         for pose in self._poses:
             graph = self._graph(pose, limit)
-            if chunk and (total + graph > limit or len(chunk) == self.known.most):
+            if chunk and (total + graph > limit or len(chunk) == self._most(graph)):
                 yield chunk
                 chunk, total = [], 0.0
                 graph = self._graph(pose, limit)  # which may have been measured meanwhile
@@ -240,6 +262,10 @@ class Walked(Division):
             total += graph
         if chunk:
             yield chunk
+
+    def _most(self, graph: float) -> float:
+        """How many poses of such graphs are enough, and may be."""
+        return min(self.known.most or inf, max(1, ceil(min(self.known.worth(graph), 2**40))))
 
     def _graph(self, pose: Pose, limit: float) -> float:
         """The bytes of its graph; the limit if nobody knows."""

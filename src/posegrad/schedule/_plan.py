@@ -384,6 +384,7 @@ def describe(request: Request) -> Plan:
     load = request.load
     poses, chunks, groups = load.poses, load.chunks, groups_of(request.rule)
     schedule, reason = choose(request), _why(request)
+    chunks = 1 if schedule == "retain" and load.whole else chunks
     form, scored = request.form, poses if load.walked else chunks
     sums = (form.count if form is not None else 1) * (1 if groups is None else groups.count)
     passes = chunks if poses == chunks else chunks * sums

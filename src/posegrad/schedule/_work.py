@@ -8,16 +8,11 @@ from posegrad.combination import Combination
 from posegrad.combination._groups import ungrouped
 from posegrad.schedule._cost import Load
 from posegrad.schedule._division import Division
-from posegrad.schedule._memory import bytes_of
+from posegrad.schedule._memory import CHUNK, OPERATOR, bytes_of
 
 __all__ = ["name_of", "work_of"]
 
 _MANY = 2**20  # poses of a generator, which does not say
-
-# Work in bytes that are written and read, as far as it does not grow with the poses: a call of one
-# operator, and what this library does for a chunk, some 5 and 400 us.
-_OPERATOR = 2**13
-_CHUNK = 80 * _OPERATOR
 
 
 def work_of(division: Division, parameters: Iterable[Tensor], *, uses_up: bool) -> Load:
@@ -41,6 +36,7 @@ def work_of(division: Division, parameters: Iterable[Tensor], *, uses_up: bool) 
         gradient=bytes_of(p for p in parameters if p.requires_grad),
         budget=known.budget,
         apart=known.has_rows and (alone or known.is_apart(stated=division.is_stated)),
+        whole=division.whole,
         picks=not known.draws and (division.walked or known.picks is not False),
         walked=division.walked,
         extra=0.0 if graph is None else _extra(division, graph, together),
@@ -50,9 +46,9 @@ def work_of(division: Division, parameters: Iterable[Tensor], *, uses_up: bool) 
 def _extra(division: Division, graph: float, together: int) -> float:
     """The time that a chunk takes beyond its poses, in forwards of one."""
     assert division.known.measure is not None
-    operators = division.known.measure.nodes * _OPERATOR
+    operators = division.known.measure.nodes * OPERATOR
     forward = graph + operators / (1 if division.walked else together)
-    return _CHUNK / forward
+    return CHUNK / forward
 
 
 def name_of(rule: Combination) -> Hashable:
