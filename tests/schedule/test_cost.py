@@ -37,6 +37,12 @@ ROWS: dict[str, tuple[Load, str]] = {
         replace(CHUNKS, sums=1, counting=4, picks=False),
         "stream",
     ),
+    "chunks that fit together, one sum: none is kept for nothing": (
+        replace(CHUNKS, sums=1, whole=True),
+        "stream",
+    ),
+    "chunks that fit together, two sums": (replace(CHUNKS, sums=2, whole=True), "retain"),
+    "chunks that fit together, no sums": (replace(CHUNKS, whole=True), "retain"),
     "one chunk": (replace(BATCH, sums=1), "retain"),
     "one chunk, two sums": (replace(BATCH, sums=2), "retain"),
     "one chunk, no sums": (BATCH, "retain"),

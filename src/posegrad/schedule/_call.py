@@ -255,7 +255,7 @@ class Setting:
         uses_up: bool = False,
     ) -> Request:
         """What the choice of a schedule looks at; `uses_up` as for `work_of`."""
-        counting = division.known.counting
+        counting = {} if division.is_stated else division.known.counting
         request = Request(
             rule,
             schedule,
@@ -264,7 +264,7 @@ class Setting:
             scales_float16=False,
             shared=self._ranks is not None,
             sharded=self._is_sharded(),
-            measured=division.known.measure is not None and not self._is_sharded(),
+            measured=division.is_measured and not self._is_sharded(),
             work=partial(work_of, division, parameters, uses_up=uses_up),
             known=counting.get(name_of(rule)) if counting else None,
         )

@@ -50,6 +50,11 @@ class Division(ABC):
         self.is_stated = is_stated
 
     @property
+    def is_measured(self) -> bool:
+        """Whether what was learned may decide; a caller who states chunks wants the same bits."""
+        return self.known.measure is not None and not self.is_stated
+
+    @property
     def may_overrun(self) -> bool:
         """Whether to be ready for a chunk that runs out of memory.
 

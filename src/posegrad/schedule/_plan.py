@@ -173,6 +173,8 @@ def _automatic(request: Request) -> tuple[str, str]:
         return "recompute", "the predictions are vectors"
     if groups_of(request.rule) is not None:
         return "recompute", "several groups would need running sums each"
+    if form.count > 1 and not request.shared and request.load.together > 1:
+        return "recompute", "each running sum would take a backward of every chunk"
     return "stream", "the rule's weights separate"
 
 

@@ -23,7 +23,7 @@ def work_of(division: Division, parameters: Iterable[Tensor], *, uses_up: bool) 
         parameters: What is trained.
         uses_up: Whether chunks may be formed to count them.
     """
-    known, graph = division.known, division.graph()
+    known, graph = division.known, division.graph() if division.is_measured else None
     poses = _MANY if division.count is None else max(1, division.count)
     chunks = division.chunks() if uses_up else -(-poses // max(1, division.together()))
     chunks = 1 if division.one_chunk else max(1, chunks)
