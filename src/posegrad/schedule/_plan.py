@@ -162,6 +162,11 @@ def _automatic(request: Request) -> tuple[str, str]:
         return "retain", _ONE_CHUNK  # nothing else takes less
     if measured and not request.shared:
         return cheapest(request.load).schedule, ""
+    return _unmeasured(request)
+
+
+def _unmeasured(request: Request) -> tuple[str, str]:
+    """What is taken for several chunks while nobody knows what graphs take."""
     if request.scales_float16:
         return "recompute", "float16 gradients need the scaled loss first"
     form = request.form
