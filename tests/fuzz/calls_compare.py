@@ -133,7 +133,8 @@ def _buffers(case: Case, expected: Snapshot, found: Snapshot) -> Iterator[str]:
 
 def _gradients(case: Case, expected: Snapshot, found: Snapshot) -> Iterator[str]:
     # Poses that count may be scored again without the others of their chunk, which then get none.
-    picks = {call.schedule for call in case.script[found.step].calls} & {"recompute", "auto"}
+    schedules = {call.schedule for step in case.script for call in step.calls}
+    picks = schedules & {"recompute", "auto"}
     for name, value in expected.gradients.items():
         other = found.gradients[name]
         if value is None or other is None:
