@@ -215,7 +215,7 @@ class Engine:
             >>> similarities = embeddings @ embeddings.T  # [6, 6], of all pairs
             >>> similarities.logsumexp(1).sum().backward()  # three chunks, scored again
         """
-        call = self._setting.call(poses, Embeddings(), None, "auto", 0.0)
+        call = partial(self._setting.call, poses, Embeddings(), None, "auto", 0.0)
         combined, seen = run(call, self._gatherer, wary=not self._seasoned)
         self._seasoned |= seen
         return combined.prediction
