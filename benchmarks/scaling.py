@@ -28,6 +28,7 @@ MEMORY = Memory("benchmarks.scaling_memory", ("case", "method"))
 
 FEATURES = 128
 CHUNK = 100
+MEMORY_OF_GRAPHS = "4MiB"
 LARGEST_FLOAT64 = 10**8  # parameters; beyond, a copy in float64 and its gradients want 16 GB
 MOST_WORK = 3 * 10**9  # poses times parameters; beyond, one by one takes minutes a step
 
@@ -96,18 +97,20 @@ def _one_batch(network: nn.Module) -> Step:
     return step
 
 
-def _in_chunks(network: nn.Module) -> Step:
+def _sliced(network: nn.Module, **options: Any) -> Step:
     def step(poses: Tensor, rule: Rule) -> None:
         prediction, _ = engine.combine(poses, rule)
         (prediction - TARGET).square().backward()
 
-    engine = Engine(network, chunk_size=CHUNK)
+    engine = Engine(network, **options)
     return step
 
 
 STEPS: dict[str, Callable[[nn.Module], Step]] = {
     "plain, one batch": _one_batch,
-    f"posegrad, {CHUNK} a chunk": _in_chunks,
+    "posegrad, one batch": _sliced,
+    f"posegrad, {MEMORY_OF_GRAPHS}": partial(_sliced, memory=MEMORY_OF_GRAPHS),
+    f"posegrad, {CHUNK} a chunk": partial(_sliced, chunk_size=CHUNK),
     "plain": partial(_one_by_one, "plain"),
     "checkpoint": partial(_one_by_one, "checkpoint"),
     "mtenn scheme": partial(_one_by_one, "mtenn scheme"),

@@ -18,7 +18,7 @@ def _case(case: str, method: str, threads: int, device: str) -> Peaks:
     point = scaling.CASES[case]
     network, poses = point.network().to(device), point.inputs().to(device)
     step, rule = scaling.STEPS[method](network), RULES[point.rule]()
-    step(poses[:2], rule)  # loads kernels and code
+    step(poses[:2], rule)  # loads kernels and code, measures a graph
     network.zero_grad()
 
     return step_peaks(partial(step, poses, rule), network, device)

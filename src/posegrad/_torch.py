@@ -19,7 +19,8 @@ from torch.nn.parallel import DistributedDataParallel
 __all__ = [
     "TorchDispatchMode", "UntoldError", "add_each", "address_of", "after_backward",
     "backward_into_leaves", "backward_to", "calls_by", "ddp_sinks", "device_of", "dtype_of",
-    "facts_of", "has_forward_hooks", "has_hooks", "have_noticed", "holds", "hooks_of", "in_ddp",
+    "facts_of", "free_memory", "has_forward_hooks", "has_hooks", "have_noticed", "held_by",
+    "holds", "hooks_of", "in_ddp",
     "in_fsdp_backward", "in_static_ddp", "inside_compiled", "is_first_of_static", "is_hooked",
     "is_listened_to", "is_of_static_ddp", "is_packed", "is_packed_at", "is_python", "keeps_graph",
     "made_at", "memory_of", "mode_guard", "mode_stack", "multithreading", "outputs_of", "pass_sink",
@@ -217,6 +218,20 @@ def saved_tensors(node: Node) -> list[Tensor] | None:
         return None
     slots = [slot for name in slot_names(node) for slot in slots_of(node, name)]
     return [slot.data for slot in slots if isinstance(slot.data, Tensor)]
+
+
+def held_by(node: Node) -> list[Tensor]:
+    """The tensors that a node keeps for its backward; what a hook has packed is left as it is."""
+    slots = [slot for name in slot_names(node) for slot in slots_of(node, name)]
+    return [slot.data for slot in slots if isinstance(slot.data, Tensor)]
+
+
+def free_memory(device: torch.device) -> int | None:
+    """The bytes that are free on an accelerator; None if it does not tell."""
+    try:
+        return int(torch.get_device_module(device).mem_get_info(device)[0])
+    except (AttributeError, RuntimeError):
+        return None
 
 
 def memory_of(tensor: Tensor) -> int:

@@ -12,7 +12,6 @@ from posegrad.combination._base import Rule
 from posegrad.errors import ClosedEngineError, UnsupportedModuleError
 from posegrad.graph import Gatherer, Listening, Roster, Wanted, check_modules, unwrapped
 from posegrad.jacobian import Jacobian, PoseJacobian, check_whole, of_all, step_of_batches
-from posegrad.schedule._batch import as_batch
 from posegrad.schedule._call import Setting
 from posegrad.schedule._chunks import ChunkSize
 from posegrad.schedule._combine import run
@@ -50,9 +49,13 @@ class Engine:
         collate: Joins poses of a list into what the model takes, e.g. `torch.stack`. The model must
             then return one row per pose, `[c, ...]`. PyG's graphs need none, nor does a batch.
         chunk_size: How many poses are scored together, in one graph; a `Budget` makes chunks by
-            their sizes instead, e.g. by atoms. `"auto"`: of a batch all, or as many as are little
-            (256 KiB); of what is walked, one. A number or a `Budget` also accepts poses that
-            influence each other within a chunk.
+            their sizes instead, e.g. by atoms. `"auto"`: as many as fit into `memory`; of what is
+            walked without `collate`, one. A number or a `Budget` also accepts poses that influence
+            each other within a chunk.
+        memory: The bytes that graphs may take together, as a number or as text, `"2GiB"`. It bounds
+            the tensors that graphs keep; the temporaries of one chunk come on top. `"auto"`: on an
+            accelerator half of what is free when the engine is made, on a CPU 1 GiB. What the graph
+            of a pose takes is measured in the first call for poses of a kind.
         check: When a Jacobian is compared with a plain backward: on the `"first"` gather of every
             structure of graph, `"always"`, or `"never"`. What disagrees is taken by slower ways.
         batch_dim: `"auto"` finds out which dimension of an output counts poses; a number is trusted
@@ -81,6 +84,7 @@ class Engine:
         predict: Callable[..., Tensor] | None = None,
         collate: Callable[[list[Pose]], Any] | None = None,
         chunk_size: ChunkSize = "auto",
+        memory: int | str = "auto",
         check: str = "first",
         batch_dim: int | str | None = "auto",
         block_bytes: int = 2**27,
@@ -92,7 +96,14 @@ class Engine:
         self.modules = modules
         self._roster = Roster(modules, sharded=self._ranks is not None and self._ranks.sharded)
         self._setting = Setting(
-            modules, predict, collate, chunk_size, self._ranks, self._named, self._roster.parts
+            modules,
+            predict,
+            collate,
+            chunk_size,
+            memory,
+            self._ranks,
+            self._named,
+            self._roster.parts,
         )
         shared = self._ranks is not None
         self._gatherer = Gatherer(check, batch_dim, block_bytes, self._roster.tensors, shared)
@@ -122,8 +133,8 @@ class Engine:
             rule: A combination rule, or any function from predictions `[m, ...]` to `[...]`.
             groups: For n groups at once, the number of each pose's group, a tensor `[m]`; or a list
                 of the groups' sizes. The prediction then is `[n, ...]`; a loss may couple groups.
-            schedule: `"retain"`, `"store"`, `"stream"`, `"recompute"`; `"auto"` takes the cheapest
-                that serves the rule. All give the same numbers; see `plan`.
+            schedule: `"retain"`, `"store"`, `"stream"`, `"recompute"`; `"auto"` takes the one of
+                least time that fits into `memory`. All give the same numbers; see `plan`.
             skip_below: Leave poses out of the gradient whose weight is below this share of the
                 largest of their group. The error is at most `skip_below * max|w|` times the sum of
                 the norms of the gradients left out; 0 is exact.
@@ -154,17 +165,18 @@ class Engine:
             `[...]`. A prediction of one number counts as `[]`, be it `[1]` or `[1, 1]`.
 
         Note:
-            Time in forwards F and backwards B, memory beyond the poses: `stream` m (F + B), one
-            graph and K sums of parameter size; `recompute` m F + k (F + B), one graph, where k
-            poses have a weight that is not exactly zero; `store` m (F + B), m gradients; `retain`
-            m (F + B), m graphs.
+            Time in forwards F and backwards B, memory beyond the poses: `stream` m F + K m B, in
+            chunks, or m (F + B), one chunk's graph and K sums of parameter size; `recompute`
+            m F + k (F + B), one chunk's graph, where k poses have a weight that is not exactly
+            zero; `store` m (F + B), m rows; `retain` m (F + B), m graphs. The first call of an
+            engine scores all poses with graphs.
 
         Example:
             >>> prediction, per_pose = Engine(nn.Linear(3, 1)).combine(torch.eye(3), Mean())
             >>> bool(prediction == per_pose.mean())
             True
         """
-        call = self._setting.call(poses, rule, groups, schedule, skip_below)
+        call = partial(self._setting.call, poses, rule, groups, schedule, skip_below)
         combined, seen = run(call, self._gatherer, wary=not self._seasoned)
         self._seasoned |= seen
         return combined
@@ -203,7 +215,7 @@ class Engine:
             >>> similarities = embeddings @ embeddings.T  # [6, 6], of all pairs
             >>> similarities.logsumexp(1).sum().backward()  # three chunks, scored again
         """
-        call = self._setting.call(poses, Embeddings(), None, "auto", 0.0)
+        call = partial(self._setting.call, poses, Embeddings(), None, "auto", 0.0)
         combined, seen = run(call, self._gatherer, wary=not self._seasoned)
         self._seasoned |= seen
         return combined.prediction
@@ -546,6 +558,13 @@ class Engine:
             backwards  1 to 64
             graphs     1 at a time
             holds      1 running sum: 16 B
+            count      64 (until a call has shown)
+            <BLANKLINE>
+                       time  keeps
+            retain     1.00  64 graphs
+            store      1.00  1 KiB + 1 graph
+            stream     1.00  16 B + 1 graph   chosen
+            recompute  1.33  16 B + 1 graph
         """
         parameters = self._trained(real=False)
         wishes = rule, groups, schedule, skip_below
@@ -578,9 +597,10 @@ class Engine:
         keep: Callable[[PoseJacobian], T],
         start: int = 0,
     ) -> list[T]:
-        scorer, batch = self._setting.scorer(), as_batch(poses)
-        _, chunks = self._setting.chunks(poses, batch, scorer)
-        return gather(self._gatherer, scorer, chunks, parameters, loss, keep, start)
+        scorer = self._setting.scorer()
+        division, portions = self._setting.divided(poses, scorer, self._named())
+        look = division.known.look
+        return gather(self._gatherer, scorer, portions(), look, parameters, loss, keep, start)
 
     def _named(self) -> dict[str, nn.Parameter]:
         self._check_open()

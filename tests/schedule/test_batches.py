@@ -15,8 +15,6 @@ from torch.utils.data import TensorDataset
 from torch_geometric.data import Batch, Data
 
 from posegrad import Boltzmann, Budget, Combination, Engine, Mean, Min, PosesMixError
-from posegrad.schedule._batch import as_batch
-from posegrad.schedule._chunks import sizes_of
 from posegrad.testing import assert_matches_autograd, rules
 from tests.models import FEATURES, MODELS
 from tests.reference import rows, trainable
@@ -240,17 +238,6 @@ def test_a_budget_asks_each_pose_of_a_batch() -> None:
     )
     engine.combine({"x": x, "shift": shift}, Mean())
     assert seen == [2, 2, 1]
-
-
-@given(m=st.integers(1, 500), width=st.integers(1, 40_000))
-def test_chunks_of_their_own_size_are_nearly_equal_and_bounded(m: int, width: int) -> None:
-    batch = as_batch(torch.empty(m, width, device="meta"))
-    assert batch is not None
-    sizes = sizes_of(batch, "auto")
-    assert sum(sizes) == m
-    assert max(sizes) - min(sizes) <= 1
-    assert max(sizes) == 1 or max(sizes) * width * 4 <= 2**18
-    assert len(sizes) == 1 or (max(sizes) + 1) * width * 4 * len(sizes) > 2**18
 
 
 def test_few_small_poses_are_one_chunk() -> None:

@@ -151,7 +151,7 @@ def test_without_hooks_gradients_of_weightless_poses_stay_none(schedule: str) ->
 def test_hooks_that_come_after_combine_take_zeros() -> None:
     """`recompute` scored later groups without graphs, and cannot know who is idle."""
     model, poses = Experts().double(), _poses([0, 1, 0])
-    engine = Engine(model)
+    engine = Engine(model, chunk_size=1)
     engine.combine(poses, RULE, schedule="recompute")
     prediction, _ = engine.combine(poses, RULE, schedule="recompute")
     events = _watch(model, {name: "both" for name, _ in model.named_parameters()})

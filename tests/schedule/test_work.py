@@ -49,7 +49,8 @@ def _work(
 ) -> dict[str, int]:
     model = Tallied()
     engine = Engine(model, chunk_size=chunk_size)
-    engine.combine(batch[:2], Best(), schedule="recompute")  # the first group is checked throughout
+    first = engine.combine(batch[:4], Best(), schedule="recompute")  # which is checked throughout
+    first.prediction.backward()
     model.counts.clear()
     result = engine.combine(batch, rule, schedule=schedule, skip_below=skip_below)
     result.prediction.backward()
@@ -145,7 +146,7 @@ def test_every_gradient_left_out_is_bounded() -> None:
     for share in (1e-4, 1e-2, 0.3):
         light = weights < share * weights.max()
         bound = share * weights.max() * batch[light].abs().sum()
-        assert (gradient(share) - gradient(0.0)).abs() <= bound
+        assert (gradient(share) - gradient(0.0)).abs() <= bound + 1e-14
 
 
 @pytest.mark.parametrize("silent", [False, True], ids=["every group", "one without gradient"])

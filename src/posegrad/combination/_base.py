@@ -69,6 +69,10 @@ class Combination(nn.Module, ABC):
         """
         return None
 
+    def counting(self) -> int | None:
+        """How many poses of a group carry weight, if that is known before; else None."""
+        return None
+
     @final
     @restoring
     def weights(self, predictions: Tensor) -> Tensor:

@@ -39,5 +39,9 @@ class Best(Combination):
     def forward(self, predictions: Tensor) -> Tensor:
         return predictions.amax(dim=0) if self.largest else predictions.amin(dim=0)
 
+    def counting(self) -> int:
+        """The best one, unless others are as good."""
+        return 1
+
     def extra_repr(self) -> str:
         return f"largest={self.largest}"

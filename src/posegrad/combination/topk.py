@@ -47,5 +47,9 @@ class TopK(Combination):
         k = min(self.k, len(predictions))
         return predictions.topk(k, dim=0, largest=self.largest).values.mean(dim=0)
 
+    def counting(self) -> int:
+        """The k best."""
+        return self.k
+
     def extra_repr(self) -> str:
         return f"k={self.k}, largest={self.largest}"

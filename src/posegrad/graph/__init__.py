@@ -2,10 +2,11 @@
 
 from posegrad.graph._beside import Beside, leaves_beside
 from posegrad.graph._edges import EdgeRegistry
+from posegrad.graph._footprint import footprint, storages
 from posegrad.graph._gather import Gatherer
 from posegrad.graph._guard import alone, failures_named, grad_set_aside
 from posegrad.graph._listening import Listening
-from posegrad.graph._mixing import mixing_modules
+from posegrad.graph._mixing import keep_apart, mixing_modules
 from posegrad.graph._modules import Roster, Wanted, check_modules
 from posegrad.graph._outlook import Outlook
 from posegrad.graph._release import KeptGraph
@@ -27,11 +28,14 @@ __all__ = [
     "check_no_talk",
     "check_tracked",
     "failures_named",
+    "footprint",
     "grad_set_aside",
     "graph_clock",
     "is_slice_of_leaf",
+    "keep_apart",
     "leaf_of_slice",
     "leaves_beside",
     "mixing_modules",
+    "storages",
     "unwrapped",
 ]

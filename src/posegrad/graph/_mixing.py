@@ -1,4 +1,4 @@
-"""Where the poses of a graph mix, for a message."""
+"""Whether the poses of a graph stay apart, by its operators; where they mix, for a message."""
 
 from collections.abc import Iterable, Mapping
 
@@ -7,11 +7,37 @@ from torch import Tensor
 
 from posegrad.graph._edges import EdgeRegistry
 from posegrad.graph._guard import python_contained, undisturbed
-from posegrad.graph._recipe import resolve, slow_parameters
+from posegrad.graph._recipe import resolve, slow_parameters, uses_of
 from posegrad.graph._subject import Subject
 from posegrad.graph._warnings import modules_of
+from posegrad.jacobian import Arrangement
 
-__all__ = ["mixing_modules"]
+__all__ = ["keep_apart", "mixing_modules"]
+
+
+def keep_apart(
+    predictions: Tensor, parameters: Mapping[str, Tensor], tensors: Iterable[Tensor]
+) -> bool:
+    """Whether operators tell, one after another, that each row of a graph belongs to one pose.
+
+    At every place where a parameter enters. What data is made of, no graph tells.
+
+    Args:
+        predictions: `[c, ...]`, one row for each pose, with their graph, which is kept.
+        parameters: The trainable ones, by name.
+        tensors: All parameters and buffers.
+    """
+    subject = _subject(predictions, parameters, tensors)
+    if subject is None:
+        return False
+    edges = [
+        edge
+        for name in subject.parameters
+        for site in uses_of(subject, name)
+        for edge in site.edges
+    ]
+    axes = subject.axes(Arrangement(predictions.shape, 0))
+    return all(edge in axes for edge in edges)
 
 
 def mixing_modules(
@@ -26,18 +52,27 @@ def mixing_modules(
         parameters: The trainable ones, by name.
         tensors: All parameters and buffers.
     """
-    if not predictions.requires_grad:
+    subject = _subject(predictions, parameters, tensors)
+    if subject is None:
         return ""
-    registry = EdgeRegistry(predictions)
-    used = registry.used(parameters)
-    if not used or registry.is_nested:
-        return ""
-    generator = torch.Generator("cpu").manual_seed(0)
-    subject = Subject(
-        predictions, registry, used, (), 0, generator, [], {}, lambda: tensors, quiet=True
-    )
-    lock, aside, copied = python_contained(registry, used)
+    lock, aside, copied = python_contained(subject.registry, subject.parameters)
     with undisturbed(), lock, aside, copied:
         recipe, _ = resolve(subject)
     where = modules_of(slow_parameters(recipe))
     return f"{where} (at {', '.join(recipe.lost)})" if where and recipe.lost else where
+
+
+def _subject(
+    predictions: Tensor, parameters: Mapping[str, Tensor], tensors: Iterable[Tensor]
+) -> Subject | None:
+    """What is asked of such a graph; None if there is nothing to ask."""
+    if not predictions.requires_grad:
+        return None
+    registry = EdgeRegistry(predictions)
+    used = registry.used(parameters)
+    if not used or registry.is_nested:
+        return None
+    generator = torch.Generator("cpu").manual_seed(0)
+    return Subject(
+        predictions, registry, used, (), 0, generator, [], {}, lambda: tensors, quiet=True
+    )

@@ -3,17 +3,17 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import final
+from typing import NamedTuple, final
 
 import torch
 from torch import Tensor, nn
 
 from posegrad.errors import PosesMixError, UnsupportedModuleError
-from posegrad.graph import mixing_modules
-from posegrad.schedule._batch import Batch
+from posegrad.graph import keep_apart, mixing_modules
 from posegrad.schedule._chunks import Portion
 from posegrad.schedule._inputs import Inputs
-from posegrad.schedule._poses import map_tensors, tensors_of
+from posegrad.schedule._memory import Known
+from posegrad.schedule._poses import map_tensors
 from posegrad.schedule._replay import Moment, Surroundings
 
 __all__ = ["Apart"]
@@ -22,7 +22,7 @@ Score = Callable[[Portion, int], Tensor]
 
 
 class Apart:
-    """Looks once for each kind of batch whether its poses stay apart.
+    """Looks once for each kind of pose whether those that are scored together stay apart.
 
     Two poses, a and b, are scored as the batches (a, b), (a, a) and (b, b), under the same random
     state and on the same buffers. If predictions and their gradients are those of (a, b) in place,
@@ -44,80 +44,126 @@ class Apart:
         self._modules = modules
         self._named = named
         self._parts = parts
-        self._known: set[object] = set()
 
-    def shown(
-        self, chunks: Iterator[Portion], sizes: Sequence[int], batch: Batch, score: Score
-    ) -> Iterator[Portion]:
-        """The chunks; a look is taken once the first has been scored, and so is known to work.
+    def shown(self, portions: Iterator[Portion], known: Known, score: Score) -> Iterator[Portion]:
+        """The chunks; a look is taken once the first of several poses has been scored.
+
+        So it is known to work.
 
         Raises:
             PosesMixError: if poses mix.
         """
-        kind = None if max(sizes, default=1) < 2 else self._kind_of(batch)
-        if kind is None or kind in self._known:
-            return chunks
-        return self._looked_at(chunks, kind, batch, (0, sizes[0] - 1), score)
+        for portion in portions:
+            yield portion
+            seen = torch.is_grad_enabled() in known.apart
+            if portion.count > 1 and portion.how != "alone" and not seen:
+                self._look_at(portion, known, score)
 
-    def _looked_at(
-        self,
-        chunks: Iterator[Portion],
-        kind: object,
-        batch: Batch,
-        pair: tuple[int, int],
-        score: Score,
-    ) -> Iterator[Portion]:
-        yield next(chunks)
+    def proves(self, portion: Portion, known: Known, score: Score) -> bool:
+        """Whether poses that the caller has scored together may be scored again by themselves.
+
+        They must not only be seen to stay apart; the operators must tell that they do.
+        """
+        if known.picks is None:
+            try:
+                known.picks = self._is_proved(portion, score)
+            except Exception:  # the model may not take two of them
+                known.picks = False
+        return known.picks
+
+    def _look_at(self, portion: Portion, known: Known, score: Score) -> None:
         try:
-            where = self._where_mixed(batch, pair, score)
+            where = self._where_mixed(portion, score)
         except Exception as error:
             error.add_note(_NOTE)
             raise
         if where is not None:
             raise PosesMixError(_message(where))
-        if _differ(*(tensors_of(batch.picked([number])) for number in pair)):
-            self._known.add(kind)  # else nothing could be seen
-        yield from chunks
+        if _is_telling(portion):
+            known.apart.add(torch.is_grad_enabled())
 
-    def _where_mixed(self, batch: Batch, pair: tuple[int, int], score: Score) -> str | None:
+    def _is_proved(self, portion: Portion, score: Score) -> bool:
+        pair = _Pair(self._modules, portion, score)
+        inputs = self._inputs()
+        inputs.close()  # a backward is under way
+        with pair.surroundings.restored(), torch.enable_grad():
+            if not (pair.looked_at(inputs).apart and _is_telling(portion)):
+                return False
+            return keep_apart(pair.scored(*pair.ends), self._trained(), self._tensors())
+
+    def _where_mixed(self, portion: Portion, score: Score) -> str | None:
         """The modules at which poses mix, as far as that can be told; None if they stay apart."""
-        surroundings = Surroundings(self._modules)
-        moment = Moment(surroundings.random_state(), surroundings.buffers.values)
-        inputs = Inputs(self._named(), None, self._parts())
-
-        def scored(*numbers: int) -> Tensor:
-            with surroundings.at(moment):
-                return score(Portion([map_tensors(_cut, batch.picked(numbers))], 2, "slice"), 0)
-
-        def looked_at(row: int, *numbers: int) -> _Look:
-            return _Look.at(scored(*numbers), row, inputs)
-
-        a, b = pair
-        with surroundings.restored():
-            first = looked_at(0, a, b)
-            surroundings.buffers.note_changes()  # so that the others find what this one found
-            last = looked_at(1, a, b)
-            if first.is_like(looked_at(0, a, a)) and last.is_like(looked_at(1, b, b)):
+        pair = _Pair(self._modules, portion, score)
+        with pair.surroundings.restored():
+            seen = pair.looked_at(self._inputs())
+            if seen.apart:
                 return None
-            where = self._named_in(scored(a, b))
+            where = self._named_in(pair.scored(*pair.ends))
             # A model that draws from a generator of its own never gives the same twice.
-            return where if where or _alike(first.predictions, last.predictions) else None
+            return where if where or seen.is_steady else None
+
+    def _inputs(self) -> Inputs:
+        return Inputs(self._named(), None, self._parts())
 
     def _named_in(self, predictions: Tensor) -> str:
         """Where poses mix, as far as the graph tells."""
-        trained = {name: p for name, p in self._named().items() if p.requires_grad}
-        real = {name: p for name, p in trained.items() if not p.is_complex()}
-        tensors = (t for m in self._modules for t in (*m.parameters(), *m.buffers()))
         try:
-            return mixing_modules(predictions, real, tensors)
+            return mixing_modules(predictions, self._trained(), self._tensors())
         except _NO_GRADIENTS:
             return ""
 
-    def _kind_of(self, batch: Batch) -> object:
-        """What batches have in common that one look serves: all but the sizes of tensors."""
-        tensors = [(t.dtype, t.ndim) for t in tensors_of(batch.poses)]
-        training = [part.training for part in self._parts()]
-        return type(batch.poses), torch.is_grad_enabled(), tuple(tensors), tuple(training)
+    def _trained(self) -> dict[str, nn.Parameter]:
+        trained = {name: p for name, p in self._named().items() if p.requires_grad}
+        return {name: p for name, p in trained.items() if not p.is_complex()}
+
+    def _tensors(self) -> Iterator[Tensor]:
+        return (t for m in self._modules for t in (*m.parameters(), *m.buffers()))
+
+
+class _Seen(NamedTuple):
+    """What a pair of poses came to: whether they stay apart, and whether the same twice."""
+
+    apart: bool
+    is_steady: bool
+
+
+@final
+class _Pair:
+    """The first and the last of some poses, which are scored beside each other.
+
+    Args:
+        modules: The models.
+        portion: The poses.
+        score: Runs the model.
+    """
+
+    def __init__(self, modules: Sequence[nn.Module], portion: Portion, score: Score) -> None:
+        self.surroundings = Surroundings(modules)
+        buffers = self.surroundings.buffers.values
+        self._moment = Moment(self.surroundings.random_state(), buffers)
+        self._portion = portion
+        self._score = score
+        self.ends = 0, portion.count - 1
+
+    def scored(self, *numbers: int) -> Tensor:
+        """The predictions of two poses, each of which may be there twice."""
+        picked = self._portion.picked(numbers)
+        cut = picked.holding([map_tensors(_cut, pose) for pose in picked.poses])
+        with self.surroundings.at(self._moment):
+            return self._score(cut, 0)
+
+    def looked_at(self, inputs: Inputs) -> _Seen:
+        """Whether each comes to the same, whatever is beside it."""
+
+        def look(row: int, *numbers: int) -> _Look:
+            return _Look.at(self.scored(*numbers), row, inputs)
+
+        a, b = self.ends
+        first = look(0, a, b)
+        self.surroundings.buffers.note_changes()  # so that the others find what this one found
+        last = look(1, a, b)
+        apart = first.is_like(look(0, a, a)) and last.is_like(look(1, b, b))
+        return _Seen(apart, _alike(first.predictions, last.predictions))
 
 
 @final
@@ -186,6 +232,11 @@ def _eps(tensor: Tensor) -> float:
 def _cut(tensor: Tensor) -> Tensor:
     """A tensor without what computed it, whose graph is the user's."""
     return tensor.detach().requires_grad_().clone() if tensor.requires_grad else tensor
+
+
+def _is_telling(portion: Portion) -> bool:
+    """Whether its first and its last pose differ; else nothing can be seen."""
+    return _differ(*(portion.picked([i]).tensors() for i in (0, portion.count - 1)))
 
 
 def _differ(first: Sequence[Tensor], second: Sequence[Tensor]) -> bool:

@@ -49,9 +49,13 @@ class Batch(ABC):
             return iter([self.poses] * len(sizes))
         return self.parts(sizes)
 
+    def extents(self) -> Sequence[float] | None:
+        """How large each pose is beside the others; None if all are alike."""
+        return None
+
     def bytes(self) -> int:
         """The size of its tensors."""
-        return sum(t.numel() * t.element_size() for t in tensors_of(self.poses))
+        return sum(t.nbytes for t in tensors_of(self.poses))
 
 
 @final
@@ -69,6 +73,11 @@ class _Stacked(Batch):
 
     def pose(self, number: int) -> Pose:
         return map_tensors(lambda tensor: tensor[number], self.poses)
+
+    def extents(self) -> Sequence[float] | None:
+        """By the longest of nested tensors."""
+        nested = next((t for t in tensors_of(self.poses) if t.is_nested), None)
+        return None if nested is None else [float(row.numel()) for row in nested.unbind()]
 
 
 @final
@@ -101,6 +110,13 @@ class _Graphs(Batch):
 
     def pose(self, number: int) -> Pose:
         return self.poses.get_example(number)
+
+    def extents(self) -> Sequence[float] | None:
+        """By their nodes, of all kinds together."""
+        starts = [store["ptr"] for store in self.poses.stores if "ptr" in store]
+        if not starts:
+            return None
+        return [float(nodes) for nodes in torch.stack(starts).sum(dim=0).diff().tolist()]
 
     def _followed(self) -> list[str]:
         """The attributes whose graphs it numbers, besides those of nodes."""

@@ -62,6 +62,15 @@ class Buffers:
             self._seen, self._marks = own, marks
             self._mutable |= changed
 
+    @property
+    def has_changed(self) -> bool:
+        """Whether a chunk wrote to any."""
+        return bool(self._mutable)
+
+    def rewind(self) -> None:
+        """Undoes what was written since they were noted last."""
+        Kept(self._seen, self.values).put_back()
+
     def check_none_missed(self) -> None:
         """Ends the first pass.
 

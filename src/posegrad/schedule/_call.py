@@ -1,10 +1,12 @@
 """What a call asks for: how an engine runs poses, the poses, the rule, the caller's wishes."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
-from dataclasses import dataclass, replace
-from itertools import chain, islice
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence, Sized
+from dataclasses import replace
+from functools import partial
+from itertools import chain
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from posegrad._torch import has_hooks
@@ -13,43 +15,55 @@ from posegrad.combination._base import Rule
 from posegrad.combination._groups import Grouped, Groups
 from posegrad.errors import NoPosesError, RankError, listed
 from posegrad.graph import check_no_talk
+from posegrad.jacobian._record import record
 from posegrad.ranks import Ranks
 from posegrad.schedule._apart import Apart
 from posegrad.schedule._batch import Batch, as_batch
-from posegrad.schedule._chunks import ChunkSize, Portion, checked, in_portions, sizes_of, sliced
-from posegrad.schedule._plan import Plan, Request, choose, chunks_in, count_to_plan, describe
-from posegrad.schedule._poses import Pose
+from posegrad.schedule._chunks import ChunkSize, Portion, checked
+from posegrad.schedule._division import Ahead, Division, Sliced, Walked
+from posegrad.schedule._memory import Meter, checked_memory, on_cpu
+from posegrad.schedule._plan import Plan, Request, choose, count_to_plan, describe
+from posegrad.schedule._poses import Pose, tensors_of
 from posegrad.schedule._replay import scales_float16
 from posegrad.schedule._session import Scorer
+from posegrad.schedule._work import name_of, work_of
 from posegrad.weighting._rules import rule_of_predictions
 
 __all__ = ["Call", "Setting"]
 
 
-@dataclass(frozen=True)
+@record
 class Call:
     """One call of combine, as far as it is settled before a pose is scored.
 
     Args:
         scorer: How poses are scored.
-        chunks: The poses of this rank.
+        portions: The poses of this rank, forward by forward, as `Division.portions`.
+        division: How they are divided.
         request: What the choice of a schedule looks at; its rule is that for all groups.
         groups: Of this rank's poses, if there are several groups.
         named: The model's parameters.
         parts: All modules of the model.
         has_hooks: Whether a parameter of the model or the rule has some, on any rank. All poses are
             scored with graphs then: only these tell whether plain autograd would run them.
+        apart: Tells whether poses stay apart.
         ranks: Who make this call together, if the group is shared.
     """
 
     scorer: Scorer
-    chunks: Iterator[Portion]
+    portions: Callable[..., Iterator[Portion]]
+    division: Division
     request: Request
     groups: Groups | None
     named: Mapping[str, nn.Parameter]
     parts: Sequence[nn.Module]
     has_hooks: bool
+    apart: Apart
     ranks: Ranks | None = None
+
+    def told(self, **more: Any) -> "Call":
+        """The same with more told."""
+        return Call(**vars(self) | more)
 
 
 class Setting:
@@ -60,12 +74,13 @@ class Setting:
         predict: Called as `predict(*modules, pose)`.
         collate: Joins poses into what it takes.
         chunk_size: How many are joined.
+        memory: The bytes that graphs may take together.
         ranks: Who share every group of poses, if anyone does.
         named: Looks up the model's parameters; raises what forbids a call, such as a closed engine.
         parts: Lists all modules inside, once that was asked.
 
     Raises:
-        ValueError: if `chunk_size` is none.
+        ValueError: if `chunk_size` or `memory` is none.
     """
 
     def __init__(
@@ -74,6 +89,7 @@ class Setting:
         predict: Callable[..., Tensor] | None,
         collate: Callable[[list[Pose]], Any] | None,
         chunk_size: ChunkSize,
+        memory: Any,
         ranks: Ranks | None,
         named: Callable[[], Mapping[str, nn.Parameter]],
         parts: Callable[[], Sequence[nn.Module]],
@@ -86,6 +102,7 @@ class Setting:
         self._named = named
         self._parts = parts
         self._apart = Apart(modules, named, parts)
+        self._meter = Meter(checked_memory(memory, modules), self._tensors, on_cpu=on_cpu(modules))
 
     def call(
         self,
@@ -108,20 +125,30 @@ class Setting:
             named = self._named()
             if ranks is not None:
                 check_no_talk(self._modules, sharded=ranks.sharded)
-            scorer, batch = self.scorer(), as_batch(poses)
-            several, chunks = self.chunks(poses, batch, scorer, may_be_none=not alone)
-            of_own = _groups_of(groups, _count_of(poses, batch), all_here=alone)
+            scorer = self.scorer()
+            division, portions = self.divided(poses, scorer, named, may_be_none=not alone)
+            of_own = _groups_of(groups, division.count, all_here=alone)
             whole = _rule_of(rule, of_own if alone else None)
-            request = self._request(whole, schedule, skip_below, one_chunk=not several)
+            request = self._request(whole, schedule, skip_below, division, named.values())
             tracked = chain(named.values(), whole.parameters())
-            hooked = choose(request)[0] != "retain" and any(map(has_hooks, tracked))
-            return Call(scorer, chunks, request, of_own, named, self._parts(), hooked)
+            hooked = choose(request) != "retain" and any(map(has_hooks, tracked))
+            return Call(
+                scorer,
+                portions,
+                division,
+                request,
+                of_own,
+                named,
+                self._parts(),
+                hooked,
+                self._apart,
+            )
 
         return own() if ranks is None else _together(ranks, own)
 
     def plan(
         self,
-        poses: object,
+        poses: Any,
         rule: Rule,
         groups: Tensor | Sequence[int] | None,
         schedule: str,
@@ -130,12 +157,12 @@ class Setting:
     ) -> Plan:
         """What such a call would do, for poses that have a length."""
         self._how_scored()
-        batch = as_batch(poses)
-        count = count_to_plan(poses, _count_of(poses, batch))
-        chunks = chunks_in(poses, batch, count, self._chunk_size)
-        whole = _rule_of(rule, _groups_of(groups, count, all_here=self._ranks is None))
-        request = self._request(whole, schedule, skip_below, one_chunk=chunks == 1)
-        return describe(request, count, chunks, parameters)
+        count_to_plan(poses, _count_of(poses, as_batch(poses)))
+        division = self._division(poses, self._named().values())
+        whole = _rule_of(rule, _groups_of(groups, division.count, all_here=self._ranks is None))
+        return describe(
+            self._request(whole, schedule, skip_below, division, parameters, uses_up=True)
+        )
 
     def scorer(self) -> Scorer:
         """How poses are scored.
@@ -145,44 +172,64 @@ class Setting:
         """
         return Scorer(self._modules, self._how_scored(), self._collate)
 
-    def chunks(
+    def divided(
         self,
         poses: Iterable[Pose],
-        batch: Batch | None,
         scorer: Scorer,
+        named: Mapping[str, nn.Parameter],
         *,
         may_be_none: bool = False,
-    ) -> tuple[bool, Iterator[Portion]]:
-        """Whether there are several chunks, and these.
+    ) -> tuple[Division, Callable[..., Iterator[Portion]]]:
+        """How poses are divided, and the function that divides them, as `Division.portions`.
 
         Args:
             poses: As users state them.
-            batch: What `as_batch` makes of them.
             scorer: Runs the model.
+            named: The model's parameters.
             may_be_none: Whether other ranks may have poses where this one has none.
 
         Raises:
             NoPosesError: if there are none.
             ValueError: if they must be joined, and nobody said how.
         """
-        size = self._chunk_size
-        chunks: Iterator[Portion]
-        if batch is None:
-            walked = in_portions(poses, size, joins=self._collate is not None or size not in _ALONE)
-            opening = list(islice(walked, 2))
-            count, chunks = len(opening), chain(opening, walked)
-        else:
-            sizes = sizes_of(batch, size)
-            count, chunks = len(sizes), sliced(batch, sizes)
-            if size == "auto" and not self._is_sharded():
-                chunks = self._apart.shown(chunks, sizes, batch, scorer)
-        if not count and not may_be_none:
+        division = self._division(poses, named.values())
+        if division.is_empty and not may_be_none:
             raise NoPosesError(
                 "There are no poses: a combination of none is undefined.\n"
                 "Leave compounds without poses out of the loop. A generator that was used once is "
                 "empty: make a list of it."
             )
-        return count > 1, chunks
+
+        def portions(
+            *, light: bool = False, whole: bool = False, reserved: float = 0.0
+        ) -> Iterator[Portion]:
+            chunks = division.portions(light=light, whole=whole, reserved=reserved)
+            known = torch.is_grad_enabled() in division.known.apart
+            if division.is_stated or self._is_sharded() or known:
+                return chunks
+            return self._apart.shown(chunks, division.known, scorer)
+
+        return division, portions
+
+    def _division(self, poses: Iterable[Pose], parameters: Iterable[Tensor]) -> Division:
+        batch, size = as_batch(poses), self._chunk_size
+        if batch is not None:
+            known = self._meter.of(self._kind(batch.poses, "slice", parameters))
+            return Sliced(batch, size, known, measures=not self._is_sharded())
+        joins = self._collate is not None or size not in _ALONE
+        ahead = Ahead(poses)
+        known = self._meter.of(self._kind(ahead.first, "joined" if joins else "alone", parameters))
+        return Walked(ahead, size, known, joins=joins)
+
+    def _kind(self, pose: Pose, how: str, parameters: Iterable[Tensor]) -> Hashable:
+        """What poses have in common whose graphs are alike but for their size."""
+        kinds = tuple([(t.dtype, t.ndim, t.requires_grad) for t in tensors_of(pose)])
+        parts = tuple([part.training for part in self._parts()])
+        trained = sum([p.requires_grad for p in parameters])
+        return type(pose), how, kinds, parts, trained, torch.is_autocast_enabled("cpu")
+
+    def _tensors(self) -> Iterator[Tensor]:
+        return (t for m in self._modules for t in chain(m.parameters(), m.buffers()))
 
     def _is_sharded(self) -> bool:
         return self._ranks is not None and self._ranks.sharded
@@ -198,20 +245,32 @@ class Setting:
         return self._predict or nn.Module.__call__
 
     def _request(
-        self, rule: Combination, schedule: str, skip_below: float, *, one_chunk: bool
+        self,
+        rule: Combination,
+        schedule: str,
+        skip_below: float,
+        division: Division,
+        parameters: Iterable[Tensor],
+        *,
+        uses_up: bool = False,
     ) -> Request:
+        """What the choice of a schedule looks at; `uses_up` as for `work_of`."""
+        counting = {} if division.is_stated else division.known.counting
         request = Request(
             rule,
             schedule,
             skip_below,
-            one_chunk=one_chunk,
+            one_chunk=division.one_chunk,
             scales_float16=False,
             shared=self._ranks is not None,
             sharded=self._is_sharded(),
+            measured=division.is_measured and not self._is_sharded(),
+            work=partial(work_of, division, parameters, uses_up=uses_up),
+            known=counting.get(name_of(rule)) if counting else None,
         )
-        if choose(request)[0] == "retain":  # plain autograd, whatever the model does
+        if choose(request) == "retain":  # plain autograd, whatever the model does
             return request
-        return replace(request, scales_float16=scales_float16(self._parts()))
+        return request.told(scales_float16=scales_float16(self._parts()))
 
 
 _ALONE = (1, "auto")  # chunk sizes under which poses that are walked come one by one
@@ -225,7 +284,7 @@ def _together(ranks: Ranks, make: Callable[[], Call]) -> Call:
         call = make()
         calls.append(call)
         outline = call.request.outline() | {
-            "chosen schedule": choose(call.request)[0],
+            "chosen schedule": choose(call.request),
             "groups": "none" if call.groups is None else "given",
             "weights of the rule": _weights(call.request),
             "trained parameters": ranks.fingerprint.of(call.named.items()),
@@ -238,20 +297,19 @@ def _together(ranks: Ranks, make: Callable[[], Call]) -> Call:
     numbers, outlines, groups, hooked = zip(*ranks.together("combine", told), strict=True)
     _check_agreed(outlines)
     (call,) = calls
-    call = replace(call, ranks=ranks.in_call(numbers), has_hooks=any(hooked))
+    call = call.told(ranks=ranks.in_call(numbers), has_hooks=any(hooked))
     if call.groups is None:
         return call
     joined = Groups.joined(groups)
-    return replace(
-        call,
-        request=replace(call.request, rule=Grouped(call.request.rule, joined)),
+    return call.told(
+        request=call.request.told(rule=Grouped(call.request.rule, joined)),
         groups=replace(call.groups, count=joined.count),
     )
 
 
 def _weights(request: Request) -> str:
     """How the rule's weights separate: running sums of ranks add up only if they do alike."""
-    form = request.form()
+    form = request.form
     return "found at the end" if form is None else f"{type(form).__name__} {vars(form)}"
 
 

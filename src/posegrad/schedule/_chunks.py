@@ -1,6 +1,6 @@
 """Which poses are scored together: slices of a batch, or a few of those that are walked."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from numbers import Real
@@ -8,7 +8,7 @@ from typing import Any, Literal, final
 
 from torch import Tensor
 
-from posegrad.schedule._batch import Batch
+from posegrad.schedule._batch import Batch, as_batch
 from posegrad.schedule._poses import Pose, copied, tensors_of
 
 __all__ = [
@@ -17,14 +17,8 @@ __all__ = [
     "Portion",
     "checked",
     "in_chunks",
-    "in_portions",
     "sizes_of",
-    "sliced",
 ]
-
-_MOST_BYTES = 2**30  # that the graph of one chunk may take, if nobody says how many poses are one
-
-_BYTES_OF_GRAPH = 2**12  # for each byte of a pose, until it is measured
 
 
 @final
@@ -139,6 +133,29 @@ class Portion:
         """Every tensor in it."""
         return [tensor for pose in self.poses for tensor in tensors_of(pose)]
 
+    def picked(self, numbers: Sequence[int]) -> "Portion":
+        """Some of its poses, by their places in it."""
+        if self.how != "slice":
+            return Portion([self.poses[i] for i in numbers], len(numbers), self.how)
+        batch = as_batch(self.poses[0])
+        assert batch is not None  # it is a slice of one
+        return Portion([batch.picked(numbers)], len(numbers), "slice")
+
+    def halves(self) -> "tuple[Portion, Portion]":
+        """Its poses in two parts."""
+        half = self.count // 2
+        sizes = [half, self.count - half]
+        if self.how != "slice":
+            parts = self.poses[:half], self.poses[half:]
+            first, second = (Portion(list(p), len(p), self.how) for p in parts)
+            return first, second
+        batch = as_batch(self.poses[0])
+        assert batch is not None
+        one, other = (
+            Portion([p], n, "slice") for p, n in zip(batch.parts(sizes), sizes, strict=True)
+        )
+        return one, other
+
 
 def checked(chunk_size: Any) -> ChunkSize:
     """Refuses what is neither a budget, nor a whole number from 1, nor `"auto"`.
@@ -157,47 +174,21 @@ def checked(chunk_size: Any) -> ChunkSize:
     return chunk_size  # type: ignore[no-any-return]
 
 
-def in_portions(poses: Iterable[Pose], chunk_size: ChunkSize, *, joins: bool) -> Iterator[Portion]:
-    """Poses that are walked, forward by forward; `joins` tells that also a single one is joined."""
-    for chunk in in_chunks(iter(poses), chunk_size):
-        yield Portion(chunk, len(chunk), "joined" if joins else "alone")
-
-
-def sliced(batch: Batch, sizes: Sequence[int]) -> Iterator[Portion]:
-    """A batch in slices of these sizes."""
-    for piece, size in zip(batch.slices(sizes), sizes, strict=True):
-        yield Portion([piece], size, "slice")
-
-
-def sizes_of(batch: Batch, chunk_size: ChunkSize) -> list[int]:
-    """How many poses of a batch are in each chunk; only a budget looks at them one by one.
-
-    `"auto"` takes all at once if that is little, else as few chunks as are, of nearly equal size.
-    """
+def sizes_of(batch: Batch, chunk_size: int | Budget) -> list[int]:
+    """How many poses of a batch are in each chunk; only a budget looks at them one by one."""
     if isinstance(chunk_size, Budget):
         poses = (batch.pose(number) for number in range(batch.count))
         return [len(chunk) for chunk in _within(chunk_size, poses)]
-    if chunk_size != "auto":
-        whole, rest = divmod(batch.count, chunk_size)
-        return [chunk_size] * whole + [rest] * (rest > 0)
-    if not batch.count:
-        return []
-    most = _MOST_BYTES // _BYTES_OF_GRAPH * batch.count // max(1, batch.bytes())
-    chunks = -(-batch.count // max(1, most))
-    least, larger = divmod(batch.count, chunks)
-    return [least + 1] * larger + [least] * (chunks - larger)
+    whole, rest = divmod(batch.count, chunk_size)
+    return [chunk_size] * whole + [rest] * (rest > 0)
 
 
-def in_chunks(poses: Iterator[Pose], chunk_size: ChunkSize) -> Iterator[list[Pose]]:
-    """Consecutive poses, as many together as `chunk_size` says; the last chunk may be shorter.
-
-    What is walked goes one by one if nobody says otherwise.
-    """
+def in_chunks(poses: Iterator[Pose], chunk_size: int | Budget) -> Iterator[list[Pose]]:
+    """Consecutive poses, as many together as `chunk_size` says; the last chunk may be shorter."""
     if isinstance(chunk_size, Budget):
         yield from _within(chunk_size, poses)
         return
-    size = 1 if chunk_size == "auto" else chunk_size
-    while chunk := list(islice(poses, size)):
+    while chunk := list(islice(poses, chunk_size)):
         yield chunk
 
 

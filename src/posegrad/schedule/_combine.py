@@ -1,17 +1,26 @@
 """One call of combine: from poses and a rule to the schedule that runs."""
 
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import chain
 
 import torch
 
 from posegrad._restoring import restoring
 from posegrad.combination._base import outcome
 from posegrad.combination._groups import ungrouped
-from posegrad.errors import NotDifferentiableError
+from posegrad.errors import (
+    NotDifferentiableError,
+    ReentrantCheckpointError,
+    UnsupportedModuleError,
+)
 from posegrad.graph import Gatherer, check_no_talk
 from posegrad.schedule._call import Call
+from posegrad.schedule._chunks import Portion
+from posegrad.schedule._cost import rows
 from posegrad.schedule._inputs import Inputs
 from posegrad.schedule._plan import Request, choose
+from posegrad.schedule._replay import Start
 from posegrad.schedule._session import DETACHED, Combined, Session
 from posegrad.schedule.recompute import recompute
 from posegrad.schedule.retain import retain
@@ -22,11 +31,11 @@ __all__ = ["run"]
 
 
 @restoring
-def run(call: Call, gatherer: Gatherer, *, wary: bool) -> tuple[Combined, bool]:
-    """Scores poses under the schedule the call leads to.
+def run(make: Callable[[], Call], gatherer: Gatherer, *, wary: bool) -> tuple[Combined, bool]:
+    """Scores poses under the schedule a call leads to.
 
     Args:
-        call: The poses, the rule, and the caller's wishes.
+        make: Makes the call: the poses, the rule, and the caller's wishes.
         gatherer: Reads Jacobians for `store`.
         wary: Whether to score all poses with graphs.
 
@@ -38,30 +47,89 @@ def run(call: Call, gatherer: Gatherer, *, wary: bool) -> tuple[Combined, bool]:
     """
     # torch 2.10 takes casts that a forward without a graph has left for a forward with one.
     torch.clear_autocast_cache()
+    call = make()
+    if choose(call.request) != "store" or call.request.schedule != "auto":
+        return _run(call, gatherer, wary=wary)
+    start = Start(call.named.values(), call.parts)
+    try:
+        return _run(call, gatherer, wary=wary)
+    except (UnsupportedModuleError, ReentrantCheckpointError):
+        start.put_back()  # other schedules serve graphs whose rows cannot be read
+        call.division.known.has_rows = False
+    return _run(make(), gatherer, wary=wary)
+
+
+def _run(call: Call, gatherer: Gatherer, *, wary: bool) -> tuple[Combined, bool]:
+    """One attempt."""
     request, ranks = call.request, call.ranks
-    name, _ = choose(request)
+    name = choose(request)
+    wary |= call.has_hooks
+    portions = call.portions(
+        light=name in ("stream", "recompute") and not wary,
+        whole=name == "retain",
+        reserved=rows(request.load) if name == "store" and request.measured else 0.0,
+    )
     if name == "retain" or not (torch.is_grad_enabled() or request.sharded):
-        combined = retain(call.scorer, call.chunks, request.rule, ranks, call.groups)
-        if torch.is_grad_enabled() and not combined.per_pose.requires_grad:
-            _check_needless(call)
-        return combined, False
+        combined, portions = _retained(call, portions)
+        if combined is not None:
+            return combined, False
+        request = request.told(one_chunk=False, measured=False)
+        name = choose(request)
     if ranks is None:
         check_no_talk(call.scorer.modules, sharded=False)
     session = Session(
         call.scorer,
-        call.chunks,
+        portions,
         Inputs(call.named, ranks, call.parts),
-        wary=wary or call.has_hooks,
+        wary=wary,
         ranks=ranks,
         groups=call.groups,
+        known=None if request.sharded else call.division.known,
+        halves=not call.division.is_stated,
     )
     if name in ("stream", "store"):
-        name, _ = choose(_informed(request, session))
+        name = choose(_informed(request, session))
     if name == "stream":
         return stream(session, request.rule), True
     if name == "store":
         return store(session, request.rule, gatherer), True
-    return recompute(session, request.rule, skip_below=request.skip_below), True
+    are_apart = partial(_are_apart, call)
+    found = recompute(session, request.rule, skip_below=request.skip_below, are_apart=are_apart)
+    return found, True
+
+
+def _are_apart(call: Call, portion: Portion) -> bool:
+    """Whether poses of a chunk stay apart: as seen in one that may be divided, else as proved."""
+    known = call.division.known
+    if not call.division.is_stated:
+        return True in known.apart
+    return call.apart.proves(portion, known, call.scorer)
+
+
+def _retained(call: Call, portions: Iterator[Portion]) -> tuple[Combined | None, Iterator[Portion]]:
+    """The result of plain autograd; or None if that ran out of memory, and smaller chunks."""
+    known = call.division.known
+    whole = call.division.one_chunk or call.division.whole
+    if not (whole and call.division.may_overrun) or call.ranks is not None:
+        return _plainly(call, portions), portions
+    chunk = next(portions)
+    start = Start(call.named.values(), call.parts)
+    try:
+        return _plainly(call, chain([chunk], portions)), portions
+    except torch.OutOfMemoryError:
+        if chunk.count < 2:
+            raise
+    start.put_back()
+    known.shrink(chunk.count)
+    return None, chain(chunk.halves(), portions)
+
+
+def _plainly(call: Call, portions: Iterator[Portion]) -> Combined:
+    look, rule = call.division.known.look, call.request.rule
+    combined = retain(call.scorer, portions, rule, call.ranks, call.groups, look)
+    if torch.is_grad_enabled() and not combined.per_pose.requires_grad:
+        _check_needless(call)
+    return combined
 
 
 def _check_needless(call: Call) -> None:
@@ -80,7 +148,7 @@ def _informed(request: Request, session: Session) -> Request:
     Its size, whether the rule trains something or returns more than streaming differentiates, and
     whether the model casts to float16 by itself.
     """
-    rule, streams = ungrouped(request.rule), choose(request)[0] == "stream"
+    rule, streams = ungrouped(request.rule), choose(request) == "stream"
 
     def told() -> tuple[int, bool, bool]:
         first = session.first()
@@ -93,8 +161,7 @@ def _informed(request: Request, session: Session) -> Request:
     ranks = session.ranks
     everyone = [told()] if ranks is None else ranks.together("score the first poses", told)
     components, trained, float16 = zip(*everyone, strict=True)
-    return replace(
-        request,
+    return request.told(
         components=max(components),
         rule_is_trained=any(trained),
         scales_float16=request.scales_float16 or any(float16),

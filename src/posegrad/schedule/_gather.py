@@ -28,6 +28,7 @@ def gather(
     gatherer: Gatherer,
     scorer: Scorer,
     chunks: Iterator[Portion],
+    look: Callable[[Portion, Tensor], None],
     parameters: Mapping[str, nn.Parameter],
     loss: Loss | None,
     keep: Callable[[PoseJacobian], T],
@@ -39,6 +40,7 @@ def gather(
         gatherer: Reads the rows.
         scorer: Runs the model.
         chunks: The poses.
+        look: Is shown each chunk and its predictions.
         parameters: What to differentiate by.
         loss: Made of the predictions, if not they themselves.
         keep: What is kept; nobody else sees the Jacobian.
@@ -52,6 +54,7 @@ def gather(
     for portion in chunks:
         with torch.enable_grad():
             rows = scorer(portion, count)
+            look(portion, rows)
             if loss is not None:
                 rows = _of_loss(loss, rows, count)
         shape = _alike(rows, shape if found else rows.shape[1:], count, start)

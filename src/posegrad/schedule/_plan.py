@@ -1,7 +1,8 @@
 """Which schedule runs, and what it costs."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -12,10 +13,10 @@ from posegrad.combination._groups import groups_of, ungrouped
 from posegrad.errors import NoPosesError, UnsupportedModuleError
 from posegrad.graph import Outlook
 from posegrad.jacobian import Backwards
+from posegrad.jacobian._record import record
 from posegrad.jacobian._table import Line, size, table
 from posegrad.ranks import shown
-from posegrad.schedule._batch import Batch
-from posegrad.schedule._chunks import Budget, ChunkSize, in_chunks, sizes_of
+from posegrad.schedule._cost import Cost, Load, cheapest, costs
 from posegrad.weighting._rules import AnyRule, as_gradient_rule, is_of_predictions
 
 __all__ = [
@@ -24,7 +25,6 @@ __all__ = [
     "ReadingPlan",
     "Request",
     "choose",
-    "chunks_in",
     "count_to_plan",
     "describe",
     "may_be_output",
@@ -35,11 +35,13 @@ __all__ = [
 SCHEDULES = ("auto", "retain", "store", "stream", "recompute")
 
 
-@dataclass(frozen=True)
+@record
 class Request:
     """What the choice of a schedule looks at; `shared` tells that other ranks have poses too.
 
-    `sharded` tells that FSDP2 has spread the parameters over them.
+    `sharded` tells that FSDP2 has spread the parameters over them, `known` how many poses carried
+    weight in the last call, and of how many, `measured` whether what their graphs take is known,
+    and `work` what there is to do whatever the rule.
     """
 
     rule: Combination
@@ -51,12 +53,59 @@ class Request:
     rule_is_trained: bool = False
     shared: bool = False
     sharded: bool = False
+    measured: bool = False
+    work: Callable[[], Load] = Load
+    known: tuple[int, int] | None = None
 
+    @cached_property
     def form(self) -> OnlineForm | None:
         """The rule's online form, unless the rule itself is being trained."""
         if self.rule_is_trained or any(p.requires_grad for p in self.rule.parameters()):
             return None
         return self.rule.online()
+
+    def counting(self, poses: int) -> tuple[int, str]:
+        """How many of some poses carry weight, as far as can be said before, and who says so."""
+        groups = groups_of(self.rule)
+        declared = ungrouped(self.rule).counting()
+        if declared is not None:
+            return min(poses, declared * (1 if groups is None else groups.count)), "by the rule"
+        if self.known is not None:
+            counted, of = self.known
+            return (poses if counted == of else min(poses, counted)), "in the last call"
+        form = self.form
+        if form is not None and not form.soft:
+            return min(poses, 1 if groups is None else groups.count), "as the rule is sharp"
+        return poses, "until a call has shown"
+
+    def few_count(self) -> bool:
+        """Whether it is known of some poses that they carry no weight."""
+        if ungrouped(self.rule).counting() is not None:
+            return True
+        if self.known is not None:
+            return self.known[0] < self.known[1]
+        return self.form is not None and not self.form.soft
+
+    @cached_property
+    def load(self) -> Load:
+        """What there is to do."""
+        form, groups = self.form, groups_of(self.rule)
+        work = self.work()
+        work.counting = self.counting(work.poses)[0]
+        work.sums = form.count if form is not None and form.soft else 0
+        work.components = self.components
+        work.groups = 1 if groups is None else groups.count
+        work.early = not self.scales_float16
+        return work
+
+    @cached_property
+    def choice(self) -> str:
+        """What `choose` returns."""
+        return _chosen(self)
+
+    def told(self, **more: Any) -> "Request":
+        """The same with more told."""
+        return Request(**{name: getattr(self, name) for name in _FIELDS} | more)
 
     def outline(self) -> dict[str, object]:
         """What ranks that share a group must have in common, by the name users know it by."""
@@ -69,12 +118,19 @@ class Request:
         }
 
 
-def choose(request: Request) -> tuple[str, str]:
-    """Returns the name of the schedule to run, and why.
+_FIELDS = tuple(Request.__annotations__)
+
+
+def choose(request: Request) -> str:
+    """Returns the name of the schedule to run.
 
     Raises:
         ValueError: if the schedule asked for does not exist or cannot serve the call.
     """
+    return request.choice
+
+
+def _chosen(request: Request) -> str:
     if request.schedule not in SCHEDULES:
         raise ValueError(
             f"schedule={request.schedule!r} is unknown; it is one of {', '.join(SCHEDULES)}."
@@ -82,9 +138,9 @@ def choose(request: Request) -> tuple[str, str]:
     if not 0 <= request.skip_below < 1:
         raise ValueError(f"skip_below is {request.skip_below}, but it must lie in [0, 1).")
     if request.schedule == "auto":
-        return _automatic(request)
+        return _automatic(request)[0]
     _check_served(request)
-    return request.schedule, "asked for"
+    return request.schedule
 
 
 def underflow(who: str) -> str:
@@ -96,15 +152,24 @@ def underflow(who: str) -> str:
 
 
 def _automatic(request: Request) -> tuple[str, str]:
+    """The name of the schedule, and why; without a reason where numbers decided."""
     if request.skip_below > 0:
         return "recompute", "skip_below leaves out poses once all weights are known"
     if request.sharded:
         return "recompute", "the parameters are sharded"
-    if request.one_chunk and not request.shared:
-        return "retain", "all poses fit into one chunk, so there is one graph anyway"
+    measured = request.measured
+    if request.one_chunk and not request.shared and not (measured and request.few_count()):
+        return "retain", _ONE_CHUNK  # nothing else takes less
+    if measured and not request.shared:
+        return cheapest(request.load).schedule, ""
+    return _unmeasured(request)
+
+
+def _unmeasured(request: Request) -> tuple[str, str]:
+    """What is taken for several chunks while nobody knows what graphs take."""
     if request.scales_float16:
         return "recompute", "float16 gradients need the scaled loss first"
-    form = request.form()
+    form = request.form
     if form is None:
         return "recompute", "the rule's weights do not separate"
     if not form.soft:
@@ -113,7 +178,31 @@ def _automatic(request: Request) -> tuple[str, str]:
         return "recompute", "the predictions are vectors"
     if groups_of(request.rule) is not None:
         return "recompute", "several groups would need running sums each"
+    if form.count > 1 and not request.shared and request.load.together > 1:
+        return "recompute", "each running sum would take a backward of every chunk"
     return "stream", "the rule's weights separate"
+
+
+_ONE_CHUNK = "all poses fit into one chunk, so there is one graph anyway"
+
+
+def _why(request: Request) -> str:
+    """What made it the schedule to run."""
+    if request.schedule != "auto":
+        return "asked for"
+    chosen, reason = _automatic(request)
+    if reason:
+        return reason
+    load = request.load
+    counting, source = request.counting(load.poses)
+    if chosen == "recompute" and counting < load.poses:
+        return f"{counting} of {load.poses} poses count, {source}"
+    return {
+        "retain": _ONE_CHUNK,
+        "store": "the rows of all poses fit, and none is scored twice",
+        "stream": "the rule's weights separate",
+        "recompute": "the rule's weights do not separate, and the rows of all poses do not fit",
+    }[chosen]
 
 
 def _check_served(request: Request) -> None:
@@ -133,7 +222,7 @@ def _check_served(request: Request) -> None:
             f"skip_below={request.skip_below} needs all weights before any pose is "
             f"differentiated, which schedule={name!r} does not have; use 'recompute' or 'auto'."
         )
-    if name == "stream" and request.form() is None:
+    if name == "stream" and request.form is None:
         raise ValueError(
             f"{type(ungrouped(request.rule)).__name__} cannot stream: its weights do not separate, "
             f"it has parameters to train, or it returns more than the combined prediction. Use "
@@ -150,11 +239,13 @@ class Plan:
     Args:
         schedule: The schedule that would run, and `reason`, why.
         poses: m, and `chunks`, in how many forwards they are scored.
+        counting: How many poses carry weight, as far as can be said before, and who says so.
         forwards: Forwards in all; a range where it depends on the weights.
         backwards: Backwards in all, likewise.
         graphs: How many graphs of a chunk are alive at once.
         holds: What else is kept between combine and backward.
         bytes_held: Its size for scalar predictions; None where it is graphs, which are the model's.
+        costs: Of each schedule the time, in forwards of a pose, and the bytes it keeps.
 
     Example:
         >>> plan = Engine(nn.Linear(3, 1)).plan(list(torch.zeros(64, 3)), Min(scale=1000.0))
@@ -166,11 +257,13 @@ class Plan:
     reason: str
     poses: int
     chunks: int
+    counting: str
     forwards: str
     backwards: str
     graphs: int
     holds: str
     bytes_held: int | None
+    costs: tuple[Cost, ...]
 
     def __str__(self) -> str:
         held = "" if self.bytes_held is None else f": {size(self.bytes_held)}"
@@ -181,8 +274,28 @@ class Plan:
             "backwards": self.backwards,
             "graphs": f"{self.graphs} at a time",
             "holds": f"{self.holds}{held}",
+            "count": self.counting,
         }
-        return "\n".join(f"{name:<10} {text}" for name, text in rows.items())
+        lines = [f"{name:<10} {text}" for name, text in rows.items()]
+        plain = next(cost.time for cost in self.costs if cost.schedule == "retain")
+        beside = [
+            Line(cost.schedule, (f"{cost.time / plain:.2f}", _kept(cost), self._said(cost)))
+            for cost in self.costs
+        ]
+        return "\n".join([*lines, "", table(("", "time", "keeps", ""), beside)])
+
+    def _said(self, cost: Cost) -> str:
+        if cost.schedule == self.schedule:
+            return "chosen"
+        return "" if cost.fits or cost.bytes is None else "does not fit"
+
+
+def _kept(cost: Cost) -> str:
+    """What a schedule keeps, graphs by their number until they were measured."""
+    if cost.bytes is not None:
+        return size(int(cost.bytes))
+    graphs = f"{cost.graphs} graph" + "s" * (cost.graphs != 1)
+    return f"{size(int(cost.held))} + {graphs}" if cost.held else graphs
 
 
 @dataclass(frozen=True)
@@ -273,39 +386,36 @@ def count_to_plan(poses: object, count: int | None) -> int:
     return count
 
 
-def chunks_in(poses: Any, batch: Batch | None, count: int, chunk_size: ChunkSize) -> int:
-    """In how many chunks these poses are scored; a budget looks at each of them."""
-    if batch is not None:
-        return len(sizes_of(batch, chunk_size))
-    if isinstance(chunk_size, Budget):
-        return sum(1 for _ in in_chunks(iter(poses), chunk_size))
-    return count if chunk_size == "auto" else -(-count // chunk_size)
-
-
-def describe(request: Request, poses: int, chunks: int, parameters: Iterable[Tensor]) -> Plan:
+def describe(request: Request) -> Plan:
     """The plan of one combine, for scalar predictions."""
-    parameter_bytes = sum(p.numel() * p.element_size() for p in parameters)
-    schedule, reason = choose(request)
-    form = request.form()
-    groups = groups_of(request.rule)
+    load = request.load
+    poses, chunks, groups = load.poses, load.chunks, groups_of(request.rule)
+    schedule, reason = choose(request), _why(request)
+    chunks = 1 if schedule == "retain" and load.whole else chunks
+    form, scored = request.form, poses if load.walked else chunks
     sums = (form.count if form is not None else 1) * (1 if groups is None else groups.count)
     passes = chunks if poses == chunks else chunks * sums
-    costs: dict[str, tuple[str, str, int, str, int | None]] = {
-        "retain": (f"{chunks}", "1, through all graphs", chunks, "nothing beside the graphs", None),
-        "store": (f"{chunks}", f"{poses}", 1, f"{poses} gradients", poses * parameter_bytes),
+    gradient = load.gradient
+    texts: dict[str, tuple[str, str, int, str, int | None]] = {
+        "retain": (f"{scored}", "1, through all graphs", chunks, "nothing beside the graphs", None),
+        "store": (f"{scored}", f"{poses}", 1, f"{poses} gradients", poses * gradient),
         "stream": (
-            f"{chunks}",
+            f"{scored}",
             f"1 to {passes}",
             1,
             f"{sums} running sum" + "s" * (sums > 1),
-            sums * parameter_bytes,
+            sums * gradient,
         ),
         "recompute": (
-            f"{chunks}, then 1 to {chunks}",
+            f"{scored}, then 1 to {scored}",
             f"1 to {chunks}",
             1,
             "the predictions, beside the poses",
             4 * poses,
         ),
     }
-    return Plan(schedule, reason, poses, chunks, *costs[schedule])
+    counting, source = request.counting(poses)
+    who = f"{counting} ({source})"
+    if schedule == "recompute":
+        who += ", scored again " + ("by themselves" if load.picks else "with their chunks")
+    return Plan(schedule, reason, poses, chunks, who, *texts[schedule], tuple(costs(load)))

@@ -16,6 +16,8 @@ Pose = Any
 
 def tensors_of(pose: Pose) -> list[Tensor]:
     """Every tensor `map_tensors` finds in a pose."""
+    if isinstance(pose, Tensor):
+        return [pose]
     found: list[Tensor] = []
 
     def note(tensor: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ for all chunks that found them alike. Without this, a replay under dropout would
 """
 
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, final
@@ -20,7 +20,14 @@ from posegrad._restoring import Change, no_graph
 from posegrad._torch import tables_of
 from posegrad.schedule._buffers import Buffers, Values
 
-__all__ = ["Moment", "Surroundings", "has_other_kernels", "scales_float16", "without_graph"]
+__all__ = [
+    "Moment",
+    "Start",
+    "Surroundings",
+    "has_other_kernels",
+    "scales_float16",
+    "without_graph",
+]
 
 
 @dataclass(frozen=True)
@@ -93,10 +100,44 @@ class Surroundings:
         self._set_random_state(moment.random)
         return self.buffers.exchanged(moment.buffers)
 
+    def rewind(self, random: Sequence[Tensor]) -> None:
+        """Undoes what a forward that was cut short has drawn and written to buffers."""
+        self._set_random_state(random)
+        self.buffers.rewind()
+
     def _set_random_state(self, states: Sequence[Tensor]) -> None:
         torch.set_rng_state(states[0])
         for device, state in zip(self._devices, states[1:], strict=True):
             torch.get_device_module(device).set_rng_state(state, device)
+
+
+@final
+class Start:
+    """Random state and buffers before a forward that may run out of memory.
+
+    Args:
+        parameters: They tell which devices there are.
+        parts: All modules of the models.
+    """
+
+    def __init__(self, parameters: Iterable[Tensor], parts: Sequence[nn.Module]) -> None:
+        devices = {p.device for p in parameters}
+        self._devices = [d for d in devices if d.type not in ("cpu", "meta")]
+        self._random = torch.get_rng_state()
+        modules = [torch.get_device_module(device) for device in self._devices]
+        pairs = zip(modules, self._devices, strict=True)
+        self._states = [module.get_rng_state(device) for module, device in pairs]
+        own = [b for *_, buffers in tables_of(parts) for b in buffers.values() if b is not None]
+        self._buffers = [(buffer, buffer.detach().clone()) for buffer in own]
+
+    def put_back(self) -> None:
+        """Makes them what they were."""
+        torch.set_rng_state(self._random)
+        for device, state in zip(self._devices, self._states, strict=True):
+            torch.get_device_module(device).set_rng_state(state, device)
+        with torch.no_grad():
+            for buffer, value in self._buffers:
+                buffer.copy_(value)
 
 
 @final

@@ -22,6 +22,7 @@ from posegrad.ranks import Ranks
 from posegrad.schedule._batch import joined_by_pyg
 from posegrad.schedule._chunks import Portion
 from posegrad.schedule._inputs import Inputs, is_watched
+from posegrad.schedule._memory import Known
 from posegrad.schedule._plan import underflow
 from posegrad.schedule._poses import Pose
 from posegrad.schedule._predictions import (
@@ -118,6 +119,11 @@ class Scorer:
             raise
         return self._rows(output, portion, start)
 
+    def each(self, portion: Portion, start: int) -> list[Tensor]:
+        """The predictions of poses that are scored alone, `[1, ...]` each."""
+        single = (Portion([pose], 1, "alone") for pose in portion.poses)
+        return [self(pose, start + i) for i, pose in enumerate(single)]
+
     def _rows(self, output: object, portion: Portion, start: int) -> Tensor:
         count = portion.count
         if not isinstance(output, Tensor):
@@ -149,6 +155,7 @@ class Chunk:
         start: The number of the first.
         portion: The user's own.
         predictions: `[c, ...]`, with a graph or without.
+        rows: Of poses that were scored alone those of each, with the graph of each.
         leaves: Detached stand-ins for pose tensors that require grad, by number of input.
         moment: What a replay needs to know.
     """
@@ -156,6 +163,7 @@ class Chunk:
     start: int
     portion: Portion
     predictions: Tensor
+    rows: list[Tensor]
     leaves: dict[int, Tensor]
     moment: Moment
 
@@ -175,6 +183,8 @@ class Session:
         wary: Whether to score all poses with graphs.
         ranks: With whom the group is shared, if with anyone.
         groups: Of the poses of this rank, if there are several groups.
+        known: What is known of poses like these, to be added to.
+        halves: Whether a chunk may be divided that runs out of memory.
 
     Graphs of sharded parameters are scored to be differentiated only: FSDP2 expects a backward
     after them, and their leaves are none of the parameters that the engine knows.
@@ -198,6 +208,8 @@ class Session:
         wary: bool,
         ranks: Ranks | None = None,
         groups: Groups | None = None,
+        known: Known | None = None,
+        halves: bool = False,
     ) -> None:
         self.scorer = scorer
         self.inputs = inputs
@@ -206,9 +218,13 @@ class Session:
         self.surroundings = Surroundings(scorer.modules)
         self.differentiable = False
         self.has_float16 = False  # in a graph that was seen, the model's own autocast included
+        self.draws = False  # whether a chunk drew random numbers
+        self.known = known
         self._wary = wary or has_other_kernels(scorer.modules)
+        self._halves = halves and known is not None and ranks is None
         self.reached = set()
         self._chunks = iter(chunks)
+        self._halved: list[Portion] = []
         self._count = 0
         self._first: Chunk | None = None
         self._kind: Kind | None = None
@@ -250,9 +266,8 @@ class Session:
         So a tensor the engine does not track is refused before anything else is computed.
         """
         if self._first is None:
-            portion = next(self._chunks, None)
             graph = not self.inputs.is_sharded()
-            self._first = None if portion is None else self._score(portion, with_graph=graph)
+            self._first = next(self._scored(lambda _: graph), None)
         return self._first
 
     def chunks(self, *, with_graph: bool) -> Iterator[Chunk]:
@@ -266,14 +281,39 @@ class Session:
             return
         yield first
         del first
-        for portion in self._chunks:
+
+        def has_graph(portion: Portion) -> bool:
             look = self._wary or any(map(is_watched, portion.tensors()))
-            graph = with_graph or (look and not self.inputs.is_sharded())
-            chunk = self._score(portion, with_graph=graph)
+            return with_graph or (look and not self.inputs.is_sharded())
+
+        for chunk in self._scored(has_graph):
             if with_graph and self.has_float16:  # only some poses go through it
                 raise ValueError(underflow("The schedule"))
             yield chunk
             del chunk
+
+    def _scored(self, has_graph: Callable[[Portion], bool]) -> Iterator[Chunk]:
+        """Chunks as they are scored; one that runs out of memory is halved."""
+        while (portion := self._next()) is not None:
+            try:
+                chunk = self._score(portion, with_graph=has_graph(portion))
+            except torch.OutOfMemoryError:
+                if not self._halves or portion.count < 2:
+                    raise
+                chunk = None
+            if chunk is None:
+                self._halve(portion)
+                continue
+            yield chunk
+            del chunk
+
+    def _next(self) -> Portion | None:
+        return self._halved.pop(0) if self._halved else next(self._chunks, None)
+
+    def _halve(self, portion: Portion) -> None:
+        assert self.known is not None
+        self.known.shrink(portion.count)
+        self._halved[:0] = portion.halves()
 
     def lag(self, rounds: int | None = None) -> int:
         """How many times less often this rank will run the model than another, where that matters.
@@ -290,7 +330,7 @@ class Session:
         if self.ranks is None or not self.ranks.sharded:
             return 0
         if rounds is None:
-            chunks = list(self._chunks)
+            chunks = [*self._halved, *self._chunks]
             self._chunks, rounds = iter(chunks), len(chunks)
             if not chunks:
                 raise NoPosesError(_IDLE)
@@ -309,10 +349,18 @@ class Session:
     def _score(self, portion: Portion, *, with_graph: bool) -> Chunk:
         portion = portion.copied()  # user and model may write to them
         random = self.surroundings.random_state()
-        with torch.enable_grad() if with_graph else without_graph():
-            predictions, leaves = self.score_again(portion, self._count)
+        try:
+            with torch.enable_grad() if with_graph else without_graph():
+                predictions, leaves, rows = self._scored_rows(portion, self._count)
+        except torch.OutOfMemoryError:
+            self.surroundings.rewind(random)
+            raise
+        if portion.count > 1:
+            self.draws |= not all(map(torch.equal, random, self.surroundings.random_state()))
+        if with_graph and self.known is not None:
+            self.known.look(portion, predictions)
         moment = self.surroundings.moment_since(random)
-        chunk = Chunk(self._count, portion, predictions, leaves, moment)
+        chunk = Chunk(self._count, portion, predictions, rows, leaves, moment)
         self._kind = self._kind or kind_of(predictions)
         check_alike(kind_of(predictions), self._kind, self._count)
         self._count += portion.count
@@ -320,10 +368,28 @@ class Session:
 
     def score_again(self, portion: Portion, start: int) -> tuple[Tensor, dict[int, Tensor]]:
         """Scores poses on detached leaves; checks the graph, if there is one."""
+        predictions, leaves, _ = self._scored_rows(portion, start)
+        return predictions, leaves
+
+    def _scored_rows(
+        self, portion: Portion, start: int
+    ) -> tuple[Tensor, dict[int, Tensor], list[Tensor]]:
+        """Likewise, and the predictions of poses that were scored alone, one by one."""
+        rows: list[Tensor] = []
+
+        def score() -> Tensor:
+            own = portion.holding(cut)
+            if portion.how != "alone" or portion.count == 1:
+                return self.scorer(own, start)
+            rows.extend(self.scorer.each(own, start))
+            for i, row in enumerate(rows):
+                check_alike(kind_of(row), self._kind or kind_of(rows[0]), start + i)
+            return torch.cat(rows)
+
         plain = [tensor for tensor in portion.tensors() if not tensor.requires_grad]
         with _flags_kept(plain), graph_clock() as clock:
             cut, leaves = self.inputs.cut(portion.poses)
-            predictions = self.inputs.scored(lambda: self.scorer(portion.holding(cut), start))
+            predictions = self.inputs.scored(score)
         has_graph = torch.is_grad_enabled()  # a model may enable it for itself
         if not has_graph or self.inputs.is_sharded():
             self.reached.update(range(self.inputs.parameter_count), leaves)
@@ -333,7 +399,7 @@ class Session:
             self.has_float16 |= found.float16
             self.reached |= self.inputs.reached(found.leaves, leaves)
         self.differentiable |= has_graph and predictions.requires_grad
-        return predictions if has_graph else predictions.detach(), leaves
+        return predictions if has_graph else predictions.detach(), leaves, rows
 
 
 DETACHED = (

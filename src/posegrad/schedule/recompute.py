@@ -1,6 +1,6 @@
 """Schedule `recompute`: score all poses without graphs, then again those that carry weight."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,23 +18,33 @@ from posegrad.schedule._poses import Pose, tensors_of
 from posegrad.schedule._replay import Moment, without_graph
 from posegrad.schedule._session import Combined, Session
 from posegrad.schedule._share import combined
+from posegrad.schedule._work import name_of
 
 __all__ = ["recompute"]
 
 
-def recompute(session: Session, rule: Combination, *, skip_below: float = 0.0) -> Combined:
+def recompute(
+    session: Session,
+    rule: Combination,
+    *,
+    skip_below: float = 0.0,
+    are_apart: Callable[[Portion], bool] = lambda _: False,
+) -> Combined:
     r"""Scores the m poses, lets autograd find each one's weight, and replays k of them.
 
     Memory: the predictions, and in backward one graph and one sum of parameter size. Time: m
     forwards, then k forwards and k backwards, where k poses have a cotangent that is not exactly
     zero. Serves any rule, any loss of both outputs and any number of groups.
 
+    Poses are scored again by themselves where `are_apart` tells that those of a chunk stay apart,
+    and no random number was drawn; else with their whole chunk.
+
     With `skip_below` = s > 0, poses whose weight is below s times the largest of their group are
     left out too. If
     :math:`|w_i| < s \max_j |w_j|` for the poses i left out, the gradient is off by at most
     :math:`s \max_j |w_j| \sum_i \lVert g_i \rVert`.
     """
-    tape = _Tape(session, skip_below, groups_of(rule))
+    tape = _Tape(session, skip_below, groups_of(rule), are_apart, name_of(rule))
     predictions = session.group(tape.record)
     tape.predictions = predictions
 
@@ -63,6 +73,10 @@ class _Scored:
     versions: list[list[int]]
     moment: Moment
 
+    def kept_in(self, kept: Sequence[bool]) -> list[int]:
+        """The places of the poses in it that are kept."""
+        return [i for i, number in enumerate(self.numbers) if kept[number]]
+
     def changed(self, kept: Sequence[bool]) -> list[int]:
         """The poses among those kept whose tensors were written to since."""
         now = [_versions(part) for part in self.portion.poses]
@@ -80,8 +94,17 @@ class _Tape:
     predictions: Tensor
     """Those of all ranks, `[m, ...]`."""
 
-    def __init__(self, session: Session, skip_below: float, groups: Groups | None) -> None:
+    def __init__(
+        self,
+        session: Session,
+        skip_below: float,
+        groups: Groups | None,
+        are_apart: Callable[[Portion], bool],
+        rule: Hashable,
+    ) -> None:
         self._session = session
+        self._are_apart = are_apart
+        self._rule = rule
         self._groups = groups
         self._skip_below = skip_below
         self._chunks: list[_Scored] = []
@@ -98,7 +121,11 @@ class _Tape:
         with self._session.surroundings.restored(), without_graph():
             for _ in range(idle):
                 self._score_again(self._chunks[0])
-        self._session.surroundings.buffers.check_none_missed()
+        buffers = self._session.surroundings.buffers
+        buffers.check_none_missed()
+        self._picks = not (self._session.draws or buffers.has_changed)
+        if self._session.known is not None:
+            self._session.known.draws = not self._picks
         return values
 
     def pull(self, cotangent: Tensor) -> Gradients:
@@ -107,6 +134,7 @@ class _Tape:
         cotangent = self._without_light_poses(flush_denormals(cotangent))[own.start : own.stop]
         kept = (_sizes(cotangent) != 0).tolist()
         self._check_unchanged(kept)
+        self._note(sum(kept[: len(cotangent)]))
         total = GradientSum()
         chunks = [
             chunk for chunk in self._chunks if any(kept[chunk.numbers.start : chunk.numbers.stop])
@@ -114,9 +142,9 @@ class _Tape:
         idle = self._session.lag(len(chunks))
         with self._session.surroundings.restored(), torch.enable_grad():
             for chunk in chunks:
-                total.add(self._replay(chunk, cotangent))
+                total.add(self._replay(chunk, cotangent, chunk.kept_in(kept)))
             for _ in range(idle):
-                self._replay(self._chunks[0], torch.zeros_like(cotangent))
+                self._replay(self._chunks[0], torch.zeros_like(cotangent), [])
         if chunks:
             self._session.check_differentiable()
         return total.delivered(self._session.inputs.tensors)
@@ -136,15 +164,49 @@ class _Tape:
         owners = self._groups.owners.to(size.device)
         return size.new_zeros(self._groups.count).scatter_reduce_(0, owners, size, "amax")[owners]
 
-    def _replay(self, chunk: _Scored, cotangent: Tensor) -> dict[int, Tensor]:
-        """The gradients of one chunk, scored again in the same composition.
+    def _note(self, counting: int) -> None:
+        if self._session.known is not None and self._session.ranks is None:
+            self._session.known.counting[self._rule] = counting, len(self.predictions)
+
+    def _replay(self, chunk: _Scored, cotangent: Tensor, kept: list[int]) -> dict[int, Tensor]:
+        """The gradients of one chunk, scored again in the same composition, or of the kept poses.
 
         Its poses may depend on each other (batch statistics, one random mask for all), and no
         comparison of predictions could prove that they do not.
         """
+        if 0 < len(kept) < len(chunk.numbers) and self._may_pick(chunk):
+            if (gradients := self._picked(chunk, cotangent, kept)) is not None:
+                return gradients
+            self._picks = False
         found, leaves = self._score_again(chunk)
         self._check_same(chunk, found.detach())
         weights = cotangent[chunk.numbers.start : chunk.numbers.stop].clone()
+        return self._session.inputs.gradients(found, weights, leaves)
+
+    def _may_pick(self, chunk: _Scored) -> bool:
+        """Whether poses of a chunk may be scored without the others."""
+        portion = chunk.portion
+        if not self._picks or self._session.inputs.is_sharded():
+            return False
+        if portion.how == "alone":
+            return True
+        if portion.how == "slice" and any(t.requires_grad for t in portion.tensors()):
+            return False  # its rows are none of the tensors that gradients are delivered to
+        return self._are_apart(portion)
+
+    def _picked(
+        self, chunk: _Scored, cotangent: Tensor, kept: list[int]
+    ) -> dict[int, Tensor] | None:
+        """The gradients of some poses of a chunk; None if they come to something else alone."""
+        with self._session.surroundings.at(chunk.moment):
+            part = chunk.portion.picked(kept)
+            found, leaves = self._session.score_again(part, chunk.numbers.start + kept[0])
+        start = self._session.own.start + chunk.numbers.start
+        own = torch.tensor(kept, device=self.predictions.device)
+        expected = self.predictions[start + own]
+        if not _is_alike(found.detach(), expected, _sizes(self.predictions).max()):
+            return None
+        weights = cotangent[chunk.numbers.start + own.to(cotangent.device)]
         return self._session.inputs.gradients(found, weights, leaves)
 
     def _check_same(self, scored: _Scored, found: Tensor) -> None:
@@ -205,6 +267,14 @@ def _versions(pose: Pose) -> list[int]:
 def _sizes(values: Tensor) -> Tensor:
     """The largest absolute number of each pose, `[m]`."""
     return values.abs().flatten(1).amax(dim=1) if values.ndim > 1 else values.abs()
+
+
+def _is_alike(found: Tensor, expected: Tensor, size: Tensor) -> bool:
+    """Equal up to the rounding of kernels that go by the number of rows."""
+    if (found.shape, found.dtype) != (expected.shape, expected.dtype):
+        return False
+    bound = torch.finfo(expected.dtype).eps ** 0.5 * size
+    return bool((_sizes(found - expected) <= bound).all())
 
 
 def _rounded(found: Tensor, expected: Tensor, sizes: Tensor) -> bool:

@@ -1,6 +1,6 @@
 """Schedule `retain`: keep every graph. The reference, and the fastest for one chunk."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 
 from torch import Tensor
@@ -21,13 +21,15 @@ def retain(
     rule: Combination,
     ranks: Ranks | None = None,
     groups: Groups | None = None,
+    look: Callable[[Portion, Tensor], None] | None = None,
 ) -> Combined:
     """Plain autograd: m forwards, then one backward through all m graphs.
 
     Memory: m graphs. Serves any rule, any loss and any order of derivative. Predictions of other
     ranks have no graph here, so a group that is shared is combined under `torch.no_grad()` only.
+    `look` is shown each chunk and its predictions.
     """
-    score = partial(_scored, scorer, chunks)
+    score = partial(_scored, scorer, chunks, look)
     if ranks is None:
         per_pose = group_predictions(score())
     else:
@@ -36,10 +38,16 @@ def retain(
     return Combined.of(rule(per_pose), per_pose)
 
 
-def _scored(scorer: Scorer, chunks: Iterator[Portion]) -> list[Tensor]:
+def _scored(
+    scorer: Scorer,
+    chunks: Iterator[Portion],
+    look: Callable[[Portion, Tensor], None] | None,
+) -> list[Tensor]:
     rows: list[Tensor] = []
     count = 0
     for portion in chunks:
         rows.append(scorer(portion, count))
         count += portion.count
+        if look is not None:
+            look(portion, rows[-1])
     return rows

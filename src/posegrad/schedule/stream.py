@@ -172,9 +172,19 @@ class _OnlineSums:
             weights = features[k, :, component].to(predictions)
             cotangent[places.to(weights.device), component] = weights
             keep = not last or [k, component] != jobs[-1]
+            own = _with_weight(chunk, predictions, cotangent)
             self._sums[k][component].add(
-                self._inputs.gradients(predictions, cotangent, chunk.leaves, keep_graph=keep)
+                self._inputs.gradients(*own, chunk.leaves, keep_graph=keep)
             )
+
+
+def _with_weight(chunk: Chunk, predictions: Tensor, cotangent: Tensor) -> tuple[Tensor, Tensor]:
+    """Of poses that were scored alone those that count: others are not differentiated."""
+    if not chunk.rows:
+        return predictions, cotangent
+    live = (cotangent != 0).any(dim=1).nonzero().flatten().tolist()
+    with torch.enable_grad():
+        return torch.cat([chunk.rows[i] for i in live]).reshape(len(live), -1), cotangent[live]
 
 
 def _on_host(predictions: Tensor) -> Tensor:

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from posegrad.combination._base import Rule, as_combination, outcome
 from posegrad.engine import Engine
 from posegrad.schedule._batch import as_batch
-from posegrad.schedule._chunks import ChunkSize, in_portions, sizes_of, sliced
+from posegrad.schedule._chunks import ChunkSize, Portion, in_chunks, sizes_of
+from posegrad.schedule._division import sliced
 from posegrad.schedule._plan import Request
 from posegrad.schedule._poses import Pose, map_tensors
 
@@ -159,10 +160,14 @@ def _plain(case: _Case, loss: Loss) -> dict[str, Tensor]:
     """All graphs kept, one backward; imports nothing of the engine."""
     predict: Callable[..., Any] = case.options["predict"] or _call
     collate, size, batch = case.options["collate"], case.options["chunk_size"], as_batch(case.poses)
+    portions: Iterator[Portion]
     if batch is None:
-        portions = in_portions(case.poses, size, joins=collate is not None)
+        chunks = in_chunks(iter(case.poses), 1 if size == "auto" else size)
+        how: Any = "alone" if collate is None else "joined"
+        portions = (Portion(chunk, len(chunk), how) for chunk in chunks)
     else:
-        portions, collate = sliced(batch, sizes_of(batch, size)), None
+        sizes = sizes_of(batch, max(1, batch.count) if size == "auto" else size)
+        portions, collate = sliced(batch, sizes), None
     with torch.random.fork_rng():
         torch.manual_seed(0)
         rows = []
@@ -209,4 +214,4 @@ def _loss_of(*, per_pose: bool) -> Loss:
 
 def _serving(rule: Any) -> list[str]:
     request = Request(rule, "auto", 0.0, one_chunk=False, scales_float16=False)
-    return ["retain", "store", "recompute"] + ["stream"] * (request.form() is not None)
+    return ["retain", "store", "recompute"] + ["stream"] * (request.form is not None)
