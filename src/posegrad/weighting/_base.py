@@ -102,7 +102,7 @@ class Weighting(GradientRule):
         prediction per squared parameter.
 
     Note:
-        Time and memory: G, as of `PoseJacobian.gramian`, and one product with J.
+        Time and memory: G, as of `Jacobian.gramian`, and one product with J.
 
     Example:
         >>> class Normalized(Weighting):
