@@ -13,7 +13,6 @@ from torch_geometric.data import Data
 import posegrad
 from posegrad import (
     AttentionPooling,
-    ClosedEngineError,
     Combined,
     Engine,
     HigherOrderError,
@@ -559,14 +558,6 @@ def test_the_real_wrapper_is_refused(tmp_path: Any) -> None:
             Engine(nn.Sequential(wrapped))
     finally:
         torch.distributed.destroy_process_group()
-
-
-def test_a_closed_engine_is_closed() -> None:
-    with Engine(nn.Linear(FEATURES, 1)) as engine:
-        engine.combine(_poses(), Mean())
-    for use in (lambda: engine.combine(_poses(), Mean()), lambda: engine.plan(_poses(), Mean())):
-        with pytest.raises(ClosedEngineError, match="closed"):
-            use()
 
 
 def test_every_error_has_a_base_and_a_fitting_builtin() -> None:

@@ -14,7 +14,6 @@ from posegrad.combination import (
 )
 from posegrad.engine import Engine
 from posegrad.errors import (
-    ClosedEngineError,
     CotangentBypassError,
     HigherOrderError,
     IllConditionedError,
@@ -64,7 +63,6 @@ __all__ = [
     "Boltzmann",
     "Budget",
     "Clip",
-    "ClosedEngineError",
     "Combination",
     "Combined",
     "CotangentBypassError",

@@ -2,14 +2,14 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from functools import partial
-from typing import Any, Self, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.amp import GradScaler
 
 from posegrad.combination._base import Rule
-from posegrad.errors import ClosedEngineError, UnsupportedModuleError
+from posegrad.errors import UnsupportedModuleError
 from posegrad.graph import Gatherer, Listening, Roster, Wanted, check_modules, unwrapped
 from posegrad.jacobian import Jacobian, PoseJacobian, check_whole, of_all, step_of_batches
 from posegrad.schedule._call import Setting
@@ -107,7 +107,6 @@ class Engine:
         )
         shared = self._ranks is not None
         self._gatherer = Gatherer(check, batch_dim, block_bytes, self._roster.tensors, shared)
-        self._closed = False
         self._seasoned = False  # whether a group has been through without a complaint
 
     def combine(
@@ -151,7 +150,6 @@ class Engine:
             NotDifferentiableError: if predictions cannot carry a gradient.
             UntrackedTensorError: if a prediction depends on a tensor that requires grad and is
                 neither a parameter nor part of its pose.
-            ClosedEngineError: after `close()`.
             ValueError: if the schedule is unknown or cannot serve the call, or `predict` is needed.
 
         In backward:
@@ -574,21 +572,6 @@ class Engine:
             return reading_plan(output, outlook, *wishes)
         return self._setting.plan(poses_or_output, *wishes, parameters.values())
 
-    def close(self) -> None:
-        """Ends the engine's life, as `with Engine(model) as engine:` does; nothing is to be undone.
-
-        Example:
-            >>> Engine(nn.Linear(3, 1)).close()
-        """
-        self._closed = True
-
-    def __enter__(self) -> Self:
-        self._check_open()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
     def _gathered(
         self,
         poses: Iterable[Pose],
@@ -603,13 +586,7 @@ class Engine:
         return gather(self._gatherer, scorer, portions(), look, parameters, loss, keep, start)
 
     def _named(self) -> dict[str, nn.Parameter]:
-        self._check_open()
         return self._roster.named()
 
     def _trained(self, wanted: Wanted = None, *, real: bool = True) -> dict[str, nn.Parameter]:
-        self._check_open()
         return self._roster.trainable(wanted, real=real)
-
-    def _check_open(self) -> None:
-        if self._closed:
-            raise ClosedEngineError("This engine was closed. Make a new one: Engine(model).")

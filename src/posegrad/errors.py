@@ -8,7 +8,6 @@ a changed `.grad`, a hook or a graph behind.
 from collections.abc import Sequence
 
 __all__ = [
-    "ClosedEngineError",
     "CotangentBypassError",
     "HigherOrderError",
     "IllConditionedError",
@@ -211,13 +210,6 @@ class UnsupportedModuleError(PosegradError, TypeError):
     Raised when an engine is made (one module inside another, parts wrapped by DDP, FSDP1), in
     `Engine.combine` and `Engine.jacobian` (lazy or complex parameters, a compiled graph that can be
     used once), and for rules that cannot work on such a model.
-    """
-
-
-class ClosedEngineError(PosegradError, RuntimeError):
-    """An engine used after `close()`.
-
-    Raised by every method but `Engine.close`.
     """
 
 

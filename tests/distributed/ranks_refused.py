@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from posegrad import (
     Clip,
-    ClosedEngineError,
     Engine,
     Mean,
     Min,
@@ -243,16 +242,6 @@ def test_a_mistake_on_one_rank_is_told(mistake: str) -> None:
     assert first or "Rank 0: " in str(caught.value)
     assert all(p.grad is None for p in model.parameters())
     engine.combine(list(mine(X)), Mean()).prediction.backward()
-
-
-def test_a_closed_engine_is_told() -> None:
-    model, X = network(), poses()
-    engine = Engine(model, process_group=dist.group.WORLD)
-    if dist.get_rank() == 0:
-        engine.close()
-    kind = ClosedEngineError if dist.get_rank() == 0 else RankError
-    with pytest.raises(kind, match="This engine was closed"):
-        engine.combine(list(mine(X)), Mean())
 
 
 def test_a_rank_that_does_not_come_is_named() -> None:
