@@ -1,6 +1,6 @@
 """Each closed form alone: what the Gramian costs beyond the layer's own forward and backward.
 
-A model of one layer, whose output is contracted to one number a pose with fixed random numbers.
+A model of one layer, whose output is contracted to one number per pose with fixed random numbers.
 Forward, Jacobian, Gramian and weighted gradient are timed as a ratio to forward and backward of the
 summed output, which is the limit. The inputs need no gradient, so the limit holds none. The
 allocator matters as in `batches.py`.

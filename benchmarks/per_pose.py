@@ -1,8 +1,8 @@
 """Ways to the gradients of single poses in one batch: torch's own and posegrad's.
 
 A way is bound to a network once and then called as `step(problem)`, where
-`network(*problem.inputs)` gives one number a pose, `[m, 1]`. It runs the forward too, and returns a
-Gramian or None, and gradients by name: a sum over poses, or rows `[m, ...]`. All are exact: they
+`network(*problem.inputs)` gives one number per pose, `[m, 1]`. It runs the forward too, and returns
+a Gramian or None, and gradients by name: a sum over poses, or rows `[m, ...]`. All are exact: they
 differ in time and memory only.
 """
 

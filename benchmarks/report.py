@@ -34,10 +34,10 @@ def page(results: Results) -> str:
     """docs/benchmarks.md."""
     parts = [
         "# Benchmarks\n\n"
-        "Made by `make bench` of the JSON files in `benchmarks/results`, which hold the seconds of "
-        "every round. What the figures mean, where the limit is and what was tried: "
-        "[performance](performance.md). Where errors are shown, what a method found was compared "
-        "with float64 in the same run.\n"
+        "`make bench` writes this page from the JSON files in `benchmarks/results`, which hold the "
+        "seconds of every round. [Performance](performance.md) tells what the figures mean, where "
+        "the limit is and what was tried. Where errors are shown, the result of a method was "
+        "compared with float64 in the same run.\n"
     ]
     for suite, result in results.items():
         behind = lost.markdown(result)

@@ -107,7 +107,7 @@ def _embedded(engine: Engine, poses: Tensor) -> Tensor:
     return engine.embed(poses)
 
 
-def _differentiated(engine: Engine, embeddings: Tensor) -> None:
+def _contrasted(engine: Engine, embeddings: Tensor) -> None:
     embeddings.square().sum().backward()
 
 
@@ -168,7 +168,7 @@ JOBS = {
     "J.backward(Clip)": _read(_clipped, mixes=False),
     "compute_gramian": _read(_gramian, mixes=False),
     "gather": Job([_gathered], [True]),
-    "embed": Job([_embedded, _differentiated], [True, False]),
+    "embed": Job([_embedded, _contrasted], [True, False]),
     "listen": _read(_listening, mixes=False),
     "listen, again": _read(_listening, mixes=False, warm=True),
     "listen, autocast": _read(_listening, mixes=False, casts=True),

@@ -191,7 +191,7 @@ class Engine:
             poses: As for `combine`.
 
         Returns:
-            `[m, ...]`; `[m]` if the model returns one number a pose. Of all ranks, if several
+            `[m, ...]`; `[m]` if the model returns one number per pose. Of all ranks, if several
             processes share the poses. Under `torch.no_grad()` without gradient.
 
         Raises:
@@ -228,7 +228,7 @@ class Engine:
     ) -> Jacobian:
         r"""Reads the Jacobian of an output off its graph; the graph is freed.
 
-        Any output will do: predictions, losses, several numbers a pose. Which rows of the
+        Any output will do: predictions, losses, several numbers per pose. Which rows of the
         activations belong to which pose is found out.
 
         Args:
@@ -361,7 +361,7 @@ class Engine:
 
         Returns:
             :math:`J J^\top`, or :math:`J K^\top` with K the rows of the others, in the shape of
-            `Jacobian.gramian`: `[N, N]` or `[N, N']` for one number a pose.
+            `Jacobian.gramian`: `[N, N]` or `[N, N']` for one number per pose.
 
         Raises:
             NoPosesError: if there are none, or no others.
@@ -401,7 +401,7 @@ class Engine:
             loss: As for `gather`.
 
         Returns:
-            `[N, k]` for one number a pose. To keep a data set's on disk, save this tensor.
+            `[N, k]` for one number per pose. To keep a data set's on disk, save this tensor.
 
         Raises:
             ValueError: if k is no positive number. Other errors are `gather`'s.

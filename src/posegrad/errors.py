@@ -106,7 +106,7 @@ class IllConditionedError(PosegradError, ArithmeticError):
 class ShapeMismatchError(PosegradError, ValueError):
     """Predictions, weights or groups that do not fit the poses, each other, or the rule.
 
-    Raised by `Engine.combine` and `Engine.gather` for predictions that are not one row a pose or
+    Raised by `Engine.combine` and `Engine.gather` for predictions that are not one row per pose or
     not all of one shape, and for `groups` of another number of poses; by products with a Jacobian
     for weights that are not of its output's shape; for what a rule returns, if that is not of the
     shape that its base class asks for.

@@ -11,7 +11,7 @@ from tests.architectures.row import M, draw, tokens
 
 
 def edges(seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    """A ragged batch: of 2 to 4 atoms a pose, the owners, senders and receivers."""
+    """A ragged batch: of 2 to 4 atoms per pose, the owners, senders and receivers."""
     sizes = tokens(seed, M, below=3) + 2
     owner = torch.arange(M).repeat_interleave(sizes)
     near = (owner[:, None] == owner).fill_diagonal_(False)

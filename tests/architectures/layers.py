@@ -23,8 +23,8 @@ def _encoder(**options: bool) -> nn.Module:
 
 
 LAYERS = {
-    "MLP": A("one row a pose", mlp, PLAIN, dense=True),
-    "Linear over tokens": A("several rows a pose", mlp, batch(T, WIDTH), dense=True),
+    "MLP": A("one row per pose", mlp, PLAIN, dense=True),
+    "Linear over tokens": A("several rows per pose", mlp, batch(T, WIDTH), dense=True),
     "Linear over a grid": A("4-D input", mlp, batch(2, T, WIDTH), dense=True),
     "Bilinear": A(
         "two inputs",

@@ -95,7 +95,7 @@ SHARED = {
 POSES = {
     "One pose": A("", mlp, batch(WIDTH, m=1)),
     "A number": A("0-D output", mlp, batch(WIDTH, then=lambda y: y.sin().mean())),
-    "[m, k]": A("several numbers a pose", lambda: mlp(out=3), batch(WIDTH, then=torch.sin)),
+    "[m, k]": A("several numbers per pose", lambda: mlp(out=3), batch(WIDTH, then=torch.sin)),
     "[k, m]": A("", lambda: mlp(out=3), batch(WIDTH, then=lambda y: y.T.sin())),
     "[m, 1]": A("", mlp, batch(WIDTH, then=lambda y: y)),
     "[2, m, 3]": A(

@@ -247,7 +247,7 @@ def chunk_size_of(call: Call) -> Any:
 
 
 def rows_of(pose: Any) -> int:
-    """How many rows a pose has."""
+    """How many rows per pose has."""
     if isinstance(pose, dict):
         return len(pose["x"])
     if isinstance(pose, Labelled):

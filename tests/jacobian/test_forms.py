@@ -444,7 +444,7 @@ DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 
 # name: from m and T to the owners of a cotangent's elements, in the cotangent's shape
 SHAPES: dict[str, Callable[[int, int], Tensor]] = {
-    "one row a pose": lambda m, t: torch.arange(m)[:, None].expand(m, 4),
+    "one row per pose": lambda m, t: torch.arange(m)[:, None].expand(m, 4),
     "batch first": lambda m, t: torch.arange(m)[:, None, None].expand(m, t, 4),
     "batch second": lambda m, t: torch.arange(m)[None, :, None].expand(t, m, 4),
     "block": lambda m, t: (torch.arange(m * t) // t)[:, None].expand(-1, 4),

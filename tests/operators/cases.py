@@ -56,13 +56,13 @@ def shares(*shape: int) -> Tensor:
 
 
 def per_pose(values: Tensor) -> Tensor:
-    """One number a pose."""
+    """One number per pose."""
     return values.flatten(1).mean(1) if values.ndim > 1 else values
 
 
 @final
 class _Scored(nn.Module):
-    """A linear layer, its output in some shape, a layer behind it, and one number a pose.
+    """A linear layer, its output in some shape, a layer behind it, and one number per pose.
 
     Args:
         shape: What a pose's features are made into.

@@ -178,7 +178,7 @@ CASES = [
 
 @final
 class Along(nn.Module):
-    """A linear layer, poses put along a dimension, a function, and a number a pose."""
+    """A linear layer, poses put along a dimension, a function, and a number per pose."""
 
     def __init__(self, row: Row, pattern: Pattern) -> None:
         super().__init__()

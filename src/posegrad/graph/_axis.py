@@ -95,7 +95,7 @@ Facts = tuple[Any, ...]
 
 Rule = Callable[[Facts, int, Axis, torch.Size, torch.Size], Axis | None]
 """From an operator's facts, the number of an argument, the axis of the output, and the shapes of
-output and argument to the axis of the argument. None if poses may mix there, or meet it all.
+output and argument to the axis of the argument. None if poses may mix there, or all meet there.
 
 A rule sees no tensor, so what it says holds for every graph of the same structure.
 """

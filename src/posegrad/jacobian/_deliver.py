@@ -127,10 +127,11 @@ def owned(gradients: dict[str, Tensor]) -> list[Tensor]:
 def deliver(parameters: Sequence[Tensor], gradients: list[Tensor]) -> None:
     """Adds gradients to the `.grad` of parameters; their hooks run, once.
 
-    `torch.autograd.backward(parameters, gradients)` would do the same and copy every one, because
-    its caller still holds them. What the node of a view hands on is another tensor of the same
-    numbers, which nobody holds: where there is no `.grad` yet, autograd keeps that itself. What it
-    would not keep, it would copy while the original is held here; so that is copied before.
+    `torch.autograd.backward(parameters, gradients)` would do the same, but copy every gradient,
+    because its caller still holds them. Here each one passes through a view of its parameter, whose
+    node hands on a tensor that nobody else holds: where there is no `.grad` yet, autograd keeps it
+    without a copy. Gradients that it could not keep, of another layout or held by the rule, are
+    copied first, so that the original is not alive beside its copy.
 
     Args:
         parameters: Leaves that require grad.

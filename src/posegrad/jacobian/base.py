@@ -251,7 +251,7 @@ class Jacobian(ABC):
             than one layer.
 
         References:
-            Goodfellow, "Efficient per-example gradient computations" (2015), for one row a pose;
+            Goodfellow, "Efficient per-example gradient computations" (2015), for one row per pose;
             Rochette et al. (2019) for convolutions.
         """
         if not per_parameter:
@@ -272,9 +272,9 @@ class Jacobian(ABC):
             per_parameter: Return the norms of each parameter's rows instead, in a dict.
 
         Note:
-            Time: for a linear layer with T rows a pose, or a kernel with T positions, the lesser of
-            `m T^2 (d + p)`, without any gradient, and of its rows; for tables what was looked up;
-            for other layers their rows.
+            Time: for a linear layer with T rows per pose, or a kernel with T positions, the lesser
+            of `m T^2 (d + p)`, without any gradient, and of its rows; for tables what was looked
+            up; for other layers their rows.
 
         References:
             Goodfellow (2015), as for `gramian`, for T = 1; Li et al., "Large language models can

@@ -29,11 +29,11 @@ class Clip(Clipping):
         g = \sum_i w_i g_i + z, \qquad w_i = \min\left(1, \frac{C}{\lVert g_i \rVert}\right), \qquad
         z \sim \mathcal N(0, \sigma^2 C^2)
 
-    No pose moves the parameters by more than C. With noise this is a step of DP-SGD: divide by the
-    expected number of poses, by the learning rate or in the loss, and leave the accounting to a
-    library for it. The noise then also goes to parameters that no pose of this group uses: which
-    ones these are may tell. An output `[m, d]` has d gradients a pose, each shortened by itself: to
-    bound the pose, reduce them to its one loss. With noise nothing else is taken.
+    Each pose contributes at most C to the norm of g. With noise this is a step of DP-SGD: divide by
+    the expected number of poses, by the learning rate or in the loss, and leave the accounting to a
+    library for it. The noise then also goes to parameters that no pose of this group uses, because
+    which ones these are may tell something. An output `[m, d]` has d gradients per pose, each
+    shortened by itself: to bound the pose, reduce them to one loss. With noise, only `[m]` works.
 
     The noise is that of one optimizer step. Where several gradients are added up for a step, of
     micro-batches or of ranks, `last` says which of them has it.
@@ -65,7 +65,7 @@ class Clip(Clipping):
 
     Note:
         Needs norms alone, no Gramian. Time: a step with plain backward, and the norms: for layers
-        with one row a pose no more than reading their inputs and cotangents.
+        with one row per pose no more than reading their inputs and cotangents.
 
     References:
         Abadi et al., "Deep learning with differential privacy", CCS 2016, algorithm 1; Goodfellow,

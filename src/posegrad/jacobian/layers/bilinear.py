@@ -51,7 +51,7 @@ class Bilinear(ClosedForm):
         return torch.stack([self._of(*parts) for parts in zip(*segments, strict=True)])
 
     def prefers_pairs(self, cotangent: torch.Size, layout: Layout, components: int) -> bool:
-        """With one row a pose."""
+        """With one row per pose."""
         return layout.size == layout.count and layout.pattern is not None
 
     def inner(self, first: Tensor, second: Tensor, layout: Layout, products: Products) -> Tensor:

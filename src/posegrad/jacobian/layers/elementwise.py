@@ -90,7 +90,7 @@ class Elementwise(Broadcast):
         return replace(self, aligned=torch.Size([1, *self.shape]))
 
     def prefers_pairs(self, cotangent: torch.Size, layout: Layout, components: int) -> bool:
-        """For a bias with one row a pose: its rows are the cotangent."""
+        """For a bias with one row per pose: its rows are the cotangent."""
         plain = self.factor == 1 and layout.is_one_each and len(self.shape) == 1
         return plain and cotangent == (layout.count, *self.shape)
 

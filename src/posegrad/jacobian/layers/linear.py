@@ -39,7 +39,7 @@ class Linear(ClosedForm):
             (a_r \cdot a_s)(b_r \cdot b_s)
 
     with :math:`R_i` the rows of pose i and :math:`b_r` their cotangents. The second identity needs
-    no gradient at all: with one row a pose, the Gramian is :math:`(A A^\top) \circ (B B^\top)`.
+    no gradient at all: with one row per pose, the Gramian is :math:`(A A^\top) \circ (B B^\top)`.
 
     Args:
         input: A, laid out as Y but for its last dimension.
@@ -113,7 +113,7 @@ class Linear(ClosedForm):
             a, first, second = a.mT, first.mT, second.mT  # rows first
         pairs = self._scaled_twice(products.of(a, a) * products.of(first, second))  # [R, R]
         if pairs.shape[0] == layout.count and layout.pattern:
-            return pairs  # one row a pose, in order
+            return pairs  # one row per pose, in order
 
         def in_double() -> Tensor:
             x, b, c = (as_rows(tensor).double() for tensor in (a, first, second))
@@ -198,7 +198,7 @@ class Linear(ClosedForm):
         return multiplied(b.mT, a).flatten(1).square().sum(1)
 
     def combine(self, cotangent: Tensor, layout: Layout, weights: Tensor) -> Tensor | None:
-        """With one row a pose, the weights go to the smaller of its two factors."""
+        """With one row per pose, the weights go to the smaller of its two factors."""
         a = self.input.like(cotangent)
         shorter = not self.on_left and a.numel() < cotangent.numel()
         if not shorter or not layout.is_one_each or cotangent.ndim != 2:
