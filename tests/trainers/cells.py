@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torchjd.aggregation import UPGradWeighting
 
-from posegrad import Boltzmann, Engine, MultiPose
+from posegrad import Boltzmann, Engine, Listening, MultiPose
 from posegrad.testing._seeded import seeded
 from tests.device import DEVICE
 from tests.trainers.oracle import FEATURES, network, plain_loss
@@ -108,9 +108,35 @@ def _ruled_by_hand(
     J.backward(factor * weights.to(losses))
 
 
+def _heard(module: nn.Module) -> Loss:
+    engine, hearing = Engine(module), list[Listening]()
+
+    def loss(wrapped: nn.Module, batch: Batch) -> Tensor:
+        for last in hearing:  # whose backward is over, wherever the trainer has called it
+            last.stop()
+            assert bool((last.jacobian.norms() > 0).all())
+        poses, target = batch
+        losses = _squares(wrapped(poses).squeeze(1), target)
+        hearing[:] = [engine.listen(losses)]
+        hearing[0].start()
+        return losses.mean()
+
+    return loss
+
+
+def _heard_by_hand(
+    module: nn.Module, batch: Batch, factor: float, autocast: AbstractContextManager[Any]
+) -> None:
+    poses, target = batch
+    with autocast:
+        loss = _squares(module(poses).squeeze(1), target).mean()
+    (factor * loss).backward()
+
+
 WAYS = {
     "combine": Way(lambda: MultiPose(network(), Boltzmann(0.6)), _combined, _combined_by_hand),
     "engine.loss": Way(network, _ruled, _ruled_by_hand),
+    "engine.listen": Way(network, _heard, _heard_by_hand),
 }
 SETTINGS = {
     "plain": Setting(),
