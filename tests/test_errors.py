@@ -430,11 +430,6 @@ BAD_ENGINES: dict[str, tuple[type[Exception], str, Callable[[], Engine]]] = {
     "no module": (ValueError, r"no module", lambda: Engine()),
     "not a module": (TypeError, r"Module 0 is a function", lambda: Engine(_poses)),
     "chunk_size": (ValueError, r"chunk_size is 0", lambda: Engine(nn.Linear(1, 1), chunk_size=0)),
-    "block_bytes": (
-        ValueError,
-        r"block_bytes is -1",
-        lambda: Engine(nn.Linear(1, 1), block_bytes=-1),
-    ),
     "batch_dim": (
         ValueError,
         r"batch_dim=1.5 is unknown",

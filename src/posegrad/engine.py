@@ -38,8 +38,9 @@ class Engine:
     of J the gradient of :math:`\hat y_i`. The engine finds w first and differentiates only what w
     needs, one pose at a time, so that m graphs are never alive together.
 
-    Where a rule looks at gradients, the engine reads J off a batch's graph: `jacobian`, `gather`,
-    `compute_gramian`, `backward`. Nothing is added to the model, no global random number drawn.
+    Where a rule looks at gradients, the engine reads J off a batch's graph: `jacobian`, `backward`,
+    `loss`, `gather`, `gramian`; `listen` hears it in a backward that runs anyway. Nothing is added
+    to the model, and no global random number is drawn.
 
     Args:
         modules: The model; or several modules, none inside another.
@@ -55,12 +56,12 @@ class Engine:
         memory: The bytes that graphs may take together, as a number or as text, `"2GiB"`. It bounds
             the tensors that graphs keep; the temporaries of one chunk come on top. `"auto"`: on an
             accelerator half of what is free when the engine is made, on a CPU 1 GiB. What the graph
-            of a pose takes is measured in the first call for poses of a kind.
+            of a pose takes is measured in the first call for poses of a kind. Rows of a Jacobian
+            that have no closed form are computed an eighth of it at a time.
         check: When a Jacobian is compared with a plain backward: on the `"first"` gather of every
             structure of graph, `"always"`, or `"never"`. What disagrees is taken by slower ways.
         batch_dim: `"auto"` finds out which dimension of an output counts poses; a number is trusted
             to be it, as TorchJD's. None takes a backward for every row.
-        block_bytes: About how much memory rows without a closed form may take at once.
         process_group: A `torch.distributed` group of processes with copies of the model that share
             every group of poses: a call takes the poses of this one, its result is that of all.
             Default: that of a DistributedDataParallel or `fully_shard` model; else none.
@@ -87,7 +88,6 @@ class Engine:
         memory: int | str = "auto",
         check: str = "first",
         batch_dim: int | str | None = "auto",
-        block_bytes: int = 2**27,
         process_group: Any = None,
     ) -> None:
         self.given = modules
@@ -106,7 +106,8 @@ class Engine:
             self._roster.parts,
         )
         shared = self._ranks is not None
-        self._gatherer = Gatherer(check, batch_dim, block_bytes, self._roster.tensors, shared)
+        self._block_bytes = max(1, self._setting.memory // 8)
+        self._gatherer = Gatherer(check, batch_dim, self._block_bytes, self._roster.tensors, shared)
         self._seasoned = False  # whether a group has been through without a complaint
 
     def combine(
@@ -348,7 +349,7 @@ class Engine:
     ) -> Tensor:
         r"""The Gramian of more poses than fit, or their inner products with those of others.
 
-        The poses are divided into blocks that hold about `block_bytes`, and gathered block by
+        The poses are divided into blocks that hold an eighth of `memory`, and gathered block by
         block: a tile of the Gramian is the product of two blocks. Tiles below the diagonal are
         those above it.
 
@@ -387,7 +388,7 @@ class Engine:
             kept = in_form("auto")
             return PoseJacobian.joined(self._gathered(part, parameters, loss, kept, start))
 
-        return gramian(poses, other, own, self._gatherer.block_bytes)
+        return gramian(poses, other, own, self._block_bytes)
 
     def project(
         self, poses: Iterable[Pose], k: int, seed: int = 0, *, loss: Loss | None = None

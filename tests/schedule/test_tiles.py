@@ -42,12 +42,12 @@ FORMS: dict[str, tuple[Callable[[Tensor], Any], dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("width", [1, 2])
-@pytest.mark.parametrize("block_bytes", [1, 5000, 2**27])
+@pytest.mark.parametrize("memory", [1, 40_000, 2**30])
 @pytest.mark.parametrize("name", FORMS)
-def test_tiles_make_the_gramian(name: str, block_bytes: int, width: int) -> None:
+def test_tiles_make_the_gramian(name: str, memory: int, width: int) -> None:
     hand, options = FORMS[name]
     model, X, Y = _network(width), _poses(N, 1), _poses(OTHERS, 2)
-    engine = Engine(model, block_bytes=block_bytes, **options)
+    engine = Engine(model, memory=memory, **options)
     J, K = (Engine(model).gather(batch) for batch in (X, Y))
     torch.testing.assert_close(engine.gramian(hand(X)), J.gramian())
     torch.testing.assert_close(engine.gramian(hand(X), hand(Y)), J @ K.T)
@@ -60,7 +60,7 @@ def test_numbers_of_others_follow() -> None:
     def loss(predictions: Tensor, i: Tensor) -> Tensor:
         return (predictions - targets[i]).square()
 
-    engine = Engine(model, block_bytes=5000)
+    engine = Engine(model, memory=40_000)
     both = engine.gather(torch.cat([X, Y]), loss=loss).gramian()
     torch.testing.assert_close(engine.gramian(X, Y, loss=loss), both[:N, N:])
     torch.testing.assert_close(engine.gramian(X, loss=loss), both[:N, :N])
@@ -80,7 +80,7 @@ def test_every_tile_has_a_block_of_the_last(rows: int, columns: int | None) -> N
 def test_two_blocks_are_held_and_the_result() -> None:
     model = nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 1))
     block = 2**16
-    engine, X = Engine(model, block_bytes=block, chunk_size=16), torch.randn(512, 64)
+    engine, X = Engine(model, memory=8 * block, chunk_size=16), torch.randn(512, 64)
     engine.gramian(X[:64])
     with peak_live_bytes() as peak:
         found = engine.gramian(X)

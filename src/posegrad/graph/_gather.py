@@ -97,8 +97,6 @@ class Gatherer:
             raise ValueError(
                 f"batch_dim={dim!r} is unknown; it is 'auto', None, or a dimension from 0."
             )
-        if type(self.block_bytes) is not int or self.block_bytes < 1:
-            raise ValueError(f"block_bytes is {self.block_bytes!r}, but it is a number of bytes.")
 
     def outlook(self, output: object, parameters: Mapping[str, Tensor]) -> Outlook | None:
         """How an output would be read; None for anything that depends on no parameter."""

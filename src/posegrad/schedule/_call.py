@@ -76,7 +76,7 @@ class Setting:
         chunk_size: How many are joined.
         memory: The bytes that graphs may take together.
         ranks: Who share every group of poses, if anyone does.
-        named: Looks up the model's parameters; raises what forbids a call, such as a closed engine.
+        named: Looks up the model's parameters; raises what forbids a call.
         parts: Lists all modules inside, once that was asked.
 
     Raises:
@@ -102,7 +102,8 @@ class Setting:
         self._named = named
         self._parts = parts
         self._apart = Apart(modules, named, parts)
-        self._meter = Meter(checked_memory(memory, modules), self._tensors, on_cpu=on_cpu(modules))
+        self.memory = checked_memory(memory, modules)
+        self._meter = Meter(self.memory, self._tensors, on_cpu=on_cpu(modules))
 
     def call(
         self,
