@@ -122,7 +122,7 @@ def test_a_private_training_is_that_of_opacus(peer: str) -> None:
         spent.append([epoch.epsilon for epoch in epochs])
     assert spent[0] == spent[1]
     for ours, theirs in zip(*(model.parameters() for model in models), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=2e-5)
 
 
 @with_opacus
