@@ -59,7 +59,7 @@ bench: $(VENV)/.bench-ready
 
 clean:
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis dist docs/_build
-	rm -rf examples/docked_poses/out examples/bags/out
+	rm -rf examples/docked_poses/out examples/bags/out examples/private/out
 	find . -name __pycache__ -type d -not -path './.*' -prune -exec rm -rf {} +
 
 $(VENV)/bin/python:

@@ -30,7 +30,8 @@ ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
 
 FENCED = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
-BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
+BLOCK = re.compile(r"^```python(?: (\w+))?\n(.*?)^```", re.MULTILINE | re.DOTALL)
+"""A block, and the package that it needs beside those of the tests, where it names one."""
 LINK = re.compile(r"\]\((?!https?:)([^)#]*)(?:#([^)]*))?\)")
 HEADING = re.compile(r"^#+ (.*)$", re.MULTILINE)
 
@@ -45,11 +46,31 @@ def _name(path: Path) -> str:
 def test_code_blocks_of_a_page_run_from_top_to_bottom(
     page: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    _run_page(page, {""}, monkeypatch)
+
+
+def _packages(page: Path) -> set[str]:
+    return {block[1] for block in BLOCK.finditer(page.read_text(encoding="utf-8")) if block[1]}
+
+
+@pytest.mark.filterwarnings("ignore:Optimal order is the largest alpha:UserWarning")  # of Opacus
+@pytest.mark.parametrize("page", [page for page in PAGES if _packages(page)], ids=_name)
+def test_code_blocks_that_need_another_package_run_where_it_is(
+    page: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for package in _packages(page):
+        pytest.importorskip(package, reason=f"{_name(page)} needs {package}, not installed here")
+    _run_page(page, {"", *_packages(page)}, monkeypatch)
+
+
+def _run_page(page: Path, packages: set[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs the blocks that need no other package than these."""
     module = ModuleType(f"page_{page.stem.replace('-', '_')}")
     monkeypatch.setitem(sys.modules, module.__name__, module)  # so that its classes pickle
     text = page.read_text(encoding="utf-8")
     for block in BLOCK.finditer(text):
-        _run(block[1], module, page, line=text.count("\n", 0, block.start(1)))
+        if (block[1] or "") in packages:
+            _run(block[2], module, page, line=text.count("\n", 0, block.start(2)))
 
 
 def _run(source: str, module: ModuleType, page: Path, *, line: int) -> None:
