@@ -45,7 +45,6 @@ _CHUNKS = "one batch makes fewer and larger products of matrices than chunks of 
 _GRAPH = "the graph of a chunk of a hundred poses is held; one by one, that of one pose is"
 _SUMS = "beside the graph of a chunk, its gradient and the running sum are held"
 _TWICE = "every chunk is scored twice, where plain autograd keeps the graphs of all"
-_WHOLE = "the chunks in which the best lie are scored again whole"
 _LOOKS = "every graph is walked in search of untracked tensors, and every replay is compared"
 
 _FORWARD = (
@@ -75,7 +74,7 @@ CPU = {
     "gated attention/plain/time": _TWICE,
     "contrast/plain/time": _TWICE,
     "*/two passes by hand/time": _LOOKS,
-    "TopK(8)/the best again by hand/*": _WHOLE,
+    "TopK(8)/the best again by hand/*": _LOOKS,
     "*, poses/*/time": _CHUNKS,
     "*, poses/*/memory": _GRAPH,
     "*/memory": _SUMS,
