@@ -264,6 +264,19 @@ def test_noise_hides_no_pose_that_moves_others() -> None:
     Engine(model.eval()).backward(model(torch.randn(6, 3)).squeeze(1), _noisy(0))
 
 
+def test_noise_refuses_a_few_losses_that_nobody_followed() -> None:
+    """Rows of a few numbers put together are taken one by one, without a look at poses."""
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 1))
+    engine = Engine(model)
+    for _ in range(3):
+        scores = model(torch.randn(4, 3)).squeeze(1)
+        losses = torch.stack([score.square() for score in scores])
+        with pytest.raises(PosesMixError, match=r"(?s)0\.weight.*would not be private"):
+            engine.backward(losses, _noisy(0))
+    scores = model.eval()(torch.randn(4, 3)).squeeze(1)
+    engine.backward(torch.stack([score.square() for score in scores]), _noisy(0))
+
+
 def test_the_random_state_is_saved_and_goes_on() -> None:
     rule, other = _noisy(0), _noisy(9)
     _gradient(rule)

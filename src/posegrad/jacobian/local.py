@@ -24,7 +24,8 @@ from posegrad.weighting._rules import AnyRule, as_gradient_rule
 
 __all__ = ["PoseJacobian"]
 
-MIXED = "poses mix"  # in the path of a parameter's rows
+_MIXED = ("poses mix", "a few numbers put together")
+"""In the path of a parameter's rows: poses influence each other, or nobody has looked."""
 
 
 @final
@@ -175,7 +176,8 @@ class PoseJacobian(Jacobian):
 
     @property
     def mixed(self) -> list[str]:
-        return [name for name, paths in self.paths.items() if any(MIXED in p for p in paths)]
+        own = {name: " ".join(paths) for name, paths in self.paths.items()}
+        return [name for name, path in own.items() if any(sign in path for sign in _MIXED)]
 
     def of(self, names: Sequence[str]) -> "PoseJacobian":
         parameters = {name: self._parameters[name] for name in names}
