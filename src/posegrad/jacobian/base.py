@@ -73,7 +73,7 @@ class Jacobian(ABC):
     @property
     @abstractmethod
     def mixed(self) -> Sequence[str]:
-        """The parameters on whose way to the output poses may influence each other, on this rank."""
+        """The parameters on whose way to the output poses of this rank may influence each other."""
 
     @abstractmethod
     def of(self, names: Sequence[str]) -> Self:
