@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from posegrad import Clip, Engine, NoPosesError, PosesMixError
+from posegrad.testing import peak_live_bytes
 from posegrad.testing._seeded import seeded
 from tests import reference
 
@@ -262,6 +263,31 @@ def test_noise_hides_no_pose_that_moves_others() -> None:
         Engine(model).backward(losses, _noisy(0))
     assert all(p.grad is None for p in model.parameters())
     Engine(model.eval()).backward(model(torch.randn(6, 3)).squeeze(1), _noisy(0))
+
+
+def test_layers_that_are_clipped_alone_are_let_go_of_one_by_one() -> None:
+    width, depth, m = 256, 8, 128  # what a layer holds is as large as its gradient
+    layers = [layer for _ in range(depth) for layer in (nn.Linear(width, width), nn.Tanh())]
+    model = nn.Sequential(*layers, nn.Linear(width, 1))
+    x, factors = torch.randn(m, width), 2 * depth * m * width * 4
+    peaks = {}
+    for by in ("all", "parameter"):
+        engine = Engine(model)
+        for _ in range(3):
+            model.zero_grad()
+            losses = model(x).squeeze(1)
+            with peak_live_bytes() as peak:
+                engine.backward(losses, Clip(NORM, by=by))
+        peaks[by] = peak.bytes
+    assert peaks["parameter"] < peaks["all"] - factors / 3
+
+
+def test_a_jacobian_that_is_seen_keeps_its_rows() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1))
+    J = Engine(model).jacobian(model(torch.randn(6, 3)).squeeze(1))
+    before = J.matrix()
+    J.backward(Clip(NORM, by="parameter"))
+    torch.testing.assert_close(J.matrix(), before)
 
 
 def test_noise_refuses_a_few_losses_that_nobody_followed() -> None:

@@ -495,6 +495,10 @@ class Jacobian(ABC):
         """
 
     @abstractmethod
+    def release(self, names: Sequence[str]) -> None:
+        """Lets go of the rows of some parameters; only if nobody else sees this Jacobian."""
+
+    @abstractmethod
     def consumed(self) -> Self:
         """The same Jacobian, if nobody else sees it: rows that it forms take the factors' place."""
 

@@ -1,6 +1,7 @@
 """The Jacobian of a group whose rows are all here."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import reduce
 from typing import final
 
@@ -88,6 +89,10 @@ class PoseJacobian(Jacobian):
     def blocks(self) -> Mapping[str, Block]:
         """The blocks by parameter, as they are held."""
         return self._blocks
+
+    def release(self, names: Sequence[str]) -> None:
+        if self._blocks is self._working:  # it is consumed
+            self._working |= {name: replace(self._working[name], parts=()) for name in names}
 
     def consumed(self) -> "PoseJacobian":
         self._blocks = self._working

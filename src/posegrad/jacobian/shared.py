@@ -176,6 +176,9 @@ class SharedJacobian(Jacobian):
         own, places = self._own.of(names), self._places
         return SharedJacobian(own, self.predictions, parameters, used, places, self._ranks)
 
+    def release(self, names: Sequence[str]) -> None:
+        self._own.release(names)
+
     def consumed(self) -> "SharedJacobian":
         self._own.consumed()
         return self

@@ -39,6 +39,9 @@ class Jacobian(Protocol):
     def of(self, names: Sequence[str]) -> "Jacobian":
         """The rows of some parameters alone."""
 
+    def release(self, names: Sequence[str]) -> None:
+        """Lets go of the rows of some parameters, if nobody but the rule sees this Jacobian."""
+
     def gramian(self) -> Tensor:
         """The inner products of the rows, `output_shape + reversed(output_shape)`."""
 

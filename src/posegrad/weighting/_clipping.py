@@ -1,7 +1,7 @@
 """What rules that shorten the poses' gradients have in common: noise, and when it is drawn."""
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -66,13 +66,14 @@ class Clipping(Weighting):
         self._is_last = is_last
 
     def step(self, jacobian: Jacobian) -> Step:
+        used, mixed = [*jacobian.used], [*jacobian.mixed]  # before rows are let go of
         if not self.has_noise:
             gradients, weights = self.clipped(jacobian)
-            return Step({name: gradients[name] for name in jacobian.used}, weights)
+            return Step({name: gradients[name] for name in used}, weights)
         _check_one_row_each(jacobian)
         noise = self.noise_multiplier * self.greatest
         gradients, weights = self.clipped(jacobian)
-        _check_apart(jacobian)
+        _check_apart(mixed)
         if self._is_last:
             gradients = {n: g + self._normal(g.shape, noise).to(g) for n, g in gradients.items()}
         return Step(gradients, weights)
@@ -120,11 +121,11 @@ def _check_one_row_each(jacobian: Jacobian) -> None:
         )
 
 
-def _check_apart(jacobian: Jacobian) -> None:
+def _check_apart(mixed: Sequence[str]) -> None:
     """Refuses rows that other poses move too, so that noise hides no pose."""
-    if jacobian.mixed:
+    if mixed:
         raise PosesMixError(
-            f"Poses influence each other on their way from {listed(jacobian.mixed)}: one pose "
+            f"Poses influence each other on their way from {listed(mixed)}: one pose "
             f"moves the rows of others too, so shortening its own row bounds nothing, and the "
             f"noise does not hide it. The step would not be private.\n"
             f"Use GroupNorm or LayerNorm in place of batch statistics, and no mean over the batch."

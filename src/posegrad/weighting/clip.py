@@ -65,7 +65,8 @@ class Clip(Clipping):
 
     Note:
         Needs norms alone, no Gramian. Time: a step with plain backward, and the norms: for layers
-        with one row per pose no more than reading their inputs and cotangents.
+        with one row per pose no more than reading their inputs and cotangents. Memory: by parameter
+        or group, what is held of a layer is freed once its gradient is there.
 
     References:
         Abadi et al., "Deep learning with differential privacy", CCS 2016, algorithm 1; Goodfellow,
@@ -120,6 +121,7 @@ class Clip(Clipping):
         for names, norm in self._groups_of(jacobian.shapes):
             part = jacobian.of(names)
             gradients |= part.combine(self._shortening(finite_norms(part), norm))
+            jacobian.release(names)
         return Step({name: gradients[name] for name in jacobian.shapes}, None)
 
     def _groups_of(self, shapes: Mapping[str, torch.Size]) -> list[tuple[Sequence[str], float]]:
