@@ -149,6 +149,18 @@ class Centred(nn.Module):
         return (score - score.mean(dim=0, keepdim=True)).square() if pose.ndim > 1 else score
 
 
+class Gated(nn.Module):
+    """Predictions do not depend on the neighbours yet, but the gate's gradient does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(FEATURES, 1)
+        self.gate = nn.Parameter(torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x) + self.gate * x.mean(0).sum()
+
+
 def _mlp(*middle: nn.Module, out: int = 1) -> nn.Module:
     return nn.Sequential(nn.Linear(FEATURES, 8), *middle, nn.Tanh(), nn.Linear(8, out))
 

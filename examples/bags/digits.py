@@ -5,8 +5,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from sklearn.datasets import load_digits
 from torch import Tensor
+
+from examples.digits import split
 
 __all__ = ["SOUGHT", "Bag", "Images", "bags", "load"]
 
@@ -48,12 +49,8 @@ class Bag:
 
 def load() -> tuple[Images, Images]:
     """Two thirds of the 1797 images, to train on, and the rest, in a seeded order."""
-    data = load_digits()
-    pixels = torch.tensor(data.images / 16, dtype=torch.float32).unsqueeze(1)
-    everything = Images(pixels, torch.tensor(data.target))
-    order = torch.from_numpy(np.random.default_rng(0).permutation(len(everything)))
-    cut = 2 * len(order) // 3
-    return everything.picked(order[:cut]), everything.picked(order[cut:])
+    known, unknown = split(1198)
+    return Images(*known.tensors), Images(*unknown.tensors)
 
 
 def bags(images: Images, count: int, *, sizes: Sequence[int], seed: int) -> list[Bag]:

@@ -1,9 +1,8 @@
-"""The handwritten digits of scikit-learn, to train on and held out."""
+"""The images of the example: how many are trained on, and which are held out."""
 
-import numpy as np
-import torch
-from sklearn.datasets import load_digits
 from torch.utils.data import TensorDataset
+
+from examples.digits import split
 
 __all__ = ["TRAINED_ON", "load"]
 
@@ -11,16 +10,5 @@ TRAINED_ON = 1200
 
 
 def load() -> tuple[TensorDataset, TensorDataset]:
-    """1200 of the 1797 images, to train on, and the rest, in a seeded order.
-
-    Each set has images from 0 to 1, `[n, 1, 8, 8]`, and what they show, `[n]`.
-    """
-    data = load_digits()
-    order = np.random.default_rng(0).permutation(len(data.target))
-    images = torch.tensor(data.images[order] / 16, dtype=torch.float32).unsqueeze(1)
-    digits = torch.tensor(data.target[order])
-    known, unknown = slice(TRAINED_ON), slice(TRAINED_ON, None)
-    return (
-        TensorDataset(images[known], digits[known]),
-        TensorDataset(images[unknown], digits[unknown]),
-    )
+    """1200 of the 1797 images, to train on, and the rest; as of `split`."""
+    return split(TRAINED_ON)

@@ -1,6 +1,7 @@
 """What the tests in process groups have in common: networks, poses, and whose each is."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from posegrad.testing._seeded import seeded
 
 __all__ = [
+    "DDP_OPTIONS",
     "FEATURES",
     "IDS",
     "M",
@@ -21,6 +23,15 @@ __all__ = [
 
 FEATURES = 5
 M = 11
+
+DDP_OPTIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "bucket views": {"gradient_as_bucket_view": True},
+    "small buckets": {"bucket_cap_mb": 1e-5},
+    "find unused": {"find_unused_parameters": True},
+    "static graph": {"static_graph": True},
+}
+"""Of DistributedDataParallel, that change how it collects gradients."""
 
 SHARES = {2: (8, 3), 3: (8, 0, 3), 4: (1, 6, 0, 4)}
 """How many poses each rank has: uneven, and one of three has none."""

@@ -8,7 +8,7 @@ from posegrad import Clip, Engine, Mean
 from posegrad.graph import _together
 from tests import reference
 from tests.architectures import ARCHITECTURES
-from tests.jacobian.test_architectures import EXACT, _check_step, _warning
+from tests.jacobian.test_architectures import EXACT, assert_three_steps
 
 pytestmark = pytest.mark.usefixtures("_together_where_it_pays")
 
@@ -24,12 +24,7 @@ def _network() -> nn.Sequential:
 
 @pytest.mark.parametrize("name", EXACT)
 def test_three_steps_on_one_engine_are_exact(name: str) -> None:
-    row = ARCHITECTURES[name]
-    model = row.build()
-    engine = Engine(model)
-    for step in range(3):
-        with _warning(row, first=step == 0):
-            _check_step(row, model, engine, seed=step)
+    assert_three_steps(ARCHITECTURES[name])
 
 
 def test_a_small_network_is_read_together_from_the_second_call_on() -> None:

@@ -12,15 +12,9 @@ from torchjd.aggregation import UPGrad
 
 from posegrad import Clip, Engine, Mean, Median
 from posegrad.errors import RankError, UnsupportedModuleError
-from tests.distributed.setting import gradients, mine, network, poses, same_everywhere
+from tests.distributed.setting import DDP_OPTIONS, gradients, mine, network, poses, same_everywhere
+from tests.loss.setting import Warm
 
-OPTIONS: dict[str, dict[str, Any]] = {
-    "plain": {},
-    "bucket views": {"gradient_as_bucket_view": True},
-    "small buckets": {"bucket_cap_mb": 1e-5},
-    "find unused": {"find_unused_parameters": True},
-    "static graph": {"static_graph": True},
-}
 RULES: dict[str, Any] = {
     "Clip": lambda: Clip(0.5),
     "Clip, by parameter": lambda: Clip(0.5, by="parameter"),
@@ -48,13 +42,13 @@ def _check(found: dict[str, Tensor | None], expected: dict[str, Tensor | None]) 
     assert same_everywhere(found)
 
 
-@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("options", DDP_OPTIONS)
 @pytest.mark.parametrize("rule", RULES)
 def test_a_rule_for_each_rank_is_averaged(rule: str, options: str) -> None:
     if rule != "Clip" and options not in ("plain", "static graph"):
         pytest.skip("one rule is enough for the other options")
     model = network()
-    ddp = DistributedDataParallel(model, **OPTIONS[options])
+    ddp = DistributedDataParallel(model, **DDP_OPTIONS[options])
     engine = Engine(ddp.module)
     for step in range(3):
         X = poses() + step
@@ -67,7 +61,7 @@ def test_a_rule_for_each_rank_is_averaged(rule: str, options: str) -> None:
 @pytest.mark.parametrize("options", ["plain", "bucket views", "static graph"])
 def test_accumulation_without_talking(options: str) -> None:
     model = network()
-    ddp = DistributedDataParallel(model, **OPTIONS[options])
+    ddp = DistributedDataParallel(model, **DDP_OPTIONS[options])
     engine = Engine(ddp.module)
     if options == "static graph":  # torch itself fails if the first backward is one without talking
         gradients([model], lambda: engine.loss(_losses(ddp, mine(poses())), Clip(0.5)).backward())
@@ -82,7 +76,7 @@ def test_accumulation_without_talking(options: str) -> None:
     _check(gradients([model], step), _averaged("Clip", batches))
 
 
-@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("options", DDP_OPTIONS)
 @pytest.mark.parametrize("inside", [True, False])
 @pytest.mark.parametrize("rule", ["Clip", "Clip, by parameter", "Median"])
 def test_one_rule_of_all_rows(rule: str, inside: bool, options: str) -> None:
@@ -90,7 +84,7 @@ def test_one_rule_of_all_rows(rule: str, inside: bool, options: str) -> None:
     if rule == "Clip, by parameter" and options != "plain":
         pytest.skip("two rules are enough for the other options")
     model, alone = network(), network()
-    ddp = DistributedDataParallel(model, **OPTIONS[options])
+    ddp = DistributedDataParallel(model, **DDP_OPTIONS[options])
     engine, plain = Engine(ddp), Engine(alone)
     expected = gradients(
         [alone], lambda: plain.loss(_losses(alone, poses()), RULES[rule]()).backward()
@@ -146,17 +140,6 @@ def test_a_rank_without_losses_has_the_gradient_too() -> None:
         [alone], lambda: Engine(alone).loss(_losses(alone, X), Clip(0.5)).backward()
     )
     _check(found, expected)
-
-
-class Warm(nn.Module):
-    """A rule with a parameter of its own."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.beta = nn.Parameter(torch.tensor(0.7, dtype=torch.float64))
-
-    def forward(self, predictions: Tensor) -> Tensor:
-        return (torch.softmax(-self.beta * predictions, dim=0) * predictions).sum()
 
 
 def test_a_trained_rule_beside_heads_that_each_rank_has() -> None:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from posegrad.testing._seeded import seeded
 
-__all__ = ["FEATURES", "M", "drawn", "head", "losses", "taken", "trunk"]
+__all__ = ["FEATURES", "M", "Warm", "drawn", "head", "losses", "taken", "trunk"]
 
 FEATURES, M = 5, 6
 
@@ -41,3 +41,14 @@ def taken(tensors: Iterable[Tensor]) -> list[Tensor | None]:
     for t in tensors:
         t.grad = None
     return found
+
+
+class Warm(nn.Module):
+    """A rule with a parameter of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.beta = nn.Parameter(torch.tensor(0.7, dtype=torch.float64))
+
+    def forward(self, predictions: Tensor) -> Tensor:
+        return (torch.softmax(-self.beta * predictions, dim=0) * predictions).sum()

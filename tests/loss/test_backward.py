@@ -16,7 +16,7 @@ from posegrad.errors import (
     NotDifferentiableError,
     StaleParametersError,
 )
-from tests.loss.setting import drawn, head, losses, taken, trunk
+from tests.loss.setting import Warm, drawn, head, losses, taken, trunk
 
 
 class Failing(Weighting):
@@ -230,17 +230,6 @@ def test_hooks_of_parameters_run_once_on_what_is_delivered() -> None:
     Engine(model).loss(_losses(model), Clip(0.3)).backward()
     assert seen == ["before", "after"]
     torch.testing.assert_close(first.grad, 2 * _expected(Clip(0.3))[0])
-
-
-class Warm(nn.Module):
-    """A rule with a parameter of its own."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.beta = nn.Parameter(torch.tensor(0.7, dtype=torch.float64))
-
-    def forward(self, predictions: Tensor) -> Tensor:
-        return (torch.softmax(-self.beta * predictions, dim=0) * predictions).sum()
 
 
 def test_a_rule_s_own_parameters_get_theirs_in_the_backward() -> None:

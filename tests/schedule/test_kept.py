@@ -10,7 +10,7 @@ from torch_geometric.data import Batch, Data
 
 from posegrad import Best, Budget, Combination, Engine, Min, TopK
 from posegrad.testing import assert_matches_autograd
-from tests.models import FEATURES
+from tests.models import FEATURES, Gated
 from tests.schedule.test_budget import AtomSum, _join
 
 
@@ -88,18 +88,6 @@ def test_graphs_of_pyg() -> None:
 
 def test_light_poses_that_are_walked() -> None:
     assert _scored_again(_mlp(), list(torch.randn(40, FEATURES)), Best(), Tally()) == [FEATURES]
-
-
-class Gated(nn.Module):
-    """Predictions do not depend on the neighbours yet, but the gate's gradient does."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.linear = nn.Linear(FEATURES, 1)
-        self.gate = nn.Parameter(torch.zeros(()))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.linear(x) + self.gate * x.mean(0).sum()
 
 
 class Shared(nn.Module):

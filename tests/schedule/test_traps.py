@@ -18,7 +18,7 @@ from posegrad import (
 )
 from posegrad.testing import assert_matches_autograd
 from tests.device import DEVICE
-from tests.models import FEATURES, MODELS
+from tests.models import FEATURES, MODELS, Gated
 
 DEFERRED = ["store", "stream", "recompute"]
 
@@ -112,16 +112,6 @@ def test_poses_rebound_before_backward(schedule: str) -> None:
 
 @pytest.mark.parametrize("chunk_size", [1, 4])
 def test_coupled_poses_whose_predictions_hide_it(chunk_size: int) -> None:
-    # The gate is zero: predictions do not depend on the neighbours, but the gate's gradient does.
-    class Gated(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.linear = nn.Linear(FEATURES, 1)
-            self.gate = nn.Parameter(torch.zeros(()))
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.linear(x) + self.gate * x.mean(0).sum()
-
     poses = torch.stack(_poses(12))
     assert_matches_autograd(Gated(), poses, TopK(3), chunk_size=chunk_size)
 

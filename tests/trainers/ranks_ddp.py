@@ -11,6 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from posegrad import Engine, Mean, Min, MultiPose
 from posegrad.errors import PerPoseLossError, UnsupportedModuleError
+from tests.distributed.setting import DDP_OPTIONS
 from tests.trainers.oracle import (
     RULES,
     Compound,
@@ -21,14 +22,6 @@ from tests.trainers.oracle import (
     plain_loss,
     plain_step,
 )
-
-OPTIONS: dict[str, dict[str, Any]] = {
-    "plain": {},
-    "bucket views": {"gradient_as_bucket_view": True},
-    "small buckets": {"bucket_cap_mb": 1e-5},
-    "find unused": {"find_unused_parameters": True},
-    "static graph": {"static_graph": True},
-}
 
 
 def _loss(module: nn.Module, compound: Compound) -> Tensor:
@@ -46,12 +39,12 @@ def _both(schedule: str, rule: Any, **options: Any) -> tuple[DistributedDataPara
 
 SCHEDULES = ["stream", "recompute", "store", "retain"]
 STEPS = [(name, "plain") for name in RULES]
-STEPS += [(name, options) for name in SCHEDULES for options in OPTIONS if options != "plain"]
+STEPS += [(name, options) for name in SCHEDULES for options in DDP_OPTIONS if options != "plain"]
 
 
 @pytest.mark.parametrize(("name", "options"), STEPS)
 def test_steps_are_those_of_the_mean_over_ranks(name: str, options: str) -> None:
-    ddp, plain = _both(*RULES[name], **OPTIONS[options])
+    ddp, plain = _both(*RULES[name], **DDP_OPTIONS[options])
     optimizers = [torch.optim.Adam(m.parameters(), lr=0.05) for m in (ddp, plain)]
     batches = compounds(8)
     for step in range(4):  # buckets are built anew after the first; a static graph is known then
@@ -68,7 +61,7 @@ def test_steps_are_those_of_the_mean_over_ranks(name: str, options: str) -> None
 @pytest.mark.parametrize("options", ["plain", "bucket views", "static graph"])
 @pytest.mark.parametrize("name", [*SCHEDULES, "auto, trained"])
 def test_gradients_accumulate_without_talking(name: str, options: str) -> None:
-    ddp, plain = _both(*RULES[name], **OPTIONS[options])
+    ddp, plain = _both(*RULES[name], **DDP_OPTIONS[options])
     data = iter(compounds(20))
     # With a static graph, torch itself fails if the first backward is one without talking.
     for count in (1 if options == "static graph" else 3, 3, 3):
@@ -101,7 +94,7 @@ def test_several_compounds_in_one_call_of_a_rank(name: str) -> None:
 @pytest.mark.parametrize("options", ["plain", "find unused", "static graph"])
 @pytest.mark.parametrize("schedule", ["recompute", "store", "retain"])
 def test_losses_of_single_poses(schedule: str, options: str) -> None:
-    ddp, plain = _both(schedule, Learned, **OPTIONS[options])
+    ddp, plain = _both(schedule, Learned, **DDP_OPTIONS[options])
     batch = compounds(2)
     for _ in range(2):
         ddp.zero_grad()
@@ -115,7 +108,7 @@ def test_losses_of_single_poses(schedule: str, options: str) -> None:
 
 @pytest.mark.parametrize("options", ["plain", "find unused", "static graph"])
 def test_a_loss_of_single_poses_under_stream_is_an_error_here_too(options: str) -> None:
-    ddp, _ = _both("stream", Mean, **OPTIONS[options])
+    ddp, _ = _both("stream", Mean, **DDP_OPTIONS[options])
     _, per_pose = ddp(compounds(2)[dist.get_rank()][0])
     with pytest.raises(PerPoseLossError, match="schedule='recompute'"):
         per_pose.sum().backward()
@@ -143,7 +136,7 @@ def _routed(rank: int, step: int = 0) -> Compound:
 @pytest.mark.parametrize("schedule", ["stream", "recompute", "store"])
 def test_parameters_that_one_rank_does_not_use(schedule: str, options: str) -> None:
     ddp = DistributedDataParallel(
-        MultiPose(Experts(), Mean(), schedule=schedule), **OPTIONS[options]
+        MultiPose(Experts(), Mean(), schedule=schedule), **DDP_OPTIONS[options]
     )
     for step in range(4):
         plain = Experts()
@@ -166,7 +159,9 @@ def test_hooks_of_parameters_that_one_rank_does_not_use(schedule: str, options: 
     for p in model.parameters():
         p.register_hook(lambda gradient: seen.append(gradient) or gradient.clamp(-9, 9))
         p.register_post_accumulate_grad_hook(lambda p: seen.append(p.grad.clone()))
-    ddp = DistributedDataParallel(MultiPose(model, Mean(), schedule=schedule), **OPTIONS[options])
+    ddp = DistributedDataParallel(
+        MultiPose(model, Mean(), schedule=schedule), **DDP_OPTIONS[options]
+    )
     for step in range(4):
         plain = Experts()
         plain_step(plain, Mean(), [_routed(0, step), _routed(1, step)])

@@ -85,16 +85,14 @@ def _node_group(
         return {i: as_source(node, i, answers[i]) for i in arguments}
 
     if len(group) > 1:
-        batches = [torch.stack(column) for column in zip(*rows, strict=True)]
-        try:
-            with _quiet():
-                batch: dict[int, Tensor] = torch.func.vmap(gradients)(*batches)
-            weights = _even_weights([*batch.values()])
-            together = gradients(*[_weighted(weights, column) for column in batches])
-            if _adds_up(weights, [batch[i] for i in arguments], [together[i] for i in arguments]):
-                return batch
-        except RuntimeError:
-            pass  # an operator without a batching rule, or one that looks at values
+        found = _checked(
+            lambda batches: [*torch.func.vmap(gradients)(*batches).values()],
+            lambda sums: [*gradients(*sums).values()],
+            [torch.stack(column) for column in zip(*rows, strict=True)],
+        )
+        if found is not None:
+            pairs = zip(arguments, found, strict=True)
+            return {i: batch for i, batch in pairs if batch is not None}
     each = [gradients(*row) for row in rows]
     return {i: torch.stack([one[i] for one in each]) for i in arguments}
 
@@ -268,17 +266,43 @@ def _batched(
     *,
     is_sure: bool,
 ) -> list[Tensor | None] | None:
-    """Rows by one backward; None if it cannot run under vmap, as one by one all can."""
+    """Rows by one backward; None as of `_checked`."""
+    return _checked(
+        lambda cotangents: _grad(outputs, cotangents, sources, batched=True),
+        lambda cotangents: _grad(outputs, cotangents, sources, batched=False),
+        batches,
+        is_sure=is_sure,
+    )
+
+
+def _checked(
+    together: Callable[[list[Tensor]], Sequence[Tensor | None]],
+    alone: Callable[[list[Tensor]], Sequence[Tensor | None]],
+    batches: list[Tensor],
+    *,
+    is_sure: bool = False,
+) -> list[Tensor | None] | None:
+    """What a backward makes of a batch of cotangents, compared with what it makes of their sum.
+
+    Args:
+        together: Takes the batch, by torch's rules for batches.
+        alone: Takes cotangents without a batch.
+        batches: The cotangents `[rows, ...]` of each output.
+        is_sure: Whether to spare the comparison.
+
+    Returns:
+        The rows of each source; None if they are wrong, or if an operator takes no batch, as one
+        by one all do.
+    """
     try:
         with _quiet():
-            found = _grad(outputs, batches, sources, batched=True)
-        flowing = [g for g in found if g is not None]
+            found = [*together(batches)]
+        flowing = [rows for rows in found if rows is not None]
         if is_sure or not flowing:
-            return list(found)
+            return found
         weights = _even_weights(flowing)
         sums = [_weighted(weights, batch) for batch in batches]
-        alone = _grad(outputs, sums, sources, batched=False)
-        return list(found) if _adds_up(weights, found, alone) else None
+        return found if _adds_up(weights, found, alone(sums)) else None
     except RuntimeError:
         return None
 
