@@ -363,3 +363,57 @@ def test_an_entry_of_several_numbers_that_is_not_there_is_refused() -> None:
     for index in (4, -5, torch.tensor(7)):
         with pytest.raises(IndexError, match="has 4 entries along dimension 0"):
             J[index]
+
+
+def test_the_nan_of_another_entry_does_not_reach_a_row() -> None:
+    for shape in ((), (2,)):
+        model = nn.Linear(2, 2) if shape else nn.Sequential(nn.Linear(2, 1), nn.Flatten(0))
+        x = torch.tensor([[1.0, 2.0], [torch.nan, 0.0], [3.0, 4.0]])
+        J = Engine(model, check="never").jacobian(model(x))
+        for i in (0, 2):
+            assert all(rows.isfinite().all() for rows in J[i].values())
+        for i, rows in enumerate(J):
+            for name, own in rows.items():
+                torch.testing.assert_close(own, J.block(name)[i], equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int32])
+def test_numbers_of_any_kind_pick_entries(dtype: torch.dtype) -> None:
+    model = nn.Linear(2, 1)
+    J = Engine(model).jacobian(model(torch.randn(200, 2)).squeeze(1))
+    index = torch.tensor([0, 3], dtype=dtype)
+    for picked in (J[index], J[index.numpy()], J[[0, 3]]):
+        torch.testing.assert_close(picked.matrix(), J.matrix()[[0, 3]])
+    mask = torch.arange(200) % 7 == 0
+    torch.testing.assert_close(J[mask.numpy()].matrix(), J.matrix()[mask])
+
+
+def test_whole_numbers_have_a_solution_that_is_not_cut() -> None:
+    model = nn.Linear(2, 1)
+    J = Engine(model).jacobian(model(torch.eye(2)).squeeze(1))
+    w = J.solve(torch.tensor([3, 0]), damping=1.0)
+    torch.testing.assert_close(w, J.solve(torch.tensor([3.0, 0.0]), damping=1.0))
+
+
+def test_the_coarsest_dtype_tells_what_is_rounding() -> None:
+    torch.manual_seed(0)
+    narrow, wide = nn.Linear(3, 8, bias=False), nn.Parameter(torch.zeros(1, dtype=torch.float64))
+    x = torch.randn(1, 3)
+    alike = torch.cat([x, x * torch.tensor([1 + 1.2e-7, 1, 1])])
+    model = nn.ModuleList([narrow])
+    model.register_parameter("wide", wide)
+    J = Engine(model).jacobian(narrow(alike).sum(1).double() + wide)
+    with pytest.raises(IllConditionedError, match="rounding errors"):
+        J.solve(torch.tensor([1.0, 0.0]))
+
+
+@pytest.mark.parametrize(("small", "large"), [(1e-23, 1e15), (1e-25, 1e25)])
+def test_a_gramian_whose_factors_leave_float32_is_that_of_the_rows(
+    small: float, large: float
+) -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(4, 4, bias=False)
+    x, c = torch.randn(2, 3, 4)
+    J = Engine(model).jacobian((model(x * small) * (c * large)).sum(1))
+    rows = J.matrix().double()
+    torch.testing.assert_close(J.gramian().double(), rows @ rows.mT, rtol=1e-5, atol=0)

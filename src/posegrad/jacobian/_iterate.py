@@ -2,8 +2,10 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from itertools import product
+from numbers import Integral
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -44,7 +46,7 @@ def picks_one(index: Any) -> bool:
     """Whether an index is that of a row, or a tuple of numbers; else it picks several."""
     if isinstance(index, Tensor):
         return index.ndim == 0 and index.dtype != torch.bool
-    return isinstance(index, tuple) or (hasattr(index, "__index__") and not isinstance(index, bool))
+    return isinstance(index, tuple) or (isinstance(index, Integral) and not isinstance(index, bool))
 
 
 def numbers_along(index: Any, shape: torch.Size) -> Tensor:
@@ -58,7 +60,7 @@ def numbers_along(index: Any, shape: torch.Size) -> Tensor:
     count = shape[0]
     if isinstance(index, slice):
         return torch.tensor(range(count)[index], dtype=torch.long)
-    is_listed = isinstance(index, Sequence) and not isinstance(index, str)
+    is_listed = isinstance(index, Sequence | np.ndarray) and not isinstance(index, str)
     found = torch.as_tensor(index).cpu() if is_listed or isinstance(index, Tensor) else None
     if found is not None and found.dtype == torch.bool and found.shape == (count,):
         return found.nonzero().squeeze(1)
@@ -70,10 +72,11 @@ def numbers_along(index: Any, shape: torch.Size) -> Tensor:
             f"output.\nPass a number, a tuple with a number for each dimension, a slice, a mask "
             f"[{count}], or a list of numbers."
         )
+    found = found.long()
     wrong = found[(found < -count) | (found >= count)].tolist()
     if wrong:
         raise IndexError(f"J has {count} entries along dimension 0, but was asked for {wrong}.")
-    return found.long() % max(count, 1)
+    return found % max(count, 1)
 
 
 def one_at(index: Any, predictions: Tensor) -> Tensor:

@@ -126,8 +126,9 @@ class Jacobian(ABC):
 
         Note:
             :math:`J v` takes the change of each layer's output along v, one product a layer, and no
-            weight gradient: a third of a plain step. Of k directions each takes that, or J is
-            multiplied by rows, if they are cheaper and not more than twice the factors.
+            weight gradient: a third of a plain step. k directions take k times that; or rows are
+            formed once and multiplied, if that is cheaper and they hold at most twice what the
+            factors do.
             :math:`J K^\top` takes, parameter by parameter, products of factors or of rows,
             whichever are cheaper, as `gramian` does.
 
@@ -340,13 +341,13 @@ class Jacobian(ABC):
             damping: :math:`\lambda`, not negative, in the unit of `gramian`.
 
         Returns:
-            w, of `output_shape`, in the dtype of r.
+            w, of `output_shape`, in the dtype of r; of whole numbers r, in that of the rows.
 
         Raises:
             ShapeMismatchError: if r has another shape.
             ValueError: if the damping is negative.
             IllConditionedError: if rows depend on each other so nearly that w would be made of
-                rounding errors.
+                the rounding errors of the parameters' coarsest dtype.
             NonFiniteGradientError: if rows are nan or infinite.
 
         Note:
@@ -360,10 +361,11 @@ class Jacobian(ABC):
         """
         right = checked_weights(r, self.output_shape)
         damping = checked_damping(damping)
-        eps = torch.finfo(self._kind).eps  # of the rows
+        eps = max((torch.finfo(dtype).eps for dtype in self._dtypes), default=0.0)  # of the rows
         gramian = self._gram_in_double()
         found = solved(gramian, right.reshape(-1).to(gramian.device), damping, eps)
-        return found.reshape(self.output_shape).to(r.device, r.dtype)
+        dtype = r.dtype if r.is_floating_point() else self._kind
+        return found.reshape(self.output_shape).to(r.device, dtype)
 
     @overload
     def __getitem__(self, index: Index) -> dict[str, Tensor]: ...
@@ -384,8 +386,9 @@ class Jacobian(ABC):
             IndexError: if it is out of range or none of these.
 
         Note:
-            A row takes one `combine`. A Jacobian of some rows copies what it holds of the factors,
-            or, where a layer cannot be taken apart so, rows.
+            A Jacobian of some rows copies what it holds of their factors, or, where a layer cannot
+            be taken apart so, rows. Each number that `J[i]` belongs to takes that for one entry,
+            and a `combine` of it; over ranks a `combine` of all rows.
 
         Example:
             >>> model = nn.Linear(2, 1)
@@ -400,7 +403,7 @@ class Jacobian(ABC):
         return self._picked(numbers_along(index, self.output_shape))
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        """For each entry of dimension 0 its rows, by parameter; a `combine` for each of these."""
+        """For each entry of dimension 0 its rows, by parameter: `J[0]`, `J[1]`, ..."""
         return each(self.output_shape, self._gradient)
 
     def _row(self, index: Any) -> dict[str, Tensor]:

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import reduce
-from typing import final
+from typing import Any, final
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from posegrad.jacobian._backwards import ONE, Backwards
 from posegrad.jacobian._block import Block, join
 from posegrad.jacobian._deliver import Gradient, deliver_step, gradient_of
 from posegrad.jacobian._directions import Directions
+from posegrad.jacobian._iterate import one_at
 from posegrad.jacobian._parts import Weights, checked_weights
 from posegrad.jacobian._precision import exact, wide
 from posegrad.jacobian._products import Products, added, inner_products
@@ -126,6 +127,14 @@ class PoseJacobian(Jacobian):
         # cotangents that both need.
         found = {name: self._working[name].combine(flat) for name in reversed(self._working)}
         return {name: found[name] for name in self._working}
+
+    def _gradient(self, index: Any) -> dict[str, Tensor]:
+        weights = one_at(index, self.predictions)
+        if not weights.ndim:
+            return self.combine(weights)
+        entry = weights.flatten(1).any(1).nonzero()[0] if weights.ndim > 1 else weights.nonzero()[0]
+        # Its rows alone, for zero times the nan of another pose is nan.
+        return self._picked(entry).combine(weights[entry])
 
     def backward(
         self, rule: Tensor | AnyRule, *, scaler: torch.amp.GradScaler | None = None
@@ -261,6 +270,8 @@ class PoseJacobian(Jacobian):
         grams = (self._gramian_of(name, products, dtype) for name in self.used)
         total = added(grams, self._device)
         if total is not None:
+            if left_range(total.diagonal(), self._working.values()):
+                return self._gram_in_double().to(total)
             return total
         count = self.predictions.numel()
         return self._zeros(count, count).to(dtype or self._kind)
