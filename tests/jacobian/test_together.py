@@ -1,10 +1,13 @@
 """Small networks, whose rows are taken all together once their structure is known."""
 
+import contextlib
+import warnings
+
 import pytest
 import torch
 from torch import Tensor, nn
 
-from posegrad import Clip, Engine, Mean
+from posegrad import Clip, Engine, Mean, PosesMixError
 from posegrad.graph import _together
 from tests import reference
 from tests.architectures import ARCHITECTURES
@@ -126,3 +129,30 @@ def test_a_clipped_step_is_that_of_plain_autograd() -> None:
         expected = reference.product(weights, rows, parameters)
         for name, p in parameters.items():
             torch.testing.assert_close(p.grad, expected[name], msg=f"{name}, step {step}")
+
+
+@pytest.mark.parametrize("mix", ["index", "gather", "where", "one hot", "mask times mean"])
+def test_noise_notices_poses_that_mix_by_their_numbers(mix: str) -> None:
+    first, last = nn.Linear(3, 4).double(), nn.Linear(4, 1).double()
+    own, others = torch.arange(5), torch.tensor([1, 0, 0, 2, 4])
+    ways = {
+        "index": lambda h, i: h + h[i],
+        "gather": lambda h, i: h + h.gather(0, i[:, None].expand_as(h)),
+        "where": lambda h, i: h + torch.where((i == own)[:, None], h, h.roll(1, 0)),
+        "one hot": lambda h, i: h + nn.functional.one_hot(i, 5).double() @ h,
+        "mask times mean": lambda h, i: h + (i != own).any() * h.mean(0),
+    }
+
+    def losses(neighbour: Tensor) -> Tensor:
+        h = torch.tanh(first(torch.randn(5, 3, dtype=torch.float64)))
+        return last(torch.tanh(ways[mix](h, neighbour))).squeeze(1)
+
+    engine = Engine(nn.Sequential(first, last))
+    rule = Clip(1.0, noise_multiplier=1.0, generator=torch.Generator().manual_seed(0))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        for neighbour in (own, own, own, others, others):
+            with contextlib.suppress(PosesMixError):  # some are taken for mixing from the start
+                engine.backward(losses(neighbour), rule)
+        with pytest.raises(PosesMixError, match="would not be private"):
+            engine.backward(losses(others), rule)

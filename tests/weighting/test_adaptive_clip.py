@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from posegrad import AdaptiveClip, Clip, Engine
+from posegrad import AdaptiveClip, Clip, Engine, PosesMixError
 from posegrad.testing._seeded import seeded
 
 
@@ -77,8 +77,39 @@ def test_gradient_and_count_share_the_noise() -> None:
     for found, gradient in zip(_taken(model), plain, strict=True):
         noise = deviation * torch.randn(gradient.shape, generator=generator)
         torch.testing.assert_close(found, gradient + noise, rtol=1e-6, atol=1e-6)
-    count = float((norms <= 0.5).sum()) + 2.0 * float(torch.randn((), generator=generator))
-    assert rule.max_norm == pytest.approx(0.5 * math.exp(-0.2 * (count / 8 - 0.5)), rel=1e-6)
+    beyond = float((norms <= 0.5).sum()) - len(norms) / 2  # by a half a pose that comes or goes
+    beyond += 2.0 * float(torch.randn((), generator=generator))
+    assert rule.max_norm == pytest.approx(0.5 * math.exp(-0.2 * beyond / 8), rel=1e-6)
+
+
+def test_a_pose_that_comes_spends_no_more_than_is_stated() -> None:
+    def one(values: list[float], count_noise: float) -> tuple[float, float, float]:
+        model = nn.Linear(1, 1, bias=False).double()
+        rule = AdaptiveClip(
+            0.5, 1.0, rate=1.0, noise_multiplier=1.0, count_noise=count_noise, expected=10,
+            generator=seeded(0),
+        )  # fmt: skip
+        greatest = rule.greatest
+        x = torch.tensor(values, dtype=torch.float64)[:, None]
+        Engine(model).backward(model(x).squeeze(1), rule)
+        return model.weight.grad.item(), math.log(rule.max_norm), greatest
+
+    for count_noise in (0.51, 1.0, 2.0):
+        first, bound, greatest = one([0.5, 0.7], count_noise)
+        other, moved, _ = one([0.5, 0.7, 1.0], count_noise)
+        shift = math.hypot((other - first) / greatest, (moved - bound) / (count_noise / 10))
+        assert shift < 1 + 1e-6  # in units of the noise: 1 / noise_multiplier
+
+
+@pytest.mark.filterwarnings("ignore:The predictions of different poses depend:UserWarning")
+def test_what_was_refused_is_not_counted() -> None:
+    rule = AdaptiveClip(0.5, noise_multiplier=1.2, expected=100, generator=seeded(0))
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 1))
+    for _ in range(2):
+        losses = model(torch.randn(5, 3)).squeeze(1)
+        with pytest.raises(PosesMixError, match="would not be private"):
+            Engine(model).backward(losses, rule)
+    assert rule.get_extra_state()["counted"] == (0.0, 0)
 
 
 def test_its_state_is_saved_and_goes_on() -> None:

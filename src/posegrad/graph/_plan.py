@@ -9,7 +9,7 @@ from posegrad._torch import device_of
 from posegrad.graph._edges import Edge, EdgeRegistry
 from posegrad.graph._operators import kind_of
 from posegrad.graph._read import Entry, Operator, Reader
-from posegrad.graph._recipe import Recipe
+from posegrad.graph._recipe import Recipe, slow_parameters
 from posegrad.graph._recurrent import Opening
 from posegrad.graph._release import Slot
 from posegrad.graph._sites import Site
@@ -97,6 +97,7 @@ class SettledPlan:
         left: The slots that the backward does not free.
         declined: The sites whose closed form does not serve these cotangents.
         together: Whether all rows are taken together.
+        is_open: Whether there is no other way, as poses mix in front of all parameters.
         is_sure: Whether that was seen to be right.
     """
 
@@ -106,6 +107,7 @@ class SettledPlan:
     left: list[Slot]
     declined: frozenset[Site]
     together: bool
+    is_open: bool = False
     is_sure: bool = False
 
     @classmethod
@@ -123,11 +125,14 @@ class SettledPlan:
         axes = subject.axes(arrangement) if several and not is_open else {}
         if several and any(edge not in axes for site in recipe.sites for edge in site.edges):
             is_open = True
+        if is_open:  # whether poses mix must not depend on numbers: nobody looks at it again
+            known = {*recipe.by_rows, *slow_parameters(recipe)}
+            together &= known >= subject.parameters.keys()
         if is_open and not together:
             return None
         plan = Plan.of(subject, recipe)
         if is_open:
-            return cls(plan, None, _one_each(slots), [], frozenset(), together)
+            return cls(plan, None, _one_each(slots), [], frozenset(), together, is_open=True)
         read = {use.site.node for use in plan.uses} | {*plan.operators}
         freed = {*registry.above(read)}
         packable = _one_each(slots if together else [slot for slot in slots if slot[0] in read])

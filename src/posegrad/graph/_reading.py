@@ -99,17 +99,20 @@ class Reading:
         Returns:
             None if something is special this time; the graph is as it was.
         """
-        plan, registry = settled.plan, self.registry
+        registry = self.registry
         if any(is_packed_at(registry.nodes[number], name) for number, name in settled.packable):
             return None  # by a checkpoint, which had better be read in one go
         if settled.together:
+            if not settled.is_open and not self._stay_apart(settled):
+                return None
             parts = self._together(settled)
             if parts is not None and not keep_graph:
                 release(registry, slots)
-            settled.together = settled.is_sure = parts is not None
-            if settled.together:
+            settled.together = parts is not None
+            if parts is not None:
+                settled.is_sure |= any(p.is_live() for own in parts.values() for p in own)
                 return parts
-        if plan.recipe.by_rows:
+        if settled.is_open:
             return None
         return self._use_by_use(settled, slots, keep_graph=keep_graph)
 
@@ -122,13 +125,11 @@ class Reading:
         for use, form in zip(plan.uses, forms, strict=True):
             if form is None and use.reader and use.site not in settled.declined:
                 return None
+        if not self._stay_apart(settled):
+            return None
         layouts: list[Layout | None] | None = None
         if settled.layouts is not None:
             layouts = [*settled.layouts]
-        elif plan.arrangement.poses > 1:
-            axes = self.subject.axes(plan.arrangement)
-            if not all(edge in axes for edge in plan.edges):
-                return None
         frees = settled.spares_graph and not keep_graph
         columns = self._columns(plan, keep_graph=not frees)
         settled.count(self.subject)
@@ -140,6 +141,14 @@ class Reading:
         if not keep_graph:
             release(registry, settled.left if frees else slots)
         return parts
+
+    def _stay_apart(self, settled: SettledPlan) -> bool:
+        """Whether the poses of this graph can be followed to all that is read."""
+        plan = settled.plan
+        if settled.layouts is not None or plan.arrangement.poses == 1:
+            return True
+        axes = self.subject.axes(plan.arrangement)
+        return all(edge in axes for edge in plan.edges)
 
     def open(self, recipe: Recipe, trial: Trial) -> Parts:
         """The parts by a recipe and the cotangents of a trial, which is emptied on the way."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from posegrad._restoring import restoring
-from posegrad._torch import backward_into_leaves
+from posegrad._torch import backward_into_leaves, memory_of
 from posegrad.errors import NonFiniteGradientError, NonFinitePredictionError
 from posegrad.jacobian._exchange import grad_apart
 from posegrad.weighting._base import GradientRule, Jacobian, Step
@@ -118,10 +118,23 @@ def owned(gradients: dict[str, Tensor]) -> list[Tensor]:
     """Some gradients, of which nobody else holds any; the dict is emptied."""
     own = [*gradients.values()]
     gradients.clear()
-    for i in range(len(own)):  # by number: a name for a gradient would hold it too
-        if sys.getrefcount(own[i]) > _HELD_BY_A_LIST:  # by the rule
-            own[i] = own[i].clone()
+    _part(own)
     return own
+
+
+def _part(gradients: list[Tensor]) -> None:
+    """Copies those that somebody else holds, or whose memory is that of one before.
+
+    A rule may hold on to what it returned, or have returned it, or another view of it, for two
+    parameters.
+    """
+    seen: set[int] = set()
+    for i in range(len(gradients)):  # by number: a name for a gradient would hold it too
+        memory = memory_of(gradients[i])
+        if sys.getrefcount(gradients[i]) > _HELD_BY_A_LIST or memory in seen:
+            gradients[i] = gradients[i].clone()
+        if memory > 0:  # what is empty or sparse has none
+            seen.add(memory)
 
 
 def deliver(parameters: Sequence[Tensor], gradients: list[Tensor]) -> None:
@@ -139,10 +152,9 @@ def deliver(parameters: Sequence[Tensor], gradients: list[Tensor]) -> None:
     """
     if not parameters:
         return
+    _part(gradients)
     for i, p in enumerate(parameters):
-        # A rule may hold on to what it returned, or have returned it for two parameters.
-        is_held = sys.getrefcount(gradients[i]) > _HELD_BY_A_LIST
-        if is_held or gradients[i].stride() != p.stride():
+        if gradients[i].stride() != p.stride():
             gradients[i] = torch.empty_like(p).copy_(gradients[i])
     with torch.enable_grad():
         views = tuple([p.view_as(p) for p in parameters])

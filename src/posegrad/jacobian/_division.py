@@ -64,8 +64,8 @@ class Division:
                 cotangents=tuple([self._cotangent(b, part.layout) for b in part.cotangents]),
             )
         rows = part.rows() if self._numbers is None else part.rows()[self.kept]
-        weights = self._own.reciprocal().to(rows.device, rows.dtype)
-        return Rows(part.path, 0, rows * weights.reshape(-1, *[1] * (rows.ndim - 1)))
+        weights = self._own.to(rows.device, rows.dtype)
+        return Rows(part.path, 0, rows / weights.reshape(-1, *[1] * (rows.ndim - 1)))
 
     def _layout(self, layout: Layout) -> Layout:
         if self._numbers is None:
@@ -94,5 +94,8 @@ class Division:
             return cotangent.clone() if memory_of(cotangent) in self._foreign else cotangent
         if self._even is not None:
             return wide(cotangent) / self._even
-        inverse = torch.where(self.kept, self._weights, 1).reciprocal()
-        return layout.weigh(wide(cotangent), inverse)
+        whole = wide(cotangent)
+        inverse = torch.where(self.kept, self._weights, 1).double().reciprocal()
+        if bool((inverse.abs() > torch.finfo(whole.dtype).max).any()):  # that of a tiny weight
+            return layout.weigh(whole.double(), inverse).to(whole.dtype)
+        return layout.weigh(whole, inverse)

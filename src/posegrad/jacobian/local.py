@@ -26,8 +26,9 @@ from posegrad.weighting._rules import AnyRule, as_gradient_rule
 
 __all__ = ["PoseJacobian"]
 
-_MIXED = ("poses mix", "a few numbers put together")
-"""In the path of a parameter's rows: poses influence each other, or nobody has looked."""
+_MIXED = ("poses mix", "a few numbers put together", "no closed form for this layout")
+"""In the path of a parameter's rows: poses influence each other; nobody has looked; or one row of
+an activation has numbers of several poses, as after a sort of each column."""
 
 
 @final

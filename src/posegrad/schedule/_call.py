@@ -226,7 +226,7 @@ class Setting:
         """What poses have in common whose graphs are alike but for their size."""
         kinds = tuple([(t.dtype, t.ndim, t.requires_grad) for t in tensors_of(pose)])
         parts = tuple([part.training for part in self._parts()])
-        trained = sum([p.requires_grad for p in parameters])
+        trained = tuple([p.requires_grad for p in parameters])
         return type(pose), how, kinds, parts, trained, torch.is_autocast_enabled("cpu")
 
     def _tensors(self) -> Iterator[Tensor]:

@@ -64,12 +64,13 @@ def _run(call: Call, gatherer: Gatherer, *, wary: bool) -> tuple[Combined, bool]
     request, ranks = call.request, call.ranks
     name = choose(request)
     wary |= call.has_hooks
+    differentiates = torch.is_grad_enabled() or request.sharded
     portions = call.portions(
-        light=name in ("stream", "recompute") and not wary,
+        light=name in ("stream", "recompute") and not wary and differentiates,
         whole=name == "retain",
         reserved=rows(request.load) if name == "store" and request.measured else 0.0,
     )
-    if name == "retain" or not (torch.is_grad_enabled() or request.sharded):
+    if name == "retain" or not differentiates:
         combined, portions = _retained(call, portions)
         if combined is not None:
             return combined, False

@@ -127,8 +127,11 @@ class Start:
         modules = [torch.get_device_module(device) for device in self._devices]
         pairs = zip(modules, self._devices, strict=True)
         self._states = [module.get_rng_state(device) for module, device in pairs]
-        own = [b for *_, buffers in tables_of(parts) for b in buffers.values() if b is not None]
-        self._buffers = [(buffer, buffer.detach().clone()) for buffer in own]
+        self._buffers = [
+            (part, name, buffer, None if buffer is None else buffer.detach().clone())
+            for part, (*_, own) in zip(parts, tables_of(parts), strict=True)
+            for name, buffer in own.items()
+        ]
 
     def put_back(self) -> None:
         """Makes them what they were."""
@@ -136,8 +139,10 @@ class Start:
         for device, state in zip(self._devices, self._states, strict=True):
             torch.get_device_module(device).set_rng_state(state, device)
         with torch.no_grad():
-            for buffer, value in self._buffers:
-                buffer.copy_(value)
+            for part, name, buffer, value in self._buffers:
+                setattr(part, name, buffer)  # a forward may have put another one there
+                if buffer is not None and value is not None:
+                    buffer.copy_(value)
 
 
 @final

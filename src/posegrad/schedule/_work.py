@@ -35,7 +35,10 @@ def work_of(division: Division, parameters: Iterable[Tensor], *, uses_up: bool) 
         graph=graph,
         gradient=bytes_of(p for p in parameters if p.requires_grad),
         budget=known.budget,
-        apart=known.has_rows and (alone or known.is_apart(stated=division.is_stated)),
+        # What has no count may be a generator, which cannot be scored once more without rows.
+        apart=known.has_rows
+        and division.count is not None
+        and (alone or known.is_apart(stated=division.is_stated)),
         whole=division.whole,
         picks=not known.draws and (division.walked or known.picks is not False),
         walked=division.walked,

@@ -204,7 +204,7 @@ class _Tape:
         start = self._session.own.start + chunk.numbers.start
         own = torch.tensor(kept, device=self.predictions.device)
         expected = self.predictions[start + own]
-        if not _is_alike(found.detach(), expected, _sizes(self.predictions).max()):
+        if not _is_alike(found.detach(), expected):
             return None
         weights = cotangent[chunk.numbers.start + own.to(cotangent.device)]
         return self._session.inputs.gradients(found, weights, leaves)
@@ -269,11 +269,11 @@ def _sizes(values: Tensor) -> Tensor:
     return values.abs().flatten(1).amax(dim=1) if values.ndim > 1 else values.abs()
 
 
-def _is_alike(found: Tensor, expected: Tensor, size: Tensor) -> bool:
-    """Equal up to the rounding of kernels that go by the number of rows."""
+def _is_alike(found: Tensor, expected: Tensor) -> bool:
+    """Equal up to the rounding of kernels that go by the number of rows, each by its own size."""
     if (found.shape, found.dtype) != (expected.shape, expected.dtype):
         return False
-    bound = torch.finfo(expected.dtype).eps ** 0.5 * size
+    bound = torch.finfo(expected.dtype).eps ** 0.5 * _sizes(expected)
     return bool((_sizes(found - expected) <= bound).all())
 
 

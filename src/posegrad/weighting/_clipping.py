@@ -125,8 +125,8 @@ def _check_apart(mixed: Sequence[str]) -> None:
     """Refuses rows that other poses move too, so that noise hides no pose."""
     if mixed:
         raise PosesMixError(
-            f"Poses influence each other on their way from {listed(mixed)}: one pose "
-            f"moves the rows of others too, so shortening its own row bounds nothing, and the "
-            f"noise does not hide it. The step would not be private.\n"
+            f"Poses may influence each other on their way from {listed(mixed)}: if one pose "
+            f"moves the rows of others too, shortening its own row bounds nothing, and the noise "
+            f"does not hide it. The step would not be private.\n"
             f"Use GroupNorm or LayerNorm in place of batch statistics, and no mean over the batch."
         )

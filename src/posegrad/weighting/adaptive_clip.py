@@ -20,12 +20,13 @@ class AdaptiveClip(Clipping):
 
     .. math::
         C \leftarrow C\, e^{-\eta (\tilde b - q)}, \qquad
-        \tilde b = \frac1n \left( \sum_i [\lVert g_i \rVert \le C] + \mathcal N(0, \sigma_b^2)
-        \right)
+        \tilde b = \frac12 + \frac1n \left( \sum_i
+        \left( [\lVert g_i \rVert \le C] - \frac12 \right) + \mathcal N(0, \sigma_b^2) \right)
 
     after each step: q of the poses are to have a gradient that is not shortened. The count costs
-    privacy too. So that both together cost what `Clip` costs with the noise :math:`\sigma`, the
-    gradient gets :math:`(\sigma^{-2} - (2 \sigma_b)^{-2})^{-1/2}` times C.
+    privacy too; a pose that comes or goes moves it by a half. So that both together cost what
+    `Clip` costs with the noise :math:`\sigma`, the gradient gets
+    :math:`(\sigma^{-2} - (2 \sigma_b)^{-2})^{-1/2}` times C.
 
     Args:
         quantile: q, between 0 and 1.
@@ -89,6 +90,7 @@ class AdaptiveClip(Clipping):
             self.count_noise = _count_noise(self.noise_multiplier, count_noise, self.expected)
         self._unshortened = 0.0
         self._seen = 0
+        self._latest = 0.0, 0  # of the gradients that are being made
 
     def forward(self, gramian: Tensor, predictions: Tensor) -> Tensor:
         return self._shortening(gramian.diagonal().clamp(min=0).sqrt())
@@ -108,23 +110,30 @@ class AdaptiveClip(Clipping):
         norms = finite_norms(jacobian)
         weights = self._shortening(norms)
         gradients = jacobian.combine(weights)
-        self._unshortened += float((norms <= self.max_norm).sum())
-        self._seen += norms.numel()
+        self._latest = float((norms <= self.max_norm).sum()), norms.numel()
         return Step(gradients, weights)
 
     def step(self, jacobian: Jacobian) -> Step:
-        step = super().step(jacobian)
+        try:
+            step = super().step(jacobian)
+        except BaseException:
+            if self._is_last:  # the step is lost, and what was counted for it
+                self._unshortened, self._seen = 0.0, 0
+            raise
+        unshortened, seen = self._latest
+        self._unshortened += unshortened
+        self._seen += seen
         if self._is_last:
             self._follow()
         return step
 
     def _follow(self) -> None:
         """Moves C by what was counted since it last moved."""
-        count, of = self._unshortened, self.expected or self._seen
+        beyond, of = self._unshortened - self._seen / 2, self.expected or self._seen
         if self.has_noise:
-            count += float(self._normal(torch.Size(()), self.count_noise))
+            beyond += float(self._normal(torch.Size(()), self.count_noise))
         if of:
-            self.max_norm *= math.exp(-self.rate * (count / of - self.quantile))
+            self.max_norm *= math.exp(-self.rate * (beyond / of + 0.5 - self.quantile))
         self._unshortened, self._seen = 0.0, 0
 
     def _shortening(self, norms: Tensor) -> Tensor:
