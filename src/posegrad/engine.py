@@ -20,6 +20,7 @@ from posegrad.schedule._gather import Loss, gather, in_form
 from posegrad.schedule._loss import LossCall
 from posegrad.schedule._plan import Plan, ReadingPlan, may_be_output, reading_plan
 from posegrad.schedule._poses import Pose
+from posegrad.schedule._replay import Start
 from posegrad.schedule._session import Combined
 from posegrad.schedule._tiles import gramian
 from posegrad.weighting._batches import check_batches
@@ -366,12 +367,16 @@ class Engine:
 
         Raises:
             NoPosesError: if there are none, or no others.
+            ReplayError: if poses that are scored again give other predictions.
             UnsupportedModuleError: if several processes share the poses. Other errors are
                 `gather`'s.
 
         Note:
-            Time: of B blocks some `B^2 / 2` are gathered, of B and B' some `B B'`; with one block
-            each pose is scored once. Memory: two blocks, the graph of a chunk, and the result.
+            Time: of B blocks some `B^2 / 2` are gathered, of B and B' some `B B'`, and the first
+            poses once more to see what they hold. Memory: two blocks, the graph of a chunk, the
+            result, and for each block a copy of the buffers: what is scored again finds the random
+            state and the buffers of the first time. Blocks end where chunks of a stated
+            `chunk_size` do; under a `Budget`, each block begins a chunk.
 
         Example:
             >>> Engine(nn.Linear(3, 1)).gramian(torch.randn(50, 3), torch.randn(20, 3)).shape
@@ -388,7 +393,8 @@ class Engine:
             kept = in_form("auto")
             return PoseJacobian.joined(self._gathered(part, parameters, loss, kept, start))
 
-        return gramian(poses, other, own, self._block_bytes)
+        note = partial(Start, parameters.values(), self._roster.parts())
+        return gramian(poses, other, own, self._block_bytes, self._setting.stated_chunk, note)
 
     def project(
         self, poses: Iterable[Pose], k: int, seed: int = 0, *, loss: Loss | None = None

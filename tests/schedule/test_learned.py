@@ -1,4 +1,4 @@
-"""Calls that once were wrong without a word, or failed, as an engine had learned something before."""
+"""Calls that once were wrong in silence, or failed, as an engine had learned something before."""
 
 import functools
 

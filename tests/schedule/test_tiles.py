@@ -1,15 +1,17 @@
 """The Gramian of more rows than fit, tile by tile."""
 
+import warnings
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from posegrad import Engine, NoPosesError
+from posegrad import Engine, NoPosesError, ReplayError
 from posegrad.schedule._tiles import _tiles
 from posegrad.testing import peak_live_bytes
 
@@ -118,3 +120,38 @@ def test_what_has_no_rows_is_refused() -> None:
         engine.gramian([])
     with pytest.raises(NoPosesError, match="no rows to multiply"):
         engine.gramian(_poses(3, 0), [])
+
+
+def test_tiles_of_a_network_with_dropout_are_of_one_network() -> None:
+    net = nn.Sequential(nn.Linear(6, 20), nn.Dropout(0.5), nn.Linear(20, 1)).double()
+    poses = torch.randn(60, 6, dtype=F64)
+    before = torch.get_rng_state()
+    G = Engine(net, memory=20_000).gramian(poses)
+    assert float(torch.linalg.eigvalsh(G)[0]) > -1e-9  # rows of 60 networks, each drawn once
+    torch.testing.assert_close(G, G.T)
+    assert not torch.equal(torch.get_rng_state(), before)
+
+
+def test_blocks_end_where_stated_chunks_do() -> None:
+    net = nn.Sequential(nn.Linear(6, 20), nn.BatchNorm1d(20), nn.Tanh(), nn.Linear(20, 1)).double()
+    poses = torch.randn(60, 6, dtype=F64)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        expected = Engine(net, chunk_size=4).gather(poses).gramian()
+        for memory in (24_000, 40_000):
+            net[1].reset_running_stats()
+            G = Engine(net, chunk_size=4, memory=memory).gramian(poses)
+            torch.testing.assert_close(G, expected)
+            assert int(net[1].num_batches_tracked) == 15
+
+
+def test_poses_that_change_when_they_are_fetched_are_refused() -> None:
+    class Augmented:
+        def __len__(self) -> int:
+            return 60
+
+        def __getitem__(self, number: int) -> Tensor:
+            return torch.from_numpy(np.random.standard_normal(6))
+
+    with pytest.raises(ReplayError, match=r"other predictions.*for another tile"):
+        Engine(nn.Linear(6, 1).double(), memory=4_000).gramian(Augmented())

@@ -105,6 +105,11 @@ class Setting:
         self.memory = checked_memory(memory, modules)
         self._meter = Meter(self.memory, self._tensors, on_cpu=on_cpu(modules))
 
+    @property
+    def stated_chunk(self) -> int:
+        """How many poses are scored together, if the caller has said; else 1."""
+        return self._chunk_size if isinstance(self._chunk_size, int) else 1
+
     def call(
         self,
         poses: Iterable[Pose] | Tensor,

@@ -3,7 +3,8 @@ r"""The Gramian of more rows than fit, a tile of it at a time.
 The poses are divided into blocks, and a tile :math:`J_a J_b^\top` is the product of two of them.
 Rows are gathered again for every tile, but for the block that the last tile leaves: the next row of
 tiles begins where the last one ended. So of B blocks, against themselves, some
-:math:`B^2 / 2` are gathered, and no more than two are held.
+:math:`B^2 / 2` are gathered, and no more than two are held. A block that is gathered again finds
+the random state and the buffers that it found the first time, so that its rows are the same.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -14,10 +15,11 @@ import torch
 from torch import Tensor
 
 from posegrad._restoring import restoring
-from posegrad.errors import NoPosesError
+from posegrad.errors import NoPosesError, ReplayError
 from posegrad.jacobian import PoseJacobian
 from posegrad.schedule._batch import as_batch
 from posegrad.schedule._poses import Pose
+from posegrad.schedule._replay import Start
 
 __all__ = ["Gather", "gramian"]
 
@@ -36,22 +38,38 @@ class _Blocks:
         start: The number of the first.
         gather: Makes the Jacobian of a block.
         most: The bytes.
+        chunk: How many poses are scored together, if that is stated: blocks end where chunks do.
+        note: Notes the random state and the buffers as they are.
 
     Raises:
         NoPosesError: if there are none.
     """
 
-    def __init__(self, poses: Iterable[Pose], start: int, gather: Gather, most: int) -> None:
-        self._poses, self._start, self._gather = _Sliced(poses), start, gather
+    def __init__(
+        self,
+        poses: Iterable[Pose],
+        start: int,
+        gather: Gather,
+        most: int,
+        chunk: int,
+        note: Callable[[], Start],
+    ) -> None:
+        self._poses, self._start, self._gather, self._note = _Sliced(poses), start, gather, note
+        self._read: dict[int, tuple[Start, Tensor]] = {}  # what blocks found, and what they gave
         count = self.count = self._poses.count
         if not count:
             raise NoPosesError(
                 "There are no poses, so there are no rows to multiply.\nLeave empty groups out."
             )
-        size = min(count, _FIRST)
+        size = min(count, -(-_FIRST // chunk) * chunk)
         if count > size:
             (first, *_) = self._poses.slices([size, count - size])
-            size = max(1, most * size // max(1, gather(first, start).held_bytes))
+            now = note()
+            try:
+                size = most * size // max(1, gather(first, start).held_bytes)
+            finally:
+                now.put_back()
+            size = max(1, size // chunk) * chunk
         bounds = [*range(0, count, size), count]
         self.spans = [slice(*ends) for ends in pairwise(bounds)]
         self._slices = self._poses.slices([stop - start for start, stop in pairwise(bounds)])
@@ -59,7 +77,27 @@ class _Blocks:
     def read(self, number: int) -> PoseJacobian:
         """The Jacobian of a block, which nobody else sees."""
         first = self._start + self.spans[number].start
-        return self._gather(self._slices[number], first).consumed()
+        now = self._note()
+        if number not in self._read:
+            jacobian = self._gather(self._slices[number], first)
+            self._read[number] = now, jacobian.predictions
+            return jacobian.consumed()
+        before, predictions = self._read[number]
+        before.put_back()
+        try:
+            jacobian = self._gather(self._slices[number], first)
+        finally:
+            now.put_back()
+        if not torch.allclose(jacobian.predictions, predictions, equal_nan=True):
+            raise ReplayError(
+                f"Poses {first} to {first + len(predictions) - 1} gave other predictions when they "
+                f"were scored once more, for another tile of the Gramian.\n"
+                f"They change when they are fetched, or the model depends on something that "
+                f"neither its parameters, buffers nor torch's random state hold.\n"
+                f"Fix the poses before the call, or use gather(poses).gramian(), which scores each "
+                f"once."
+            )
+        return jacobian.consumed()
 
 
 @final
@@ -99,7 +137,12 @@ class _Walked:
 
 @restoring
 def gramian(
-    poses: Iterable[Pose], other: Iterable[Pose] | None, gather: Gather, most: int
+    poses: Iterable[Pose],
+    other: Iterable[Pose] | None,
+    gather: Gather,
+    most: int,
+    chunk: int,
+    note: Callable[[], Start],
 ) -> Tensor:
     """The inner products of the rows of some poses with each other, or with those of others.
 
@@ -108,12 +151,14 @@ def gramian(
         other: Others; their numbers follow those of the poses.
         gather: Makes the Jacobian of some of them.
         most: The bytes that a block may hold.
+        chunk: As for `_Blocks`.
+        note: Likewise.
 
     Returns:
         As `Jacobian.gramian`, or as `J @ K.T`.
     """
-    own = _Blocks(poses, 0, gather, most)
-    its = own if other is None else _Blocks(other, own.count, gather, most)
+    own = _Blocks(poses, 0, gather, most, chunk, note)
+    its = own if other is None else _Blocks(other, own.count, gather, most, chunk, note)
     total = torch.empty(0)
     held: dict[tuple[_Blocks, int], PoseJacobian] = {}
     for row, column in _tiles(len(own.spans), None if other is None else len(its.spans)):
@@ -122,13 +167,14 @@ def gramian(
         for blocks, number in wanted:
             if (blocks, number) not in held:
                 held[blocks, number] = blocks.read(number)
-        J, K = (held[key] for key in wanted)
+        J, K = (held[key] for key in wanted)  # let go of below, before others are read
         tile = J.gramian() if J is K else J @ K.T  # [c, ..., c']
         if not total.numel():
             total = tile.new_empty(own.count, *tile.shape[1:-1], its.count)
         total[own.spans[row], ..., its.spans[column]] = tile
         if own is its and J is not K:
             total[own.spans[column], ..., own.spans[row]] = tile.permute(*range(tile.ndim)[::-1])
+        del J, K
     return total
 
 
