@@ -570,6 +570,44 @@ def test_nan_predictions_are_refused() -> None:
         grouped(theirs)(poses)
 
 
+def _with_a_forward() -> nn.Module:
+    model = _single()
+    model.forward = lambda pose: model(pose)
+    return model
+
+
+def _compiled() -> nn.Module:
+    model = _single()
+    model.compile(backend="eager")
+    return model
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_compiled_forward_that_would_take_the_group_is_refused() -> None:
+    with pytest.raises(TypeError, match=r"compiled or replaced on the object itself"):
+        grouped(_compiled(), Mean())
+
+
+def test_the_model_and_its_group_have_one_set_of_parameters_and_hooks_of_their_own() -> None:
+    model = _single()
+    model.scale = nn.Parameter(torch.ones((), dtype=torch.float64))
+    network = grouped(model, Mean())
+    model.load_state_dict(_with_scale().state_dict(), assign=True)
+    assert [*model.parameters()] == [*network.parameters()]
+    calls: list[int] = []
+    network.register_forward_hook(lambda *_: calls.append(1))
+    model(_poses(1)[0])
+    assert not calls
+    network.register_buffer("spare", torch.ones(1), persistent=False)
+    assert "spare" not in model.state_dict()
+
+
+def _with_scale() -> nn.Module:
+    model = _single()
+    model.scale = nn.Parameter(torch.ones((), dtype=torch.float64))
+    return model
+
+
 BAD: dict[str, tuple[type[Exception], str, Callable[[], Any]]] = {
     "no combination": (
         TypeError,
@@ -595,6 +633,11 @@ BAD: dict[str, tuple[type[Exception], str, Callable[[], Any]]] = {
         ValueError,
         r"comb_readout is given, but model.comb_readout is a Tanh",
         lambda: grouped(_theirs(Mean(), None, nn.Tanh()), Mean(), None, nn.Softplus()),
+    ),
+    "a forward of the object's own": (
+        TypeError,
+        r"compiled or replaced on the object itself.*Group the model first",
+        lambda: grouped(_with_a_forward(), Mean()),
     ),
     "no module": (
         TypeError,

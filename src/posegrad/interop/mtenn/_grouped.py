@@ -50,9 +50,11 @@ def grouped(
         and the readouts are `combination`, `readout` and `comb_readout`, as in a GroupedModel. A
         model of mtenn's keeps its class, its parts and their names: `representation`, `strategy`;
         any other model is the part `model`. What is given is left as it is; parts are shared.
+        Hooks on a model of mtenn's run once for the group, as a GroupedModel's do.
 
     Raises:
-        TypeError: if the model is no module, or the combination is missing or no rule.
+        TypeError: if the model is no module, the forward of one of mtenn's was compiled or
+            replaced on the object, or the combination is missing or no rule.
         ValueError: if the model has a readout of its own where another one is given.
 
     Warns:
@@ -71,6 +73,12 @@ def grouped(
             f"The model is a {type(model).__name__}, not an nn.Module. Pass the model itself."
         )
     is_of_mtenn = hasattr(model, "strategy") and hasattr(model, "readout")
+    if is_of_mtenn and ("forward" in vars(model) or vars(model).get("_compiled_call_impl")):
+        raise TypeError(
+            f"The forward of this {type(model).__name__} was compiled or replaced on the object "
+            f"itself; in a group it would be handed all poses at once, past the combination.\n"
+            f"Group the model first, or compile its parts: model.representation.compile()."
+        )
     network = _twin(model if is_of_mtenn else _Single(model))
     own = getattr(network, "combination", None)
     if combination is None and own is None:
@@ -179,11 +187,16 @@ def _blank(base: type[nn.Module]) -> Grouped:
 
 
 def _twin(model: nn.Module) -> Grouped:
-    """A module with the parts of another one, to which parts can be added."""
+    """A module with the parameters, buffers and parts of another one, to which parts can be added.
+
+    Its own parameters and buffers are in tables that both have, so that one replaced in either is
+    replaced in both.
+    """
     twin = _blank(type(model))
     vars(twin).update(vars(model))
-    for own in ("_parameters", "_buffers", "_modules"):
-        vars(twin)[own] = copy.copy(vars(model)[own])
+    shared = {"_parameters", "_buffers", "_non_persistent_buffers_set"}
+    for name in vars(nn.Module()).keys() - shared:
+        vars(twin)[name] = copy.copy(vars(twin)[name])  # hooks and parts are each one's own
     return twin
 
 
