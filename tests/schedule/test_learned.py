@@ -134,3 +134,20 @@ def test_what_is_trained_tells_kinds_of_poses_apart() -> None:
     model.zero_grad()
     TopK(2)(torch.cat([model(chunk) for chunk in poses.split(6)])).backward()
     torch.testing.assert_close(found, model.gate.grad)
+
+
+def test_poses_that_meet_in_chunks_of_more_than_two_are_not_scored_by_themselves() -> None:
+    class Meeting(_Gated):
+        def forward(self, x: Tensor) -> Tensor:
+            own = (x - x.mean(0)).square() if len(x) > 2 else x
+            return self.linear(x).squeeze(1) + (self.gate * own).sum(1)
+
+    model, poses = Meeting(), _drawn(12, 3)
+    engine = Engine(model, chunk_size=6)
+    for _ in range(3):
+        model.zero_grad()
+        engine.combine(poses, TopK(2)).prediction.backward()
+        found = model.gate.grad.clone()
+        model.zero_grad()
+        TopK(2)(torch.cat([model(chunk) for chunk in poses.split(6)])).backward()
+        torch.testing.assert_close(found, model.gate.grad)

@@ -121,6 +121,8 @@ class Known:
             and without.
         picks: Whether poses of a chunk that the caller has stated may be scored again by
             themselves; None if nobody has asked.
+        is_compared: Whether gradients of poses that were scored again by themselves were seen to be
+            those of their whole chunk.
         has_rows: Whether rows may be read off their graphs, as far as is known.
         draws: Whether a forward drew random numbers or wrote to buffers.
         counting: For each rule how many poses carried weight in the last call, and of how many.
@@ -131,6 +133,7 @@ class Known:
         self.most: int | None = None
         self.apart: set[bool] = set()
         self.picks: bool | None = None
+        self.is_compared = False
         self.has_rows = True
         self.draws = False
         self.counting: dict[Hashable, tuple[int, int]] = {}

@@ -1,6 +1,7 @@
 """Schedule `recompute`: score all poses without graphs, then again those that carry weight."""
 
-from collections.abc import Callable, Hashable, Sequence
+import math
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -169,15 +170,27 @@ class _Tape:
             self._session.known.counting[self._rule] = counting, len(self.predictions)
 
     def _replay(self, chunk: _Scored, cotangent: Tensor, kept: list[int]) -> dict[int, Tensor]:
-        """The gradients of one chunk, scored again in the same composition, or of the kept poses.
+        """The gradients of one chunk, scored again.
 
-        Its poses may depend on each other (batch statistics, one random mask for all), and no
-        comparison of predictions could prove that they do not.
+        Its poses may depend on each other (batch statistics, one random mask for all), so all are
+        scored again, unless `_may_pick`; and the first time with those alone that count, the
+        gradients of all are computed too, and compared.
         """
-        if 0 < len(kept) < len(chunk.numbers) and self._may_pick(chunk):
-            if (gradients := self._picked(chunk, cotangent, kept)) is not None:
-                return gradients
-            self._picks = False
+        if not (0 < len(kept) < len(chunk.numbers) and self._may_pick(chunk)):
+            return self._whole(chunk, cotangent)
+        known = self._session.known
+        gradients = self._picked(chunk, cotangent, kept)
+        is_sure = chunk.portion.how == "alone" or known is None or known.is_compared
+        if gradients is not None and is_sure:
+            return gradients
+        whole = self._whole(chunk, cotangent)
+        self._picks = gradients is not None and _agree(gradients, whole)
+        if known is not None:
+            known.is_compared |= self._picks
+        return whole
+
+    def _whole(self, chunk: _Scored, cotangent: Tensor) -> dict[int, Tensor]:
+        """The gradients of a chunk, scored again in the same composition."""
         found, leaves = self._score_again(chunk)
         self._check_same(chunk, found.detach())
         weights = cotangent[chunk.numbers.start : chunk.numbers.stop].clone()
@@ -267,6 +280,20 @@ def _versions(pose: Pose) -> list[int]:
 def _sizes(values: Tensor) -> Tensor:
     """The largest absolute number of each pose, `[m]`."""
     return values.abs().flatten(1).amax(dim=1) if values.ndim > 1 else values.abs()
+
+
+def _agree(found: Mapping[int, Tensor], expected: Mapping[int, Tensor]) -> bool:
+    """Whether gradients, by number of their tensor, are equal up to rounding; none is zero."""
+    whole = math.hypot(*(float(g.norm()) for g in expected.values()))
+    for number in {*found, *expected}:
+        own, right = found.get(number), expected.get(number)
+        present = own if right is None else right
+        assert present is not None
+        eps = torch.finfo(present.dtype).eps
+        apart = (present if own is None or right is None else own - right).norm()
+        if not float(apart) <= eps**0.5 * float(present.norm()) + 64 * eps * whole:
+            return False
+    return True
 
 
 def _is_alike(found: Tensor, expected: Tensor) -> bool:
