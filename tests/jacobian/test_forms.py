@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from posegrad import Engine, StaleFactorError
-from posegrad.graph._owners import find_layout, make_probes
+from posegrad.graph._probes import find_layout, make_probes
 from posegrad.jacobian import NOBODY, ClosedForm, Factor, Layout
 from posegrad.jacobian._form import Side
 from posegrad.jacobian._products import Products

@@ -7,12 +7,15 @@ out belongs to the poses it was cut from, and what has only one pose belongs to 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import torch
+from torch import Tensor
 from torch.autograd.graph import Node
 
 from posegrad._torch import saved
-from posegrad.graph._axis import Axis, dim_of
+from posegrad.graph._layouts import dim_of
+from posegrad.jacobian import NOBODY, WHOLE, Layout
 
-__all__ = ["Cut", "CutRule", "joined", "parted", "piled", "sliced", "taken", "unbound"]
+__all__ = ["Cut", "CutMove", "joined", "parted", "piled", "sliced", "taken", "unbound"]
 
 Sizes = tuple[int, ...]
 
@@ -44,19 +47,19 @@ class Cut(NamedTuple):
         return own[self.dim]
 
 
-CutRule = Callable[[Cut, Axis], tuple[Axis | None, bool]]
-"""From a cut and the axis of its output to that of its argument, and whether structure tells."""
+CutMove = Callable[[Cut, Layout], tuple[Layout | None, bool]]
+"""From a cut and the layout of its output to that of its argument, and whether structure tells."""
 
 
-def piled(cut: Cut, axis: Axis) -> tuple[Axis | None, bool]:
+def piled(cut: Cut, layout: Layout) -> tuple[Layout | None, bool]:
     """`torch.stack`: an entry of the new dimension each."""
-    return axis if axis.is_whole else axis.entry(cut.argument), True
+    return layout if layout.is_whole else _entry(layout, cut.argument), True
 
 
-def joined(cut: Cut, axis: Axis) -> tuple[Axis | None, bool]:
+def joined(cut: Cut, layout: Layout) -> tuple[Layout | None, bool]:
     """`torch.cat`: some entries each."""
-    if axis.is_whole:
-        return axis, True
+    if layout.is_whole:
+        return layout, True
     (out,) = cut.outputs
     before = cut.arguments[: cut.argument]
     if any(sizes is not None and len(sizes) < len(out) for sizes in cut.arguments):
@@ -68,31 +71,52 @@ def joined(cut: Cut, axis: Axis) -> tuple[Axis | None, bool]:
         start = out[cut.dim] - sum(sizes[cut.dim] for sizes in behind if sizes is not None)
     else:
         return None, True
-    return axis.part(start, start + cut.size), True
+    return _part(layout, start, start + cut.size), True
 
 
-def parted(cut: Cut, axis: Axis) -> tuple[Axis | None, bool]:
+def parted(cut: Cut, layout: Layout) -> tuple[Layout | None, bool]:
     """`torch.split`: the argument has the entries of all outputs, one after another."""
     start = sum(sizes[cut.dim] for sizes in cut.outputs[: cut.output])
     stop = start + cut.outputs[cut.output][cut.dim]
-    return axis.within(cut.dim, cut.size, slice(start, stop)), True
+    return _within(cut, layout, slice(start, stop)), True
 
 
-def unbound(cut: Cut, axis: Axis) -> tuple[Axis | None, bool]:
+def unbound(cut: Cut, layout: Layout) -> tuple[Layout | None, bool]:
     """`torch.unbind`: an entry of the argument each."""
-    return axis.within(cut.dim, cut.size, slice(cut.output, cut.output + 1)), True
+    return _within(cut, layout, slice(cut.output, cut.output + 1)), True
 
 
-def taken(cut: Cut, axis: Axis) -> tuple[Axis | None, bool]:
+def taken(cut: Cut, layout: Layout) -> tuple[Layout | None, bool]:
     """`x[i]`: one entry of the argument, by number."""
     place = dim_of(saved(cut.node, "index"), cut.size)
-    return axis.within(cut.dim, cut.size, slice(place, place + 1)), False
+    return _within(cut, layout, slice(place, place + 1)), False
 
 
-def sliced(cut: Cut, axis: Axis) -> tuple[Axis | None, bool]:
+def sliced(cut: Cut, layout: Layout) -> tuple[Layout | None, bool]:
     """`x[start:stop:step]`: some entries of the argument, by number."""
     given = [saved(cut.node, name) for name in ("start", "end", "step")]
     places = slice(*(None if value is None else dim_of(value, cut.size) for value in given))
     if len(range(cut.size)[places]) != cut.outputs[0][cut.dim]:
         return None, False
-    return axis.within(cut.dim, cut.size, places), False
+    return _within(cut, layout, places), False
+
+
+def _part(layout: Layout, start: int, stop: int) -> Layout:
+    """The layout of entries that are cut out along its dimension."""
+    return layout.owned(layout.dim, _owners(layout)[start:stop])
+
+
+def _entry(layout: Layout, place: int) -> Layout:
+    """The layout of one entry by itself: it belongs to one pose as a whole."""
+    return layout.owned(WHOLE, _owners(layout)[place : place + 1])
+
+
+def _within(cut: Cut, layout: Layout, places: slice) -> Layout:
+    """The layout of the tensor that such entries were cut out of; the rest is nobody's."""
+    owners = torch.full((cut.size,), NOBODY, device="cpu")
+    owners[places] = _owners(layout)
+    return layout.owned(cut.dim, owners)
+
+
+def _owners(layout: Layout) -> Tensor:
+    return layout.to("cpu").owners

@@ -17,8 +17,8 @@ from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 from posegrad._torch import facts_of, is_python, outputs_of
 from posegrad.errors import ReentrantCheckpointError
-from posegrad.graph._axis import Facts
 from posegrad.graph._dtypes import carries_float16, dtypes_passed
+from posegrad.graph._layouts import Facts
 from posegrad.graph._operators import kind_of
 
 __all__ = ["LEAF", "LEAF_NAME", "Edge", "EdgeRegistry", "Use", "named", "walk"]

@@ -390,8 +390,8 @@ def _is_followed(subject: Subject, settled: SettledPlan) -> bool:
     """Whether poses are followed to all edges of a plan in this very graph."""
     if settled.layouts is not None or settled.plan.arrangement.poses == 1:
         return True
-    axes = subject.axes(settled.plan.arrangement)
-    return all(edge in axes for edge in settled.plan.edges)
+    layouts = subject.layouts(settled.plan.arrangement)
+    return all(edge in layouts for edge in settled.plan.edges)
 
 
 def _tried(subject: Subject, recipe: Recipe) -> Trial:

@@ -9,8 +9,9 @@ from collections.abc import Callable
 
 import torch
 
-from posegrad.graph._axis import Axis, Facts, Rule
+from posegrad.graph._layouts import Facts, Move
 from posegrad.graph._moves import within_last
+from posegrad.jacobian import Layout
 
 __all__ = [
     "convolved",
@@ -25,93 +26,97 @@ __all__ = [
 
 
 def convolved(
-    facts: Facts, arg: int, axis: Axis, out: torch.Size, inside: torch.Size
-) -> Axis | None:
+    facts: Facts, arg: int, layout: Layout, out: torch.Size, inside: torch.Size
+) -> Layout | None:
     """A convolution, also a transposed one: groups of channels keep apart."""
     groups, padding, transposed = facts
     if arg == 2:  # the bias, [C]
-        return _first_if_channels(axis)
-    if axis.dim == 1:
+        return _first_if_channels(layout)
+    if layout.dim == 1:
         each = out[1] // groups
         if arg == 1 and not transposed:
-            return axis._replace(dim=0)
-        if arg == 1 and axis.owners is None and each % (axis.inner * axis.poses) == 0:
-            return axis._replace(size=each)  # as in every group
-        group = _coarser(axis, each)
+            return layout.moved(0)
+        if arg == 1 and layout.pattern is not None:
+            stride = layout.pattern[1]
+            if each % (stride * layout.count) == 0:
+                return layout.patterned(each, stride)  # as in every group
+        group = _coarser(layout, each)
         dim = 1 - arg
-        return None if group is None else _finer(group, inside[dim] // groups)._replace(dim=dim)
-    if arg == 1 or inside[axis.dim] != out[axis.dim]:
+        return None if group is None else _finer(group, inside[dim] // groups).moved(dim)
+    if arg == 1 or inside[layout.dim] != out[layout.dim]:
         return None
-    if axis.dim > 1 and _at(padding, axis.dim - 2):
+    if layout.dim > 1 and _at(padding, layout.dim - 2):
         return None
-    return axis  # of the same size without padding, so the kernel's and the stride are one
+    return layout  # of the same size without padding, so the kernel's and the stride are one
 
 
 def group_norm(
-    facts: Facts, arg: int, axis: Axis, out: torch.Size, inside: torch.Size
-) -> Axis | None:
+    facts: Facts, arg: int, layout: Layout, out: torch.Size, inside: torch.Size
+) -> Layout | None:
     """Statistics of groups of channels, image by image."""
     if arg > 0:  # scale and shift, [C]
-        return _first_if_channels(axis)
-    if axis.dim == 1:
-        return None if _coarser(axis, out[1] // facts[0]) is None else axis
-    return axis if axis.dim == 0 else None
+        return _first_if_channels(layout)
+    if layout.dim == 1:
+        return None if _coarser(layout, out[1] // facts[0]) is None else layout
+    return layout if layout.dim == 0 else None
 
 
-def pooled(count: int) -> Rule:
+def pooled(count: int) -> Move:
     """Pools along the last dimensions, so many, with a kernel of a size for each."""
 
-    def rule(
-        facts: Facts, arg: int, axis: Axis, out: torch.Size, inside: torch.Size
-    ) -> Axis | None:
-        at = axis.dim - (len(out) - count)
+    def move(
+        facts: Facts, arg: int, layout: Layout, out: torch.Size, inside: torch.Size
+    ) -> Layout | None:
+        at = layout.dim - (len(out) - count)
         if at < 0:
-            return within_last(count)(facts, arg, axis, out, inside)
+            return within_last(count)(facts, arg, layout, out, inside)
         (kernel,) = facts
-        return _if_kept(axis, out, inside) if _at(kernel, at) == 1 else None
+        return _if_kept(layout, out, inside) if _at(kernel, at) == 1 else None
 
-    return rule
+    return move
 
 
 def pooled_to_size(
-    facts: Facts, arg: int, axis: Axis, out: torch.Size, inside: torch.Size
-) -> Axis | None:
+    facts: Facts, arg: int, layout: Layout, out: torch.Size, inside: torch.Size
+) -> Layout | None:
     """Adaptive pools: a dimension that keeps its size is left alone."""
-    return _if_kept(axis, out, inside)
+    return _if_kept(layout, out, inside)
 
 
-def sampled(facts: Facts, arg: int, axis: Axis, out: torch.Size, inside: torch.Size) -> Axis | None:
+def sampled(
+    facts: Facts, arg: int, layout: Layout, out: torch.Size, inside: torch.Size
+) -> Layout | None:
     """`grid_sample`: images `[N, C, ...]` at places `[N, ..., d]`, to `[N, C, ...]`."""
-    if axis.dim == 0:
-        return axis
+    if layout.dim == 0:
+        return layout
     if arg == 0:
-        return axis if axis.dim == 1 else None
-    return axis._replace(dim=axis.dim - 1) if axis.dim > 1 else None
+        return layout if layout.dim == 1 else None
+    return layout.moved(layout.dim - 1) if layout.dim > 1 else None
 
 
 def shuffled_channels(
-    facts: Facts, arg: int, axis: Axis, out: torch.Size, inside: torch.Size
-) -> Axis | None:
+    facts: Facts, arg: int, layout: Layout, out: torch.Size, inside: torch.Size
+) -> Layout | None:
     """Channels change places."""
-    return None if axis.dim == 1 else axis
+    return None if layout.dim == 1 else layout
 
 
 def spread_channels(
-    facts: Facts, arg: int, axis: Axis, out: torch.Size, inside: torch.Size
-) -> Axis | None:
+    facts: Facts, arg: int, layout: Layout, out: torch.Size, inside: torch.Size
+) -> Layout | None:
     """`pixel_shuffle`: from `[..., C r r, H, W]` to `[..., C, H r, W r]`."""
-    return _spread(_finer, _coarser, facts, axis, out)
+    return _spread(_finer, _coarser, facts, layout, out)
 
 
 def spread_pixels(
-    facts: Facts, arg: int, axis: Axis, out: torch.Size, inside: torch.Size
-) -> Axis | None:
+    facts: Facts, arg: int, layout: Layout, out: torch.Size, inside: torch.Size
+) -> Layout | None:
     """`pixel_unshuffle`: from `[..., C, H r, W r]` to `[..., C r r, H, W]`."""
-    return _spread(_coarser, _finer, facts, axis, out)
+    return _spread(_coarser, _finer, facts, layout, out)
 
 
-Grain = Callable[[Axis, int], Axis | None]
-"""From an axis and how many neighbours become one, or one becomes, to the axis they then have."""
+Grain = Callable[[Layout, int], Layout | None]
+"""From a layout and how many neighbours one becomes, or become one, to the layout of those."""
 
 
 def _at(values: tuple[int, ...], place: int) -> int:
@@ -119,39 +124,41 @@ def _at(values: tuple[int, ...], place: int) -> int:
     return values[place] if len(values) > 1 else values[0]
 
 
-def _first_if_channels(axis: Axis) -> Axis | None:
-    return axis._replace(dim=0) if axis.dim == 1 else None
+def _first_if_channels(layout: Layout) -> Layout | None:
+    return layout.moved(0) if layout.dim == 1 else None
 
 
-def _if_kept(axis: Axis, out: torch.Size, inside: torch.Size) -> Axis | None:
-    return axis if len(inside) == len(out) and inside[axis.dim] == out[axis.dim] else None
+def _if_kept(layout: Layout, out: torch.Size, inside: torch.Size) -> Layout | None:
+    return layout if len(inside) == len(out) and inside[layout.dim] == out[layout.dim] else None
 
 
 def _spread(
-    channels: Grain, pixels: Grain, facts: Facts, axis: Axis, out: torch.Size
-) -> Axis | None:
+    channels: Grain, pixels: Grain, facts: Facts, layout: Layout, out: torch.Size
+) -> Layout | None:
     """Where the factor is squared among channels `[..., C, H, W]`, and plain among pixels."""
     (factor,) = facts
-    if axis.dim == len(out) - 3:
-        return channels(axis, factor**2)
-    return pixels(axis, factor) if axis.dim > len(out) - 3 else axis
+    if layout.dim == len(out) - 3:
+        return channels(layout, factor**2)
+    return pixels(layout, factor) if layout.dim > len(out) - 3 else layout
 
 
-def _finer(axis: Axis, factor: int) -> Axis:
-    """The axis of a dimension in which each entry has become several neighbours."""
-    if axis.owners is not None:
-        return axis.owned(axis.dim, axis.owners.repeat_interleave(factor))
-    return axis._replace(inner=axis.inner * factor, size=axis.size * factor)
+def _finer(layout: Layout, factor: int) -> Layout:
+    """The layout of a dimension in which each entry has become several neighbours."""
+    if layout.pattern is None:
+        return layout.owned(layout.dim, layout.owners.repeat_interleave(factor))
+    size, stride = layout.pattern
+    return layout.patterned(size * factor, stride * factor)
 
 
-def _coarser(axis: Axis, factor: int) -> Axis | None:
-    """The axis of a dimension in which several neighbours have become one.
+def _coarser(layout: Layout, factor: int) -> Layout | None:
+    """The layout of a dimension in which several neighbours have become one.
 
     Returns:
         None if neighbours belong to different poses.
     """
     if factor == 1:
-        return axis
-    if axis.owners is not None or axis.inner % factor:
+        return layout
+    if layout.pattern is None or layout.pattern[1] % factor:
         return None
-    return axis._replace(inner=axis.inner // factor, size=axis.size // factor)
+    size, stride = layout.pattern
+    return layout.patterned(size // factor, stride // factor)

@@ -13,39 +13,41 @@ from torch import Tensor
 from torch.autograd.graph import Node
 
 from posegrad._torch import holds, saved
-from posegrad.graph._axis import Axis, dim_of
-from posegrad.jacobian import NOBODY
+from posegrad.graph._layouts import dim_of
+from posegrad.jacobian import NOBODY, Layout
 
-__all__ = ["IndexRule", "Memo", "added", "added_each", "picked", "picked_each"]
+__all__ = ["IndexMove", "Memo", "added", "added_each", "picked", "picked_each"]
 
-NumberRule = Callable[[Axis, Tensor, int], Axis | None]
-"""From the axis of an output, the numbers `[E]` and the argument's size to the argument's axis."""
+NumberMove = Callable[[Layout, Tensor, int], Layout | None]
+"""From an output's layout, the numbers `[E]` and the argument's size to the argument's layout."""
 
-Memo = dict[Hashable, tuple[Axis, Tensor, Axis | None]]
-"""What was found for axes and indices of one graph: layers of a network have theirs in common."""
+Memo = dict[Hashable, tuple[Layout, Tensor, Layout | None]]
+"""What was found for layouts and indices of one graph: layers of a network share theirs."""
 
-IndexRule = Callable[[Node, int, Axis, torch.Size, torch.Size, Memo], Axis | None]
-"""As `_axis.Rule`, but it looks at the numbers the operator saved.
+IndexMove = Callable[[Node, int, Layout, torch.Size, torch.Size, Memo], Layout | None]
+"""As `_layouts.Move`, but it looks at the numbers the operator saved.
 
 Raises `UntoldError` if this torch does not save them.
 """
 
 
 def picked(
-    node: Node, arg: int, axis: Axis, out: torch.Size, inside: torch.Size, memo: Memo
-) -> Axis | None:
+    node: Node, arg: int, layout: Layout, out: torch.Size, inside: torch.Size, memo: Memo
+) -> Layout | None:
     """`out = x.index_select(dim, index)`, and `x[index]`."""
     dim, index = _numbers(node, out)
     if index is None:
-        return _picked_by_several(node, axis, out, inside)
+        return _picked_by_several(node, layout, out, inside)
     if _replaced(inside, dim, len(index)) != out:
         return None
-    if axis.is_whole:
-        axis = axis.owned(dim, axis.spelled(index.device).expand(len(index)))
-    return axis if dim != axis.dim else _known(memo, _gathered, axis, index, inside[dim])
+    if layout.is_whole:
+        layout = layout.owned(dim, layout.to(index.device).owners.expand(len(index)))
+    return layout if dim != layout.dim else _known(memo, _gathered, layout, index, inside[dim])
 
 
-def _picked_by_several(node: Node, axis: Axis, out: torch.Size, inside: torch.Size) -> Axis | None:
+def _picked_by_several(
+    node: Node, layout: Layout, out: torch.Size, inside: torch.Size
+) -> Layout | None:
     """`x[i, j]`, and `x[mask]`: by a number for each of several neighbouring dimensions."""
     indices: tuple[Tensor | None, ...] = saved(node, "indices") if holds(node, "indices") else ()
     mask = indices[0] if len(indices) == 1 else None
@@ -53,7 +55,7 @@ def _picked_by_several(node: Node, axis: Axis, out: torch.Size, inside: torch.Si
         indices = mask.nonzero(as_tuple=True)
     found = [one for one in indices if one is not None]
     given = [dim for dim, one in enumerate(indices) if one is not None]
-    if len(given) < 2 or axis.is_whole:
+    if len(given) < 2 or layout.is_whole:
         return None
     first = given[0]
     alike = all(one.shape == found[0].shape and one.ndim == 1 for one in found)
@@ -63,63 +65,63 @@ def _picked_by_several(node: Node, axis: Axis, out: torch.Size, inside: torch.Si
         return None
     if (*inside[:first], len(found[0]), *inside[behind:]) != tuple(out):
         return None
-    if axis.dim != first:
-        return axis if axis.dim < first else axis._replace(dim=axis.dim + len(given) - 1)
+    if layout.dim != first:
+        return layout if layout.dim < first else layout.moved(layout.dim + len(given) - 1)
     for dim, index in zip(given, found, strict=True):
-        moved = _gathered(axis._replace(dim=dim), index, inside[dim])
+        moved = _gathered(layout.moved(dim), index, inside[dim])
         if moved is not None:
             return moved
     return None
 
 
 def picked_each(
-    node: Node, arg: int, axis: Axis, out: torch.Size, inside: torch.Size, memo: Memo
-) -> Axis | None:
+    node: Node, arg: int, layout: Layout, out: torch.Size, inside: torch.Size, memo: Memo
+) -> Layout | None:
     """`out = x.gather(dim, index)`."""
     dim, index = _numbers_each(node, out)
     if index is None or len(inside) != len(out):
         return None
-    return _along(memo, _gathered, axis, dim, index, out, inside)
+    return _along(memo, _gathered, layout, dim, index, out, inside)
 
 
 def added(
-    node: Node, arg: int, axis: Axis, out: torch.Size, inside: torch.Size, memo: Memo
-) -> Axis | None:
+    node: Node, arg: int, layout: Layout, out: torch.Size, inside: torch.Size, memo: Memo
+) -> Layout | None:
     """`out = x.index_add(dim, index, source)` and the like: row e goes to row `index[e]`."""
     if arg == 0:
-        return axis
+        return layout
     dim, index = _numbers(node, out)
     if index is None or inside != _replaced(out, dim, len(index)):
         return None  # a source that is broadcast may meet several poses
-    return axis if dim != axis.dim else _known(memo, _spread, axis, index, len(index))
+    return layout if dim != layout.dim else _known(memo, _spread, layout, index, len(index))
 
 
 def added_each(
-    node: Node, arg: int, axis: Axis, out: torch.Size, inside: torch.Size, memo: Memo
-) -> Axis | None:
+    node: Node, arg: int, layout: Layout, out: torch.Size, inside: torch.Size, memo: Memo
+) -> Layout | None:
     """`out = x.scatter_add(dim, index, source)`, `scatter_reduce`."""
     if arg == 0:
-        return axis
+        return layout
     dim, index = _numbers_each(node, out)
     if index is None or inside != index.shape:
         return None
-    return _along(memo, _spread, axis, dim, index, out, inside)
+    return _along(memo, _spread, layout, dim, index, out, inside)
 
 
 def _along(
     memo: Memo,
-    rule: NumberRule,
-    axis: Axis,
+    move: NumberMove,
+    layout: Layout,
     dim: int,
     index: Tensor,
     out: torch.Size,
     inside: torch.Size,
-) -> Axis | None:
+) -> Layout | None:
     """What an index of a number for each element does to poses along its dimension, or another."""
-    if dim != axis.dim:
-        return axis if inside[axis.dim] == out[axis.dim] else None
+    if dim != layout.dim:
+        return layout if inside[layout.dim] == out[layout.dim] else None
     vector = _vector(index, dim)
-    return None if vector is None else _known(memo, rule, axis, vector, inside[dim])
+    return None if vector is None else _known(memo, move, layout, vector, inside[dim])
 
 
 def _numbers(node: Node, out: torch.Size) -> tuple[int, Tensor | None]:
@@ -163,24 +165,19 @@ def _vector(index: Tensor, dim: int) -> Tensor | None:
     return vector
 
 
-def _known(
-    memo: Memo,
-    rule: NumberRule,
-    axis: Axis,
-    index: Tensor,
-    size: int,
-) -> Axis | None:
-    """What a rule says, asked once for each axis and index."""
+def _known(memo: Memo, move: NumberMove, layout: Layout, index: Tensor, size: int) -> Layout | None:
+    """What a move says, asked once for each layout and index."""
     place = index.data_ptr(), index.dtype, index.shape, index.stride()
-    key = rule, place, axis._replace(owners=None), id(axis.owners), size
+    key = move, place, layout.count, layout.dims, layout.pattern, id(layout.stated), size
     if key not in memo:
-        memo[key] = axis, index, rule(axis, index, size)  # held, so that no other takes its place
+        moved = move(layout, index, size)
+        memo[key] = layout, index, moved  # held, so that no other takes its place
     return memo[key][2]
 
 
-def _gathered(axis: Axis, index: Tensor, size: int) -> Axis | None:
+def _gathered(layout: Layout, index: Tensor, size: int) -> Layout | None:
     """Rows that were picked: each belongs to the owner of all its copies."""
-    copies = axis.spelled(index.device)  # [E]
+    copies = layout.to(index.device).owners  # [E]
     live = copies != NOBODY
     if not bool(live.all()):
         index, copies = index[live], copies[live]
@@ -188,9 +185,9 @@ def _gathered(axis: Axis, index: Tensor, size: int) -> Axis | None:
     owners = torch.full((size,), NOBODY, device=index.device).scatter_(0, index, copies)
     if not torch.equal(owners[index], copies):
         return None  # copies with several owners
-    return axis.owned(axis.dim, owners)
+    return layout.owned(layout.dim, owners)
 
 
-def _spread(axis: Axis, index: Tensor, size: int) -> Axis:
+def _spread(layout: Layout, index: Tensor, size: int) -> Layout:
     """Rows that were added up: each belongs to the owner of the sum it went into."""
-    return axis.owned(axis.dim, axis.spelled(index.device)[index])
+    return layout.owned(layout.dim, layout.to(index.device).owners[index])

@@ -12,7 +12,7 @@ Rows may also be picked by number, as messages between atoms are; then owners fo
 
 A tensor's numbers, in row-major order, are laid out as :math:`a \times m \times b`: number n
 belongs to pose :math:`\lfloor n / b \rfloor \bmod m`. Views keep b, the *stride*; other operators
-move it with their dimensions (`_axis.py`).
+move it with their dimensions (`_moves.py`).
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -24,13 +24,13 @@ from typing import NamedTuple
 import torch
 
 from posegrad._torch import UntoldError, is_packed, is_python
-from posegrad.graph._axis import Axis, Facts, agreed, axis_in, dim_of
 from posegrad.graph._cuts import Cut
 from posegrad.graph._edges import LEAF_NAME, Edge, EdgeRegistry
 from posegrad.graph._indexed import Memo
+from posegrad.graph._layouts import Facts, agreed, dim_of, layout_in
 from posegrad.graph._operators import Kind, kind_of
 from posegrad.graph._probing import probed_alone
-from posegrad.jacobian import Arrangement
+from posegrad.jacobian import Arrangement, Layout
 
 __all__ = ["Inferred", "Step", "infer", "steps_of"]
 
@@ -39,13 +39,13 @@ class Inferred(NamedTuple):
     """Where poses lie, as far as operators tell.
 
     Args:
-        axes: By edge.
+        layouts: By edge.
         is_fixed: Whether it holds for all graphs of the structure; else numbers were looked at.
         lost: For every other edge the operator at which poses were lost.
         alone: The operators that were probed alone.
     """
 
-    axes: Mapping[Edge, Axis]
+    layouts: Mapping[Edge, Layout]
     is_fixed: bool
     lost: Mapping[Edge, int]
     alone: Sequence[int]
@@ -96,7 +96,7 @@ def infer(
     arrangement: Arrangement,
     generator: torch.Generator,
 ) -> Inferred:
-    """The axis of poses of every edge to which it can be followed from the output.
+    """The layout of poses of every edge to which it can be followed from the output.
 
     Args:
         registry: The graph.
@@ -106,29 +106,29 @@ def infer(
     """
     dim, shape = arrangement.dim, arrangement.shape
     stride = 1 if dim is None else prod(shape[dim + 1 :])
-    start = axis_in(shape, stride, arrangement.poses)
-    axes = {} if start is None else {registry.root: start}
+    start = layout_in(shape, stride, arrangement.poses, torch.device("cpu"))
+    layouts = {} if start is None else {registry.root: start}
     lost: dict[Edge, int] = {}  # edges at which poses may mix, and the operators that may mix them
     following = _Following(registry, generator)
     is_fixed = True
     for step in steps:
-        known = {i: axis for i, edge in step.outputs if (axis := axes.get(edge)) is not None}
-        moved: Mapping[int, Axis | None] = {}
+        known = {i: layout for i, edge in step.outputs if (layout := layouts.get(edge)) is not None}
+        moved: Mapping[int, Layout | None] = {}
         if len(known) == len(step.outputs):
             moved, follows = following.moved(step, known)
             is_fixed &= follows
         for argument, edge in step.arguments:
             if edge in lost:
                 continue
-            axis = moved.get(argument)
-            if edge in axes:
-                axis = agreed(axes.pop(edge), axis)
-            if axis is None:
+            layout = moved.get(argument)
+            if edge in layouts:
+                layout = agreed(layouts.pop(edge), layout)
+            if layout is None:
                 before = (lost[output] for _, output in step.outputs if output in lost)
                 lost[edge] = next(before, step.node)
             else:
-                axes[edge] = axis
-    return Inferred(axes, is_fixed, lost, following.alone)
+                layouts[edge] = layout
+    return Inferred(layouts, is_fixed, lost, following.alone)
 
 
 @dataclass
@@ -147,10 +147,12 @@ class _Following:
     memo: Memo = field(default_factory=dict)
     alone: list[int] = field(default_factory=list)
 
-    def moved(self, step: Step, axes: Mapping[int, Axis]) -> tuple[Mapping[int, Axis | None], bool]:
-        """The axes of an operator's arguments by those of its outputs, and if structure tells."""
+    def moved(
+        self, step: Step, layouts: Mapping[int, Layout]
+    ) -> tuple[Mapping[int, Layout | None], bool]:
+        """The layouts of an operator's arguments by its outputs', and whether structure tells."""
         kind, operator = step.kind, self.registry.nodes[step.node]
-        if not (kind.cuts or kind.looks_up) and (first := _single(axes)) is not None:
+        if not (kind.cuts or kind.looks_up) and (first := _single(layouts)) is not None:
             return {i: first for i, _ in step.arguments}, True
         if is_python(operator):
             return {}, True
@@ -158,60 +160,60 @@ class _Following:
         if not told and is_packed(operator):
             return {}, True  # what a checkpoint would have to recompute is not read
         try:
-            found = {i: self._by_rule(step, i, edge, axes) for i, edge in step.arguments}
+            found = {i: self._by_rule(step, i, edge, layouts) for i, edge in step.arguments}
         except UntoldError:
             if is_packed(operator):
                 return {}, True
             told, found = False, {i: (None, False) for i, _ in step.arguments}
-        moved = {i: axis for i, (axis, _) in found.items()}
+        moved = {i: layout for i, (layout, _) in found.items()}
         follows = all(follows for _, follows in found.values())
         if told or None not in moved.values():
             return moved, told and follows
         try:
-            moved = probed_alone(self.registry, step.node, axes, self.generator)
+            moved = probed_alone(self.registry, step.node, layouts, self.generator)
         except RuntimeError:  # it cannot be called alone; what lies behind it is probed
             return {}, False
         self.alone.append(step.node)
         return moved, False
 
     def _by_rule(
-        self, step: Step, argument: int, edge: Edge, axes: Mapping[int, Axis]
-    ) -> tuple[Axis | None, bool]:
-        """The axis of one argument, on which all outputs must agree, and if structure tells."""
+        self, step: Step, argument: int, edge: Edge, layouts: Mapping[int, Layout]
+    ) -> tuple[Layout | None, bool]:
+        """The layout of one argument, on which all outputs must agree, and if structure tells."""
         registry, node, kind = self.registry, step.node, step.kind
         facts, inside = registry.facts[node], registry.shape(edge)
-        found: list[Axis | None] = []
+        found: list[Layout | None] = []
         follows = True
-        for number, axis in axes.items():
+        for number, layout in layouts.items():
             out = registry.shape((node, number))
             if kind.picks is not None:
                 operator = registry.nodes[node]
-                found.append(kind.picks(operator, argument, axis, out, inside, self.memo))
+                found.append(kind.picks(operator, argument, layout, out, inside, self.memo))
             elif kind.moves is None or not step.is_told:
                 continue
             elif kind.cuts is not None and out == inside:
-                found.append(axis)  # all of it is cut out
-            elif kind.cuts is not None and _is_cut(facts, axis, out, inside):
+                found.append(layout)  # all of it is cut out
+            elif kind.cuts is not None and _is_cut(facts, layout, out, inside):
                 sizes = [None if e is None else registry.shape(e) for e in registry.sources[node]]
                 dim = dim_of(facts[0], max(len(out), len(inside)))
                 outputs = registry.sizes[node]
                 cut = Cut(registry.nodes[node], dim, argument, number, sizes, outputs)
-                axis_of_all, follows = kind.cuts(cut, axis)
-                found.append(axis_of_all)
+                layout_of_all, follows = kind.cuts(cut, layout)
+                found.append(layout_of_all)
             else:
-                found.append(kind.moves(facts, argument, axis, out, inside))
+                found.append(kind.moves(facts, argument, layout, out, inside))
         return (reduce(agreed, found) if found else None), follows
 
 
-def _single(axes: Mapping[int, Axis]) -> Axis | None:
-    """The axis of outputs that belong to one and the same pose as a whole, if they do."""
-    first = next(iter(axes.values()))
+def _single(layouts: Mapping[int, Layout]) -> Layout | None:
+    """The layout of outputs that belong to one and the same pose as a whole, if they do."""
+    first = next(iter(layouts.values()))
     if not first.is_whole:
         return None
-    one: Axis | None = first
-    return reduce(agreed, axes.values(), one)
+    one: Layout | None = first
+    return reduce(agreed, layouts.values(), one)
 
 
-def _is_cut(facts: Facts, axis: Axis, out: torch.Size, inside: torch.Size) -> bool:
+def _is_cut(facts: Facts, layout: Layout, out: torch.Size, inside: torch.Size) -> bool:
     """Whether poses lie along the dimension in which tensors are put together or cut out."""
-    return axis.is_whole or (len(out) >= len(inside) and axis.dim == dim_of(facts[0], len(out)))
+    return layout.is_whole or (len(out) >= len(inside) and layout.dim == dim_of(facts[0], len(out)))

@@ -2,8 +2,9 @@
 
 import torch
 
-from posegrad.graph._axis import Axis, Facts, Rule
+from posegrad.graph._layouts import Facts, Move
 from posegrad.graph._moves import aligned, first_alone
+from posegrad.jacobian import Layout
 
 __all__ = [
     "between_two",
@@ -21,122 +22,124 @@ __all__ = [
 ]
 
 
-def product(left: int, right: int) -> Rule:
+def product(left: int, right: int) -> Move:
     """A matrix product: poses lie in rows of the left operand or in columns of the right."""
 
-    def rule(
-        facts: Facts, arg: int, axis: Axis, out: torch.Size, inside: torch.Size
-    ) -> Axis | None:
+    def move(
+        facts: Facts, arg: int, layout: Layout, out: torch.Size, inside: torch.Size
+    ) -> Layout | None:
         if arg not in (left, right):
-            return aligned(facts, arg, axis, out, inside)  # the summand of addmm
-        batched = axis.dim < len(out) - 2
+            return aligned(facts, arg, layout, out, inside)  # the summand of addmm
+        batched = layout.dim < len(out) - 2
         own = len(out) - (2 if arg == left else 1)
-        return axis if batched or axis.dim == own else None
+        return layout if batched or layout.dim == own else None
 
-    return rule
+    return move
 
 
 def matrices(
-    facts: Facts, arg: int, axis: Axis, out: torch.Size, inside: torch.Size
-) -> Axis | None:
+    facts: Facts, arg: int, layout: Layout, out: torch.Size, inside: torch.Size
+) -> Layout | None:
     """An operator on one matrix, or several as long, `[..., n, k]`, each by itself."""
-    apart = axis.dim < len(inside) - 2 and axis.dim < len(out)
-    return axis if apart and inside[axis.dim] == out[axis.dim] else None
+    apart = layout.dim < len(inside) - 2 and layout.dim < len(out)
+    return layout if apart and inside[layout.dim] == out[layout.dim] else None
 
 
-def system(right_side: int) -> Rule:
+def system(right_side: int) -> Move:
     """Systems of linear equations, whose right side is that argument, in batches that broadcast.
 
     Columns of the right side keep apart, or its rows if the operator was told that the matrix
     stands on the right.
     """
 
-    def rule(
-        facts: Facts, arg: int, axis: Axis, out: torch.Size, inside: torch.Size
-    ) -> Axis | None:
+    def move(
+        facts: Facts, arg: int, layout: Layout, out: torch.Size, inside: torch.Size
+    ) -> Layout | None:
         own = len(out) - (2 if False in facts else 1)
-        batched = axis.dim < len(out) - 2
-        apart = batched or (arg == right_side and axis.dim == own)
-        return aligned(facts, arg, axis, out, inside) if apart else None
+        batched = layout.dim < len(out) - 2
+        apart = batched or (arg == right_side and layout.dim == own)
+        return aligned(facts, arg, layout, out, inside) if apart else None
 
-    return rule
+    return move
 
 
 def system_or_vectors(
-    facts: Facts, arg: int, axis: Axis, out: torch.Size, inside: torch.Size
-) -> Axis | None:
+    facts: Facts, arg: int, layout: Layout, out: torch.Size, inside: torch.Size
+) -> Layout | None:
     """`linalg.solve`: its right sides are matrices or vectors; their shape does not tell which."""
     if arg == 0 and len(inside) == len(out) + 1:  # vectors
-        apart = axis.dim < len(out) - 1 and inside[axis.dim] == out[axis.dim]
-        return axis if apart else None
-    batched = axis.dim < len(out) - 2
-    return aligned(facts, arg, axis, out, inside) if batched else None
+        apart = layout.dim < len(out) - 1 and inside[layout.dim] == out[layout.dim]
+        return layout if apart else None
+    batched = layout.dim < len(out) - 2
+    return aligned(facts, arg, layout, out, inside) if batched else None
 
 
 def reflected(
-    facts: Facts, arg: int, axis: Axis, out: torch.Size, inside: torch.Size
-) -> Axis | None:
+    facts: Facts, arg: int, layout: Layout, out: torch.Size, inside: torch.Size
+) -> Layout | None:
     """`ormqr`: a product with reflections, which are two arguments."""
     if arg == 2:
-        return system(2)(facts, arg, axis, out, inside)
-    return matrices(facts, arg, axis, out, inside)
+        return system(2)(facts, arg, layout, out, inside)
+    return matrices(facts, arg, layout, out, inside)
 
 
 def distances(
-    facts: Facts, arg: int, axis: Axis, out: torch.Size, inside: torch.Size
-) -> Axis | None:
+    facts: Facts, arg: int, layout: Layout, out: torch.Size, inside: torch.Size
+) -> Layout | None:
     """From `[..., n, d]` and `[..., k, d]` to `[..., n, k]`."""
-    if axis.dim < len(out) - 2:
-        kept = len(inside) == len(out) and inside[axis.dim] == out[axis.dim]
-        return axis if kept else None
-    own = axis.dim - (len(out) - 2) == arg
-    return axis._replace(dim=len(inside) - 2) if own else None
+    if layout.dim < len(out) - 2:
+        kept = len(inside) == len(out) and inside[layout.dim] == out[layout.dim]
+        return layout if kept else None
+    own = layout.dim - (len(out) - 2) == arg
+    return layout.moved(len(inside) - 2) if own else None
 
 
 def times_vector(
-    facts: Facts, arg: int, axis: Axis, out: torch.Size, inside: torch.Size
-) -> Axis | None:
+    facts: Facts, arg: int, layout: Layout, out: torch.Size, inside: torch.Size
+) -> Layout | None:
     """A matrix times a vector."""
-    return axis if arg == 0 else None
+    return layout if arg == 0 else None
 
 
 def plus_vector(
-    facts: Facts, arg: int, axis: Axis, out: torch.Size, inside: torch.Size
-) -> Axis | None:
+    facts: Facts, arg: int, layout: Layout, out: torch.Size, inside: torch.Size
+) -> Layout | None:
     """A matrix times a vector, added to another."""
-    return aligned(facts, arg, axis, out, inside) if arg == 0 else axis if arg == 1 else None
+    return aligned(facts, arg, layout, out, inside) if arg == 0 else layout if arg == 1 else None
 
 
 def rows_alone(
-    facts: Facts, arg: int, axis: Axis, out: torch.Size, inside: torch.Size
-) -> Axis | None:
+    facts: Facts, arg: int, layout: Layout, out: torch.Size, inside: torch.Size
+) -> Layout | None:
     """A matrix `[R, d]` whose rows are multiplied by this weight or by that."""
     matrices = len(out) == len(inside) == 2
-    return axis if arg == 0 and matrices and axis.dim == 0 and inside[0] == out[0] else None
+    return layout if arg == 0 and matrices and layout.dim == 0 and inside[0] == out[0] else None
 
 
-def outer(facts: Facts, arg: int, axis: Axis, out: torch.Size, inside: torch.Size) -> Axis | None:
+def outer(
+    facts: Facts, arg: int, layout: Layout, out: torch.Size, inside: torch.Size
+) -> Layout | None:
     """The outer product of two vectors, added to a matrix."""
     if arg == 0:
-        return aligned(facts, arg, axis, out, inside)
-    return axis._replace(dim=0) if axis.dim == arg - 1 else None
+        return aligned(facts, arg, layout, out, inside)
+    return layout.moved(0) if layout.dim == arg - 1 else None
 
 
 def summed_products(
-    facts: Facts, arg: int, axis: Axis, out: torch.Size, inside: torch.Size
-) -> Axis | None:
+    facts: Facts, arg: int, layout: Layout, out: torch.Size, inside: torch.Size
+) -> Layout | None:
     """Products of a batch of matrices, added up, and to a matrix."""
     if arg == 0:
-        return aligned(facts, arg, axis, out, inside)
-    return axis._replace(dim=arg) if axis.dim == arg - 1 else None
+        return aligned(facts, arg, layout, out, inside)
+    return layout.moved(arg) if layout.dim == arg - 1 else None
 
 
 def between_two(
-    facts: Facts, arg: int, axis: Axis, out: torch.Size, inside: torch.Size
-) -> Axis | None:
+    facts: Facts, arg: int, layout: Layout, out: torch.Size, inside: torch.Size
+) -> Layout | None:
     """`F.bilinear`: from `[m, d]` and `[m, e]`, by a weight `[p, d, e]`, to `[m, p]`."""
     if tuple(map(tuple, facts)) != ((1, 3), (0,), (1, 2), (2, 3)):
         return None
     if arg == 1:
-        return axis._replace(dim=0) if axis.dim == 1 else None
-    return first_alone(facts, arg, axis, out, inside)
+        return layout.moved(0) if layout.dim == 1 else None
+    return first_alone(facts, arg, layout, out, inside)

@@ -36,8 +36,8 @@ def keep_apart(
         for site in uses_of(subject, name)
         for edge in site.edges
     ]
-    axes = subject.axes(Arrangement(predictions.shape, 0))
-    return all(edge in axes for edge in edges)
+    layouts = subject.layouts(Arrangement(predictions.shape, 0))
+    return all(edge in layouts for edge in edges)
 
 
 def mixing_modules(

@@ -8,8 +8,7 @@ slower: it is probed, alone, and rows of a parameter that enters it take its own
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from posegrad.graph._axis import Rule
-from posegrad.graph._cuts import CutRule, joined, parted, piled, sliced, taken, unbound
+from posegrad.graph._cuts import CutMove, joined, parted, piled, sliced, taken, unbound
 from posegrad.graph._images import (
     convolved,
     group_norm,
@@ -20,7 +19,8 @@ from posegrad.graph._images import (
     spread_channels,
     spread_pixels,
 )
-from posegrad.graph._indexed import IndexRule, added, added_each, picked, picked_each
+from posegrad.graph._indexed import IndexMove, added, added_each, picked, picked_each
+from posegrad.graph._layouts import Move
 from posegrad.graph._matrices import (
     between_two,
     distances,
@@ -118,10 +118,10 @@ class Kind(NamedTuple):
             that is no faster than running it on each of them.
     """
 
-    moves: Rule | None = None
+    moves: Move | None = None
     told: tuple[str, ...] = ()
-    picks: IndexRule | None = None
-    cuts: CutRule | None = None
+    picks: IndexMove | None = None
+    cuts: CutMove | None = None
     forms: Mapping[int, Reader] = {}
     opens: Opening | None = None
     rearranges: bool = False

@@ -6,8 +6,8 @@ from typing import NamedTuple
 from torch import Tensor
 
 from posegrad.graph._edges import Edge, named
-from posegrad.graph._owners import make_probes
 from posegrad.graph._plan import SettledPlan
+from posegrad.graph._probes import make_probes
 from posegrad.graph._probing import narrowest
 from posegrad.graph._pulled import pulls
 from posegrad.graph._recipe import Recipe, pose_dimensions, uses_of
@@ -98,8 +98,8 @@ def _likeliest(
     for arrangement in (Arrangement(shape, dim) for dim in dims):
         unknown: list[Edge] = []
         if edges and arrangement.poses > 1:
-            axes = subject.axes(arrangement)
-            unknown = [edge for edge in edges if edge not in axes]
+            layouts = subject.layouts(arrangement)
+            unknown = [edge for edge in edges if edge not in layouts]
         if best is None or len(unknown) < len(best[1]):
             best = arrangement, unknown
     assert best is not None

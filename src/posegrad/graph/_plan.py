@@ -122,8 +122,8 @@ class SettledPlan:
         arrangement = Arrangement(subject.output.shape, recipe.dim)
         several = arrangement.poses > 1
         is_open = bool(recipe.by_rows) or not recipe.sites
-        axes = subject.axes(arrangement) if several and not is_open else {}
-        if several and any(edge not in axes for site in recipe.sites for edge in site.edges):
+        inferred = subject.layouts(arrangement) if several and not is_open else {}
+        if several and any(edge not in inferred for site in recipe.sites for edge in site.edges):
             is_open = True
         if is_open:  # whether poses mix must not depend on numbers: nobody looks at it again
             known = {*recipe.by_rows, *slow_parameters(recipe)}
@@ -139,7 +139,7 @@ class SettledPlan:
         left = [slot for slot in slots if slot[0] not in freed]
         layouts: list[Layout] | None = None
         if several and subject.is_fixed:
-            found = [axes[edge].layout(device_of(registry.nodes[edge[0]])) for edge in plan.edges]
+            found = [inferred[edge].to(device_of(registry.nodes[edge[0]])) for edge in plan.edges]
             layouts = None if any(layout.has_dead_rows for layout in found) else found
         return cls(plan, layouts, packable, left, frozenset(declined), together)
 

@@ -8,9 +8,8 @@ from torch import Tensor
 
 from posegrad._torch import device_of, dtype_of, shape_of
 from posegrad.graph._alone import apply_node
-from posegrad.graph._axis import Axis
 from posegrad.graph._edges import EdgeRegistry
-from posegrad.graph._owners import faint_poses, find_layout, is_scaled, make_probes
+from posegrad.graph._probes import faint_poses, find_layout, is_scaled, make_probes
 from posegrad.graph._vjp import as_source
 from posegrad.jacobian import Layout
 
@@ -83,8 +82,8 @@ def disproved(
 
 
 def probed_alone(
-    registry: EdgeRegistry, node: int, axes: Mapping[int, Axis], generator: torch.Generator
-) -> dict[int, Axis | None]:
+    registry: EdgeRegistry, node: int, given: Mapping[int, Layout], generator: torch.Generator
+) -> dict[int, Layout | None]:
     """Where the poses of an operator's arguments lie, found by its own vjp.
 
     It costs a few backwards of this one operator. Its cotangents are drawn, so that what is found
@@ -93,14 +92,14 @@ def probed_alone(
     Args:
         registry: The graph.
         node: The number of the operator.
-        axes: Where those of its outputs lie, by their number.
+        given: Where those of its outputs lie, by their number.
         generator: The engine's own.
     """
     operator = registry.nodes[node]
     device, shapes, dtypes = device_of(operator), shape_of(operator), dtype_of(operator)
-    count = next(iter(axes.values())).poses
-    drawn = {i: _drawn(shapes[i], dtypes[i], device, generator) for i in axes}
-    layouts = {i: axis.layout(device) for i, axis in axes.items()}
+    count = next(iter(given.values())).count
+    drawn = {i: _drawn(shapes[i], dtypes[i], device, generator) for i in given}
+    layouts = {i: layout.to(device) for i, layout in given.items()}
 
     def answer(scales: Tensor) -> dict[int, Tensor | None]:
         cotangents: list[Tensor | None] = [None] * len(shapes)
@@ -115,9 +114,9 @@ def probed_alone(
         }
 
     base = {i: b for i, b in answer(torch.ones(count, device="cpu")).items() if b is not None}
-    dtype = narrowest([*(dtypes[i] for i in axes), *(b.dtype for b in base.values())])
+    dtype = narrowest([*(dtypes[i] for i in given), *(b.dtype for b in base.values())])
     found = probed(answer, base, count, dtype, generator)
-    return {i: None if layout is None else _axis(layout) for i, layout in found.items()}
+    return {i: None if layout is None else _along_one(layout) for i, layout in found.items()}
 
 
 def narrowest(dtypes: Iterable[torch.dtype]) -> torch.dtype:
@@ -140,16 +139,16 @@ def _drawn(
     return (sizes * signs).to(device, dtype)
 
 
-def _axis(layout: Layout) -> Axis | None:
-    """The axis of a tensor of this layout; None if owners do not change along one dimension."""
+def _along_one(layout: Layout) -> Layout | None:
+    """A layout, by its pattern if it has one; None if owners do not change along one dimension."""
     if len(layout.dims) != 1:
         return None
     (dim,), size, count, owners = layout.dims, layout.size, layout.count, layout.owners
     if layout.stride is not None:
-        return Axis(dim, count, layout.stride, size)
+        return Layout.regular(count, dim, size, layout.stride, owners.device)
     inner = int((owners != owners[:1]).int().argmax()) or size if size else 1  # of the first pose
     if size % (inner * count) == 0:
         regular = Layout.regular(count, dim, size, inner, owners.device)
         if torch.equal(regular.owners, owners):
-            return Axis(dim, count, inner, size)
-    return Axis(dim, count, 0, size, owners)
+            return regular
+    return layout

@@ -147,8 +147,8 @@ class Reading:
         plan = settled.plan
         if settled.layouts is not None or plan.arrangement.poses == 1:
             return True
-        axes = self.subject.axes(plan.arrangement)
-        return all(edge in axes for edge in plan.edges)
+        layouts = self.subject.layouts(plan.arrangement)
+        return all(edge in layouts for edge in plan.edges)
 
     def open(self, recipe: Recipe, trial: Trial) -> Parts:
         """The parts by a recipe and the cotangents of a trial, which is emptied on the way."""

@@ -6,7 +6,6 @@ from math import prod
 
 import torch
 
-from posegrad.graph._axis import Axis
 from posegrad.graph._edges import Edge, EdgeRegistry
 from posegrad.graph._sites import (
     Site,
@@ -18,7 +17,7 @@ from posegrad.graph._sites import (
 )
 from posegrad.graph._subject import Subject
 from posegrad.graph._trial import Trial, attempt
-from posegrad.jacobian import Arrangement
+from posegrad.jacobian import Arrangement, Layout
 
 __all__ = [
     "Recipe",
@@ -71,18 +70,18 @@ def resolve(subject: Subject) -> tuple[Recipe, Trial]:
     entering = {site.parameter for site in sites}
     lost = {name: "no operator takes it" for name in parameters if name not in entering}
     own = subject.own()
-    axes = subject.axes(arrangement)
+    layouts = subject.layouts(arrangement)
     data: dict[tuple[Edge, int, int], bool] = {}
 
     def has_data(site: Site) -> bool:
         use = site.source, site.node, site.argument
         if use not in data:
-            data[use] = carries_data(registry, site, axes, own)
+            data[use] = carries_data(registry, site, layouts, own)
         return data[use]
 
     mixed_sites = [site for site in sites if not trial.serves(site)]
     if mixed_sites:
-        further = _further(subject, mixed_sites, axes, has_data, own)
+        further = _further(subject, mixed_sites, layouts, has_data, own)
         trial = trial.joined(attempt(subject, arrangement, further))
     settled = _settled(registry, sites, trial, lost)
     for name in parameters:
@@ -127,11 +126,11 @@ def _is_few_losses(subject: Subject) -> bool:
     arrangement = Arrangement(subject.output.shape, None)
     if not 1 < arrangement.poses <= _FEW or subject.pose_index:
         return False
-    axes = subject.axes(arrangement)
-    if not any(axis.is_whole for axis in axes.values()):
+    layouts = subject.layouts(arrangement)
+    if not any(layout.is_whole for layout in layouts.values()):
         return False
     sites = (site for name in subject.parameters for site in uses_of(subject, name))
-    told = [axes.get(edge) for site in sites for edge in site.edges]
+    told = [layouts.get(edge) for site in sites for edge in site.edges]
     return None in told
 
 
@@ -155,8 +154,8 @@ def _first_look(subject: Subject, sites: Sequence[Site]) -> tuple[Arrangement, T
 
 def is_followed(subject: Subject, recipe: Recipe) -> bool:
     """Whether poses are followed to all that a recipe reads."""
-    axes = subject.axes(Arrangement(subject.output.shape, recipe.dim))
-    return all(edge in axes for site in recipe.sites for edge in site.edges)
+    layouts = subject.layouts(Arrangement(subject.output.shape, recipe.dim))
+    return all(edge in layouts for site in recipe.sites for edge in site.edges)
 
 
 def keeps_apart(subject: Subject, recipe: Recipe) -> bool:
@@ -164,19 +163,19 @@ def keeps_apart(subject: Subject, recipe: Recipe) -> bool:
     if subject.registry.is_nested:
         return False
     arrangement = Arrangement(subject.output.shape, recipe.dim)
-    axes = subject.axes(arrangement)
+    layouts = subject.layouts(arrangement)
     if subject.is_fixed:
         return False  # there are no such numbers
     sites = (site for name in subject.parameters for site in uses_of(subject, name))
-    return all(edge in axes for site in sites for edge in site.edges)
+    return all(edge in layouts for site in sites for edge in site.edges)
 
 
 def _is_told(subject: Subject, arrangement: Arrangement, sites: Sequence[Site]) -> bool:
     """Whether operators tell of all poses, and a backward a component costs less than probes."""
     if arrangement.components > _FEW:
         return False
-    axes = subject.axes(arrangement)
-    return all(edge in axes for site in sites for edge in site.edges)
+    layouts = subject.layouts(arrangement)
+    return all(edge in layouts for site in sites for edge in site.edges)
 
 
 def pose_dimensions(shape: torch.Size) -> list[int | None]:
@@ -219,7 +218,7 @@ def _settled(
 def _further(
     subject: Subject,
     mixed: Sequence[Site],
-    axes: Mapping[Edge, Axis],
+    layouts: Mapping[Edge, Layout],
     has_data: Callable[[Site], bool],
     own: frozenset[int],
 ) -> list[Site]:
@@ -231,7 +230,7 @@ def _further(
         for site in beyond(registry, pending.pop()) or ():
             if site in found:
                 continue
-            told = all(edge in axes for edge in site.edges)
+            told = all(edge in layouts for edge in site.edges)
             size = registry.shape(site.source).numel()
             small = size <= _LARGEST_CLIMBED * max(parameters[site.parameter].numel(), 64)
             # What a weight enters may be of any size, as a network on the edges of all poses.

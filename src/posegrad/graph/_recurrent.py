@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from posegrad.graph._axis import Axis, Facts
+from posegrad.graph._layouts import Facts
 from posegrad.graph._read import Entry, Operator
 from posegrad.jacobian import ClosedForm, Factor, Layout, wide
 from posegrad.jacobian.layers import Elementwise, Linear
@@ -38,13 +38,13 @@ class Opening(NamedTuple):
 
 
 def recurrent(
-    facts: Facts, arg: int, axis: Axis, out: torch.Size, inside: torch.Size
-) -> Axis | None:
+    facts: Facts, arg: int, layout: Layout, out: torch.Size, inside: torch.Size
+) -> Layout | None:
     """From an input `[T, B, d]` and states `[B, H]` to outputs of the same kinds."""
     batch = len(out) - 2  # where poses lie in the output, and in the argument
-    if arg in _WEIGHTS or axis.dim != batch or inside[len(inside) - 2] != out[batch]:
+    if arg in _WEIGHTS or layout.dim != batch or inside[len(inside) - 2] != out[batch]:
         return None
-    return axis._replace(dim=len(inside) - 2)
+    return layout.moved(len(inside) - 2)
 
 
 _WEIGHTS = range(1, 5)

@@ -7,10 +7,11 @@ import torch
 from torch import Tensor
 
 from posegrad._torch import device_of, dtype_of, memory_of, saved_tensors
-from posegrad.graph._axis import Axis, dim_of
 from posegrad.graph._edges import Edge, EdgeRegistry
+from posegrad.graph._layouts import dim_of
 from posegrad.graph._moves import aligned, flipped, permuted, repeated, transposed
 from posegrad.graph._operators import Kind, kind_of
+from posegrad.jacobian import Layout
 
 __all__ = [
     "Site",
@@ -133,7 +134,7 @@ def meets_itself(registry: EdgeRegistry, sites: list[Site]) -> bool:
 
 
 def carries_data(
-    registry: EdgeRegistry, site: Site, axes: Mapping[Edge, Axis], own: frozenset[int]
+    registry: EdgeRegistry, site: Site, layouts: Mapping[Edge, Layout], own: frozenset[int]
 ) -> bool:
     """Whether what enters was computed from data too, and so is an activation and no weight.
 
@@ -144,7 +145,7 @@ def carries_data(
     Args:
         registry: The graph.
         site: Where it enters.
-        axes: Where poses lie.
+        layouts: Where poses lie.
         own: The memory of the modules' parameters and buffers.
     """
     kinds = _kinds_below(registry, site)
@@ -153,7 +154,7 @@ def carries_data(
     told = [node for node, kind in kinds.items() if kind.looks_up]
     if all(_has_only(registry, node, own) for node in told):
         return False
-    return not (_keeps_rows(registry, kinds) and _is_shared(registry, site, axes))
+    return not (_keeps_rows(registry, kinds) and _is_shared(registry, site, layouts))
 
 
 def may_be_shared(registry: EdgeRegistry, site: Site, own: frozenset[int]) -> bool:
@@ -204,15 +205,15 @@ def _is_unit(tensor: Tensor) -> bool:
     return ones and int(torch.count_nonzero(tensor)) == len(tensor)
 
 
-def _is_shared(registry: EdgeRegistry, site: Site, axes: Mapping[Edge, Axis]) -> bool:
+def _is_shared(registry: EdgeRegistry, site: Site, layouts: Mapping[Edge, Layout]) -> bool:
     """Whether what enters is the same for all poses: it is broadcast, a factor, or a table."""
-    kind, axis = kind_of(registry.names[site.node]), axes.get(site.edges[0])
-    if axis is None or kind.looks_up:
+    kind, layout = kind_of(registry.names[site.node]), layouts.get(site.edges[0])
+    if layout is None or kind.looks_up:
         return kind.looks_up
     if kind.moves is None or not (kind.moves in _ALIGNED or kind.multiplies):
         return False
     out, inside = registry.shape(site.edges[0]), registry.shape(site.source)
-    return kind.moves(registry.facts[site.node], site.argument, axis, out, inside) is None
+    return kind.moves(registry.facts[site.node], site.argument, layout, out, inside) is None
 
 
 def _keeps_shape(registry: EdgeRegistry, node: int) -> bool:

@@ -8,11 +8,10 @@ import torch
 from torch import Tensor
 
 from posegrad._torch import memory_of
-from posegrad.graph._axis import Axis
 from posegrad.graph._beside import Beside
 from posegrad.graph._edges import Edge, EdgeRegistry, named
 from posegrad.graph._inference import Inferred, Step, infer, steps_of
-from posegrad.jacobian import Arrangement, Backwards
+from posegrad.jacobian import Arrangement, Backwards, Layout
 
 __all__ = ["Subject"]
 
@@ -29,7 +28,7 @@ class Subject:
         dim: The output's dimension that counts poses, if the caller has said.
         generator: The engine's own source of random numbers.
         steps: The operators of graphs of this very structure, once they were followed.
-        inferred: What `axes` found in graphs of this very structure, by the dimension of poses.
+        inferred: What `layouts` found in graphs of this very structure, by the dimension of poses.
         tensors: Lists the modules' parameters and buffers, which are no data.
         is_hooked: Whether activations are seen to have hooks, which may do today what they did not
             when rows were last compared with autograd.
@@ -50,13 +49,13 @@ class Subject:
     quiet: bool = False
     beside: Beside | None = None
 
-    def axes(self, arrangement: Arrangement) -> Mapping[Edge, Axis]:
+    def layouts(self, arrangement: Arrangement) -> Mapping[Edge, Layout]:
         """Where poses lie at the edges for which operators tell, one after another."""
         if arrangement.dim not in self.inferred:
             self.steps.extend(() if self.steps else steps_of(self.registry))
             found = infer(self.registry, self.steps, arrangement, self.generator)
             self.inferred[arrangement.dim] = found
-        return self.inferred[arrangement.dim].axes
+        return self.inferred[arrangement.dim].layouts
 
     @cached_property
     def backwards(self) -> Backwards:

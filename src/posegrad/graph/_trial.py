@@ -115,11 +115,12 @@ def known_layout(
         return Layout(count, (), nobody)
     if count == 1:
         return single(cotangent)
-    axis = subject.axes(arrangement).get(edge)
-    if axis is not None:
-        if axis.owners is None:
-            return axis.layout(cotangent.device)
-        layout = _shared(axis.layout(cotangent.device), shared)
+    inferred = subject.layouts(arrangement).get(edge)
+    if inferred is not None:
+        layout = inferred.to(cotangent.device)
+        if inferred.pattern is not None:
+            return layout
+        layout = _shared(layout, shared)
         return None if layout.has_strays(cotangent) else layout
     if subject.pose_index and cotangent.ndim:
         return _stated(subject.pose_index, arrangement, cotangent)

@@ -7,7 +7,7 @@ from posegrad.jacobian._block import Block
 from posegrad.jacobian._deliver import Gradient, owned
 from posegrad.jacobian._division import Division
 from posegrad.jacobian._form import ClosedForm, Factor
-from posegrad.jacobian._layout import NOBODY, Layout, single
+from posegrad.jacobian._layout import NOBODY, WHOLE, Layout, single
 from posegrad.jacobian._parts import Factors, Part, Rows, Weights
 from posegrad.jacobian._precision import is_cast, wide
 from posegrad.jacobian._pull import Pull
@@ -19,6 +19,7 @@ __all__ = [
     "NOBODY",
     "ONE",
     "TOGETHER",
+    "WHOLE",
     "Arrangement",
     "Backwards",
     "Block",

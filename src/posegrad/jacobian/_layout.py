@@ -1,20 +1,24 @@
-"""Which pose each row of a tensor belongs to."""
+"""Which pose each row of a tensor belongs to, and where its rows lie."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Self
 
 import torch
 from torch import Tensor
 
-__all__ = ["NOBODY", "Layout", "single"]
+from posegrad.jacobian._record import record
+
+__all__ = ["NOBODY", "WHOLE", "Layout", "single"]
 
 NOBODY = -1
 """The owner of a row that no prediction depends on: its cotangent is zero."""
 
+WHOLE = -1
+"""The dimension along which the rows of a tensor lie that is one pose's as a whole."""
 
-@dataclass(frozen=True)
+
+@record
 class Layout:
     r"""The owners of the rows of a tensor, and the sums over the rows of each.
 
@@ -29,13 +33,14 @@ class Layout:
         stated: The pose of every row, `[R]`; `NOBODY` where it makes no difference. None if they
             follow a pattern.
         pattern: R and `stride`, if that is known.
+        device: That of the owners, if they follow a pattern.
     """
 
     count: int
     dims: tuple[int, ...]
     stated: Tensor | None
     pattern: tuple[int, int] | None = None
-    device: torch.device | None = None  # of the owners that follow a pattern
+    device: torch.device | None = None
 
     @classmethod
     def along(cls, count: int, dim: int, owners: Tensor) -> Self:
@@ -48,6 +53,28 @@ class Layout:
     ) -> Self:
         """The layout of `size` rows along a dimension, `stride` neighbours to a pose in turn."""
         return cls(count, (dim,), None, (size, stride), device)
+
+    def owned(self, dim: int, owners: Tensor) -> "Layout":
+        """The layout of the same poses along a dimension, or of a whole tensor, by other owners."""
+        return Layout(self.count, () if dim == WHOLE else (dim,), owners)
+
+    def moved(self, dim: int) -> "Layout":
+        """The same rows along another dimension."""
+        return Layout(self.count, (dim,), self.stated, self.pattern, self.device)
+
+    def patterned(self, size: int, stride: int) -> "Layout":
+        """Other rows along the same dimension, in a pattern."""
+        return Layout(self.count, self.dims, None, (size, stride), self.device)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether one pose owns the whole tensor."""
+        return not self.dims
+
+    @property
+    def dim(self) -> int:
+        """The one dimension along which rows lie, or `WHOLE`."""
+        return self.dims[0] if self.dims else WHOLE
 
     @cached_property
     def owners(self) -> Tensor:
@@ -232,7 +259,7 @@ class Layout:
     def to(self, device: torch.device | str) -> Self:
         """The layout on another device."""
         stated = None if self.stated is None else self.stated.to(device)
-        return replace(self, stated=stated, device=torch.device(device))
+        return type(self)(self.count, self.dims, stated, self.pattern, torch.device(device))
 
     @cached_property
     def _is_in_order(self) -> bool:
