@@ -10,8 +10,9 @@ from posegrad.graph._operators import OPERATORS
 
 SRC = Path(posegrad.__file__).parent
 ORDER = [
-    "_torch", "_threads", "_restoring", "_warn", "errors", "ranks", "combination", "weighting",
-    "jacobian", "graph", "schedule", "engine", "multipose", "testing", "interop", "plot",
+    "_torch", "_threads", "_restoring", "_warn", "errors", "ranks", "model", "combination",
+    "weighting", "jacobian", "graph", "schedule", "engine", "multipose", "testing", "interop",
+    "plot",
 ]  # fmt: skip
 FILES = sorted(
     path.relative_to(SRC) for path in SRC.rglob("*.py") if path.parent != SRC or path.stem in ORDER

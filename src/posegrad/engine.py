@@ -10,8 +10,9 @@ from torch.amp import GradScaler
 
 from posegrad.combination._base import Rule
 from posegrad.errors import UnsupportedModuleError
-from posegrad.graph import Gatherer, Listening, Roster, Wanted, check_modules, unwrapped
+from posegrad.graph import Gatherer, Listening
 from posegrad.jacobian import Jacobian, PoseJacobian, check_whole, of_all, step_of_batches
+from posegrad.model import Roster, Wanted, check_modules, unwrapped
 from posegrad.schedule._call import Setting
 from posegrad.schedule._chunks import ChunkSize
 from posegrad.schedule._combine import run

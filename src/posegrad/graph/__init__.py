@@ -7,11 +7,10 @@ from posegrad.graph._gather import Gatherer
 from posegrad.graph._guard import alone, failures_named, grad_set_aside
 from posegrad.graph._listening import Listening
 from posegrad.graph._mixing import keep_apart, mixing_modules
-from posegrad.graph._modules import Roster, Wanted, check_modules
 from posegrad.graph._outlook import Outlook
 from posegrad.graph._release import KeptGraph
+from posegrad.graph._sinks import Sinks
 from posegrad.graph._tracked import check_tracked, graph_clock, is_slice_of_leaf, leaf_of_slice
-from posegrad.graph._wrapped import Sinks, check_no_talk, unwrapped
 
 __all__ = [
     "Beside",
@@ -20,12 +19,8 @@ __all__ = [
     "KeptGraph",
     "Listening",
     "Outlook",
-    "Roster",
     "Sinks",
-    "Wanted",
     "alone",
-    "check_modules",
-    "check_no_talk",
     "check_tracked",
     "failures_named",
     "footprint",
@@ -37,5 +32,4 @@ __all__ = [
     "leaves_beside",
     "mixing_modules",
     "storages",
-    "unwrapped",
 ]

@@ -35,6 +35,7 @@ from posegrad.graph._plan import Plan, SettledPlan
 from posegrad.graph._reading import Parts, Reading
 from posegrad.graph._recipe import Recipe, of_rows, resolve, slow_parameters, uses_of
 from posegrad.graph._release import release
+from posegrad.graph._sinks import Sinks
 from posegrad.graph._structure import Found, Structure, Structures
 from posegrad.graph._subject import Subject
 from posegrad.graph._trial import Trial, attempt
@@ -45,7 +46,6 @@ from posegrad.graph._warnings import (
     nan_message,
     nested_message,
 )
-from posegrad.graph._wrapped import Sinks
 from posegrad.jacobian import (
     ONE,
     TOGETHER,

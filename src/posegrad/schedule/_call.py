@@ -14,8 +14,8 @@ from posegrad.combination import Combination
 from posegrad.combination._base import Rule
 from posegrad.combination._groups import Grouped, Groups
 from posegrad.errors import NoPosesError, RankError, listed
-from posegrad.graph import check_no_talk
 from posegrad.jacobian._record import record
+from posegrad.model import check_no_talk
 from posegrad.ranks import Ranks
 from posegrad.schedule._apart import Apart
 from posegrad.schedule._batch import Batch, as_batch

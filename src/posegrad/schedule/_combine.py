@@ -14,7 +14,8 @@ from posegrad.errors import (
     ReentrantCheckpointError,
     UnsupportedModuleError,
 )
-from posegrad.graph import Gatherer, check_no_talk
+from posegrad.graph import Gatherer
+from posegrad.model import check_no_talk
 from posegrad.schedule._call import Call
 from posegrad.schedule._chunks import Portion
 from posegrad.schedule._cost import rows
