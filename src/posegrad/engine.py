@@ -265,7 +265,7 @@ class Engine:
             torch.Size([6, 6])
         """
         index = [pose_index] if isinstance(pose_index, Tensor) else list(pose_index or ())
-        own = partial(self._gatherer.gather, output, pose_index=index, keep_graph=retain_graph)
+        own = partial(self._gatherer.read, output, pose_index=index, keep_graph=retain_graph)
         return of_all(own, partial(self._trained, params), self._ranks)
 
     def listen(self, output: Tensor) -> Listening:

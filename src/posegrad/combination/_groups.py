@@ -12,7 +12,7 @@ from posegrad.combination._base import Combination, outcome
 from posegrad.combination._online import OnlineForm
 from posegrad.errors import NoPosesError, ShapeMismatchError, listed
 
-__all__ = ["Grouped", "Groups", "groups_of", "ungrouped"]
+__all__ = ["Groups", "PerGroup", "groups_of", "ungrouped"]
 
 _NAMED = 5  # empty groups in a message: ids that are numbers of compounds leave millions
 
@@ -106,7 +106,7 @@ class Groups:
 
 
 @final
-class Grouped(Combination):
+class PerGroup(Combination):
     """A rule applied to each group by itself: predictions `[m, ...]` to `[n, ...]`.
 
     What it returns beside the combined prediction is stacked likewise.
@@ -180,9 +180,9 @@ def _check_filled(owners: Tensor, count: int) -> None:
 
 def groups_of(rule: Combination) -> Groups | None:
     """The groups a rule is applied to; None if all poses are one."""
-    return rule.groups if isinstance(rule, Grouped) else None
+    return rule.groups if isinstance(rule, PerGroup) else None
 
 
 def ungrouped(rule: Combination) -> Combination:
     """What a rule does with one group."""
-    return rule.rule if isinstance(rule, Grouped) else rule
+    return rule.rule if isinstance(rule, PerGroup) else rule

@@ -3,7 +3,7 @@
 from posegrad.graph._beside import Beside, leaves_beside
 from posegrad.graph._edges import EdgeRegistry
 from posegrad.graph._footprint import footprint, storages
-from posegrad.graph._gather import Gatherer
+from posegrad.graph._gatherer import Gatherer
 from posegrad.graph._guard import alone, failures_named, grad_set_aside
 from posegrad.graph._listening import Listening
 from posegrad.graph._mixing import keep_apart, mixing_modules

@@ -1,4 +1,4 @@
-"""What a gather refuses before it reads anything."""
+"""What is refused before anything is read."""
 
 from collections.abc import Sequence
 

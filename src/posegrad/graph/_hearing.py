@@ -14,9 +14,9 @@ from posegrad._restoring import no_autocast, ordinary_mode
 from posegrad._torch import is_python, version_of
 from posegrad.errors import CotangentBypassError, ListeningError, StaleFactorError
 from posegrad.graph._edges import Edge, EdgeRegistry, named
-from posegrad.graph._plan import Plan
 from posegrad.graph._reading import Parts
 from posegrad.graph._release import Slot
+from posegrad.graph._worklist import Worklist
 
 __all__ = ["Hearing", "Hooks", "Route", "versions_count"]
 
@@ -26,40 +26,40 @@ class Route:
     """The way of cotangents from an output to where parameters enter, by the structure alone.
 
     Args:
-        plan: What is read there.
+        work: What is read there.
         early: The operators on the way whose cotangents have to be seen before they run, by
             number: the first one, those that are read, and those that may write to what they are
             handed. And which of their cotangents are read: the numbers of outputs, and places in
-            the plan.
+            the worklist.
         sends: For each operator on the way the arguments whose gradients stay on it, and their
             edges.
-        uses: For each operator that is read the numbers of the plan's uses there, and these as a
-            plan by itself.
+        uses: For each operator that is read the numbers of the uses there, and these as a
+            worklist by itself.
         packable: For each operator whose saved tensors are read one of them, to see whether a
             checkpoint holds it.
         names: What the operators are called.
         root: The output.
     """
 
-    plan: Plan
+    work: Worklist
     early: Mapping[int, tuple[tuple[int, int], ...]]
     sends: Mapping[int, tuple[tuple[int, Edge], ...]]
-    uses: Mapping[int, tuple[list[int], Plan]]
+    uses: Mapping[int, tuple[list[int], Worklist]]
     packable: Sequence[Slot]
     names: Sequence[str]
     root: Edge
 
     @classmethod
-    def of(cls, registry: EdgeRegistry, plan: Plan, slots: Sequence[Slot]) -> "Route":
-        """The way to all that a plan reads, in a graph that holds saved tensors in some slots."""
+    def of(cls, registry: EdgeRegistry, work: Worklist, slots: Sequence[Slot]) -> "Route":
+        """The way to all that is read in a graph that holds saved tensors in some slots."""
         uses: dict[int, list[int]] = {}
-        for number, use in enumerate(plan.uses):
+        for number, use in enumerate(work.uses):
             uses.setdefault(use.site.node, []).append(number)
         nodes = {*registry.above(uses), *uses}
         early = {node for node in nodes if is_python(registry.nodes[node])}
         early |= {registry.root[0], *uses}
         places: dict[int, list[tuple[int, int]]] = {node: [] for node in sorted(early)}
-        for place, (node, output) in enumerate(plan.edges):
+        for place, (node, output) in enumerate(work.edges):
             places[node].append((output, place))
         sends = {
             node: tuple([
@@ -71,18 +71,18 @@ class Route:
         }  # fmt: skip
         seen = {node: tuple(pairs) for node, pairs in places.items()}
         own = {
-            node: (numbers, replace(plan, uses=[plan.uses[i] for i in numbers]))
+            node: (numbers, replace(work, uses=[work.uses[i] for i in numbers]))
             for node, numbers in uses.items()
         }
-        read = _read(registry, plan)
+        read = _read(registry, work)
         packable = {node: name for node, name in reversed(slots) if node in read}
-        return cls(plan, seen, sends, own, [*packable.items()], registry.names, registry.root)
+        return cls(work, seen, sends, own, [*packable.items()], registry.names, registry.root)
 
 
-def _read(registry: EdgeRegistry, plan: Plan) -> set[int]:
+def _read(registry: EdgeRegistry, work: Worklist) -> set[int]:
     """The operators whose saved tensors are read: by forms, or below what parameters make."""
-    nodes = {*plan.operators, *(use.site.node for use in plan.uses)}
-    far = {s.source[0] for s in plan.recipe.sites if not (s.direct or s.light)}
+    nodes = {*work.operators, *(use.site.node for use in work.uses)}
+    far = {s.source[0] for s in work.recipe.sites if not (s.direct or s.light)}
     return nodes.union(*map(registry.below, far))
 
 
@@ -105,13 +105,13 @@ class Hearing:
 
     Attributes:
         weights: The cotangent of the output; None if none came.
-        columns: The cotangents by their place in the plan.
+        columns: The cotangents by their place in the worklist.
         parts: What was read of them, by parameter.
         failure: The first error, which is not raised before the backward is over.
     """
 
     def __init__(self, route: Route, take: Take, *, copies: bool, counts: bool) -> None:
-        places = len(route.plan.edges)
+        places = len(route.work.edges)
         self.weights: Tensor | None = None
         self.columns: list[Tensor | None] = [None] * places
         self.parts: Parts = {}

@@ -15,11 +15,11 @@ from posegrad.errors import ListeningError, NonFiniteGradientError, NoPosesError
 from posegrad.graph._edges import EdgeRegistry
 from posegrad.graph._guard import failures_named, undisturbed
 from posegrad.graph._hearing import Hearing, Hooks, Route, versions_count
-from posegrad.graph._plan import Plan
 from posegrad.graph._reading import Forms, Looked, Reading, Tables
 from posegrad.graph._release import Slot
 from posegrad.graph._subject import Subject
 from posegrad.graph._trial import known_layout
+from posegrad.graph._worklist import Worklist
 from posegrad.jacobian import (
     Backwards,
     Block,
@@ -66,9 +66,9 @@ class Outline:
         return self.reading.subject
 
     @property
-    def plan(self) -> Plan:
+    def work(self) -> Worklist:
         """What is read."""
-        return self.route.plan
+        return self.route.work
 
 
 @final
@@ -209,13 +209,13 @@ class Listening:
         outline = self._outline
         if outline is None:
             return
-        plan, subject = outline.plan, outline.subject
+        work, subject = outline.work, outline.subject
         layouts = [*outline.layouts]
         with failures_named(), _at_ease():
             for place in [place for _, place in outline.route.early[node]]:
                 if layouts[place] is None:
                     layouts[place] = known_layout(
-                        subject, plan.arrangement, plan.edges[place],
+                        subject, work.arrangement, work.edges[place],
                         hearing.columns[place], self._shared,
                     )  # fmt: skip
                 if layouts[place] is None:
@@ -223,10 +223,10 @@ class Listening:
                         "Rows of activations that belong to no pose have gradients that are nan "
                         "or infinite.\nLook for infinite numbers in the forward."
                     )
-            numbers, plan = outline.route.uses[node]
+            numbers, work = outline.route.uses[node]
             forms = [outline.forms[i] for i in numbers]
             looked = Looked([[*hearing.columns]], layouts)  # which is emptied
-            found = outline.reading.multiplied(plan, forms, outline.tables, looked)
+            found = outline.reading.multiplied(work, forms, outline.tables, looked)
         for name, parts in found.items():
             hearing.parts.setdefault(name, []).extend(parts)
 
@@ -238,7 +238,7 @@ class Listening:
         if not outline.is_watched:
             grads = [p.grad for p in outline.parameters.values() if p.grad is not None]
             own &= {*map(memory_of, grads)}
-        division = Division(weights, outline.plan.arrangement, foreign=own)
+        division = Division(weights, outline.work.arrangement, foreign=own)
         parts = hearing.parts if division.count else {}
         blocks = {
             name: Block.of(p, division.count, [division.of(part) for part in parts.get(name, ())])
@@ -291,7 +291,7 @@ def check_static(registry: EdgeRegistry) -> None:
         )
 
 
-def check_heard(subject: Subject, plan: Plan) -> None:
+def check_heard(subject: Subject, work: Worklist) -> None:
     """Refuses rows that one backward does not tell.
 
     Those of a function written in Python take its backward for each row, which may free, as that of
@@ -300,7 +300,7 @@ def check_heard(subject: Subject, plan: Plan) -> None:
     Raises:
         ListeningError: if there are any.
     """
-    recipe, arrangement = plan.recipe, plan.arrangement
+    recipe, arrangement = work.recipe, work.arrangement
     instead = "Call engine.jacobian(output, retain_graph=True) before the backward instead."
     if recipe.by_rows:
         whys = listed([f"{name} ({why})" for name, why in sorted(recipe.by_rows.items())])
@@ -314,7 +314,7 @@ def check_heard(subject: Subject, plan: Plan) -> None:
             f"each pose share rows of activations, and a backward brings only their weighted sum.\n"
             f"Listen to one number for each pose, as its loss. Or: {instead}"
         )
-    nodes = [use.site.node for use in plan.uses if use.reader is None]
+    nodes = [use.site.node for use in work.uses if use.reader is None]
     custom = [subject.registry.names[n] for n in nodes if is_python(subject.registry.nodes[n])]
     if custom:
         raise ListeningError(

@@ -6,13 +6,13 @@ from typing import NamedTuple
 from torch import Tensor
 
 from posegrad.graph._edges import Edge, named
-from posegrad.graph._plan import SettledPlan
 from posegrad.graph._probes import make_probes
 from posegrad.graph._probing import narrowest
 from posegrad.graph._pulled import pulls
 from posegrad.graph._recipe import Recipe, pose_dimensions, uses_of
 from posegrad.graph._sites import Site
 from posegrad.graph._subject import Subject
+from posegrad.graph._worklist import SettledWorklist
 from posegrad.jacobian import Arrangement, Backwards, Purpose
 
 __all__ = ["Outlook", "foreseen"]
@@ -38,7 +38,7 @@ def foreseen(
     subject: Subject,
     parameters: Mapping[str, Tensor],
     recipe: Recipe | None,
-    plan: SettledPlan | None,
+    work: SettledWorklist | None,
     *,
     is_due: bool,
 ) -> Outlook:
@@ -48,7 +48,7 @@ def foreseen(
         subject: The output.
         parameters: All there are, by name; the output depends on some.
         recipe: That of the structure, if graphs like this one were read before.
-        plan: Its plan, if nothing in it is open.
+        work: Its worklist, if nothing in it is open.
         is_due: Whether a comparison with plain autograd is.
     """
     own = {name: [*uses_of(subject, name)] for name in subject.parameters}
@@ -58,12 +58,12 @@ def foreseen(
     arrangement, unknown = _likeliest(subject, edges, recipe)
     subject.blame(arrangement, edges)
     backwards, components = subject.backwards, arrangement.components
-    if plan is not None and plan.together and not is_due:
+    if work is not None and work.together and not is_due:
         backwards.add(Purpose.TOGETHER)
         return Outlook(paths, backwards, is_known=True, may_mix=False)
     if edges:
         settles = recipe is None and not unknown and not subject.registry.has_python()
-        alone = components > 1 and not is_due and (plan is not None or settles)
+        alone = components > 1 and not is_due and (work is not None or settles)
         backwards.add(Purpose.ACTIVATIONS, 0 if alone else 1)
         backwards.add(Purpose.COMPONENTS, components if components > 1 else 0)
         _add_probes(subject, arrangement, unknown)

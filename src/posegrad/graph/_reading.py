@@ -12,7 +12,6 @@ from posegrad._torch import dtype_of, is_listened_to, is_packed, is_packed_at
 from posegrad.graph._alone import in_backward
 from posegrad.graph._edges import LEAF_NAME, EdgeRegistry, named
 from posegrad.graph._operators import kind_of
-from posegrad.graph._plan import Plan, SettledPlan, Use, operator_at
 from posegrad.graph._pulled import Far, entries, lifted, pulled
 from posegrad.graph._read import Operator, form_of
 from posegrad.graph._recipe import Recipe, slow_parameters, uses_of
@@ -28,6 +27,7 @@ from posegrad.graph._vjp import (
     rows_of_graph,
     rows_together,
 )
+from posegrad.graph._worklist import SettledWorklist, Use, Worklist, operator_at
 from posegrad.jacobian import (
     NOBODY,
     Arrangement,
@@ -48,7 +48,7 @@ Parts = dict[str, list[Part]]
 _LARGE = 2**13  # numbers of an operator that take longer than calling it
 
 Forms = list[ClosedForm | None]
-"""The closed form of each use of a plan."""
+"""The closed form of each use of a worklist."""
 
 Tables = Mapping[int, Embedding | None]
 """Those that rows were looked up in, by operator."""
@@ -56,7 +56,7 @@ Tables = Mapping[int, Embedding | None]
 
 @dataclass
 class Looked:
-    """The cotangents of a plan's edges, and whose their rows are.
+    """The cotangents of a worklist's edges, and whose their rows are.
 
     Args:
         columns: For each component of the output those of all edges; None where nothing flows.
@@ -93,8 +93,10 @@ class Reading:
     _operators: dict[int, Operator] = field(default_factory=dict)
     _insides: dict[int, tuple[Layout | None, list[Tensor | None]]] = field(default_factory=dict)
 
-    def settled(self, settled: SettledPlan, slots: list[Slot], *, keep_graph: bool) -> Parts | None:
-        """The parts of each parameter's block by a plan in which nothing is open.
+    def settled(
+        self, settled: SettledWorklist, slots: list[Slot], *, keep_graph: bool
+    ) -> Parts | None:
+        """The parts of each parameter's block by a worklist in which nothing is open.
 
         Returns:
             None if something is special this time; the graph is as it was.
@@ -117,12 +119,12 @@ class Reading:
         return self._use_by_use(settled, slots, keep_graph=keep_graph)
 
     def _use_by_use(
-        self, settled: SettledPlan, slots: list[Slot], *, keep_graph: bool
+        self, settled: SettledWorklist, slots: list[Slot], *, keep_graph: bool
     ) -> Parts | None:
         """The parts by their closed forms, use by use; None as for `settled`."""
-        plan, registry = settled.plan, self.registry
-        forms, tables = self.forms(plan)
-        for use, form in zip(plan.uses, forms, strict=True):
+        work, registry = settled.work, self.registry
+        forms, tables = self.forms(work)
+        for use, form in zip(work.uses, forms, strict=True):
             if form is None and use.reader and use.site not in settled.declined:
                 return None
         if not self._stay_apart(settled):
@@ -131,55 +133,55 @@ class Reading:
         if settled.layouts is not None:
             layouts = [*settled.layouts]
         frees = settled.spares_graph and not keep_graph
-        columns = self._columns(plan, keep_graph=not frees)
+        columns = self._columns(work, keep_graph=not frees)
         settled.count(self.subject)
         if layouts is None:
-            layouts = self._layouts(plan, columns)
+            layouts = self._layouts(work, columns)
             if layouts is None:
                 return None
-        parts = self.multiplied(plan, forms, tables, Looked(columns, layouts))
+        parts = self.multiplied(work, forms, tables, Looked(columns, layouts))
         if not keep_graph:
             release(registry, settled.left if frees else slots)
         return parts
 
-    def _stay_apart(self, settled: SettledPlan) -> bool:
+    def _stay_apart(self, settled: SettledWorklist) -> bool:
         """Whether the poses of this graph can be followed to all that is read."""
-        plan = settled.plan
-        if settled.layouts is not None or plan.arrangement.poses == 1:
+        work = settled.work
+        if settled.layouts is not None or work.arrangement.poses == 1:
             return True
-        layouts = self.subject.layouts(plan.arrangement)
-        return all(edge in layouts for edge in plan.edges)
+        layouts = self.subject.layouts(work.arrangement)
+        return all(edge in layouts for edge in work.edges)
 
     def open(self, recipe: Recipe, trial: Trial) -> Parts:
         """The parts by a recipe and the cotangents of a trial, which is emptied on the way."""
-        plan = Plan.of(self.subject, recipe)
-        forms, tables = self.forms(plan)
-        columns = [[trial.cotangents.get(edge) for edge in plan.edges]]
-        if plan.arrangement.components > 1:
-            columns = self._columns(plan, keep_graph=True)
-        layouts = [trial.layouts.get(edge) for edge in plan.edges]
+        work = Worklist.of(self.subject, recipe)
+        forms, tables = self.forms(work)
+        columns = [[trial.cotangents.get(edge) for edge in work.edges]]
+        if work.arrangement.components > 1:
+            columns = self._columns(work, keep_graph=True)
+        layouts = [trial.layouts.get(edge) for edge in work.edges]
         self._answers.clear()
         self._insides.clear()
         trial.cotangents.clear()
         self.subject.backwards.blame(lost=recipe.lost)
-        found = self.multiplied(plan, forms, tables, Looked(columns, layouts))
+        found = self.multiplied(work, forms, tables, Looked(columns, layouts))
         found.update(self._by_rows(recipe.by_rows))
         return found
 
-    def forms(self, plan: Plan) -> tuple[Forms, Tables]:
+    def forms(self, work: Worklist) -> tuple[Forms, Tables]:
         """Reads what the operators saved, all in one go: a checkpoint recomputes but once.
 
         Returns:
             The form of each use, and those of tables that rows were looked up in, by operator.
         """
         at = self._operators
-        at.update({node: operator_at(self.registry, node) for node in plan.operators})
+        at.update({node: operator_at(self.registry, node) for node in work.operators})
         parameters = self.subject.parameters
         forms: Forms = []
         tables: dict[int, Embedding | None] = {}
 
         def read_all() -> None:
-            for use in plan.uses:
+            for use in work.uses:
                 forms.append(use.reader and form_of(use.reader, at[use.site.node], use.entry))
                 looked_up = use.site.looked_up
                 if looked_up is not None:
@@ -193,10 +195,10 @@ class Reading:
             read_all()
         return forms, tables
 
-    def _columns(self, plan: Plan, *, keep_graph: bool) -> list[list[Tensor | None]]:
+    def _columns(self, work: Worklist, *, keep_graph: bool) -> list[list[Tensor | None]]:
         """The cotangents of each component of the output: one backward for each."""
-        output, arrangement = self.subject.output, plan.arrangement
-        edges = self.registry.at(plan.edges)
+        output, arrangement = self.subject.output, work.arrangement
+        edges = self.registry.at(work.edges)
         if not edges:
             return [[] for _ in range(arrangement.components)]
         if arrangement.components == 1:
@@ -212,14 +214,14 @@ class Reading:
         return found
 
     def _layouts(
-        self, plan: Plan, columns: list[list[Tensor | None]]
+        self, work: Worklist, columns: list[list[Tensor | None]]
     ) -> list[Layout | None] | None:
         """Whose the rows are, by the numbers that picked them; None if these do not tell."""
         shared: list[Layout] = []
         found: list[Layout | None] = []
-        for edge, *values in zip(plan.edges, *columns, strict=True):
+        for edge, *values in zip(work.edges, *columns, strict=True):
             value = next((v for v in values if v is not None), None)
-            layout = known_layout(self.subject, plan.arrangement, edge, value, shared)
+            layout = known_layout(self.subject, work.arrangement, edge, value, shared)
             strays = layout is not None and any(
                 v is not None and layout.has_strays(v) for v in values[1:]
             )
@@ -230,7 +232,7 @@ class Reading:
 
     def multiplied(
         self,
-        plan: Plan,
+        work: Worklist,
         forms: Forms,
         tables: Tables,
         looked: Looked,
@@ -238,25 +240,25 @@ class Reading:
         """The parts of the parameters that are read, use by use; cotangents are dropped on the way.
 
         Args:
-            plan: What to read.
+            work: What to read.
             forms: The closed form of each use.
             tables: Those that rows were looked up in, by operator.
             looked: The cotangents.
         """
-        found: Parts = {use.site.parameter: [] for use in plan.uses}
+        found: Parts = {use.site.parameter: [] for use in work.uses}
         far: list[tuple[Site, Far]] = []
         reached: dict[tuple[int, int, bool, bool], Far | None] = {}
-        for use, form in zip(plan.uses, forms, strict=True):
+        for use, form in zip(work.uses, forms, strict=True):
             site = use.site
             if site.parameter in self.watched - self.flowing and looked.flows(use.places):
                 self.flowing.add(site.parameter)
             if site.direct or site.light:
-                part = self._part(plan, use, form, looked)
+                part = self._part(work, use, form, looked)
                 found[site.parameter] += [] if part is None else [part]
             else:
                 key = site.node, site.argument, site.transposed, site.closed
                 if key not in reached:
-                    reached[key] = self._far(plan, use, form, looked)
+                    reached[key] = self._far(work, use, form, looked)
                 rows = reached[key]
                 far += [] if rows is None else [(site, rows)]
             for place in use.spent:
@@ -265,16 +267,18 @@ class Reading:
                 for column in looked.columns:
                     column[place] = None
         if far:
-            for name, part in pulled(self.subject, far, tables, plan.arrangement, self._most):
+            for name, part in pulled(self.subject, far, tables, work.arrangement, self._most):
                 found[name].append(part)
         return found
 
-    def _part(self, plan: Plan, use: Use, form: ClosedForm | None, looked: Looked) -> Part | None:
+    def _part(
+        self, work: Worklist, use: Use, form: ClosedForm | None, looked: Looked
+    ) -> Part | None:
         """The part of a parameter that enters as it is, or rearranged."""
-        site, arrangement = use.site, plan.arrangement
+        site, arrangement = use.site, work.arrangement
         served = self._served(use, form, looked)
         if served is None:
-            rows = self._operator_rows(plan, use, form, looked)
+            rows = self._operator_rows(work, use, form, looked)
             if rows is None:
                 return None
             pull = self._pull(site)
@@ -288,18 +292,18 @@ class Reading:
         path = f"closed form ({type(form).__name__})"
         return Factors(path, 0, form, layout, arrangement, each, self._pull(site))
 
-    def _far(self, plan: Plan, use: Use, form: ClosedForm | None, looked: Looked) -> Far | None:
+    def _far(self, work: Worklist, use: Use, form: ClosedForm | None, looked: Looked) -> Far | None:
         """The rows of a tensor that was computed from parameters."""
         served = self._served(use, form, looked)
         if served is None:
-            return self._operator_rows(plan, use, form, looked)
+            return self._operator_rows(work, use, form, looked)
         form, layout, each = served
         if not each:
             return None
         path = f"closed form ({type(form).__name__}) of a computed weight"
-        if use.site.source[0] in plan.recipe.activations:
+        if use.site.source[0] in work.recipe.activations:
             path = "rows of activations: poses mix"
-        return Far(path, Factors(path, 0, form, layout, plan.arrangement, each).rows())
+        return Far(path, Factors(path, 0, form, layout, work.arrangement, each).rows())
 
     def _served(
         self, use: Use, form: ClosedForm | None, looked: Looked
@@ -345,10 +349,10 @@ class Reading:
         return self._insides[node]
 
     def _operator_rows(
-        self, plan: Plan, use: Use, form: ClosedForm | None, looked: Looked
+        self, work: Worklist, use: Use, form: ClosedForm | None, looked: Looked
     ) -> Far | None:
         """The rows of one operator's own vjp, one masked cotangent for each."""
-        site, arrangement = use.site, plan.arrangement
+        site, arrangement = use.site, work.arrangement
         node, sizes = self.registry.nodes[site.node], self.registry.sizes[site.node]
         dtypes, device = dtype_of(node), self.subject.output.device
 
@@ -366,7 +370,7 @@ class Reading:
         self.declined.add(site)
         answers = self._answers.setdefault(site.node, {})
         if site.argument not in answers:
-            alike = [s for s in plan.recipe.sites if s.node == site.node and not s.closed]
+            alike = [s for s in work.recipe.sites if s.node == site.node and not s.closed]
             sources = {s.argument: s.source for s in (site, *alike)}
             held = sum(prod(sizes[i]) for _, i in site.edges)
             held += 2 * sum(self.registry.shape(source).numel() for source in sources.values())
@@ -378,16 +382,18 @@ class Reading:
             return None
         each = rows.reshape(arrangement.poses, arrangement.components, *rows.shape[1:])
         rows = arrangement.join(each)
-        why = self._why_not_closed(plan, use, form, looked)
+        why = self._why_not_closed(work, use, form, looked)
         return Far(
             f"operator vjp ({named(node.name())}): {why}", rows.mT if site.transposed else rows
         )
 
-    def _why_not_closed(self, plan: Plan, use: Use, form: ClosedForm | None, looked: Looked) -> str:
+    def _why_not_closed(
+        self, work: Worklist, use: Use, form: ClosedForm | None, looked: Looked
+    ) -> str:
         site, layout = use.site, looked.layouts[use.places[0]]
         if layout is not None and not bool((layout.owners != NOBODY).any()):
             return "no gradient flows"
-        if site.source[0] in plan.recipe.activations and not (site.direct or site.light):
+        if site.source[0] in work.recipe.activations and not (site.direct or site.light):
             return "poses mix"
         if form is not None:
             return "no closed form for this layout"
@@ -417,7 +423,7 @@ class Reading:
 
         return Pull(back, keeps=self.registry.shape(site.source).numel() == parameter.numel())
 
-    def _together(self, settled: SettledPlan) -> Parts | None:
+    def _together(self, settled: SettledWorklist) -> Parts | None:
         """One backward of all numbers of the output together; None if it cannot be batched."""
         output, parameters = self.subject.output, self.subject.parameters
         count = output.numel()
@@ -426,7 +432,7 @@ class Reading:
         found = rows_together(output, units, leaves, is_sure=settled.is_sure)
         if found is None:
             return None
-        recipe, parts = settled.plan.recipe, Parts()
+        recipe, parts = settled.work.recipe, Parts()
         mixed = dict.fromkeys(slow_parameters(recipe), "poses mix") | {**recipe.by_rows}
         for name, rows in zip(parameters, found, strict=True):
             why = mixed.get(name, "few numbers")

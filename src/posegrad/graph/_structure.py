@@ -9,11 +9,11 @@ from torch import Tensor
 from posegrad.graph._edges import EdgeRegistry
 from posegrad.graph._hearing import Route
 from posegrad.graph._inference import Inferred, Step
-from posegrad.graph._plan import SettledPlan
 from posegrad.graph._recipe import Recipe, is_followed, keeps_apart, slow_parameters
 from posegrad.graph._release import Slot, slots_above
 from posegrad.graph._sites import kept_shapes
 from posegrad.graph._subject import Subject
+from posegrad.graph._worklist import SettledWorklist
 
 __all__ = ["Found", "Structure", "Structures"]
 
@@ -73,7 +73,7 @@ class Structure:
         steps: Its operators, once poses were followed through them.
         is_fixed: Whether that decides where poses lie, as far as is known: no numbers pick rows.
         inferred: Where poses lie, as far as it follows, by the output's dimension of poses.
-        plan: How to read it, once nothing is open.
+        settled: How to read it, once nothing is open.
         heard: How to hear it, once somebody listened: where poses lie follows without numbers that
             flow, but nothing is known of how the backward's own reading would go.
         route: Where to listen.
@@ -85,8 +85,8 @@ class Structure:
     steps: list[Step] = field(default_factory=list)
     is_fixed: bool = True
     inferred: dict[int | None, Inferred] = field(default_factory=dict)
-    plan: SettledPlan | None = None
-    heard: SettledPlan | None = None
+    settled: SettledWorklist | None = None
+    heard: SettledWorklist | None = None
     route: Route | None = None
 
     @property

@@ -1,4 +1,4 @@
-"""What a gather warns of: slow ways, and why they are taken."""
+"""What a reader of graphs warns of: slow ways, and why they are taken."""
 
 from collections.abc import Sequence
 from itertools import groupby

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from posegrad._torch import has_hooks
 from posegrad.combination import Combination
 from posegrad.combination._base import Rule
-from posegrad.combination._groups import Grouped, Groups
+from posegrad.combination._groups import Groups, PerGroup
 from posegrad.errors import NoPosesError, RankError, listed
 from posegrad.jacobian._record import record
 from posegrad.model import check_no_talk
@@ -308,7 +308,7 @@ def _together(ranks: Ranks, make: Callable[[], Call]) -> Call:
         return call
     joined = Groups.joined(groups)
     return call.told(
-        request=call.request.told(rule=Grouped(call.request.rule, joined)),
+        request=call.request.told(rule=PerGroup(call.request.rule, joined)),
         groups=replace(call.groups, count=joined.count),
     )
 
@@ -368,4 +368,4 @@ def _rule_of(rule: Rule, groups: Groups | None) -> Combination:
         TypeError: if it is no rule of predictions.
     """
     rule = rule_of_predictions(rule)
-    return rule if groups is None else Grouped(rule, groups)
+    return rule if groups is None else PerGroup(rule, groups)

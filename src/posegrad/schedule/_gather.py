@@ -58,7 +58,7 @@ def gather(
             if loss is not None:
                 rows = _of_loss(loss, rows, count)
         shape = _alike(rows, shape if found else rows.shape[1:], count, start)
-        jacobian = gatherer.gather(rows, parameters, must_depend=False)
+        jacobian = gatherer.read(rows, parameters, must_depend=False)
         used |= bool(jacobian.used)
         found.append(keep(jacobian))
         count += portion.count

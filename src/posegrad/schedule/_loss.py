@@ -78,7 +78,7 @@ class LossCall:
             self._beside.leaves = leaves_beside(graph, {id(p) for p in self.parameters.values()})
         if self._beside.leaves and (self.outside == "error" or has_noise):
             raise UntrackedTensorError(_refused(self._beside.leaves, has_noise=has_noise))
-        return self.gatherer.gather(
+        return self.gatherer.read(
             self.losses, parameters, keep_graph=True, registry=graph, beside=self._beside
         )
 

@@ -77,6 +77,6 @@ def _rows(session: Session, chunk: Chunk, gatherer: Gatherer) -> Rows:
         return {**session.inputs.gradients(flat, torch.ones_like(flat), chunk.leaves)}
     sources = session.inputs.sources(chunk.leaves)
     tensors = {name: tensor for name, (_, tensor) in sources.items()}
-    jacobian = gatherer.gather(chunk.predictions, tensors, must_depend=False, quiet=True)
+    jacobian = gatherer.read(chunk.predictions, tensors, must_depend=False, quiet=True)
     blocks = jacobian.in_form("auto").blocks
     return {sources[name][0]: block for name, block in blocks.items() if block.parts}

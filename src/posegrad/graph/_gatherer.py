@@ -31,7 +31,6 @@ from posegrad.graph._guard import (
 from posegrad.graph._hearing import Route
 from posegrad.graph._listening import Outline, check_heard, check_packed, check_static
 from posegrad.graph._outlook import Outlook, foreseen
-from posegrad.graph._plan import Plan, SettledPlan
 from posegrad.graph._reading import Parts, Reading
 from posegrad.graph._recipe import Recipe, of_rows, resolve, slow_parameters, uses_of
 from posegrad.graph._release import release
@@ -46,6 +45,7 @@ from posegrad.graph._warnings import (
     nan_message,
     nested_message,
 )
+from posegrad.graph._worklist import SettledWorklist, Worklist
 from posegrad.jacobian import (
     ONE,
     TOGETHER,
@@ -116,9 +116,9 @@ class Gatherer:
         is_due = self.check == "always" if recipe is None else self._is_due(recipe, subject)
         with failures_named(), undisturbed():
             recipe = recipe or self._of_rows(subject)
-            return foreseen(subject, parameters, recipe, known.plan, is_due=is_due)
+            return foreseen(subject, parameters, recipe, known.settled, is_due=is_due)
 
-    def gather(
+    def read(
         self,
         output: Tensor,
         parameters: Mapping[str, Tensor],
@@ -193,7 +193,7 @@ class Gatherer:
     def listen(self, output: Tensor, parameters: Mapping[str, Tensor]) -> Outline:
         """All that is needed to hear the Jacobian of `output` in a backward of somebody else's.
 
-        A structure that was not met before is read, and compared, as by `gather`; the graph is
+        A structure that was not met before is read, and compared, as by `read`; the graph is
         kept. So is one in which some rows have not said anything yet.
 
         Raises:
@@ -217,21 +217,23 @@ class Gatherer:
         check_static(registry)
         lock, aside, copied = python_contained(registry, used)
         with retained_set_aside(heard), failures_named(), undisturbed(), lock, aside, copied:
-            plan, layouts = self._heard_by(subject, known)
-            if known.route is None or known.route.plan is not plan:
-                known.route = Route.of(registry, plan, known.slots)
+            work, layouts = self._heard_by(subject, known)
+            if known.route is None or known.route.work is not work:
+                known.route = Route.of(registry, work, known.slots)
             check_packed(registry, known.route.packable)
             reading = Reading(subject, self.block_bytes)
-            forms, tables = reading.forms(plan)
+            forms, tables = reading.forms(work)
         if not subject.is_fixed:
             known.is_fixed, known.inferred = False, {}
         return Outline(
             reading, known.route, forms, tables, layouts, parameters, subject.backwards, bool(heard)
         )
 
-    def _heard_by(self, subject: Subject, known: Structure) -> tuple[Plan, Sequence[Layout | None]]:
+    def _heard_by(
+        self, subject: Subject, known: Structure
+    ) -> tuple[Worklist, Sequence[Layout | None]]:
         """What to read, and whose the rows of each cotangent are, as far as that is known."""
-        recipe = known.found.recipe if known.heard is None else known.heard.plan.recipe
+        recipe = known.found.recipe if known.heard is None else known.heard.work.recipe
         if recipe is None or self._is_due(recipe, subject) or self._waiting(recipe, subject):
             own = {site.node for name in subject.parameters for site in uses_of(subject, name)}
             check_packed(subject.registry, [slot for slot in known.slots if slot[0] in own])
@@ -241,36 +243,36 @@ class Gatherer:
                     subject.backwards.add(purpose, count)
             known.heard, recipe = None, known.found.recipe
         if known.heard is None and recipe is not None:
-            known.heard = SettledPlan.of(subject, recipe, known.slots, ())
+            known.heard = SettledWorklist.of(subject, recipe, known.slots, ())
         settled = known.heard
         if settled is not None and _is_followed(subject, settled):
-            check_heard(subject, settled.plan)
-            return settled.plan, settled.layouts or [None] * len(settled.plan.edges)
+            check_heard(subject, settled.work)
+            return settled.work, settled.layouts or [None] * len(settled.work.edges)
         recipe, trial = _serving(subject, known.found)
         if recipe is None or trial is None:
             recipe, trial = self._new_recipe(subject)
-        plan = Plan.of(subject, recipe)
-        check_heard(subject, plan)
-        return plan, [trial.layouts.get(edge) for edge in plan.edges]
+        work = Worklist.of(subject, recipe)
+        check_heard(subject, work)
+        return work, [trial.layouts.get(edge) for edge in work.edges]
 
     def _parts_of(
         self, subject: Subject, known: Structure, keep_graph: bool
     ) -> tuple[Parts, Backwards]:
         special = subject.is_hooked or is_cast() or torch.is_inference_mode_enabled()
         with failures_named():
-            if known.plan is not None and not special:
-                plan = known.plan
-                waiting = self._waiting(plan.plan.recipe, subject)
+            if known.settled is not None and not special:
+                settled = known.settled
+                waiting = self._waiting(settled.work.recipe, subject)
                 reading = Reading(subject, self.block_bytes, waiting)
-                with nullcontext() if plan.spares_graph else undisturbed():
+                with nullcontext() if settled.spares_graph else undisturbed():
                     keeps = keep_graph or bool(waiting)
-                    parts = reading.settled(plan, known.slots, keep_graph=keeps)
+                    parts = reading.settled(settled, known.slots, keep_graph=keeps)
                 if parts is not None and not reading.flowing:
                     if keeps and not keep_graph:
                         release(subject.registry, known.slots)
-                    if plan.together:
+                    if settled.together:
                         return parts, TOGETHER
-                    return parts, ONE if plan.takes_one else subject.backwards
+                    return parts, ONE if settled.takes_one else subject.backwards
             recipes = [r for r in (known.found.recipe, known.found.other) if r is not None]
             waiting = frozenset[str]().union(*(self._waiting(r, subject) for r in recipes))
             reading = Reading(subject, self.block_bytes, waiting)
@@ -285,7 +287,7 @@ class Gatherer:
             subject.is_fixed or not slow_parameters(recipe)
         )
         if is_usual and not special and not self._is_due(recipe, subject):
-            known.plan = SettledPlan.of(subject, recipe, known.slots, reading.declined)
+            known.settled = SettledWorklist.of(subject, recipe, known.slots, reading.declined)
         return parts, subject.backwards
 
     def _parts_in_float16(
@@ -386,12 +388,12 @@ def _serving(subject: Subject, found: Found) -> tuple[Recipe | None, Trial | Non
     return None, None
 
 
-def _is_followed(subject: Subject, settled: SettledPlan) -> bool:
-    """Whether poses are followed to all edges of a plan in this very graph."""
-    if settled.layouts is not None or settled.plan.arrangement.poses == 1:
+def _is_followed(subject: Subject, settled: SettledWorklist) -> bool:
+    """Whether poses are followed to all edges of a worklist in this very graph."""
+    if settled.layouts is not None or settled.work.arrangement.poses == 1:
         return True
-    layouts = subject.layouts(settled.plan.arrangement)
-    return all(edge in layouts for edge in settled.plan.edges)
+    layouts = subject.layouts(settled.work.arrangement)
+    return all(edge in layouts for edge in settled.work.edges)
 
 
 def _tried(subject: Subject, recipe: Recipe) -> Trial:

@@ -17,7 +17,7 @@ from posegrad.graph._subject import Subject
 from posegrad.graph._together import pays_together
 from posegrad.jacobian import Arrangement, Layout, Purpose
 
-__all__ = ["Plan", "SettledPlan", "Use", "entry_of", "operator_at"]
+__all__ = ["SettledWorklist", "Use", "Worklist", "entry_of", "operator_at"]
 
 
 class Use(NamedTuple):
@@ -41,7 +41,7 @@ class Use(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Plan:
+class Worklist:
     """A recipe, spelled out for graphs of one structure and one set of shapes.
 
     Args:
@@ -60,7 +60,7 @@ class Plan:
 
     @classmethod
     def of(cls, subject: Subject, recipe: Recipe) -> Self:
-        """The plan for graphs like this one."""
+        """The worklist for graphs like this one."""
         registry, sites = subject.registry, _by_size(subject.registry, recipe.sites)
         edges = list(dict.fromkeys(edge for site in sites for edge in site.edges))
         numbers = {edge: place for place, edge in enumerate(edges)}
@@ -83,14 +83,14 @@ class Plan:
 
 
 @dataclass
-class SettledPlan:
-    """A plan in which nothing is open: where poses lie follows from what operators are.
+class SettledWorklist:
+    """A worklist in which nothing is open: where poses lie follows from what operators are.
 
     Its graphs need one backward for each component of a pose, and nothing is compared with it. Of
     small networks all rows are taken together, wherever poses lie.
 
     Args:
-        plan: The plan.
+        work: The worklist.
         layouts: Whose the rows of the cotangents are; None if numbers tell, for each graph anew:
             those that picked the rows, or of cotangents that should be zero, as nobody's are.
         packable: One slot of each operator that is read, to see whether a checkpoint holds it.
@@ -101,7 +101,7 @@ class SettledPlan:
         is_sure: Whether that was seen to be right.
     """
 
-    plan: Plan
+    work: Worklist
     layouts: list[Layout] | None
     packable: list[Slot]
     left: list[Slot]
@@ -114,7 +114,7 @@ class SettledPlan:
     def of(
         cls, subject: Subject, recipe: Recipe, slots: list[Slot], declined: Collection[Site]
     ) -> Self | None:
-        """The plan for graphs like this one; None if something is open."""
+        """The worklist for graphs like this one; None if something is open."""
         registry = subject.registry
         if registry.has_python():
             return None
@@ -130,31 +130,31 @@ class SettledPlan:
             together &= known >= subject.parameters.keys()
         if is_open and not together:
             return None
-        plan = Plan.of(subject, recipe)
+        work = Worklist.of(subject, recipe)
         if is_open:
-            return cls(plan, None, _one_each(slots), [], frozenset(), together, is_open=True)
-        read = {use.site.node for use in plan.uses} | {*plan.operators}
+            return cls(work, None, _one_each(slots), [], frozenset(), together, is_open=True)
+        read = {use.site.node for use in work.uses} | {*work.operators}
         freed = {*registry.above(read)}
         packable = _one_each(slots if together else [slot for slot in slots if slot[0] in read])
         left = [slot for slot in slots if slot[0] not in freed]
         layouts: list[Layout] | None = None
         if several and subject.is_fixed:
-            found = [inferred[edge].to(device_of(registry.nodes[edge[0]])) for edge in plan.edges]
+            found = [inferred[edge].to(device_of(registry.nodes[edge[0]])) for edge in work.edges]
             layouts = None if any(layout.has_dead_rows for layout in found) else found
-        return cls(plan, layouts, packable, left, frozenset(declined), together)
+        return cls(work, layouts, packable, left, frozenset(declined), together)
 
     @cached_property
     def spares_graph(self) -> bool:
         """Whether the backward may free the graph on its way: nothing is read after it."""
         reads_on = self.declined or any(
-            use.reader is None or not (use.site.direct or use.site.light) for use in self.plan.uses
+            use.reader is None or not (use.site.direct or use.site.light) for use in self.work.uses
         )
-        return self.layouts is not None and self.plan.arrangement.components == 1 and not reads_on
+        return self.layouts is not None and self.work.arrangement.components == 1 and not reads_on
 
     @cached_property
     def takes_one(self) -> bool:
         """Whether one backward is all it takes, and nothing is to blame for more."""
-        arrangement, uses = self.plan.arrangement, self.plan.uses
+        arrangement, uses = self.work.arrangement, self.work.uses
         is_fixed = self.layouts is not None or arrangement.poses == 1
         near = all(use.site.direct or use.site.light for use in uses)
         return is_fixed and arrangement.components == 1 and near
@@ -163,11 +163,11 @@ class SettledPlan:
         """Counts its backwards unless there is just one; components and rows count theirs."""
         if self.takes_one:
             return
-        plan = self.plan
-        subject.backwards.add(Purpose.ACTIVATIONS, int(plan.arrangement.components == 1))
-        subject.blame(plan.arrangement, plan.edges)
-        if plan.recipe.lost:
-            subject.backwards.blame(lost=plan.recipe.lost)
+        work = self.work
+        subject.backwards.add(Purpose.ACTIVATIONS, int(work.arrangement.components == 1))
+        subject.blame(work.arrangement, work.edges)
+        if work.recipe.lost:
+            subject.backwards.blame(lost=work.recipe.lost)
 
 
 def _one_each(slots: Iterable[Slot]) -> list[Slot]:
