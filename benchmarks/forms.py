@@ -39,6 +39,18 @@ class Bias(nn.Module):
         return x + self.bias
 
 
+class Centres(nn.Module):
+    """Distances to points."""
+
+    def __init__(self, count: int, width: int) -> None:
+        super().__init__()
+        self.points = nn.Parameter(torch.randn(count, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[m, width]` to `[m, count]`."""
+        return torch.cdist(x, self.points)
+
+
 class Experts(nn.Module):
     """Several linear maps of the same inputs."""
 
@@ -99,6 +111,7 @@ LAYERS: dict[str, Layer] = {
     "EmbeddingBag": Layer(lambda: nn.EmbeddingBag(1000, 128), partial(tokens, 1000, 32, 64)),
     "Bilinear": Layer(lambda: nn.Bilinear(64, 64, 64), partial(normal, (64, 64), (64, 64))),
     "Weights in a batch": Layer(lambda: Experts(8, 128), partial(normal, (64, 128))),
+    "Distances": Layer(lambda: Centres(256, 64), partial(normal, (64, 64))),
     "RMSNorm": Layer(lambda: nn.RMSNorm(512), _TOKENS),
     "InstanceNorm2d": Layer(lambda: nn.InstanceNorm2d(64, affine=True), _IMAGES),
     "PReLU": Layer(lambda: nn.PReLU(64), _IMAGES),

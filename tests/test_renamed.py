@@ -99,6 +99,12 @@ def test_gradients_without_a_private_name(
         torch.testing.assert_close([p.grad for p in model.parameters()], [*expected])
 
 
+def test_distances_without_the_backward_of_their_own(hidden: Callable[[str], None]) -> None:
+    row = ARCHITECTURES["Distances to a parameter"]
+    hidden("_cdist_backward")
+    compare(row)
+
+
 def test_a_factor_that_was_changed_is_seen_without_versions(hidden: Callable[[str], None]) -> None:
     model, x = nn.Linear(3, 1).double(), drawn(4, 3)
     hidden("_version")

@@ -16,7 +16,9 @@ __all__ = ["Exact", "seeded"]
 
 @dataclass(frozen=True)
 class Exact:
-    """Rows of a problem, in float64; in float32 if its forward draws numbers, which differ there.
+    """Rows of a problem, in float64 if it has it.
+
+    They are in float32 if its forward draws numbers, which would be others in float64.
 
     Attributes:
         rows: Each parameter's rows `[m, ...]`.
@@ -32,7 +34,8 @@ class Exact:
     def of(cls, problem: Problem) -> Self:
         """One backward for each pose."""
         seeded()
-        own = problem.copied() if problem.is_random else problem.double()
+        is_narrow = problem.is_random or not problem.has_double
+        own = problem.copied() if is_narrow else problem.double()
         rows = {name: r.double() for name, r in loop_rows(own)().items()}
         gramian = torch.stack([r.flatten(1) @ r.flatten(1).T for r in rows.values()]).sum(dim=0)
         return cls(rows, gramian, problem.weights.double())

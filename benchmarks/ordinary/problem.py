@@ -27,6 +27,7 @@ class Problem:
         m: How many losses they give.
         is_sliced: Whether pose `i` is item `i` of each input, so that it can be scored alone.
         is_random: Whether a forward draws random numbers.
+        has_double: Whether torch has all of its operators in float64.
     """
 
     network: nn.Module
@@ -35,6 +36,7 @@ class Problem:
     m: int
     is_sliced: bool = True
     is_random: bool = False
+    has_double: bool = True
 
     @cached_property
     def weights(self) -> Tensor:

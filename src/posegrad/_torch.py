@@ -18,7 +18,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 __all__ = [
     "TorchDispatchMode", "UntoldError", "add_each", "address_of", "after_backward",
-    "backward_into_leaves", "backward_to", "calls_by", "ddp_sinks", "device_of", "dtype_of",
+    "backward_into_leaves", "backward_to", "calls_by", "ddp_sinks", "device_of",
+    "distances_backward", "dtype_of",
     "facts_of", "free_memory", "has_forward_hooks", "has_hooks", "have_noticed", "held_by",
     "holds", "hooks_of", "in_ddp",
     "in_fsdp_backward", "in_static_ddp", "inside_compiled", "is_first_of_static", "is_hooked",
@@ -89,6 +90,31 @@ def keeps_graph() -> bool:
     """Whether the backward that is running keeps its graph; so it may, if it is not told."""
     told = _found(lambda: torch._C._autograd._get_current_graph_task_keep_graph, None)
     return True if told is None else bool(told())
+
+
+def distances_backward(b: Tensor, points: Tensor, x: Tensor, p: float, distances: Tensor) -> Tensor:
+    """The gradient `[..., k, d]` of points `[k, d]`, as the backward of `torch.cdist` takes it.
+
+    Args:
+        b: The cotangents of their distances to x, `[..., k, T]`.
+        points: The points.
+        x: `[..., T, d]`.
+        p: The order of the norm.
+        distances: Theirs, `[..., k, T]`.
+    """
+    pull = _found(lambda: torch.ops.aten._cdist_backward, _distances_backward_again)
+    pulled: Tensor = pull(b.contiguous(), points, x, p, distances.contiguous())
+    return pulled
+
+
+def _distances_backward_again(
+    b: Tensor, points: Tensor, x: Tensor, p: float, distances: Tensor
+) -> Tensor:
+    each = points.expand(*b.shape[:-1], points.shape[-1])
+    with torch.enable_grad():
+        each = each.detach().requires_grad_()
+        again = torch.cdist(each, x, p, compute_mode="donot_use_mm_for_euclid_dist")
+    return torch.autograd.grad(again, each, b)[0]
 
 
 def hooks_of(leaf: Tensor) -> dict[int, Any] | None:

@@ -59,7 +59,7 @@ SHARED = {
     "Weight on the left": A("W X", shared.WeightOnTheLeft, PLAIN),
     "einsum": A("", shared.Einsum, batch(T, WIDTH), dense=True),
     "Poses that are parameters": A("divided by a whole number", shared.Thirds, PLAIN),
-    "Distances to a parameter": A("torch.cdist", shared.Prototypes, PLAIN, SLOW, dense=True),
+    "Distances to a parameter": A("torch.cdist", shared.Prototypes, PLAIN, dense=True),
     "Vector": A("inputs @ a vector of weights", shared.Vector, batch(T, WIDTH), dense=True),
     "Weights in a batch": A(
         "torch.bmm, poses in the rows of one and the columns of another",

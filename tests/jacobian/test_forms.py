@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from posegrad.jacobian.layers import (
     BatchedLinear,
     Bilinear,
     Convolution,
+    Distances,
     Elementwise,
     Embedding,
     EmbeddingBag,
@@ -129,6 +131,15 @@ def _bilinear(rows: int) -> Case:
     return Case(form, torch.randn(rows, 4, dtype=F64), 0)
 
 
+def _distances(rows: int, p: float, *, on_left: bool = False, by_products: bool = False) -> Case:
+    c = torch.randn(4, 3, dtype=F64)
+    x = torch.cat([c[:1], torch.randn(rows - 1, 3, dtype=F64)])  # no distance
+    y, b = torch.cdist(x, c, p), torch.randn(rows, 4, dtype=F64)
+    y, b = (y.mT, b.mT) if on_left else (y, b)
+    form = Distances(c.shape, _factor(x), _factor(c), _factor(y), p, on_left, by_products)
+    return Case(form, b, int(on_left))
+
+
 def _repeat(rows: int) -> Case:
     form = Repeat(torch.Size([1, 3]), (2, rows, 2))
     return Case(form, torch.randn(2, rows, 6, dtype=F64), 1)
@@ -166,6 +177,13 @@ CASES: dict[str, Callable[[int], Case]] = {
     "batched, on the left": lambda r: _batched(r, on_left=True),
     "vector": _vector,
     "bilinear": _bilinear,
+    "distances": lambda r: _distances(r, 2.0),
+    "distances, by products": lambda r: _distances(r, 2.0, by_products=True),
+    "distances, on the left": lambda r: _distances(r, 2.0, on_left=True),
+    "distances, on the left, by products": lambda r: _distances(
+        r, 2.0, on_left=True, by_products=True
+    ),
+    **{f"distances, p = {p}": partial(_distances, p=p) for p in (0.0, 1.0, 1.5, 3.0, torch.inf)},
     "repeat": _repeat,
     "convolution": _convolution,
     "convolution, groups": lambda r: _convolution(r, groups=2),

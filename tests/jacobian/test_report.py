@@ -85,12 +85,12 @@ class Tied(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.table = nn.Embedding(5, 3)
-        self.centre = nn.Parameter(torch.ones(1, 3))
+        self.centre = nn.Parameter(torch.ones(1, 1, 3))
         self.unused = nn.Linear(1, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         rows = self.table(x)
-        far = torch.cdist(rows.flatten(0, 1), self.centre).reshape(*x.shape, 1)
+        far = torch.cdist(rows.flatten(0, 1)[None], self.centre).reshape(*x.shape, 1)
         return ((rows * far) @ self.table.weight.T).sum((1, 2))
 
 
@@ -98,7 +98,12 @@ def test_uses_and_reasons_are_told() -> None:
     rows = _rows(_jacobian(Tied(), torch.randint(5, (4, 6))).report())
     assert rows["table.weight"][0] == "2"
     assert rows["table.weight"][3] == "closed form (Embedding) + closed form (Linear)"
-    assert rows["centre"] == ["1", "rows", "48 B", "operator vjp (Cdist): no closed form"]
+    assert rows["centre"] == [
+        "1",
+        "rows",
+        "48 B",
+        "operator vjp (Cdist): no closed form of this use",
+    ]
     assert rows["unused.weight"] == ["0", "unused"]
 
 
@@ -129,12 +134,12 @@ class Gated(nn.Module):
         super().__init__()
         self.gate = nn.Parameter(torch.zeros(()))
         self.mixed = nn.Parameter(torch.rand(4, 4))
-        self.centre = nn.Parameter(torch.rand(1, 4))
+        self.centre = nn.Parameter(torch.rand(1, 1, 4))
         self.raw = nn.Parameter(torch.rand(4))
 
     def forward(self, x: Tensor) -> Tensor:
         h = torch.einsum("bi,ij->bj", Passed.apply(x), self.mixed)
-        h = torch.cdist(h, self.centre) * nn.functional.softplus(self.raw)
+        h = torch.cdist(h[None], self.centre)[0] * nn.functional.softplus(self.raw)
         return (x + self.gate * Passed.apply(h)).sum(1)
 
 
@@ -157,7 +162,7 @@ def test_a_closed_gate_is_no_lack_of_a_form() -> None:
     J = engine.jacobian(output, retain_graph=True)
     torch.testing.assert_close(J.matrix(), reference.rows(output, reference.trainable(model)))
     rows = _rows(J.report())
-    assert rows["centre"][-1] == "operator vjp (Cdist): no closed form"
+    assert rows["centre"][-1] == "operator vjp (Cdist): no closed form of this use"
     assert rows["raw"][-1] == "closed form (Elementwise) of a computed weight"
 
 

@@ -71,6 +71,7 @@ from posegrad.graph._read import (
     channel_bias,
     copies,
     denominator,
+    distances_to,
     experts,
     factor,
     group_scale,
@@ -275,7 +276,20 @@ OPERATORS: dict[str, Kind] = {
     "TrilinearBackward0": Kind(
         between_two, ("expand1", "expand2", "expand3", "sumdim"), forms={1: middle}
     ),
-    **_all("Cdist EuclideanDist", Kind(distances)),
+    "CdistBackward0": Kind(
+        distances,
+        forms={
+            0: distances_to("x1", "x2", on_left=True),
+            1: distances_to("x2", "x1", on_left=False),
+        },
+    ),
+    "EuclideanDistBackward0": Kind(
+        distances,
+        forms={
+            0: distances_to("x1", "x2", on_left=True, by_products=True),
+            1: distances_to("x2", "x1", on_left=False, by_products=True),
+        },
+    ),
     **_all("Cholesky CholeskyInverse LinalgCholeskyEx LinalgDet LinalgEig", Kind(matrices)),
     **_all("LinalgEigh LinalgHouseholderProduct LinalgInvEx LinalgLu", Kind(matrices)),
     **_all("LinalgLuFactorEx LinalgMatrixExp LinalgPinv LinalgQr LinalgSlogdet", Kind(matrices)),

@@ -18,6 +18,7 @@ from posegrad.jacobian.layers import (
     BatchedLinear,
     Bilinear,
     Convolution,
+    Distances,
     Elementwise,
     Embedding,
     EmbeddingBag,
@@ -40,6 +41,7 @@ __all__ = [
     "channel_bias",
     "copies",
     "denominator",
+    "distances_to",
     "experts",
     "factor",
     "form_of",
@@ -207,6 +209,19 @@ def middle(op: Operator, entry: Entry) -> ClosedForm | None:
     if entry.transposed or not tensors or told != ((1, 3), (0,), (1, 2), (2, 3)):
         return None
     return Bilinear(entry.shape, Factor.of(first, entry.name), Factor.of(second, entry.name))
+
+
+def distances_to(argument: str, other: str, *, on_left: bool, by_products: bool = False) -> Reader:
+    def reader(op: Operator, entry: Entry) -> ClosedForm | None:
+        points, x, y = op.saved(argument), op.saved(other), op.saved("result")
+        tensors = all(isinstance(tensor, Tensor) for tensor in (points, x, y))
+        if entry.transposed or not tensors or not len(entry.shape) == points.ndim == 2:
+            return None
+        p = 2.0 if by_products else float(op.saved("p"))
+        x, points, y = (Factor.of(tensor, entry.name) for tensor in (x, points.clone(), y))
+        return Distances(entry.shape, x, points, y, p, on_left, by_products)
+
+    return reader
 
 
 def experts(op: Operator, entry: Entry) -> ClosedForm | None:

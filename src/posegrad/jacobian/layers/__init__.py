@@ -3,6 +3,7 @@
 from posegrad.jacobian.layers.batched import BatchedLinear
 from posegrad.jacobian.layers.bilinear import Bilinear
 from posegrad.jacobian.layers.convolution import Convolution
+from posegrad.jacobian.layers.distances import Distances
 from posegrad.jacobian.layers.elementwise import Elementwise
 from posegrad.jacobian.layers.embedding import Embedding, EmbeddingBag
 from posegrad.jacobian.layers.grouped import GroupedLinear
@@ -15,6 +16,7 @@ __all__ = [
     "BatchedLinear",
     "Bilinear",
     "Convolution",
+    "Distances",
     "Elementwise",
     "Embedding",
     "EmbeddingBag",
