@@ -66,7 +66,7 @@ def _run(call: Call, gatherer: Gatherer, *, wary: bool) -> tuple[Combined, bool]
     wary |= call.has_hooks
     differentiates = torch.is_grad_enabled() or request.sharded
     portions = call.portions(
-        light=name in ("stream", "recompute") and not wary and differentiates,
+        light=name in ("stream", "recompute") and differentiates,
         whole=name == "retain",
         reserved=rows(request.load) if name == "store" and request.measured else 0.0,
     )
