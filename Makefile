@@ -50,6 +50,7 @@ coverage: $(VENV)/.test-ready
 
 bench: $(VENV)/.bench-ready
 	$(RUN) -m benchmarks --suite multipose --device $(DEVICE)
+	$(RUN) -m benchmarks --suite docked --device $(DEVICE)
 	$(RUN) -m benchmarks --suite scaling --device $(DEVICE) --rounds 1
 	$(if $(filter cpu,$(DEVICE)),$(RUN) -m benchmarks --suite processes --rounds 7)
 	for suite in gramian rows clipping bags overhead forms rules \

@@ -19,7 +19,6 @@ from benchmarks import (
     rules,
     scaling,
 )
-from benchmarks.models import MODELS
 from benchmarks.settings import Memory, Settings
 from benchmarks.table import markdown
 
@@ -36,7 +35,8 @@ class _Suite(NamedTuple):
 
 
 SUITES: dict[str, _Suite] = {
-    "multipose": _Suite(multipose.run, MODELS, multipose.MEMORY),
+    "multipose": _Suite(multipose.run, multipose.NAMES, multipose.MEMORY),
+    "docked": _Suite(multipose.run_docked, multipose.DOCKED, multipose.MEMORY),
     **{
         suite: _Suite(
             partial(batches.run, suite), dict.fromkeys(sum(tasks.values(), ())), batches.MEMORY

@@ -2,12 +2,12 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import accumulate, islice
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch_geometric.data import Data
+from torch_geometric.data import Batch, Data
 from torch_geometric.nn import ViSNet
 
 from benchmarks.peers import Predict
@@ -28,6 +28,7 @@ class Model:
         poses: That many poses, never one twice.
         to: A pose on a device, in a dtype.
         sizes: The numbers of poses it is run on.
+        joined: Whether its poses are handed to it as one batch.
     """
 
     text: str
@@ -36,6 +37,11 @@ class Model:
     poses: Callable[[int], Sequence[Any]]
     to: Callable[[Any, str, torch.dtype], Any]
     sizes: tuple[int, ...]
+    joined: bool = False
+
+    def group(self, poses: Sequence[Any]) -> Any:
+        """Poses as a training loop has them."""
+        return Batch.from_data_list(list(poses)) if self.joined else poses
 
 
 def distinct_poses(m: int) -> list[Pose]:
@@ -64,6 +70,39 @@ def _atoms_to(pose: Pose, device: str, dtype: torch.dtype) -> Pose:
 def _schnet() -> nn.Module:
     torch.manual_seed(0)
     return schnet()
+
+
+class _WithinEach(nn.Module):
+    """The neighbours of a batch, pose by pose: all pairs of all its atoms would be too many."""
+
+    def __init__(self, near: AllNeighbours) -> None:
+        super().__init__()
+        self.near = near
+
+    def forward(self, xyz: Tensor, batch: Tensor) -> tuple[Tensor, Tensor]:
+        """Edges `[2, e]` and their lengths `[e]` of the atoms `xyz` `[a, 3]`."""
+        sizes = batch.bincount().tolist()
+        starts = [0, *accumulate(sizes)]
+        own = [self.near(x, b) for x, b in zip(xyz.split(sizes), batch.split(sizes), strict=True)]
+        edges = torch.cat(
+            [pairs + start for (pairs, _), start in zip(own, starts, strict=False)], 1
+        )
+        return edges, torch.cat([lengths for _, lengths in own])
+
+
+def _schnet_joined() -> nn.Module:
+    network = _schnet()
+    network.interaction_graph = _WithinEach(network.interaction_graph)
+    return network
+
+
+def _score_joined(network: nn.Module, batch: Batch) -> Tensor:
+    energies: Tensor = network(batch.z, batch.pos, batch.batch)
+    return energies[:, 0]
+
+
+def _graphs(m: int) -> list[Data]:
+    return [Data(z=pose.z, pos=pose.xyz) for pose in distinct_poses(m)]
 
 
 class _Surroundings(nn.Module):
@@ -139,5 +178,9 @@ MODELS: dict[str, Model] = {
     "ViSNet": Model(
         "PyG ViSNet, 64 channels, 3 layers, 5 Å",
         _visnet, _score_visnet, distinct_poses, _atoms_to, (4, 16, 64, 256),
+    ),
+    "SchNet, joined": Model(
+        "the same SchNet, poses as one batch", _schnet_joined, _score_joined, _graphs, _graph_to,
+        (64,), joined=True,
     ),
 }  # fmt: skip

@@ -19,15 +19,15 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from benchmarks.exact import gradients, largest_difference
-from benchmarks.methods import METHODS, RULES, TARGET, Bound
-from benchmarks.models import MODELS, Model
+from benchmarks.methods import JOINED, METHODS, RULES, SIDE_BY_SIDE, TARGET, Bound
+from benchmarks.models import MODELS
 from benchmarks.peers import plain
 from benchmarks.rounds import seconds, shuffled
 from benchmarks.settings import Memory, Row, Settings
 from examples.docked_poses._require import DEMO, require
 from examples.docked_poses.precision import double_precision
 
-__all__ = ["MEMORY", "run"]
+__all__ = ["DOCKED", "MEMORY", "NAMES", "run", "run_docked"]
 
 LIMIT = "limit"
 
@@ -41,31 +41,67 @@ MEMORY = Memory(
 )
 
 
+NAMES = tuple(name for name, model in MODELS.items() if not model.joined)
+"""The models of the suite `multipose`."""
+
+DOCKED = ("SchNet", "SchNet, joined")
+"""The models of the suite `docked`."""
+
+
 def run(models: Sequence[str], settings: Settings) -> dict[str, Any]:
     """Run the suite.
 
     Args:
-        models: Names out of `MODELS`.
+        models: Names out of `NAMES`.
         settings: How.
 
     Returns:
         What goes into the JSON file.
     """
-    settings.prepare()
     if "PIGNet2" in models:
         require("pignet2", install=DEMO)
+    cases = [_Case(name, m, _rules(name)) for name in models for m in MODELS[name].sizes]
+    return _run("multipose", cases, settings)
+
+
+def run_docked(models: Sequence[str], settings: Settings) -> dict[str, Any]:
+    """Run the suite `docked`: 64 poses as a list and as a batch, default options beside peers.
+
+    Args:
+        models: Names out of `DOCKED`.
+        settings: How.
+
+    Returns:
+        What goes into the JSON file.
+    """
+    cases = [_Case(name, 64, (*ENDS, "Boltzmann(kT)"), SIDE_BY_SIDE) for name in models]
+    return _run("docked", cases, settings)
+
+
+@dataclass(frozen=True)
+class _Case:
+    """A model, a number of poses, and what is run on them."""
+
+    model: str
+    poses: int
+    rules: Sequence[str]
+    methods: Sequence[str] = tuple(METHODS)
+
+
+def _run(suite: str, cases: Sequence[_Case], settings: Settings) -> dict[str, Any]:
+    settings.prepare()
     rows: list[Row] = []
     limits: list[Row] = []
-    cases = [(name, m) for name in models for m in MODELS[name].sizes]
     with tqdm(total=len(cases) * settings.rounds) as bar:
-        for name, m in cases:
-            bar.set_description(f"{name}, {m} poses")
-            group = _Group(MODELS[name], m, _rules(name), settings)
+        for case in cases:
+            name = case.model
+            bar.set_description(f"{name}, {case.poses} poses")
+            group = _Group(case, settings)
             timed, floors = group.time(settings.rounds, bar.update)
             rows += [{"model": name, **row} for row in timed]
             limits += [{"model": name, **floor} for floor in floors]
-    texts = {name: MODELS[name].text for name in models}
-    return settings.result("multipose", rows, limits=limits, models=texts)
+    texts = {case.model: MODELS[case.model].text for case in cases}
+    return settings.result(suite, rows, limits=limits, models=texts)
 
 
 def _rules(model: str) -> tuple[str, ...]:
@@ -81,15 +117,18 @@ class _Method:
 class _Group:
     """One model and one number of poses."""
 
-    def __init__(self, model: Model, m: int, rules: Sequence[str], settings: Settings) -> None:
-        self.model, self.rules = model, rules
+    def __init__(self, case: _Case, settings: Settings) -> None:
+        model = self.model = MODELS[case.model]
+        self.rules = case.rules
         self.stopwatch, self.device = settings.stopwatch, settings.device
         self.network = model.make().to(self.device)
-        self.poses = [model.to(p, self.device, torch.float32) for p in model.poses(m)]
+        self.poses = [model.to(p, self.device, torch.float32) for p in model.poses(case.poses)]
+        self.group = model.group(self.poses)
         # A copy for each method: nothing one of them hangs on its model slows another.
-        copies = {name: copy.deepcopy(self.network) for name in METHODS}
+        copies = {name: copy.deepcopy(self.network) for name in case.methods}
+        known = JOINED if model.joined else METHODS
         self.methods = {
-            n: _Method(copies[n], bind(copies[n], model.predict)) for n, bind in METHODS.items()
+            n: _Method(copies[n], known[n](copies[n], model.predict)) for n in case.methods
         }
 
     def time(self, rounds: int, tick: Callable[[], object]) -> tuple[list[Row], list[Row]]:
@@ -116,20 +155,22 @@ class _Group:
     def _seconds(self, name: str, rule: str) -> float:
         method, combine = self.methods[name], RULES[rule]()
         method.network.zero_grad()
-        return seconds(partial(method.step, self.poses, combine, TARGET), self.stopwatch)
+        return seconds(partial(method.step, self.group, combine, TARGET), self.stopwatch)
 
     def _compare(self, rule: str, rows: Mapping[str, Row]) -> None:
         """Largest relative difference of each method's gradient from float64; warms all up."""
         exact = self._reference(rule)
         for name, method in self.methods.items():
             method.network.zero_grad()
-            method.step(self.poses, RULES[rule](), TARGET)
+            method.step(self.group, RULES[rule](), TARGET)
             rows[name]["gradient_error"] = largest_difference(gradients(method.network), exact)
 
     def _reference(self, rule: str) -> dict[str, Tensor]:
         exact = copy.deepcopy(self.network).double()
         exact.zero_grad()
-        poses = [self.model.to(pose, self.device, torch.float64) for pose in self.poses]
+        poses = [
+            self._single(self.model.to(pose, self.device, torch.float64)) for pose in self.poses
+        ]
         with double_precision():
             plain(exact, self.model.predict, poses, RULES[rule](), TARGET)
         return gradients(exact)
@@ -146,7 +187,11 @@ class _Group:
         return forwards, backwards, torch.stack(predictions)
 
     def _score(self, pose: Any) -> Tensor:
-        return self.model.predict(self.network, pose)
+        return self.model.predict(self.network, self._single(pose)).squeeze()
+
+    def _single(self, pose: Any) -> Any:
+        """A pose as the model takes it."""
+        return self.model.group([pose]) if self.model.joined else pose
 
 
 class _Floor:

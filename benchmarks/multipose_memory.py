@@ -8,7 +8,7 @@ from functools import partial
 
 import torch
 
-from benchmarks.methods import METHODS, RULES, TARGET
+from benchmarks.methods import JOINED, METHODS, RULES, TARGET
 from benchmarks.models import MODELS
 from benchmarks.process import Peaks, serve, step_peaks
 from benchmarks.settings import Settings
@@ -19,14 +19,15 @@ def _case(model: str, method: str, rule: str, poses: int, threads: int, device: 
     Settings(threads=threads).prepare()
     known = MODELS[model]
     network = known.make().to(device)
-    step, combine = METHODS[method](network, known.predict), RULES[rule]()
+    methods = JOINED if known.joined else METHODS
+    step, combine = methods[method](network, known.predict), RULES[rule]()
     group = [known.to(pose, device, torch.float32) for pose in known.poses(poses)]
 
     # First use loads kernels and code: two poses, to stay below any step's own peak.
-    step(group[:2], combine, TARGET)
+    step(known.group(group[:2]), combine, TARGET)
     network.zero_grad()
 
-    return step_peaks(partial(step, group, combine, TARGET), network, device)
+    return step_peaks(partial(step, known.group(group), combine, TARGET), network, device)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,8 @@
 Every peer is a function `step(model, predict, poses, rule, target)`: it scores the poses, combines
 the scores by `rule`, takes the squared error of the combined prediction against `target`, and adds
 its gradient to the parameters' `.grad`. All return the combined prediction, detached.
-`predict(model, pose)` scores one pose, `[]` or `[1]`; `rule` takes predictions `[m]` to `[]`.
+`predict(model, pose)` scores one pose, `[]` or `[1]`, or, where what is iterated over are chunks of
+c joined poses, all of these, `[c]`; `rule` takes predictions `[m]` to `[]`.
 
 All are exact, so their gradients agree up to rounding: they differ in time and memory only.
 """
@@ -27,7 +28,7 @@ def plain(
     model: nn.Module, predict: Predict, poses: Sequence[Any], rule: Rule, target: float
 ) -> Tensor:
     """Plain autograd: the graphs of all poses are alive until the one backward."""
-    predictions = torch.stack([predict(model, pose).squeeze() for pose in poses])  # [m]
+    predictions = torch.cat([predict(model, pose).reshape(-1) for pose in poses])  # [m]
     prediction = rule(predictions)
     _loss(prediction, target).backward()
     return prediction.detach()
@@ -38,7 +39,7 @@ def checkpoint(
 ) -> Tensor:
     """`torch.utils.checkpoint` around each pose: one line changed, every pose run twice."""
     run = partial(torch.utils.checkpoint.checkpoint, predict, model, use_reentrant=False)
-    predictions = torch.stack([run(pose).squeeze() for pose in poses])  # [m]
+    predictions = torch.cat([run(pose).reshape(-1) for pose in poses])  # [m]
     prediction = rule(predictions)
     _loss(prediction, target).backward()
     return prediction.detach()
@@ -80,13 +81,14 @@ def two_pass(
     with torch.no_grad():
         for pose in poses:
             states.append(torch.get_rng_state())
-            predictions.append(predict(model, pose).squeeze())
-    prediction, weights = _weights(torch.stack(predictions), rule, target)
+            predictions.append(predict(model, pose).reshape(-1))
+    prediction, weights = _weights(torch.cat(predictions), rule, target)
 
     after = torch.get_rng_state()
-    for pose, weight, state in zip(poses, weights, states, strict=True):
+    chunks = weights.split([len(chunk) for chunk in predictions])
+    for pose, weight, state in zip(poses, chunks, states, strict=True):
         torch.set_rng_state(state)
-        predict(model, pose).squeeze().backward(weight)
+        predict(model, pose).reshape(-1).backward(weight)
     torch.set_rng_state(after)
     return prediction
 

@@ -20,6 +20,7 @@ __all__ = ["SUITES", "markdown"]
 
 SUITES: dict[str, Callable[[dict[str, Any]], str]] = {
     "multipose": multipose.markdown,
+    "docked": multipose.markdown,
     "gramian": batches.markdown,
     "rows": batches.markdown,
     "clipping": batches.markdown,

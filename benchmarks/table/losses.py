@@ -126,7 +126,7 @@ def _cases(result: dict[str, Any]) -> Iterator[tuple[str, list[Row], str, str]]:
     """Place, rows to compare, posegrad's method, and the name of the memory figure."""
     suite, groups = result["suite"], {}
     for row in result["rows"]:
-        if suite == "multipose":
+        if suite in ("multipose", "docked"):
             place = f"{row['rule']}/{row['model']}, {row['poses']} poses"
             how = ("posegrad auto", "live_mib")
         elif suite == "scaling":

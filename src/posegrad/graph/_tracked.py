@@ -46,11 +46,16 @@ class graph_clock(Change):  # noqa: N801
     """
 
     def __init__(self) -> None:
+        self._start = self.now()
+        self._before = multithreading()
+
+    @staticmethod
+    def now() -> int:
+        """The time stamp of this moment."""
         with torch.enable_grad():
             node = torch.zeros((), requires_grad=True, device="cpu").view(()).grad_fn
         assert node is not None
-        self._start = made_at(node)
-        self._before = multithreading()
+        return made_at(node)
 
     def make(self) -> int:
         set_multithreading(False)

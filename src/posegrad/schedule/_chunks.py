@@ -133,6 +133,10 @@ class Portion:
         """Every tensor in it."""
         return [tensor for pose in self.poses for tensor in tensors_of(pose)]
 
+    def singles(self) -> "list[Portion]":
+        """Each pose by itself, where they are scored alone."""
+        return [Portion([pose], 1, self.how) for pose in self.poses]
+
     def picked(self, numbers: Sequence[int]) -> "Portion":
         """Some of its poses, by their places in it."""
         if self.how != "slice":

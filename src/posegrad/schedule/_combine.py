@@ -5,6 +5,7 @@ from functools import partial
 from itertools import chain
 
 import torch
+from torch import Tensor
 
 from posegrad._restoring import restoring
 from posegrad.combination._base import outcome
@@ -67,7 +68,7 @@ def _run(call: Call, gatherer: Gatherer, *, wary: bool) -> tuple[Combined, bool]
     wary |= call.has_hooks
     differentiates = torch.is_grad_enabled() or request.sharded
     portions = call.portions(
-        light=name in ("stream", "recompute") and not wary and differentiates,
+        light=name in ("stream", "recompute") and differentiates,
         whole=name == "retain",
         reserved=rows(request.load) if name == "store" and request.measured else 0.0,
     )
@@ -111,8 +112,11 @@ def _are_apart(call: Call, portion: Portion) -> bool:
 def _retained(call: Call, portions: Iterator[Portion]) -> tuple[Combined | None, Iterator[Portion]]:
     """The result of plain autograd; or None if that ran out of memory, and smaller chunks."""
     known = call.division.known
-    whole = call.division.one_chunk or call.division.whole
-    if not (whole and call.division.may_overrun) or call.ranks is not None:
+    if not call.division.may_overrun or call.ranks is not None:
+        return _plainly(call, portions), portions
+    if not torch.is_grad_enabled():
+        return _plainly(call, portions, partial(_in_parts, call)), portions
+    if not (call.division.one_chunk or call.division.whole):
         return _plainly(call, portions), portions
     chunk = next(portions)
     start = Start(call.named.values(), call.parts)
@@ -126,9 +130,32 @@ def _retained(call: Call, portions: Iterator[Portion]) -> tuple[Combined | None,
     return None, chain(chunk.halves(), portions)
 
 
-def _plainly(call: Call, portions: Iterator[Portion]) -> Combined:
+def _in_parts(call: Call, portion: Portion, number: int) -> Iterator[Tensor]:
+    """The predictions of a chunk, or of its halves if it ran out of memory; no graph is kept."""
+    start = Start(call.named.values(), call.parts)
+    found = None
+    try:
+        found = call.scorer(portion, number)
+    except torch.OutOfMemoryError:
+        if portion.count < 2:
+            raise
+    if found is not None:
+        yield found
+        return
+    start.put_back()
+    call.division.known.shrink(portion.count)
+    for half in portion.halves():
+        yield from _in_parts(call, half, number)
+        number += half.count
+
+
+def _plainly(
+    call: Call,
+    portions: Iterator[Portion],
+    sparing: Callable[[Portion, int], Iterator[Tensor]] | None = None,
+) -> Combined:
     look, rule = call.division.known.look, call.request.rule
-    combined = retain(call.scorer, portions, rule, call.ranks, call.groups, look)
+    combined = retain(call.scorer, portions, rule, call.ranks, call.groups, look, sparing)
     if torch.is_grad_enabled() and not combined.per_pose.requires_grad:
         _check_needless(call)
     return combined

@@ -62,14 +62,14 @@ class Inputs:
         self._shortened = {i: limits[id(self.tensors[i])] for i in numbers}
         self.written = {*self._shortened}
 
-    def cut(self, poses: Sequence[Pose]) -> tuple[list[Pose], dict[int, Tensor]]:
-        """Returns the poses with detached leaves for tensors that require grad, and those leaves.
+    def cut(self, poses: Sequence[Pose], leaves: dict[int, Tensor]) -> list[Pose]:
+        """Returns the poses with detached leaves for tensors that require grad.
 
-        Returns:
-            The poses, and the leaves by the number of the tensor they stand for. A tensor that
-            several of the poses share is one leaf. Once closed, nothing new is numbered.
+        Args:
+            poses: The poses.
+            leaves: The leaves by the number of the tensor they stand for; new ones are added. A
+                tensor that several poses share is one leaf. Once closed, nothing new is numbered.
         """
-        leaves: dict[int, Tensor] = {}
 
         def leaf_of(tensor: Tensor) -> Tensor:
             if not tensor.requires_grad or id(tensor) in self.parameters:
@@ -84,7 +84,7 @@ class Inputs:
             # What is no leaf to the user may be written in place by the model.
             return leaves[number] if tensor.is_leaf else leaves[number].clone()
 
-        return [map_tensors(leaf_of, pose) for pose in poses], leaves
+        return [map_tensors(leaf_of, pose) for pose in poses]
 
     def sources(self, leaves: Mapping[int, Tensor]) -> dict[str, tuple[int, Tensor]]:
         """What a chunk's predictions may depend on: numbers and tensors, by a name for messages."""

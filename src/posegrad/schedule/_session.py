@@ -119,11 +119,6 @@ class Scorer:
             raise
         return self._rows(output, portion, start)
 
-    def each(self, portion: Portion, start: int) -> list[Tensor]:
-        """The predictions of poses that are scored alone, `[1, ...]` each."""
-        single = (Portion([pose], 1, "alone") for pose in portion.poses)
-        return [self(pose, start + i) for i, pose in enumerate(single)]
-
     def _rows(self, output: object, portion: Portion, start: int) -> Tensor:
         count = portion.count
         if not isinstance(output, Tensor):
@@ -274,7 +269,10 @@ class Session:
         """All chunks in order, each scored once. Only one graph is alive at a time.
 
         An engine's first group is scored with graphs throughout: a result that the model caches
-        between poses is seen there, where under no_grad it would lose its gradient in silence.
+        between poses is seen there, where under no_grad it would lose its gradient in silence. A
+        few graphs would not do, however alike: a cache has an entry for each pocket, and the pose
+        that fills the next one may be the last. So light poses share a chunk there too, but the
+        graph of each is walked against a clock of its own.
         """
         first, self._first = self.first(), None
         if first is None:
@@ -375,31 +373,45 @@ class Session:
         self, portion: Portion, start: int
     ) -> tuple[Tensor, dict[int, Tensor], list[Tensor]]:
         """Likewise, and the predictions of poses that were scored alone, one by one."""
+        leaves: dict[int, Tensor] = {}
         rows: list[Tensor] = []
+        clocks: list[int] = []
+
+        def scored(own: Portion, number: int) -> Tensor:
+            return self.scorer(own.holding(self.inputs.cut(own.poses, leaves)), number)
 
         def score() -> Tensor:
-            own = portion.holding(cut)
             if portion.how != "alone" or portion.count == 1:
-                return self.scorer(own, start)
-            rows.extend(self.scorer.each(own, start))
-            for i, row in enumerate(rows):
-                check_alike(kind_of(row), self._kind or kind_of(rows[0]), start + i)
+                return scored(portion, start)
+            for number, pose in enumerate(portion.singles(), start):
+                if self._wary and torch.is_grad_enabled():
+                    clocks.append(graph_clock.now())
+                rows.append(scored(pose, number))
+                check_alike(kind_of(rows[-1]), self._kind or kind_of(rows[0]), number)
             return torch.cat(rows)
 
         plain = [tensor for tensor in portion.tensors() if not tensor.requires_grad]
         with _flags_kept(plain), graph_clock() as clock:
-            cut, leaves = self.inputs.cut(portion.poses)
             predictions = self.inputs.scored(score)
         has_graph = torch.is_grad_enabled()  # a model may enable it for itself
         if not has_graph or self.inputs.is_sharded():
             self.reached.update(range(self.inputs.parameter_count), leaves)
         elif predictions.requires_grad:
-            known = {id(tensor) for tensor in (*leaves.values(), *plain)}
-            found = check_tracked(predictions, known | self.inputs.parameters, clock)
-            self.has_float16 |= found.float16
-            self.reached |= self.inputs.reached(found.leaves, leaves)
+            own = {id(tensor) for tensor in (*leaves.values(), *plain)} | self.inputs.parameters
+            walks = zip(rows, clocks, strict=True) if clocks else [(predictions, clock)]
+            for output, since in walks:
+                self._walk(output, leaves, own, since)
         self.differentiable |= has_graph and predictions.requires_grad
         return predictions if has_graph else predictions.detach(), leaves, rows
+
+    def _walk(
+        self, output: Tensor, leaves: Mapping[int, Tensor], known: set[int], since: int
+    ) -> None:
+        """Checks a graph that was made since a time, and notes what it reaches."""
+        if output.requires_grad:
+            found = check_tracked(output, known, since)
+            self.has_float16 |= found.float16
+            self.reached |= self.inputs.reached(found.leaves, leaves)
 
 
 DETACHED = (

@@ -1,6 +1,6 @@
 """Schedule `retain`: keep every graph. The reference, and the fastest for one chunk."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 
 from torch import Tensor
@@ -22,14 +22,15 @@ def retain(
     ranks: Ranks | None = None,
     groups: Groups | None = None,
     look: Callable[[Portion, Tensor], None] | None = None,
+    sparing: Callable[[Portion, int], Iterable[Tensor]] | None = None,
 ) -> Combined:
     """Plain autograd: m forwards, then one backward through all m graphs.
 
     Memory: m graphs. Serves any rule, any loss and any order of derivative. Predictions of other
     ranks have no graph here, so a group that is shared is combined under `torch.no_grad()` only.
-    `look` is shown each chunk and its predictions.
+    `look` is shown each chunk and its predictions; `sparing` scores a chunk in parts if need be.
     """
-    score = partial(_scored, scorer, chunks, look)
+    score = partial(_scored, sparing or (lambda *chunk: [scorer(*chunk)]), chunks, look)
     if ranks is None:
         per_pose = group_predictions(score())
     else:
@@ -39,14 +40,14 @@ def retain(
 
 
 def _scored(
-    scorer: Scorer,
+    score: Callable[[Portion, int], Iterable[Tensor]],
     chunks: Iterator[Portion],
     look: Callable[[Portion, Tensor], None] | None,
 ) -> list[Tensor]:
     rows: list[Tensor] = []
     count = 0
     for portion in chunks:
-        rows.append(scorer(portion, count))
+        rows.extend(score(portion, count))
         count += portion.count
         if look is not None:
             look(portion, rows[-1])
