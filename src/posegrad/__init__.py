@@ -41,7 +41,7 @@ from posegrad.jacobian import Jacobian, PoseJacobian, SharedJacobian, Transposed
 from posegrad.multipose import MultiPose
 from posegrad.schedule._chunks import Budget
 from posegrad.schedule._plan import Plan, ReadingPlan
-from posegrad.schedule._session import Combined
+from posegrad.schedule._result import Combined
 from posegrad.weighting import (
     AdaptiveClip,
     Aggregation,

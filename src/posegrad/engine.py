@@ -13,16 +13,17 @@ from posegrad.errors import UnsupportedModuleError
 from posegrad.graph import Gatherer, Listening
 from posegrad.jacobian import Jacobian, PoseJacobian, check_whole, of_all, step_of_batches
 from posegrad.model import Roster, Wanted, check_modules, unwrapped
-from posegrad.schedule._call import Setting
+from posegrad.schedule._call import call_of, plan_of
 from posegrad.schedule._chunks import ChunkSize
-from posegrad.schedule._combine import run
+from posegrad.schedule._combine import combine
 from posegrad.schedule._embed import Embeddings
 from posegrad.schedule._gather import Loss, gather, in_form
 from posegrad.schedule._loss import LossCall
+from posegrad.schedule._options import Options
 from posegrad.schedule._plan import Plan, ReadingPlan, may_be_output, reading_plan
 from posegrad.schedule._poses import Pose
 from posegrad.schedule._replay import Start
-from posegrad.schedule._session import Combined
+from posegrad.schedule._result import Combined
 from posegrad.schedule._tiles import gramian
 from posegrad.weighting._batches import check_batches
 from posegrad.weighting._rules import AnyRule, is_noise_alone
@@ -97,20 +98,12 @@ class Engine:
         check_modules(modules)
         self.modules = modules
         self._roster = Roster(modules, sharded=self._ranks is not None and self._ranks.sharded)
-        self._setting = Setting(
-            modules,
-            predict,
-            collate,
-            chunk_size,
-            memory,
-            self._ranks,
-            self._named,
-            self._roster.parts,
+        self._options = Options(
+            modules, predict, collate, chunk_size, memory, self._ranks, self._roster
         )
         shared = self._ranks is not None
-        self._block_bytes = max(1, self._setting.memory // 8)
+        self._block_bytes = max(1, self._options.memory // 8)
         self._gatherer = Gatherer(check, batch_dim, self._block_bytes, self._roster.tensors, shared)
-        self._seasoned = False  # whether a group has been through without a complaint
 
     def combine(
         self,
@@ -177,10 +170,8 @@ class Engine:
             >>> bool(prediction == per_pose.mean())
             True
         """
-        call = partial(self._setting.call, poses, rule, groups, schedule, skip_below)
-        combined, seen = run(call, self._gatherer, wary=not self._seasoned)
-        self._seasoned |= seen
-        return combined
+        call = partial(call_of, self._options, poses, rule, groups, schedule, skip_below)
+        return combine(call, self._gatherer)
 
     def embed(self, poses: Iterable[Pose]) -> Tensor:
         r"""What the model makes of each pose, as one tensor with a gradient, for any loss.
@@ -216,10 +207,8 @@ class Engine:
             >>> similarities = embeddings @ embeddings.T  # [6, 6], of all pairs
             >>> similarities.logsumexp(1).sum().backward()  # three chunks, scored again
         """
-        call = partial(self._setting.call, poses, Embeddings(), None, "auto", 0.0)
-        combined, seen = run(call, self._gatherer, wary=not self._seasoned)
-        self._seasoned |= seen
-        return combined.prediction
+        call = partial(call_of, self._options, poses, Embeddings())
+        return combine(call, self._gatherer).prediction
 
     def jacobian(
         self,
@@ -395,7 +384,7 @@ class Engine:
             return PoseJacobian.joined(self._gathered(part, parameters, loss, kept, start))
 
         note = partial(Start, parameters.values(), self._roster.parts())
-        return gramian(poses, other, own, self._block_bytes, self._setting.stated_chunk, note)
+        return gramian(poses, other, own, self._block_bytes, self._options.stated_chunk, note)
 
     def project(
         self, poses: Iterable[Pose], k: int, seed: int = 0, *, loss: Loss | None = None
@@ -578,7 +567,7 @@ class Engine:
         if outlook := self._gatherer.outlook(output, parameters):
             self._trained()
             return reading_plan(output, outlook, *wishes)
-        return self._setting.plan(poses_or_output, *wishes, parameters.values())
+        return plan_of(self._options, poses_or_output, *wishes, parameters.values())
 
     def _gathered(
         self,
@@ -588,10 +577,18 @@ class Engine:
         keep: Callable[[PoseJacobian], T],
         start: int = 0,
     ) -> list[T]:
-        scorer = self._setting.scorer()
-        division, portions = self._setting.divided(poses, scorer, self._named())
-        look = division.known.look
-        return gather(self._gatherer, scorer, portions(), look, parameters, loss, keep, start)
+        options = self._options
+        division = options.division(poses, self._named().values())
+        return gather(
+            self._gatherer,
+            options.scorer(),
+            options.portions(division),
+            division.known.look,
+            parameters,
+            loss,
+            keep,
+            start,
+        )
 
     def _named(self) -> dict[str, nn.Parameter]:
         return self._roster.named()

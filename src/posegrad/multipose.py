@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from posegrad.combination._base import Rule
 from posegrad.engine import Engine
 from posegrad.schedule._poses import Pose
-from posegrad.schedule._session import Combined
+from posegrad.schedule._result import Combined
 from posegrad.weighting._rules import rule_of_predictions
 
 __all__ = ["MultiPose"]

@@ -1,13 +1,11 @@
-"""One call of combine: from poses and a rule to the schedule that runs."""
+"""From a call to the schedule that runs."""
 
-from collections.abc import Callable, Iterator
-from functools import partial
-from itertools import chain
+from collections.abc import Callable
 
 import torch
-from torch import Tensor
 
 from posegrad._restoring import restoring
+from posegrad.combination import Combination
 from posegrad.combination._base import outcome
 from posegrad.combination._groups import ungrouped
 from posegrad.errors import (
@@ -18,31 +16,35 @@ from posegrad.errors import (
 from posegrad.graph import Gatherer
 from posegrad.model import check_no_talk
 from posegrad.schedule._call import Call
-from posegrad.schedule._chunks import Portion
 from posegrad.schedule._cost import rows
-from posegrad.schedule._inputs import Inputs
 from posegrad.schedule._plan import Request, choose
 from posegrad.schedule._replay import Start
-from posegrad.schedule._session import DETACHED, Combined, Session
+from posegrad.schedule._result import Combined
+from posegrad.schedule._run import DETACHED, Run
 from posegrad.schedule.recompute import recompute
 from posegrad.schedule.retain import retain
 from posegrad.schedule.store import store
 from posegrad.schedule.stream import stream
 
-__all__ = ["run"]
+__all__ = ["combine"]
+
+Schedule = Callable[[Run, Combination], Combined]
+
+SCHEDULES: dict[str, Schedule] = {
+    "retain": retain,
+    "store": store,
+    "stream": stream,
+    "recompute": recompute,
+}
 
 
 @restoring
-def run(make: Callable[[], Call], gatherer: Gatherer, *, wary: bool) -> tuple[Combined, bool]:
+def combine(make: Callable[[], Call], gatherer: Gatherer) -> Combined:
     """Scores poses under the schedule a call leads to.
 
     Args:
-        make: Makes the call: the poses, the rule, and the caller's wishes.
+        make: Makes the call; again if its first schedule turns out not to serve.
         gatherer: Reads Jacobians for `store`.
-        wary: Whether to score all poses with graphs.
-
-    Returns:
-        The result, and whether the poses' graphs were looked at.
 
     Raises:
         UnsupportedModuleError: if processes talk to each other in a forward.
@@ -51,113 +53,53 @@ def run(make: Callable[[], Call], gatherer: Gatherer, *, wary: bool) -> tuple[Co
     torch.clear_autocast_cache()
     call = make()
     if choose(call.request) != "store" or call.request.schedule != "auto":
-        return _run(call, gatherer, wary=wary)
-    start = Start(call.named.values(), call.parts)
+        return _attempt(call, gatherer)
+    start = Start(call.named.values(), call.options.roster.parts())
     try:
-        return _run(call, gatherer, wary=wary)
+        return _attempt(call, gatherer)
     except (UnsupportedModuleError, ReentrantCheckpointError):
         start.put_back()  # other schedules serve graphs whose rows cannot be read
-        call.division.known.has_rows = False
-    return _run(make(), gatherer, wary=wary)
+        call.division.known.refuse_rows()
+    return _attempt(make(), gatherer)
 
 
-def _run(call: Call, gatherer: Gatherer, *, wary: bool) -> tuple[Combined, bool]:
+def _attempt(call: Call, gatherer: Gatherer) -> Combined:
     """One attempt."""
-    request, ranks = call.request, call.ranks
+    request = call.request
     name = choose(request)
-    wary |= call.has_hooks
     differentiates = torch.is_grad_enabled() or request.sharded
-    portions = call.portions(
+    portions = call.options.portions(
+        call.division,
         light=name in ("stream", "recompute") and differentiates,
         whole=name == "retain",
         reserved=rows(request.load) if name == "store" and request.measured else 0.0,
     )
+    run = Run(call, gatherer, portions)
     if name == "retain" or not differentiates:
-        combined, portions = _retained(call, portions)
+        combined = _plain(run, request.rule)
         if combined is not None:
-            return combined, False
+            return combined
         request = request.told(one_chunk=False, measured=False)
         name = choose(request)
-    if ranks is None:
-        check_no_talk(call.scorer.modules, sharded=False)
-    session = Session(
-        call.scorer,
-        portions,
-        Inputs(call.named, ranks, call.parts),
-        wary=wary,
-        ranks=ranks,
-        groups=call.groups,
-        known=None if request.sharded else call.division.known,
-        halves=not call.division.is_stated,
-    )
+    if call.ranks is None:
+        check_no_talk(call.options.modules, sharded=False)
     if name in ("stream", "store"):
-        name = choose(_informed(request, session))
-    if name == "stream":
-        return stream(session, request.rule), True
-    if name == "store":
-        return store(session, request.rule, gatherer), True
-    are_apart = partial(_are_apart, call)
-    found = recompute(session, request.rule, skip_below=request.skip_below, are_apart=are_apart)
-    return found, True
+        name = choose(_informed(request, run))
+    combined = SCHEDULES[name](run, request.rule)
+    call.options.trust()
+    return combined
 
 
-def _are_apart(call: Call, portion: Portion) -> bool:
-    """Whether poses of a chunk stay apart: as seen in one that may be divided, else as proved."""
-    known = call.division.known
-    if not call.division.is_stated:
-        return True in known.apart
-    return call.apart.proves(portion, known, call.scorer)
-
-
-def _retained(call: Call, portions: Iterator[Portion]) -> tuple[Combined | None, Iterator[Portion]]:
-    """The result of plain autograd; or None if that ran out of memory, and smaller chunks."""
-    known = call.division.known
-    if not call.division.may_overrun or call.ranks is not None:
-        return _plainly(call, portions), portions
-    if not torch.is_grad_enabled():
-        return _plainly(call, portions, partial(_in_parts, call)), portions
-    if not (call.division.one_chunk or call.division.whole):
-        return _plainly(call, portions), portions
-    chunk = next(portions)
-    start = Start(call.named.values(), call.parts)
+def _plain(run: Run, rule: Combination) -> Combined | None:
+    """The result of plain autograd; None if its one chunk ran out of memory, and was halved."""
+    combined = None
     try:
-        return _plainly(call, chain([chunk], portions)), portions
+        combined = retain(run, rule)
     except torch.OutOfMemoryError:
-        if chunk.count < 2:
+        if not run.is_halved:
             raise
-    start.put_back()
-    known.shrink(chunk.count)
-    return None, chain(chunk.halves(), portions)
-
-
-def _in_parts(call: Call, portion: Portion, number: int) -> Iterator[Tensor]:
-    """The predictions of a chunk, or of its halves if it ran out of memory; no graph is kept."""
-    start = Start(call.named.values(), call.parts)
-    found = None
-    try:
-        found = call.scorer(portion, number)
-    except torch.OutOfMemoryError:
-        if portion.count < 2:
-            raise
-    if found is not None:
-        yield found
-        return
-    start.put_back()
-    call.division.known.shrink(portion.count)
-    for half in portion.halves():
-        yield from _in_parts(call, half, number)
-        number += half.count
-
-
-def _plainly(
-    call: Call,
-    portions: Iterator[Portion],
-    sparing: Callable[[Portion, int], Iterator[Tensor]] | None = None,
-) -> Combined:
-    look, rule = call.division.known.look, call.request.rule
-    combined = retain(call.scorer, portions, rule, call.ranks, call.groups, look, sparing)
-    if torch.is_grad_enabled() and not combined.per_pose.requires_grad:
-        _check_needless(call)
+    if combined is not None and torch.is_grad_enabled() and not combined.per_pose.requires_grad:
+        _check_needless(run.call)
     return combined
 
 
@@ -171,7 +113,7 @@ def _check_needless(call: Call) -> None:
         raise NotDifferentiableError(DETACHED)
 
 
-def _informed(request: Request, session: Session) -> Request:
+def _informed(request: Request, run: Run) -> Request:
     """The request with what only a first prediction tells.
 
     Its size, whether the rule trains something or returns more than streaming differentiates, and
@@ -180,15 +122,14 @@ def _informed(request: Request, session: Session) -> Request:
     rule, streams = ungrouped(request.rule), choose(request) == "stream"
 
     def told() -> tuple[int, bool, bool]:
-        first = session.first()
+        first = run.first()
         if first is None:
             return 1, False, False  # the poses are on other ranks
         with torch.enable_grad():  # a rule that streams takes any number of poses
             trained = streams and _needs_graph(rule(first.predictions.detach()))
-        return first.predictions[0].numel(), trained, session.has_float16
+        return first.predictions[0].numel(), trained, run.has_float16
 
-    ranks = session.ranks
-    everyone = [told()] if ranks is None else ranks.together("score the first poses", told)
+    everyone = [told()] if run.ranks is None else run.ranks.together("score the first poses", told)
     components, trained, float16 = zip(*everyone, strict=True)
     return request.told(
         components=max(components),

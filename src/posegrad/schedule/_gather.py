@@ -11,7 +11,7 @@ from posegrad.errors import NotDifferentiableError, ShapeMismatchError
 from posegrad.graph import Gatherer
 from posegrad.jacobian import PoseJacobian
 from posegrad.schedule._chunks import Portion
-from posegrad.schedule._session import Scorer
+from posegrad.schedule._scorer import Scorer
 
 __all__ = ["FORMS", "Loss", "gather", "in_form"]
 

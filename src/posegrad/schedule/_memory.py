@@ -175,6 +175,10 @@ class Known:
                 nodes //= portion.count
             self.measure = Measure(size, kept / portion.count, nodes, portion.count)
 
+    def refuse_rows(self) -> None:
+        """Notes that rows cannot be read off their graphs."""
+        self.has_rows = False
+
     def shrink(self, poses: int) -> None:
         """Notes that so many poses ran out of memory together."""
         self.most = max(1, poses // 2)

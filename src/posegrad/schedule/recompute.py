@@ -1,7 +1,7 @@
 """Schedule `recompute`: score all poses without graphs, then again those that carry weight."""
 
 import math
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,52 +10,46 @@ from torch import Tensor
 from posegrad._torch import version_of
 from posegrad.combination import Combination
 from posegrad.combination._base import flush_denormals
-from posegrad.combination._groups import Groups, groups_of
+from posegrad.combination._groups import groups_of
 from posegrad.errors import ReplayError, listed
 from posegrad.schedule._attach import Gradients
 from posegrad.schedule._chunks import Portion
 from posegrad.schedule._gradients import GradientSum
 from posegrad.schedule._poses import Pose, tensors_of
 from posegrad.schedule._replay import Moment, without_graph
-from posegrad.schedule._session import Combined, Session
-from posegrad.schedule._share import combined
+from posegrad.schedule._result import Combined, combined
+from posegrad.schedule._run import Run
 from posegrad.schedule._work import name_of
 
 __all__ = ["recompute"]
 
 
-def recompute(
-    session: Session,
-    rule: Combination,
-    *,
-    skip_below: float = 0.0,
-    are_apart: Callable[[Portion], bool] = lambda _: False,
-) -> Combined:
+def recompute(run: Run, rule: Combination) -> Combined:
     r"""Scores the m poses, lets autograd find each one's weight, and replays k of them.
 
     Memory: the predictions, and in backward one graph and one sum of parameter size. Time: m
     forwards, then k forwards and k backwards, where k poses have a cotangent that is not exactly
     zero. Serves any rule, any loss of both outputs and any number of groups.
 
-    Poses are scored again by themselves where `are_apart` tells that those of a chunk stay apart,
-    and no random number was drawn; else with their whole chunk.
+    Poses are scored again by themselves where those of a chunk stay apart and no random number was
+    drawn; else with their whole chunk.
 
     With `skip_below` = s > 0, poses whose weight is below s times the largest of their group are
     left out too. If
     :math:`|w_i| < s \max_j |w_j|` for the poses i left out, the gradient is off by at most
     :math:`s \max_j |w_j| \sum_i \lVert g_i \rVert`.
     """
-    tape = _Tape(session, skip_below, groups_of(rule), are_apart, name_of(rule))
-    predictions = session.group(tape.record)
+    tape = _Tape(run, rule)
+    predictions = run.group(tape.record)
     tape.predictions = predictions
 
     def pullback(saved: Gradients, cotangents: Gradients) -> Gradients:
         (cotangent,) = cotangents
         if cotangent is None:
-            return [None] * len(session.inputs.tensors)
+            return [None] * len(run.inputs.tensors)
         return tape.pull(cotangent)
 
-    return combined(session, rule, predictions, pullback)
+    return combined(run, rule, predictions, pullback)
 
 
 @dataclass(frozen=True)
@@ -95,43 +89,35 @@ class _Tape:
     predictions: Tensor
     """Those of all ranks, `[m, ...]`."""
 
-    def __init__(
-        self,
-        session: Session,
-        skip_below: float,
-        groups: Groups | None,
-        are_apart: Callable[[Portion], bool],
-        rule: Hashable,
-    ) -> None:
-        self._session = session
-        self._are_apart = are_apart
-        self._rule = rule
-        self._groups = groups
-        self._skip_below = skip_below
+    def __init__(self, run: Run, rule: Combination) -> None:
+        self._run = run
+        self._rule = name_of(rule)
+        self._groups = groups_of(rule)
+        self._skip_below = run.call.request.skip_below
         self._chunks: list[_Scored] = []
 
     def record(self) -> list[Tensor]:
         """The first pass: the predictions of all chunks."""
         values: list[Tensor] = []
-        idle = self._session.lag()
-        for chunk in self._session.chunks(with_graph=False):
+        idle = self._run.lag()
+        for chunk in self._run.chunks(with_graph=False):
             versions = [_versions(part) for part in chunk.portion.poses]
             self._chunks.append(_Scored(chunk.numbers, chunk.portion, versions, chunk.moment))
             values.append(chunk.predictions.detach())
             del chunk  # its graph must be gone before the next one grows
-        with self._session.surroundings.restored(), without_graph():
+        with self._run.surroundings.restored(), without_graph():
             for _ in range(idle):
                 self._score_again(self._chunks[0])
-        buffers = self._session.surroundings.buffers
+        buffers = self._run.surroundings.buffers
         buffers.check_none_missed()
-        self._picks = not (self._session.draws or buffers.has_changed)
-        if self._session.known is not None:
-            self._session.known.draws = not self._picks
+        self._picks = not (self._run.draws or buffers.has_changed)
+        if self._run.known is not None:
+            self._run.known.draws = not self._picks
         return values
 
     def pull(self, cotangent: Tensor) -> Gradients:
         """The vector-Jacobian product with a cotangent `[m, ...]`, by replaying own poses."""
-        own = self._session.own
+        own = self._run.own
         cotangent = self._without_light_poses(flush_denormals(cotangent))[own.start : own.stop]
         kept = (_sizes(cotangent) != 0).tolist()
         self._check_unchanged(kept)
@@ -140,15 +126,15 @@ class _Tape:
         chunks = [
             chunk for chunk in self._chunks if any(kept[chunk.numbers.start : chunk.numbers.stop])
         ]
-        idle = self._session.lag(len(chunks))
-        with self._session.surroundings.restored(), torch.enable_grad():
+        idle = self._run.lag(len(chunks))
+        with self._run.surroundings.restored(), torch.enable_grad():
             for chunk in chunks:
                 total.add(self._replay(chunk, cotangent, chunk.kept_in(kept)))
             for _ in range(idle):
                 self._replay(self._chunks[0], torch.zeros_like(cotangent), [])
         if chunks:
-            self._session.check_differentiable()
-        return total.delivered(self._session.inputs.tensors)
+            self._run.check_differentiable()
+        return total.delivered(self._run.inputs.tensors)
 
     def _without_light_poses(self, cotangent: Tensor) -> Tensor:
         """The cotangent, zero for poses that are to be left out."""
@@ -166,8 +152,8 @@ class _Tape:
         return size.new_zeros(self._groups.count).scatter_reduce_(0, owners, size, "amax")[owners]
 
     def _note(self, counting: int) -> None:
-        if self._session.known is not None and self._session.ranks is None:
-            self._session.known.counting[self._rule] = counting, len(self.predictions)
+        if self._run.known is not None and self._run.ranks is None:
+            self._run.known.counting[self._rule] = counting, len(self.predictions)
 
     def _replay(self, chunk: _Scored, cotangent: Tensor, kept: list[int]) -> dict[int, Tensor]:
         """The gradients of one chunk, scored again.
@@ -178,7 +164,7 @@ class _Tape:
         """
         if not (0 < len(kept) < len(chunk.numbers) and self._may_pick(chunk)):
             return self._whole(chunk, cotangent)
-        known = self._session.known
+        known = self._run.known
         gradients = self._picked(chunk, cotangent, kept)
         is_sure = chunk.portion.how == "alone" or known is None or known.is_compared
         if gradients is not None and is_sure:
@@ -194,33 +180,33 @@ class _Tape:
         found, leaves = self._score_again(chunk)
         self._check_same(chunk, found.detach())
         weights = cotangent[chunk.numbers.start : chunk.numbers.stop].clone()
-        return self._session.inputs.gradients(found, weights, leaves)
+        return self._run.inputs.gradients(found, weights, leaves)
 
     def _may_pick(self, chunk: _Scored) -> bool:
         """Whether poses of a chunk may be scored without the others."""
         portion = chunk.portion
-        if not self._picks or self._session.inputs.is_sharded():
+        if not self._picks or self._run.inputs.is_sharded():
             return False
         if portion.how == "alone":
             return True
         if portion.how == "slice" and any(t.requires_grad for t in portion.tensors()):
             return False  # its rows are none of the tensors that gradients are delivered to
-        return self._are_apart(portion)
+        return self._run.are_apart(portion)
 
     def _picked(
         self, chunk: _Scored, cotangent: Tensor, kept: list[int]
     ) -> dict[int, Tensor] | None:
         """The gradients of some poses of a chunk; None if they come to something else alone."""
-        with self._session.surroundings.at(chunk.moment):
+        with self._run.surroundings.at(chunk.moment):
             part = chunk.portion.picked(kept)
-            found, leaves = self._session.score_again(part, chunk.numbers.start + kept[0])
-        start = self._session.own.start + chunk.numbers.start
+            found, leaves = self._run.score_again(part, chunk.numbers.start + kept[0])
+        start = self._run.own.start + chunk.numbers.start
         own = torch.tensor(kept, device=self.predictions.device)
         expected = self.predictions[start + own]
         if not _is_alike(found.detach(), expected):
             return None
         weights = cotangent[chunk.numbers.start + own.to(cotangent.device)]
-        return self._session.inputs.gradients(found, weights, leaves)
+        return self._run.inputs.gradients(found, weights, leaves)
 
     def _check_same(self, scored: _Scored, found: Tensor) -> None:
         """Refuses a replay that was another forward than the first.
@@ -231,7 +217,7 @@ class _Tape:
         Raises:
             ReplayError: if it was another.
         """
-        start = self._session.own.start + scored.numbers.start
+        start = self._run.own.start + scored.numbers.start
         chunk = slice(start, start + len(scored.numbers))
         expected = self.predictions[chunk]
         alike = (found.shape, found.dtype) == (expected.shape, expected.dtype)
@@ -254,13 +240,13 @@ class _Tape:
         """
         tensors = (tensor for chunk in self._chunks for tensor in chunk.portion.tensors())
         elsewhere = any(tensor.device.type not in ("cpu", "meta") for tensor in tensors)
-        on_cpu = self.predictions.device.type == "cpu" and self._session.surroundings.on_cpu
-        inputs = self._session.inputs
+        on_cpu = self.predictions.device.type == "cpu" and self._run.surroundings.on_cpu
+        inputs = self._run.inputs
         return on_cpu and not (elsewhere or inputs.is_sharded() or inputs.written)
 
     def _score_again(self, chunk: _Scored) -> tuple[Tensor, dict[int, Tensor]]:
-        with self._session.surroundings.at(chunk.moment):
-            return self._session.score_again(chunk.portion, chunk.numbers.start)
+        with self._run.surroundings.at(chunk.moment):
+            return self._run.score_again(chunk.portion, chunk.numbers.start)
 
     def _check_unchanged(self, kept: Sequence[bool]) -> None:
         changed = [number for chunk in self._chunks for number in chunk.changed(kept)]

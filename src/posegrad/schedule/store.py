@@ -7,21 +7,20 @@ from torch import Tensor
 
 from posegrad._restoring import no_autocast
 from posegrad.combination import Combination
-from posegrad.graph import Gatherer
 from posegrad.jacobian import Block, Weights
 from posegrad.schedule._attach import Gradients
 from posegrad.schedule._gradients import GradientSum
 from posegrad.schedule._poses import map_tensors, tensors_of
-from posegrad.schedule._session import Chunk, Combined, Session
-from posegrad.schedule._share import combined
+from posegrad.schedule._result import Combined, combined
+from posegrad.schedule._run import Chunk, Run
 
 __all__ = ["store"]
 
-Rows = dict[int, Block | Tensor]
+Held = dict[int, Block | Tensor]
 """The rows of one chunk by number of input; for a chunk of one number, its gradient."""
 
 
-def store(session: Session, rule: Combination, gatherer: Gatherer) -> Combined:
+def store(run: Run, rule: Combination) -> Combined:
     """Differentiates every pose at once, as mtenn does, and weighs the gradients in backward.
 
     Memory: the rows of m poses, those of each parameter in their smaller form (times d for
@@ -29,16 +28,16 @@ def store(session: Session, rule: Combination, gatherer: Gatherer) -> Combined:
     Serves any rule and any loss of both outputs without scoring a pose twice.
     """
     values: list[Tensor] = []
-    rows: list[Rows] = []
+    rows: list[Held] = []
 
     def scored() -> list[Tensor]:
-        for chunk in session.chunks(with_graph=True):
-            rows.append(_rows(session, chunk, gatherer))
+        for chunk in run.chunks(with_graph=True):
+            rows.append(_rows(run, chunk))
             values.append(chunk.predictions.detach())
-        session.check_differentiable()
+        run.check_differentiable()
         return values
 
-    predictions = session.group(scored)
+    predictions = run.group(scored)
     saved = tensors_of(rows)
     empty = torch.empty(0, device="cpu")
     shells = map_tensors(lambda _: empty, rows)  # the tensors themselves are autograd's to free
@@ -49,19 +48,19 @@ def store(session: Session, rule: Combination, gatherer: Gatherer) -> Combined:
         total = GradientSum()
         if cotangent is not None:
             tensors = iter(saved)
-            filled: list[Rows] = map_tensors(lambda _: cast("Tensor", next(tensors)), shells)
-            own = cotangent[session.own.start : session.own.stop]
+            filled: list[Held] = map_tensors(lambda _: cast("Tensor", next(tensors)), shells)
+            own = cotangent[run.own.start : run.own.stop]
             pieces = torch.split(own.reshape(-1), sizes)
             with no_autocast():
                 for weights, blocks in zip(pieces, filled, strict=True):
                     if bool(weights.any()):
                         _add(total, blocks, Weights(weights))
-        return total.delivered(session.inputs.tensors)
+        return total.delivered(run.inputs.tensors)
 
-    return combined(session, rule, predictions, pullback, saved)
+    return combined(run, rule, predictions, pullback, saved)
 
 
-def _add(total: GradientSum, rows: Rows, weights: Weights) -> None:
+def _add(total: GradientSum, rows: Held, weights: Weights) -> None:
     """Adds the rows of one chunk, times their weights."""
     for number, held in rows.items():
         if isinstance(held, Tensor):
@@ -70,13 +69,13 @@ def _add(total: GradientSum, rows: Rows, weights: Weights) -> None:
             total.add({number: held.combine(weights)})
 
 
-def _rows(session: Session, chunk: Chunk, gatherer: Gatherer) -> Rows:
+def _rows(run: Run, chunk: Chunk) -> Held:
     """The rows of one chunk's Jacobian, of the inputs it depends on."""
     flat = chunk.predictions.reshape(-1)
     if len(flat) == 1:
-        return {**session.inputs.gradients(flat, torch.ones_like(flat), chunk.leaves)}
-    sources = session.inputs.sources(chunk.leaves)
+        return {**run.inputs.gradients(flat, torch.ones_like(flat), chunk.leaves)}
+    sources = run.inputs.sources(chunk.leaves)
     tensors = {name: tensor for name, (_, tensor) in sources.items()}
-    jacobian = gatherer.read(chunk.predictions, tensors, must_depend=False, quiet=True)
+    jacobian = run.gatherer.read(chunk.predictions, tensors, must_depend=False, quiet=True)
     blocks = jacobian.in_form("auto").blocks
     return {sources[name][0]: block for name, block in blocks.items() if block.parts}

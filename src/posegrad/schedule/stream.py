@@ -8,13 +8,13 @@ from posegrad.combination._groups import Groups, groups_of
 from posegrad.errors import PerPoseLossError
 from posegrad.schedule._attach import Gradients
 from posegrad.schedule._gradients import GradientSum
-from posegrad.schedule._session import Chunk, Combined, Session
-from posegrad.schedule._share import attached
+from posegrad.schedule._result import Combined, attached
+from posegrad.schedule._run import Chunk, Run
 
 __all__ = ["stream"]
 
 
-def stream(session: Session, rule: Combination) -> Combined:
+def stream(run: Run, rule: Combination) -> Combined:
     """Combines gradients while the poses pass, as online softmax combines values.
 
     Memory: K sums of parameter size (times d for predictions of d numbers, times n for n groups),
@@ -25,20 +25,20 @@ def stream(session: Session, rule: Combination) -> Combined:
     form = rule.online()
     assert form is not None  # or another schedule would have been chosen
     groups = groups_of(rule)
-    sums = [_OnlineSums(session, form) for _ in range(1 if groups is None else groups.count)]
+    sums = [_OnlineSums(run, form) for _ in range(1 if groups is None else groups.count)]
 
     def scored() -> list[Tensor]:
         values: list[Tensor] = []
-        for chunk in session.chunks(with_graph=True):
-            _push(chunk, sums, session.groups)
+        for chunk in run.chunks(with_graph=True):
+            _push(chunk, sums, run.groups)
             values.append(chunk.predictions.detach())
             del chunk  # its graph must be gone before the next one grows
-        session.check_differentiable()
+        run.check_differentiable()
         return values
 
-    per_pose = session.group(scored)
+    per_pose = run.group(scored)
     with torch.no_grad():
-        prediction = session.apply(lambda: rule(per_pose))
+        prediction = run.apply(lambda: rule(per_pose))
 
     def pullback(saved: Gradients, cotangents: Gradients) -> Gradients:
         on_prediction, on_poses = cotangents
@@ -49,7 +49,7 @@ def stream(session: Session, rule: Combination) -> Combined:
                 "Pass schedule='recompute' (memory of one pose) or 'store' (no second forward) to "
                 "combine()."
             )
-        return _weighted(saved, on_prediction, len(session.inputs.tensors))
+        return _weighted(saved, on_prediction, len(run.inputs.tensors))
 
     members = [torch.arange(len(per_pose), device="cpu")] if groups is None else groups.members()
     gradients = [
@@ -57,7 +57,7 @@ def stream(session: Session, rule: Combination) -> Combined:
         for own, index in zip(sums, members, strict=True)
         for gradient in own.finish(per_pose[index.to(per_pose.device)])
     ]
-    return Combined(*attached(session, [prediction, per_pose], pullback, gradients))
+    return Combined(*attached(run, [prediction, per_pose], pullback, gradients))
 
 
 def _push(chunk: Chunk, sums: "list[_OnlineSums]", groups: Groups | None) -> None:
@@ -88,8 +88,8 @@ def _weighted(gradients: Gradients, cotangent: Tensor | None, count: int) -> Gra
 class _OnlineSums:
     """The running sums S[k][component] of one group; see `combination/_online.py` for the maths."""
 
-    def __init__(self, session: Session, form: OnlineForm) -> None:
-        self._inputs = session.inputs
+    def __init__(self, run: Run, form: OnlineForm) -> None:
+        self._inputs = run.inputs
         self._form = form
         self._sums: list[list[GradientSum]] = []
         self._level: Tensor | None = None

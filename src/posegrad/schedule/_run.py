@@ -1,30 +1,21 @@
-"""One combine call: the poses, how they are scored, and what their gradients flow to."""
+"""A call that runs: scoring its poses, their graphs checked."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
-from itertools import chain
-from typing import Any, NamedTuple, Self, TypeVar, final
+from functools import cached_property
+from typing import TypeVar, final
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from posegrad._restoring import Change
-from posegrad.combination._base import outcome
-from posegrad.combination._groups import Groups
-from posegrad.errors import (
-    NoPosesError,
-    NotDifferentiableError,
-    ShapeMismatchError,
-    described,
-)
-from posegrad.graph import check_tracked, graph_clock
-from posegrad.ranks import Ranks
-from posegrad.schedule._batch import joined_by_pyg
+from posegrad.errors import NoPosesError, NotDifferentiableError
+from posegrad.graph import Gatherer, check_tracked, graph_clock
+from posegrad.schedule._call import Call
 from posegrad.schedule._chunks import Portion
 from posegrad.schedule._inputs import Inputs, is_watched
-from posegrad.schedule._memory import Known
 from posegrad.schedule._plan import underflow
-from posegrad.schedule._poses import Pose
 from posegrad.schedule._predictions import (
     Kind,
     check_alike,
@@ -32,114 +23,17 @@ from posegrad.schedule._predictions import (
     kind_of,
     shared_predictions,
 )
-from posegrad.schedule._replay import Moment, Surroundings, has_other_kernels, without_graph
+from posegrad.schedule._replay import (
+    Moment,
+    Start,
+    Surroundings,
+    has_other_kernels,
+    without_graph,
+)
 
-__all__ = [
-    "DETACHED",
-    "Chunk",
-    "Combined",
-    "Scorer",
-    "Session",
-]
+__all__ = ["DETACHED", "Chunk", "Run"]
 
 T = TypeVar("T")
-
-
-class _Fields(NamedTuple):
-    prediction: Tensor
-    per_pose: Tensor
-
-
-@final
-class Combined(_Fields):
-    """What `Engine.combine` returns; all of it carries gradients.
-
-    A tuple `(prediction, per_pose)`, and behind these whatever else the rule returns.
-
-    Args:
-        prediction: The rule's combined prediction, `[...]`.
-        per_pose: The predictions of the poses, `[m, ...]`.
-        extra: What the rule returns beside the prediction.
-
-    Example:
-        >>> combined = Engine(nn.Linear(3, 1)).combine(torch.zeros(5, 3), Mean())
-        >>> combined.prediction.shape, combined.per_pose.shape
-        (torch.Size([]), torch.Size([5]))
-        >>> lowest = lambda predictions: predictions.min(dim=0)  # a value and its index
-        >>> combined = Engine(nn.Linear(3, 1)).combine(torch.zeros(5, 3), lowest)
-        >>> combined.extra
-        (tensor(0),)
-    """
-
-    def __new__(cls, prediction: Tensor, per_pose: Tensor, *extra: Tensor) -> Self:
-        return tuple.__new__(cls, (prediction, per_pose, *extra))
-
-    @classmethod
-    def of(cls, found: object, per_pose: Tensor) -> Self:
-        """From what a rule returned; raises as `outcome` does."""
-        prediction, extra = outcome(found)
-        return cls(prediction, per_pose, *extra)
-
-    @property
-    def extra(self) -> tuple[Tensor, ...]:
-        """What the rule returned beside the combined prediction."""
-        return tuple(self)[2:]
-
-    def __repr__(self) -> str:
-        extra = f", extra={self.extra}" if self.extra else ""
-        return f"Combined(prediction={self.prediction}, per_pose={self.per_pose}{extra})"
-
-
-@dataclass(frozen=True)
-class Scorer:
-    """How to run the model on a chunk of poses."""
-
-    modules: Sequence[nn.Module]
-    predict: Callable[..., Any]
-    collate: Callable[[list[Pose]], Any] | None
-
-    @property
-    def device(self) -> torch.device:
-        """Where the model is, and so its predictions."""
-        tensors = (t for m in self.modules for t in chain(m.parameters(), m.buffers()))
-        first = next(tensors, None)
-        return torch.device("cpu") if first is None else first.device
-
-    def __call__(self, portion: Portion, start: int) -> Tensor:
-        """Scores poses `start`, `start + 1`, ...; returns their predictions `[c, ...]`."""
-        try:
-            argument = portion.poses[0]
-            if portion.how == "joined":
-                argument = (self.collate or joined_by_pyg)(portion.poses)
-            output = self.predict(*self.modules, argument)
-        except Exception as error:
-            error.add_note(f"This was raised while scoring {_span(start, portion.count)}.")
-            if portion.how != "joined" and isinstance(portion.poses[0], list | tuple | Mapping):
-                error.add_note(_unpacking(portion))
-            raise
-        return self._rows(output, portion, start)
-
-    def _rows(self, output: object, portion: Portion, start: int) -> Tensor:
-        count = portion.count
-        if not isinstance(output, Tensor):
-            raise NotDifferentiableError(
-                f"The model returned {described(output)} for {_span(start, count)}, but a "
-                f"prediction is one tensor.\n"
-                f"Pick it with Engine(model, predict=lambda model, pose: model(pose)[...])."
-            )
-        if not output.is_floating_point():
-            raise NotDifferentiableError(
-                f"The prediction of {_span(start, count)} is {output.dtype}, and only a real "
-                f"floating-point number has a gradient.\nReturn one: of a complex one its .real, "
-                f"its .abs(), or both parts by torch.view_as_real()."
-            )
-        # A chunk of one pose may come back squeezed to a number; which pose's it is, is clear.
-        alone = portion.how == "alone" or (count == 1 and output.ndim == 0)
-        rows = output.unsqueeze(0) if alone else output  # [c, ...]
-        if rows.ndim == 0 or len(rows) != count or rows.numel() == 0:
-            raise ShapeMismatchError(_rows_message(output, portion, start))
-        # One number is a scalar.
-        return rows.reshape(count) if rows.ndim > 1 and rows.numel() == count else rows
 
 
 @dataclass
@@ -168,21 +62,17 @@ class Chunk:
         return range(self.start, self.start + self.portion.count)
 
 
-class Session:
-    """The state of one combine call, from its first pose to its last.
-
-    Args:
-        scorer: Runs the model.
-        chunks: The poses of this rank.
-        inputs: What gradients flow to.
-        wary: Whether to score all poses with graphs.
-        ranks: With whom the group is shared, if with anyone.
-        groups: Of the poses of this rank, if there are several groups.
-        known: What is known of poses like these, to be added to.
-        halves: Whether a chunk may be divided that runs out of memory.
+@final
+class Run:
+    """A call that runs: its poses, from the first to the last, and what came of them so far.
 
     Graphs of sharded parameters are scored to be differentiated only: FSDP2 expects a backward
     after them, and their leaves are none of the parameters that the engine knows.
+
+    Args:
+        call: What is asked for.
+        gatherer: Reads Jacobians off graphs.
+        chunks: The poses of this rank.
     """
 
     own: range
@@ -194,35 +84,90 @@ class Session:
     Once `group` has scored all, parameters are among them if a pose of any rank reaches them.
     """
 
-    def __init__(
-        self,
-        scorer: Scorer,
-        chunks: Iterable[Portion],
-        inputs: Inputs,
-        *,
-        wary: bool,
-        ranks: Ranks | None = None,
-        groups: Groups | None = None,
-        known: Known | None = None,
-        halves: bool = False,
-    ) -> None:
-        self.scorer = scorer
-        self.inputs = inputs
-        self.ranks = ranks
-        self.groups = groups
-        self.surroundings = Surroundings(scorer.modules)
+    def __init__(self, call: Call, gatherer: Gatherer, chunks: Iterator[Portion]) -> None:
+        self.call = call
+        self.gatherer = gatherer
+        self.scorer = call.options.scorer()
+        self.ranks = call.ranks
+        self.groups = call.groups
+        self.known = None if call.request.sharded else call.division.known
         self.differentiable = False
         self.has_float16 = False  # in a graph that was seen, the model's own autocast included
         self.draws = False  # whether a chunk drew random numbers
-        self.known = known
-        self._wary = wary or has_other_kernels(scorer.modules)
-        self._halves = halves and known is not None and ranks is None
         self.reached = set()
-        self._chunks = iter(chunks)
+        self._chunks = chunks
         self._halved: list[Portion] = []
         self._count = 0
         self._first: Chunk | None = None
         self._kind: Kind | None = None
+
+    @cached_property
+    def inputs(self) -> Inputs:
+        """What gradients flow to."""
+        return Inputs(self.call.named, self.ranks, self.call.options.roster.parts())
+
+    @cached_property
+    def surroundings(self) -> Surroundings:
+        """What forwards depend on besides, as the first found it."""
+        return Surroundings(self.scorer.modules)
+
+    @cached_property
+    def _is_wary(self) -> bool:
+        """Whether to score all poses with graphs."""
+        hooked = self.call.options.is_wary or self.call.has_hooks
+        return hooked or has_other_kernels(self.scorer.modules)
+
+    @property
+    def is_halved(self) -> bool:
+        """Whether halves of a chunk that ran out of memory are waiting."""
+        return bool(self._halved)
+
+    def are_apart(self, portion: Portion) -> bool:
+        """Whether poses of a chunk stay apart: as seen, or of chunks that are stated, as proved."""
+        division = self.call.division
+        if not division.is_stated:
+            return True in division.known.apart
+        return self.call.options.apart.proves(portion, division.known, self.scorer)
+
+    def plainly(self) -> list[Tensor]:
+        """The predictions as the model returns them, chunk by chunk; all graphs are kept.
+
+        Without gradients a chunk that runs out of memory is halved.
+
+        Raises:
+            torch.OutOfMemoryError: if one did with its graph; if all poses were in that one, it is
+                halved for another schedule.
+        """
+        found: list[Tensor] = []
+        while (portion := self._next()) is not None:
+            predictions = self._plain(portion)
+            if predictions is None:
+                self._halve(portion)
+                if torch.is_grad_enabled():
+                    raise torch.OutOfMemoryError
+                continue
+            found.append(predictions)
+            self._count += portion.count
+            if self.known is not None:
+                self.known.look(portion, predictions)
+        return found
+
+    def _plain(self, portion: Portion) -> Tensor | None:
+        """The predictions of a chunk; None if that ran out of memory, and it may be halved."""
+        if not (self._may_halve(portion) and self.call.division.may_overrun):
+            return self.scorer(portion, self._count)
+        if torch.is_grad_enabled() and portion.count != self.call.division.count:
+            return self.scorer(portion, self._count)
+        start = Start(self.call.named.values(), self.call.options.roster.parts())
+        with suppress(torch.OutOfMemoryError):
+            return self.scorer(portion, self._count)
+        start.put_back()
+        return None
+
+    def _may_halve(self, portion: Portion) -> bool:
+        """Whether a chunk may be divided that runs out of memory."""
+        is_own = self.known is not None and self.ranks is None
+        return is_own and not self.call.division.is_stated and portion.count > 1
 
     def group(self, score: Callable[[], list[Tensor]]) -> Tensor:
         """The predictions `[m, ...]` of the whole group, on every rank.
@@ -281,7 +226,7 @@ class Session:
         del first
 
         def has_graph(portion: Portion) -> bool:
-            look = self._wary or any(map(is_watched, portion.tensors()))
+            look = self._is_wary or any(map(is_watched, portion.tensors()))
             return with_graph or (look and not self.inputs.is_sharded())
 
         for chunk in self._scored(has_graph):
@@ -296,7 +241,7 @@ class Session:
             try:
                 chunk = self._score(portion, with_graph=has_graph(portion))
             except torch.OutOfMemoryError:
-                if not self._halves or portion.count < 2:
+                if not self._may_halve(portion):
                     raise
                 chunk = None
             if chunk is None:
@@ -384,7 +329,7 @@ class Session:
             if portion.how != "alone" or portion.count == 1:
                 return scored(portion, start)
             for number, pose in enumerate(portion.singles(), start):
-                if self._wary and torch.is_grad_enabled():
+                if self._is_wary and torch.is_grad_enabled():
                     clocks.append(graph_clock.now())
                 rows.append(scored(pose, number))
                 check_alike(kind_of(rows[-1]), self._kind or kind_of(rows[0]), number)
@@ -441,35 +386,3 @@ class _flags_kept(Change):  # noqa: N801
         for tensor in self._plain:
             if tensor.requires_grad and tensor.is_leaf:
                 tensor.requires_grad_(False)
-
-
-def _span(start: int, count: int) -> str:
-    return f"pose {start}" if count == 1 else f"poses {start} to {start + count - 1}"
-
-
-def _rows_message(output: Tensor, portion: Portion, start: int) -> str:
-    count = portion.count
-    remedy = (
-        "If the model scores single poses, without a batch dimension, pass list(poses), which is "
-        "walked. Else return"
-        if portion.how == "slice"
-        else "Return"
-    )
-    return (
-        f"The model returned shape {list(output.shape)} for {_span(start, count)}, but dimension 0 "
-        f"must hold one prediction for each of the {count} poses of the chunk.\n{remedy} "
-        f"[{count}, ...], or move that dimension to the front in `predict`."
-    )
-
-
-def _unpacking(portion: Portion) -> str:
-    """What to do about a model that cannot take a container as it is."""
-    poses = portion.poses[0]
-    kind, stars = ("mapping", "**") if isinstance(poses, Mapping) else ("sequence", "*")
-    name = "batch" if portion.how == "slice" else "pose"
-    groups = "; or, if it holds the poses of one compound, join these lists and pass groups="
-    return (
-        f"The {name} is a {kind} ({type(poses).__name__}), and the model was called with it as it "
-        f"is. Engine(model, predict=lambda model, {name}: model({stars}{name})) unpacks it"
-        f"{'' if name == 'batch' else groups}."
-    )

@@ -12,6 +12,7 @@ So w, m numbers, is exchanged, and gradients of parameter size are summed once.
 """
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple, Self, final
 
 import torch
 from torch import Tensor
@@ -26,13 +27,58 @@ from posegrad.jacobian import wide
 from posegrad.ranks import Ranks
 from posegrad.schedule._attach import Gradients, Pullback, attach
 from posegrad.schedule._inputs import Inputs
-from posegrad.schedule._session import Combined, Session
+from posegrad.schedule._run import Run
 
-__all__ = ["attached", "combined"]
+__all__ = ["Combined", "attached", "combined"]
+
+
+class _Fields(NamedTuple):
+    prediction: Tensor
+    per_pose: Tensor
+
+
+@final
+class Combined(_Fields):
+    """What `Engine.combine` returns; all of it carries gradients.
+
+    A tuple `(prediction, per_pose)`, and behind these whatever else the rule returns.
+
+    Args:
+        prediction: The rule's combined prediction, `[...]`.
+        per_pose: The predictions of the poses, `[m, ...]`.
+        extra: What the rule returns beside the prediction.
+
+    Example:
+        >>> combined = Engine(nn.Linear(3, 1)).combine(torch.zeros(5, 3), Mean())
+        >>> combined.prediction.shape, combined.per_pose.shape
+        (torch.Size([]), torch.Size([5]))
+        >>> lowest = lambda predictions: predictions.min(dim=0)  # a value and its index
+        >>> combined = Engine(nn.Linear(3, 1)).combine(torch.zeros(5, 3), lowest)
+        >>> combined.extra
+        (tensor(0),)
+    """
+
+    def __new__(cls, prediction: Tensor, per_pose: Tensor, *extra: Tensor) -> Self:
+        return tuple.__new__(cls, (prediction, per_pose, *extra))
+
+    @classmethod
+    def of(cls, found: object, per_pose: Tensor) -> Self:
+        """From what a rule returned; raises as `outcome` does."""
+        prediction, extra = outcome(found)
+        return cls(prediction, per_pose, *extra)
+
+    @property
+    def extra(self) -> tuple[Tensor, ...]:
+        """What the rule returned beside the combined prediction."""
+        return tuple(self)[2:]
+
+    def __repr__(self) -> str:
+        extra = f", extra={self.extra}" if self.extra else ""
+        return f"Combined(prediction={self.prediction}, per_pose={self.per_pose}{extra})"
 
 
 def combined(
-    session: Session,
+    run: Run,
     rule: Combination,
     predictions: Tensor,
     pullback: Pullback,
@@ -41,36 +87,36 @@ def combined(
     """The rule's result for the predictions of all poses, differentiable.
 
     Args:
-        session: Whose poses they are.
+        run: Whose poses they are.
         rule: Differentiated by autograd, on a few numbers.
         predictions: `[m, ...]`, of all ranks.
         pullback: From the saved tensors and the cotangent `[m, ...]` of the predictions to the
-            gradients of the session's inputs, for the poses of this rank.
+            gradients of the run's inputs, for the poses of this rank.
         saved: What the pullback needs.
     """
-    if session.ranks is None:
-        (per_pose,) = attached(session, [predictions], pullback, saved)
+    if run.ranks is None:
+        (per_pose,) = attached(run, [predictions], pullback, saved)
         return Combined.of(rule(per_pose), per_pose)
-    return _sealed(session, session.ranks, rule, predictions, pullback, saved)
+    return _sealed(run, run.ranks, rule, predictions, pullback, saved)
 
 
 def attached(
-    session: Session, values: Sequence[Tensor], pullback: Pullback, saved: Gradients = ()
+    run: Run, values: Sequence[Tensor], pullback: Pullback, saved: Gradients = ()
 ) -> tuple[Tensor, ...]:
-    """Values as differentiable functions of a session's inputs, on one rank or on several."""
-    inputs, ranks = session.inputs, session.ranks
+    """Values as differentiable functions of a run's inputs, on one rank or on several."""
+    inputs, ranks = run.inputs, run.ranks
     if ranks is None:
-        return attach(values, inputs, pullback, saved, session.reached)
+        return attach(values, inputs, pullback, saved, run.reached)
 
     def shared(saved: Gradients, cotangents: Gradients) -> Gradients:
         means = _means(ranks, inputs, lambda: cotangents, values)
         return _summed(ranks, inputs, pullback, saved, means)
 
-    return attach(values, inputs, shared, saved, session.reached)
+    return attach(values, inputs, shared, saved, run.reached)
 
 
 def _sealed(
-    session: Session,
+    run: Run,
     ranks: Ranks,
     rule: Combination,
     predictions: Tensor,
@@ -78,7 +124,7 @@ def _sealed(
     saved: Gradients,
 ) -> Combined:
     """As `combined`, with the rule inside: the gradients of its own parameters are shared too."""
-    inputs = session.inputs
+    inputs = run.inputs
     leaf = predictions.detach().requires_grad_()
     trained = [p for p in rule.parameters() if p.requires_grad]
 
@@ -91,10 +137,10 @@ def _sealed(
         return found
 
     used: set[int] = set()
-    outputs = session.apply(applied)
+    outputs = run.apply(applied)
     numbers = inputs.joined(trained)
     own = zip(numbers, trained, strict=True)
-    reached = session.reached | {number for number, p in own if id(p) in used}
+    reached = run.reached | {number for number, p in own if id(p) in used}
 
     def through_rule(cotangents: Gradients) -> Gradients:
         *on_outputs, on_poses = cotangents
