@@ -105,7 +105,7 @@ class _Attached(torch.autograd.Function):
             raise HigherOrderError(ctx.first_order)
         with torch.no_grad():
             if ctx.inputs.ranks is None:  # else the ranks look together, each at its own
-                ctx.inputs.check_fresh()
+                ctx.inputs.freshness.check()
             found = ctx.pullback(ctx.saved_tensors, cotangents)
         gradients: Gradients = [_for_hooks(found[i], ctx.inputs, i) for i in ctx.numbers]
         if torch.is_grad_enabled():  # create_graph=True: someone means to differentiate again

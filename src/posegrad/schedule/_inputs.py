@@ -1,39 +1,30 @@
 """What gradients flow to: the model's parameters, and pose tensors that require grad."""
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import nullcontext
+from typing import final
 
 import torch
 from torch import Tensor, nn
 
 from posegrad._restoring import leaf_hooks_off, no_autocast
-from posegrad._torch import has_hooks, version_of
-from posegrad.errors import StaleParametersError, UntrackedTensorError, listed
-from posegrad.graph import (
-    alone,
-    failures_named,
-    grad_set_aside,
-    is_slice_of_leaf,
-    leaf_of_slice,
-)
+from posegrad._torch import has_hooks
+from posegrad.graph import alone, failures_named, grad_set_aside, leaf_of_slice
 from posegrad.ranks import Ranks
-from posegrad.schedule._poses import Pose, map_tensors
+from posegrad.schedule._freshness import Freshness
 
 __all__ = ["Inputs", "is_watched"]
 
 
+@final
 class Inputs:
-    """The tensors whose gradients one combine delivers, numbered in order of appearance.
+    """The tensors whose gradients one call delivers, numbered in order of appearance.
 
-    Parameters come first. A pose tensor that requires grad (coordinates, the output of an encoder
-    upstream) joins when its pose is met: the pose is *cut* there, scored on a detached copy, and
-    the copy's gradient is delivered to the original, whose own graph runs once, afterwards.
+    Parameters come first; pose tensors that require grad join when their pose is met (`cut`).
 
     Args:
         parameters: By name.
-        ranks: Those over which gradients are summed, if there are any. Those of pose tensors are
-            not, so such a tensor then must be a leaf: the parameters of an encoder upstream would
-            be left with the gradient of this rank alone.
+        ranks: Those over which gradients of parameters are summed, if there are any.
         modules: All modules of the models.
         call: What was called, for messages.
     """
@@ -51,40 +42,11 @@ class Inputs:
         self.tensors: list[Tensor] = [p for _, p in trained.values()]
         self.parameter_count = len(self.tensors)
         self.names = [name for name, _ in trained.values()]
-        self._index = {id(tensor): i for i, tensor in enumerate(self.tensors)}
         self.ranks = ranks
         self.modules = modules
-        self._call = call
-        self._marks: list[tuple[int, int, bool]] | None = None
-        self._copies: dict[int, Tensor] = {}
-        limits = _limits(self.modules)
-        numbers = [i for i, p in enumerate(self.tensors) if id(p) in limits]
-        self._shortened = {i: limits[id(self.tensors[i])] for i in numbers}
-        self.written = {*self._shortened}
-
-    def cut(self, poses: Sequence[Pose], leaves: dict[int, Tensor]) -> list[Pose]:
-        """Returns the poses with detached leaves for tensors that require grad.
-
-        Args:
-            poses: The poses.
-            leaves: The leaves by the number of the tensor they stand for; new ones are added. A
-                tensor that several poses share is one leaf. Once closed, nothing new is numbered.
-        """
-
-        def leaf_of(tensor: Tensor) -> Tensor:
-            if not tensor.requires_grad or id(tensor) in self.parameters:
-                return tensor
-            if self.ranks is not None and not (tensor.is_leaf or is_slice_of_leaf(tensor)):
-                raise UntrackedTensorError(_upstream_message(tensor))
-            number = self._number_of(tensor)
-            if number is None:
-                return tensor.detach()
-            if number not in leaves:
-                leaves[number] = tensor.detach().requires_grad_()
-            # What is no leaf to the user may be written in place by the model.
-            return leaves[number] if tensor.is_leaf else leaves[number].clone()
-
-        return [map_tensors(leaf_of, pose) for pose in poses]
+        self.freshness = Freshness([*self.tensors], self.names, modules, call)
+        self._index = {id(tensor): i for i, tensor in enumerate(self.tensors)}
+        self._is_closed = False
 
     def sources(self, leaves: Mapping[int, Tensor]) -> dict[str, tuple[int, Tensor]]:
         """What a chunk's predictions may depend on: numbers and tensors, by a name for messages."""
@@ -112,8 +74,8 @@ class Inputs:
         own = dict(zip(self.names, self.tensors, strict=False))
         # Only a graph that is used again fails where plain autograd would not.
         named = failures_named() if keep_graph else nullcontext()
-        in_backward = self._marks is not None
-        lock, aside = (nullcontext(),) * 2 if in_backward else (alone(), grad_set_aside(own))
+        # Once they are closed, a backward is under way.
+        lock, aside = (nullcontext(),) * 2 if self._is_closed else (alone(), grad_set_aside(own))
         with lock, aside, leaf_hooks_off(sources), no_autocast(), named:
             found = torch.autograd.grad(
                 predictions, sources, cotangent, retain_graph=keep_graph, allow_unused=True
@@ -159,68 +121,17 @@ class Inputs:
 
     def joined(self, tensors: Sequence[Tensor]) -> list[int]:
         """The numbers of more tensors that gradients flow to; those of known ones stay."""
-        numbers = [self._number_of(tensor) for tensor in tensors]
+        numbers = [self.number_of(tensor) for tensor in tensors]
         return [number for number in numbers if number is not None]
 
     def close(self) -> None:
         """Ends the first pass: the inputs are complete, and parameters must stay as they are."""
-        own = self.tensors[: self.parameter_count]
-        self._marks = [_mark(p) for p in own]
-        self._copies = {i: self._value(i) for i, _ in enumerate(own) if i in self.written}
+        self._is_closed = True
+        self.freshness.mark()
 
-    def scored(self, score: Callable[[], Tensor]) -> Tensor:
-        """What a forward returns, noting which parameters it writes to itself.
-
-        An embedding with `max_norm` shortens rows of its weight, or writes them as they are.
-        """
-        before = self._versions()
-        predictions = score()
-        pairs = zip(before, self._versions(), strict=True)
-        self.written.update(i for i, (a, b) in enumerate(pairs) if a != b)
-        return predictions
-
-    def _versions(self) -> list[int]:
-        return [_version(p) for p in self.tensors[: self.parameter_count]]
-
-    def check_fresh(self) -> None:
-        """Raises if a parameter is not what it was when the poses were scored.
-
-        Raises:
-            StaleParametersError: naming every changed parameter.
-        """
-        assert self._marks is not None
-        changed = [name for i, name in enumerate(self.names) if not self._is_fresh(i)]
-        if changed:
-            raise StaleParametersError(
-                f"Changed between {self._call} and backward(): {listed(changed)}.\n"
-                f"The result was made with the old values, so no gradient at the new ones "
-                f"belongs to it.\n"
-                f"Call backward() before optimizer.step(), and load or freeze parameters before "
-                f"{self._call}."
-            )
-
-    def _is_fresh(self, number: int) -> bool:
-        """Whether a parameter is as it was; by value, but for rounding, if forwards write to it."""
-        assert self._marks is not None
-        parameter, mark, copy = self.tensors[number], self._marks[number], self._copies.get(number)
-        now = _mark(parameter)
-        if now == mark or copy is None:
-            return now == mark
-        same = now[1:] == mark[1:] and parameter.shape == copy.shape
-        rounding = 64 * torch.finfo(copy.dtype).eps
-        return same and torch.allclose(self._value(number), copy, rtol=rounding, atol=0)
-
-    def _value(self, number: int) -> Tensor:
-        """A copy of a parameter, with rows shortened as an embedding with `max_norm` does."""
-        parameter = self.tensors[number].detach()
-        if number not in self._shortened:
-            return parameter.clone()
-        longest, power = self._shortened[number]
-        return torch.renorm(parameter, power, 0, longest)
-
-    def _number_of(self, tensor: Tensor) -> int | None:
-        closed = self._marks is not None
-        if id(tensor) not in self._index and not closed:
+    def number_of(self, tensor: Tensor) -> int | None:
+        """The number of a tensor, which joins if it is new; None if it comes too late for that."""
+        if id(tensor) not in self._index and not self._is_closed:
             self._index[id(tensor)] = len(self.tensors)
             self.tensors.append(tensor)  # also keeps it alive, so that its id stays its own
         return self._index.get(id(tensor))
@@ -232,28 +143,3 @@ def is_watched(tensor: Tensor) -> bool:
         return False
     stacked = leaf_of_slice(tensor)
     return has_hooks(tensor) or (stacked is not None and has_hooks(stacked))
-
-
-def _limits(modules: Sequence[nn.Module]) -> dict[int, tuple[float, float]]:
-    """What embeddings shorten the rows of their weights to, and in which norm, by `id`."""
-    kinds = (nn.Embedding, nn.EmbeddingBag)
-    found = [m for m in modules if isinstance(m, kinds) and m.max_norm is not None]
-    return {id(m.weight): (float(m.max_norm or 0), m.norm_type) for m in found}
-
-
-def _mark(parameter: Tensor) -> tuple[int, int, bool]:
-    return _version(parameter), parameter.data_ptr(), parameter.requires_grad
-
-
-def _version(parameter: Tensor) -> int:
-    return 0 if parameter.is_inference() else version_of(parameter)
-
-
-def _upstream_message(tensor: Tensor) -> str:
-    return (
-        f"A pose holds a tensor of shape {list(tensor.shape)} that was computed with a graph, and "
-        f"the poses of its group are spread over ranks.\n"
-        f"What computed it would get the gradient of this rank's poses alone, in silence.\n"
-        f"Make that module one of the engine's, Engine(encoder, model, predict=...), or detach the "
-        f"tensor."
-    )

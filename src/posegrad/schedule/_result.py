@@ -182,7 +182,7 @@ def _means(
     """The means over ranks of a few small tensors; None where no rank has any."""
 
     def told() -> Gradients:
-        inputs.check_fresh()
+        inputs.freshness.check()
         _check_no_outer_backward(inputs)
         return [None if g is None else g.detach().cpu() for g in work()]
 

@@ -14,6 +14,7 @@ from posegrad.errors import NoPosesError, NotDifferentiableError
 from posegrad.graph import Gatherer, check_tracked, graph_clock
 from posegrad.schedule._call import Call
 from posegrad.schedule._chunks import Portion
+from posegrad.schedule._cutting import cut
 from posegrad.schedule._inputs import Inputs, is_watched
 from posegrad.schedule._plan import underflow
 from posegrad.schedule._predictions import (
@@ -323,7 +324,7 @@ class Run:
         clocks: list[int] = []
 
         def scored(own: Portion, number: int) -> Tensor:
-            return self.scorer(own.holding(self.inputs.cut(own.poses, leaves)), number)
+            return self.scorer(own.holding(cut(own.poses, self.inputs, leaves)), number)
 
         def score() -> Tensor:
             if portion.how != "alone" or portion.count == 1:
@@ -337,7 +338,7 @@ class Run:
 
         plain = [tensor for tensor in portion.tensors() if not tensor.requires_grad]
         with _flags_kept(plain), graph_clock() as clock:
-            predictions = self.inputs.scored(score)
+            predictions = self.inputs.freshness.noting(score)
         has_graph = torch.is_grad_enabled()  # a model may enable it for itself
         if not has_graph or self.inputs.is_sharded():
             self.reached.update(range(self.inputs.parameter_count), leaves)

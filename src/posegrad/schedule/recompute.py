@@ -242,7 +242,7 @@ class _Tape:
         elsewhere = any(tensor.device.type not in ("cpu", "meta") for tensor in tensors)
         on_cpu = self.predictions.device.type == "cpu" and self._run.surroundings.on_cpu
         inputs = self._run.inputs
-        return on_cpu and not (elsewhere or inputs.is_sharded() or inputs.written)
+        return on_cpu and not (elsewhere or inputs.is_sharded() or inputs.freshness.written)
 
     def _score_again(self, chunk: _Scored) -> tuple[Tensor, dict[int, Tensor]]:
         with self._run.surroundings.at(chunk.moment):
