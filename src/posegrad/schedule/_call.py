@@ -210,8 +210,9 @@ class Setting:
             *, light: bool = False, whole: bool = False, reserved: float = 0.0
         ) -> Iterator[Portion]:
             chunks = division.portions(light=light, whole=whole, reserved=reserved)
-            known = torch.is_grad_enabled() in division.known.apart
-            if division.is_stated or self._is_sharded() or known:
+            looked = (torch.is_grad_enabled(), False) in division.known.apart
+            settled = division.walked or (looked and isinstance(division, Sliced))
+            if division.is_stated or self._is_sharded() or settled:
                 return chunks
             return self._apart.shown(chunks, division.known, scorer)
 

@@ -104,7 +104,7 @@ def _are_apart(call: Call, portion: Portion) -> bool:
     """Whether poses of a chunk stay apart: as seen in one that may be divided, else as proved."""
     known = call.division.known
     if not call.division.is_stated:
-        return True in known.apart
+        return (True, portion.is_ragged()) in known.apart
     return call.apart.proves(portion, known, call.scorer)
 
 
