@@ -291,7 +291,39 @@ class _Gated(nn.Module):
         return self.linear(x) + self.gate * x.mean(0).sum()
 
 
+def _over_the_number(model: nn.Module, x: Tensor) -> Tensor:
+    return model(x).sum(dim=(1, 2)) / len(x)
+
+
+class _Placed(nn.Module):
+    """Adds what the place of a row in the batch says."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 1)
+        self.places = nn.Parameter(torch.randn(6, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x) + self.places[: len(x)]
+
+
+class _PlacedBehindAGate(_Placed):
+    """Likewise, but the gate is zero."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Parameter(torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x) + self.gate * self.places[: len(x)]
+
+
+def _centred(model: nn.Module, x: Tensor) -> Tensor:
+    return model((x - x.mean(0)).exp()).sum(dim=(1, 2))
+
+
 TOKENS = torch.randn(6, 7, 8)
+TWINS = torch.cat([TOKENS[:5], TOKENS[:1]])  # the last is the first
 MIXING: dict[str, tuple[Callable[[], nn.Module], Any, str]] = {
     "an encoder": (_encoder(), _summed, r"of: self_attn \(at "),
     "an encoder, evaluation": (lambda: _encoder()().eval(), _summed, "of: self_attn"),
@@ -303,6 +335,9 @@ MIXING: dict[str, tuple[Callable[[], nn.Module], Any, str]] = {
     ),
     "data": (lambda: nn.Linear(8, 1), _standardised, r"together with it\."),
     "a gate that is zero": (lambda: _Gated(), _summed, r"together with it\."),
+    "their number": (lambda: nn.Linear(8, 1), _over_the_number, r"together with it"),
+    "their place": (_Placed, _summed, r"together with it"),
+    "their place behind a gate": (_PlacedBehindAGate, _summed, r"together with it"),
     "frozen": (lambda: _encoder()().requires_grad_(False), _summed, r"together with it\."),
 }
 
@@ -318,7 +353,7 @@ def test_poses_that_mix_are_named_and_nothing_is_moved(name: str, schedule: str)
     with pytest.raises(PosesMixError, match=match):
         engine.combine(TOKENS, Mean(), schedule=schedule)
     assert all(bool((p.grad == 1).all()) for p in model.parameters())
-    if name != "a gate that is zero":
+    if "gate" not in name:
         with torch.no_grad(), pytest.raises(PosesMixError, match="depends on the poses"):
             engine.combine(TOKENS, Mean())
 
@@ -338,8 +373,21 @@ def test_gather_does_not_divide_them_either() -> None:
     assert Engine(model, predict=predict, chunk_size=6).gather(TOKENS).output_shape == (6,)
 
 
+@pytest.mark.parametrize("poses", [TWINS, TOKENS[[0, 0, 0, 1, 0, 0]], TOKENS[:2]])
+def test_two_poses_are_looked_at_that_differ(poses: Tensor) -> None:
+    with pytest.raises(PosesMixError, match="together with it"):
+        Engine(nn.Linear(8, 1), predict=_centred).combine(poses, Mean())
+
+
+@pytest.mark.parametrize("name", ["their number", "their place"])
+def test_two_poses_are_enough_to_see_that_number_or_place_count(name: str) -> None:
+    make, predict, match = MIXING[name]
+    with pytest.raises(PosesMixError, match=match):
+        Engine(make(), predict=predict).combine(TOKENS[:2], Mean())
+
+
 class _Experts(nn.Module):
-    """Poses of a batch go through one of two experts, which others then do not touch."""
+    """Poses of a batch go through one of three experts, which others then do not touch."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -347,7 +395,7 @@ class _Experts(nn.Module):
         self.phase = nn.Parameter(torch.ones(8, dtype=torch.complex64))
 
     def forward(self, x: Tensor) -> Tensor:
-        number = torch.arange(len(x)) % 3 if len(x) > 2 else (x[:, 0, 0] > 0).long()
+        number = (x[:, 0, 0] > 0).long() + (x[:, 1, 0] > 0).long()
         parts = [expert(x[number == k]) for k, expert in enumerate(self.experts) if k in number]
         order = torch.argsort(number, stable=True).argsort()
         return torch.cat(parts)[order] + (x * self.phase).abs().sum(-1, keepdim=True)
@@ -437,10 +485,10 @@ def test_one_look_serves_all_batches_of_a_kind_and_mode() -> None:
     model = nn.Sequential(nn.Linear(FEATURES, 4), nn.BatchNorm1d(4), nn.Linear(4, 1)).eval()
     engine = Engine(model, predict=lambda model, x: seen.append(len(x)) or model(x))
     engine.combine(torch.ones(6, FEATURES), Mean())  # poses that are alike show nothing
-    assert seen == [6, 2, 2, 2, 2]
+    assert seen == [6, 2, 2, 2, 2, 6]
     for m in (6, 1, 9):
         engine.combine(torch.randn(m, FEATURES), Mean())
-    assert seen[5:] == [6, 2, 2, 2, 2, 1, 9]
+    assert seen[6:] == [6, 2, 2, 2, 2, 6, 1, 9]
     model.train()
     with pytest.raises(PosesMixError, match=r"of: 0 \(at"):
         engine.combine(torch.randn(6, FEATURES), Mean())

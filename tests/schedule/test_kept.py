@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch_geometric.data import Batch, Data
 
-from posegrad import Best, Budget, Combination, Engine, Min, TopK
+from posegrad import Best, Budget, Combination, Engine, Min, PosesMixError, TopK
 from posegrad.testing import assert_matches_autograd
 from tests.models import FEATURES, Gated
 from tests.schedule.test_budget import AtomSum, _join
@@ -84,6 +84,53 @@ def test_graphs_of_pyg() -> None:
             seen.clear()
             found.prediction.backward()
         assert seen == [1]
+
+
+class Padded(nn.Module):
+    """Has no mask: the length that poses were padded to leaks, behind a gate or openly."""
+
+    def __init__(self, gate: float) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3, 1, bias=False)
+        self.gate = nn.Parameter(torch.tensor(gate))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x).sum(dim=(1, 2)) + self.gate * x.shape[1]
+
+
+def _padded(poses: list[Tensor]) -> Tensor:
+    return nn.utils.rnn.pad_sequence(poses, batch_first=True)
+
+
+RAGGED = [4, 4, 4, 4, 4, 4, 2, 5, 3, 4, 5, 5]
+
+
+@pytest.mark.parametrize("gate", [0.0, 1e-3, 1.0])
+def test_padding_that_leaks_is_noticed_after_chunks_of_one_length(gate: float) -> None:
+    """Chunks of one length tell nothing of those whose poses are padded."""
+    model = Padded(gate).double()
+    poses = [torch.randn(atoms, 3, dtype=torch.float64) for atoms in RAGGED]
+    for best in (1, 6):  # of a chunk of one length, then of a padded one
+        poses[best] = poses[best] - 10 * model.linear.weight.detach()
+        for _ in range(3):
+            engine = Engine(model, collate=_padded, chunk_size=3)
+            for first in (poses[:6], poses):
+                model.zero_grad()
+                engine.combine(first, Best(), schedule="recompute").prediction.backward()
+        rows = torch.cat([model(_padded(poses[i : i + 3])) for i in range(0, 12, 3)])
+        expected = torch.autograd.grad(rows.min(), list(model.parameters()))
+        torch.testing.assert_close([p.grad for p in model.parameters()], list(expected))
+        poses[best] = poses[best] + 20 * model.linear.weight.detach()
+
+
+@pytest.mark.parametrize("gate", [0.0, 1.0])
+def test_padding_that_leaks_is_mixing_where_chunks_are_not_stated(gate: float) -> None:
+    poses = [torch.randn(atoms, 3) for atoms in RAGGED]
+    engine = Engine(Padded(gate), collate=_padded)
+    for _ in range(2):
+        engine.combine(poses[:6], Best()).prediction.backward()
+    with pytest.raises(PosesMixError, match="together with it"):
+        engine.combine(poses, Best())
 
 
 def test_light_poses_that_are_walked() -> None:

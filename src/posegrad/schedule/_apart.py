@@ -13,7 +13,7 @@ from posegrad.graph import keep_apart, mixing_modules
 from posegrad.schedule._chunks import Portion
 from posegrad.schedule._inputs import Inputs
 from posegrad.schedule._memory import Known
-from posegrad.schedule._poses import map_tensors
+from posegrad.schedule._poses import map_tensors, shapes_of
 from posegrad.schedule._replay import Moment, Surroundings
 
 __all__ = ["Apart"]
@@ -28,6 +28,9 @@ class Apart:
     state and on the same buffers. If predictions and their gradients are those of (a, b) in place,
     each was made of one pose. Nothing else is needed of the model: what mixes may be data that no
     gradient flows through, and random masks are alike.
+
+    Where no random number is drawn, the two are also scored among the others of their chunk: there
+    they are two of many and at other places, and still must come to the same.
 
     Args:
         modules: The models.
@@ -55,8 +58,9 @@ class Apart:
         """
         for portion in portions:
             yield portion
-            seen = torch.is_grad_enabled() in known.apart
-            if portion.count > 1 and portion.how != "alone" and not seen:
+            if portion.count < 2 or portion.how == "alone":
+                continue
+            if _kind(portion) not in known.apart:
                 self._look_at(portion, known, score)
 
     def proves(self, portion: Portion, known: Known, score: Score) -> bool:
@@ -64,36 +68,37 @@ class Apart:
 
         They must not only be seen to stay apart; the operators must tell that they do.
         """
-        if known.picks is None:
+        ragged = portion.is_ragged()
+        if ragged not in known.picks:
             try:
-                known.picks = self._is_proved(portion, score)
+                known.picks[ragged] = self._is_proved(portion, score, known.most)
             except Exception:  # the model may not take two of them
-                known.picks = False
-        return known.picks
+                known.picks[ragged] = False
+        return known.picks[ragged]
 
     def _look_at(self, portion: Portion, known: Known, score: Score) -> None:
+        pair = _Pair(self._modules, portion, score, known.most)
         try:
-            where = self._where_mixed(portion, score)
+            where = self._where_mixed(pair)
         except Exception as error:
             error.add_note(_NOTE)
             raise
         if where is not None:
             raise PosesMixError(_message(where))
-        if _is_telling(portion):
-            known.apart.add(torch.is_grad_enabled())
+        if pair.is_telling:
+            known.apart.add(_kind(portion))
 
-    def _is_proved(self, portion: Portion, score: Score) -> bool:
-        pair = _Pair(self._modules, portion, score)
+    def _is_proved(self, portion: Portion, score: Score, most: int | None) -> bool:
+        pair = _Pair(self._modules, portion, score, most)
         inputs = self._inputs()
         inputs.close()  # a backward is under way
         with pair.surroundings.restored(), torch.enable_grad():
-            if not (pair.looked_at(inputs).apart and _is_telling(portion)):
+            if not (pair.is_telling and pair.looked_at(inputs).apart):
                 return False
             return keep_apart(pair.scored(*pair.ends), self._trained(), self._tensors())
 
-    def _where_mixed(self, portion: Portion, score: Score) -> str | None:
+    def _where_mixed(self, pair: "_Pair") -> str | None:
         """The modules at which poses mix, as far as that can be told; None if they stay apart."""
-        pair = _Pair(self._modules, portion, score)
         with pair.surroundings.restored():
             seen = pair.looked_at(self._inputs())
             if seen.apart:
@@ -129,21 +134,32 @@ class _Seen(NamedTuple):
 
 @final
 class _Pair:
-    """The first and the last of some poses, which are scored beside each other.
+    """The first of some poses and one that is unlike it, which are scored beside each other.
 
     Args:
         modules: The models.
         portion: The poses.
         score: Runs the model.
+        most: How many may be scored together, if more ran out of memory.
+
+    Attributes:
+        ends: Their numbers.
+        is_telling: Whether they differ; else little can be seen.
     """
 
-    def __init__(self, modules: Sequence[nn.Module], portion: Portion, score: Score) -> None:
+    def __init__(
+        self, modules: Sequence[nn.Module], portion: Portion, score: Score, most: int | None
+    ) -> None:
+        self._modules = modules
         self.surroundings = Surroundings(modules)
         buffers = self.surroundings.buffers.values
         self._moment = Moment(self.surroundings.random_state(), buffers)
         self._portion = portion
         self._score = score
-        self.ends = 0, portion.count - 1
+        self._most = min(portion.count, most or _MANY, _MANY)
+        other = _other(portion)
+        self.is_telling = other is not None
+        self.ends = 0, other or portion.count - 1
 
     def scored(self, *numbers: int) -> Tensor:
         """The predictions of two poses, each of which may be there twice."""
@@ -156,46 +172,77 @@ class _Pair:
         """Whether each comes to the same, whatever is beside it."""
 
         def look(row: int, *numbers: int) -> _Look:
-            return _Look.at(self.scored(*numbers), row, inputs)
+            return _Look.at(self.scored(*numbers), [row], inputs)
 
         a, b = self.ends
         first = look(0, a, b)
+        draws = self._draws()
         self.surroundings.buffers.note_changes()  # so that the others find what this one found
         last = look(1, a, b)
+        steady = _alike(first.predictions, last.predictions)
         apart = first.is_like(look(0, a, a)) and last.is_like(look(1, b, b))
-        return _Seen(apart, _alike(first.predictions, last.predictions))
+        if apart and steady and not draws:
+            apart = self._is_same_among_more(first, last, inputs)
+        return _Seen(apart, steady)
+
+    def _draws(self) -> bool:
+        """Whether the forward that just ran drew random numbers."""
+        return not all(map(torch.equal, self.surroundings.random_state(), self._moment.random))
+
+    def _is_same_among_more(self, first: "_Look", last: "_Look", inputs: Inputs) -> bool:
+        """Whether both come to the same among others of the chunk, at other places in it."""
+        a, b = self.ends
+        rest = [i for i in range(self._portion.count) if i not in self.ends]
+        rest = rest[:: -(-len(rest) // max(1, self._most - 2))] if rest else []
+        numbers = [a, *rest, b] if rest else [b, a, b]
+        rows = [numbers.index(a), len(numbers) - 1]
+        among = _Look.at(self.scored(*numbers), rows, inputs)
+        return among.is_about([first, last], self._rounding(among.predictions))
+
+    def _rounding(self, predictions: Tensor) -> float:
+        """What sums of kernels of another size may differ by, generously."""
+        devices = {predictions.device.type, "cpu"}
+        kinds = {torch.get_autocast_dtype(d) for d in devices if torch.is_autocast_enabled(d)}
+        tensors = (p for module in self._modules for p in module.parameters())
+        kinds |= {t.dtype for t in (predictions, *tensors) if t.is_floating_point()}
+        return float(max(torch.finfo(kind).eps for kind in kinds) ** 0.25)
 
 
 @final
 @dataclass(frozen=True)
 class _Look:
-    """What one of two poses came to.
+    """What some of the poses that were scored together came to.
 
     Args:
-        predictions: Of both.
-        row: Its number.
-        gradients: Of its prediction, by number of parameter; None if they cannot be had. They tell
-            what the prediction may hide: behind a gate that is zero, poses mix too.
+        predictions: Of all.
+        rows: The numbers of the poses looked at.
+        gradients: Of the sum of their predictions, by number of parameter; None if they cannot be
+            had. They tell what a prediction may hide: behind a gate that is zero, poses mix too.
     """
 
     predictions: Tensor
-    row: int
+    rows: Sequence[int]
     gradients: Mapping[int, Tensor] | None
 
     @classmethod
-    def at(cls, predictions: Tensor, row: int, inputs: Inputs) -> "_Look":
-        """The look at one row of predictions `[2, ...]`."""
+    def at(cls, predictions: Tensor, rows: Sequence[int], inputs: Inputs) -> "_Look":
+        """The look at some rows of predictions `[c, ...]`."""
         gradients: Mapping[int, Tensor] | None = None
         cotangent = torch.zeros_like(predictions)
-        cotangent[row] = 1
+        cotangent[list(rows)] = 1
         # Kept, for what the user computed outside may be a part of the graph.
         with suppress(*_NO_GRADIENTS):
             gradients = inputs.gradients(predictions, cotangent, {}, keep_graph=True)
-        return cls(predictions.detach(), row, gradients)
+        return cls(predictions.detach(), rows, gradients)
+
+    @property
+    def seen(self) -> Tensor:
+        """The predictions of the poses looked at."""
+        return self.predictions[list(self.rows)]
 
     def is_like(self, other: "_Look") -> bool:
         """Whether the same pose beside another came to the same, up to rounding."""
-        if not _alike(self.predictions[self.row], other.predictions[self.row]):
+        if not _alike(self.seen, other.seen):
             return False
         if self.gradients is None or other.gradients is None:
             return True
@@ -203,6 +250,34 @@ class _Look:
         least = max((_size(g) * 2**10 * _eps(g) for g in self.gradients.values()), default=0.0)
         pairs = _beside(self.gradients, other.gradients)
         return all(_alike(*pair, least) for pair in pairs)
+
+    def is_about(self, parts: "Sequence[_Look]", rounding: float) -> bool:
+        """Whether these poses came to what each came to among few.
+
+        Kernels go by the number of rows, so what is compared is rough, and beside what is largest.
+        """
+        bound = rounding * _size(self.predictions)
+        expected = torch.cat([part.seen for part in parts])
+        if not torch.allclose(self.seen, expected, rtol=0, atol=bound, equal_nan=True):
+            return False
+        if self.gradients is None or any(part.gradients is None for part in parts):
+            return True
+        largest = max(map(_size, self.gradients.values()), default=0.0)
+        each = [self.gradients, *(part.gradients or {} for part in parts)]
+        return all(
+            _adds_up(
+                [g[i].to_dense() for g in each if i in g], i in self.gradients, rounding, largest
+            )
+            for i in set().union(*each)
+        )
+
+
+def _adds_up(gradients: Sequence[Tensor], has_sum: bool, rounding: float, largest: float) -> bool:
+    """Whether the first of some gradients, or zero, is about the sum of the others."""
+    zero = torch.zeros_like(gradients[0])
+    total, *parts = gradients if has_sum else [zero, *gradients]
+    bound = max(rounding * max(map(_size, gradients)), rounding**2 * largest)
+    return torch.allclose(total, sum(parts, zero), rtol=0, atol=bound, equal_nan=True)
 
 
 def _beside(
@@ -234,9 +309,19 @@ def _cut(tensor: Tensor) -> Tensor:
     return tensor.detach().requires_grad_().clone() if tensor.requires_grad else tensor
 
 
-def _is_telling(portion: Portion) -> bool:
-    """Whether its first and its last pose differ; else nothing can be seen."""
-    return _differ(*(portion.picked([i]).tensors() for i in (0, portion.count - 1)))
+def _kind(portion: Portion) -> tuple[bool, bool]:
+    """What a look at a chunk says nothing beyond: with graphs or without, padded or not."""
+    return torch.is_grad_enabled(), portion.is_ragged()
+
+
+def _other(portion: Portion) -> int | None:
+    """A pose that is unlike the first, in its shape if any is; None if none is found."""
+    last, first = portion.count - 1, portion.picked([0])
+    if portion.is_ragged():
+        shapes = shapes_of(first.poses[0])
+        return next((i for i in range(last, 0, -1) if shapes_of(portion.poses[i]) != shapes), None)
+    tried = range(last, max(0, last - _MANY), -1)
+    return next((i for i in tried if _differ(first.tensors(), portion.picked([i]).tensors())), None)
 
 
 def _differ(first: Sequence[Tensor], second: Sequence[Tensor]) -> bool:
@@ -245,6 +330,8 @@ def _differ(first: Sequence[Tensor], second: Sequence[Tensor]) -> bool:
     )
     return not all(map(torch.equal, *plain))
 
+
+_MANY = 64  # poses that are looked at together, or one after another, at most
 
 _NO_GRADIENTS = (RuntimeError, UnsupportedModuleError)
 """What graphs raise that can be used once only, or by a plain backward only."""
@@ -261,8 +348,8 @@ def _message(where: str) -> str:
         f"The prediction of a pose depends on the poses that are scored together with "
         f"it{through}.\n"
         f"A batch is divided into slices as memory allows, and each way to divide it would give "
-        f"another result. Batch statistics do that, a mean over dimension 0, or a layer that takes "
-        f"dimension 0 for a sequence.\n"
+        f"another result. Batch statistics do that, a mean over dimension 0, its length, a place "
+        f"in it, padding without a mask, or a layer that takes dimension 0 for a sequence.\n"
         f"Let dimension 0 count poses (batch_first=True), call model.eval() where statistics are "
         f"to be fixed, pass list(poses) to score them one by one, or set "
         f"Engine(..., chunk_size=...): poses then are scored together as that says."

@@ -9,7 +9,7 @@ from typing import Any, Literal, final
 from torch import Tensor
 
 from posegrad.schedule._batch import Batch, as_batch
-from posegrad.schedule._poses import Pose, copied, tensors_of
+from posegrad.schedule._poses import Pose, copied, shapes_of, tensors_of
 
 __all__ = [
     "Budget",
@@ -132,6 +132,14 @@ class Portion:
     def tensors(self) -> list[Tensor]:
         """Every tensor in it."""
         return [tensor for pose in self.poses for tensor in tensors_of(pose)]
+
+    def is_ragged(self) -> bool:
+        """Whether poses that are joined differ in their shapes, so that some may be padded."""
+        if self.how != "joined":
+            return False
+        shapes = map(shapes_of, self.poses)
+        first = next(shapes)
+        return any(shape != first for shape in shapes)
 
     def singles(self) -> "list[Portion]":
         """Each pose by itself, where they are scored alone."""

@@ -117,12 +117,12 @@ class Known:
     Attributes:
         measure: What their graphs take, once that was measured.
         most: How many may be scored together, if more ran out of memory.
-        apart: Whether poses that are scored together were seen to stay apart, with graphs (True)
-            and without.
+        apart: Where poses that are scored together were seen to stay apart: with graphs or without,
+            and in chunks of one shape or of several, which are padded or follow one another.
         picks: Whether poses of a chunk that the caller has stated may be scored again by
-            themselves; None if nobody has asked.
-        is_compared: Whether gradients of poses that were scored again by themselves were seen to be
-            those of their whole chunk.
+            themselves, in chunks of one shape or of several; without entry where nobody has asked.
+        compared: Where gradients of poses that were scored again by themselves were seen to be
+            those of their whole chunk: in chunks of one shape or of several.
         has_rows: Whether rows may be read off their graphs, as far as is known.
         draws: Whether a forward drew random numbers or wrote to buffers.
         counting: For each rule how many poses carried weight in the last call, and of how many.
@@ -131,9 +131,9 @@ class Known:
     def __init__(self, meter: "Meter") -> None:
         self.measure: Measure | None = None
         self.most: int | None = None
-        self.apart: set[bool] = set()
-        self.picks: bool | None = None
-        self.is_compared = False
+        self.apart: set[tuple[bool, bool]] = set()
+        self.picks: dict[bool, bool] = {}
+        self.compared: set[bool] = set()
         self.has_rows = True
         self.draws = False
         self.counting: dict[Hashable, tuple[int, int]] = {}
@@ -159,7 +159,13 @@ class Known:
         Args:
             stated: Whether the caller has said how many these are.
         """
-        return self.picks is True if stated else True in self.apart
+        if stated:
+            return self.may_pick() and bool(self.picks)
+        return any(with_graph for with_graph, _ in self.apart)
+
+    def may_pick(self) -> bool:
+        """Whether nothing speaks against scoring poses of stated chunks again by themselves."""
+        return all(self.picks.values())
 
     def look(self, portion: Portion, predictions: Tensor) -> None:
         """Measures the graph of some poses, unless that would say nothing new."""

@@ -131,8 +131,9 @@ class Options:
             PosesMixError: once the first of several poses has been scored, if poses mix.
         """
         chunks = division.portions(light=light, whole=whole, reserved=reserved)
-        known = torch.is_grad_enabled() in division.known.apart
-        if division.is_stated or self.is_sharded or known:
+        looked = (torch.is_grad_enabled(), False) in division.known.apart
+        settled = division.walked or (looked and isinstance(division, Sliced))
+        if division.is_stated or self.is_sharded or settled:
             return chunks
         return self.apart.shown(chunks, division.known, self.scorer())
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-__all__ = ["Pose", "copied", "is_graph", "items_of", "map_tensors", "tensors_of"]
+__all__ = ["Pose", "copied", "is_graph", "items_of", "map_tensors", "shapes_of", "tensors_of"]
 
 Pose = Any
 """What the model is called with: a tensor, a container of tensors, a PyG Data, anything."""
@@ -26,6 +26,11 @@ def tensors_of(pose: Pose) -> list[Tensor]:
 
     map_tensors(note, pose)
     return found
+
+
+def shapes_of(pose: Pose) -> list[tuple[int, ...]]:
+    """The shape of every tensor in a pose; of a nested one how many numbers it holds."""
+    return [(t.numel(),) if t.is_nested else tuple(t.shape) for t in tensors_of(pose)]
 
 
 def copied(pose: Pose) -> Pose:

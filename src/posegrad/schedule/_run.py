@@ -127,7 +127,7 @@ class Run:
         """Whether poses of a chunk stay apart: as seen, or of chunks that are stated, as proved."""
         division = self.call.division
         if not division.is_stated:
-            return True in division.known.apart
+            return (True, portion.is_ragged()) in division.known.apart
         return self.call.options.apart.proves(portion, division.known, self.scorer)
 
     def plainly(self) -> list[Tensor]:

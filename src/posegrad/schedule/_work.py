@@ -40,7 +40,7 @@ def work_of(division: Division, parameters: Iterable[Tensor], *, uses_up: bool) 
         and division.count is not None
         and (alone or known.is_apart(stated=division.is_stated)),
         whole=division.whole,
-        picks=not known.draws and (division.walked or known.picks is not False),
+        picks=not known.draws and (division.walked or known.may_pick()),
         walked=division.walked,
         extra=0.0 if graph is None else _extra(division, graph, together),
     )

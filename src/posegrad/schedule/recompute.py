@@ -166,13 +166,14 @@ class _Tape:
             return self._whole(chunk, cotangent)
         known = self._run.known
         gradients = self._picked(chunk, cotangent, kept)
-        is_sure = chunk.portion.how == "alone" or known is None or known.is_compared
+        ragged = chunk.portion.is_ragged()
+        is_sure = chunk.portion.how == "alone" or known is None or ragged in known.compared
         if gradients is not None and is_sure:
             return gradients
         whole = self._whole(chunk, cotangent)
         self._picks = gradients is not None and _agree(gradients, whole)
-        if known is not None:
-            known.is_compared |= self._picks
+        if known is not None and self._picks:
+            known.compared.add(ragged)
         return whole
 
     def _whole(self, chunk: _Scored, cotangent: Tensor) -> dict[int, Tensor]:
