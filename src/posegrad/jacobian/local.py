@@ -18,7 +18,7 @@ from posegrad.jacobian._parts import Weights, checked_weights
 from posegrad.jacobian._precision import exact, wide
 from posegrad.jacobian._products import Products, added, inner_products
 from posegrad.jacobian._projection import Projection
-from posegrad.jacobian._range import left_range
+from posegrad.jacobian._range import left_range, products_left_range
 from posegrad.jacobian._report import kept_bytes, report
 from posegrad.jacobian._sheet import side_by_side
 from posegrad.jacobian.base import Jacobian, check_alike
@@ -227,12 +227,11 @@ class PoseJacobian(Jacobian):
         own = (
             self._working[name].along(direction)
             for name, direction in found.by_name.items()
-            if self._working[name].parts
+            if self._working[name].parts and found.count
         )
         total = added(own, self._device)
         if total is None:
-            k = 1 if found.is_one else next(iter(found.by_name.values())).shape[0]
-            total = self._zeros(self.predictions.numel(), k)
+            total = self._zeros(self.predictions.numel(), found.count)
         shape = self.output_shape if found.is_one else (*self.output_shape, total.shape[1])
         return total.reshape(shape)
 
@@ -248,8 +247,16 @@ class PoseJacobian(Jacobian):
         used = [name for name in self.used if other._blocks[name].parts]
         own = (self._met_of(name, other, products) for name in used)
         total = added(own, self._device)
-        count, others = self.predictions.numel(), other.predictions.numel()
-        return self._zeros(count, others) if total is None else total
+        if total is None:
+            return self._zeros(self.predictions.numel(), other.predictions.numel())
+
+        def norms() -> tuple[Tensor, Tensor]:
+            return self._norms().reshape(-1), other._norms().reshape(-1)
+
+        both = [self._working[name] for name in used], [other._working[name] for name in used]
+        if products_left_range(total, both, norms):
+            return self.double()._met(other.double()).to(total)
+        return total
 
     def _met_of(self, name: str, other: "PoseJacobian", products: Products) -> Tensor:
         """The inner products of one parameter's rows with another's, `[M, M']`."""
@@ -281,11 +288,14 @@ class PoseJacobian(Jacobian):
     def _grams(self, dtype: torch.dtype | None) -> dict[str, Tensor]:
         join(self._working)
         products = Products()
-        return {
-            # A copy, for some have one in common.
-            name: self._gramian_of(name, products, dtype).clone()
-            for name in list(self._working)
-        }
+        found = {}
+        for name in list(self._working):
+            gram = self._gramian_of(name, products, dtype)
+            if left_range(gram.diagonal(), [self._working[name]]):
+                found[name] = self.of([name])._gram_in_double().to(gram)
+            else:
+                found[name] = gram.clone()  # for some have one in common
+        return found
 
     def _gram_in_double(self) -> Tensor:
         return self.double().consumed()._gram(torch.float64)
