@@ -12,6 +12,7 @@ from posegrad.combination._base import Rule
 from posegrad.errors import UnsupportedModuleError
 from posegrad.graph import Gatherer, Listening, Roster, Wanted, check_modules, unwrapped
 from posegrad.jacobian import Jacobian, PoseJacobian, check_whole, of_all, step_of_batches
+from posegrad.schedule._blocks import Gathering
 from posegrad.schedule._call import Setting
 from posegrad.schedule._chunks import ChunkSize
 from posegrad.schedule._combine import run
@@ -20,9 +21,12 @@ from posegrad.schedule._gather import Loss, gather, in_form
 from posegrad.schedule._loss import LossCall
 from posegrad.schedule._plan import Plan, ReadingPlan, may_be_output, reading_plan
 from posegrad.schedule._poses import Pose
+from posegrad.schedule._progress import bar
 from posegrad.schedule._replay import Start
 from posegrad.schedule._session import Combined
-from posegrad.schedule._tiles import gramian
+from posegrad.schedule._shared_tiles import gramian_of_ranks
+from posegrad.schedule._tiles import gramian, planned
+from posegrad.schedule._tiles_plan import GramianPlan
 from posegrad.weighting._batches import check_batches
 from posegrad.weighting._rules import AnyRule, is_noise_alone
 
@@ -347,6 +351,7 @@ class Engine:
         other: Iterable[Pose] | None = None,
         *,
         loss: Loss | None = None,
+        progress: bool = False,
     ) -> Tensor:
         r"""The Gramian of more poses than fit, or their inner products with those of others.
 
@@ -360,41 +365,87 @@ class Engine:
             other: Others, to be met by the first.
             loss: As for `gather`. The numbers of others follow those of the poses, so that one
                 tensor may hold the targets of both.
+            progress: Whether a bar counts the gathers. Needs tqdm, `posegrad[progress]`; over ranks
+                the first one shows it.
 
         Returns:
             :math:`J J^\top`, or :math:`J K^\top` with K the rows of the others, in the shape of
-            `Jacobian.gramian`: `[N, N]` or `[N, N']` for one number per pose.
+            `Jacobian.gramian`: `[N, N]` or `[N, N']` for one number per pose. If several processes
+            share the poses, each passes its own, and has the products of all, rank after rank.
 
         Raises:
             NoPosesError: if there are none, or no others.
             ReplayError: if poses that are scored again give other predictions.
-            UnsupportedModuleError: if several processes share the poses. Other errors are
-                `gather`'s.
+            MissingExtraError: if tqdm is asked for and missing. Other errors are `gather`'s.
 
         Note:
             Time: of B blocks some `B^2 / 2` are gathered, of B and B' some `B B'`, and the first
-            poses once more to see what they hold. Memory: two blocks, the graph of a chunk, the
-            result, and for each block a copy of the buffers: what is scored again finds the random
-            state and the buffers of the first time. Blocks end where chunks of a stated
-            `chunk_size` do; under a `Budget`, each block begins a chunk.
+            poses once more to see what they hold; `plan_gramian` tells the numbers. Memory: two
+            blocks, the graph of a chunk, the result, and for each block a copy of the buffers: what
+            is scored again finds the random state and the buffers of the first time. Blocks end
+            where chunks of a stated `chunk_size` do; under a `Budget`, each block begins a chunk.
+            Each of several ranks with B blocks gathers some `B^2`, and sends each of these to all.
 
         Example:
             >>> Engine(nn.Linear(3, 1)).gramian(torch.randn(50, 3), torch.randn(20, 3)).shape
             torch.Size([50, 20])
         """
+        check_whole(self._ranks)
+        parameters = self._trained()
+        how = self._gathering(parameters, loss)
+        if self._ranks is None:
+            return gramian(poses, other, how, partial(bar, unit="block", shown=progress))
+        shown = partial(bar, unit="block", shown=progress and self._ranks.own == 0)
+        return gramian_of_ranks(poses, other, how, parameters, self._ranks, shown)
+
+    def plan_gramian(
+        self,
+        poses: Iterable[Pose],
+        other: Iterable[Pose] | None = None,
+        *,
+        loss: Loss | None = None,
+    ) -> GramianPlan:
+        """How often `gramian` would gather poses, and what it would hold.
+
+        Args:
+            poses: As there; a generator is used up.
+            other: Likewise.
+            loss: Likewise.
+
+        Returns:
+            Something to print.
+
+        Raises:
+            NoPosesError: if there are none, or no others.
+            UnsupportedModuleError: if several processes share the poses. Other errors are
+                `gather`'s.
+
+        Note:
+            The first poses are gathered, to see what one holds; random state and buffers are put
+            back.
+
+        Example:
+            >>> engine = Engine(nn.Linear(999, 1), memory="1MiB")
+            >>> engine.plan_gramian(torch.randn(100, 999)).gathers
+            7
+        """
         if self._ranks is not None:
             raise UnsupportedModuleError(
-                "Ranks share the poses of this engine, and tiles of a Gramian are gathered in one "
-                "process.\nUse gather(poses).gramian(), which exchanges rows layer by layer."
+                "Ranks share the poses of this engine, and what each gathers depends on those of "
+                "all.\nPlan with Engine(model) and the poses of one rank: for B blocks there, each "
+                "of the ranks gathers some B^2."
             )
-        parameters = self._trained()
+        return planned(poses, other, self._gathering(self._trained(), loss))
+
+    def _gathering(self, parameters: Mapping[str, nn.Parameter], loss: Loss | None) -> Gathering:
+        """How blocks of poses are gathered."""
 
         def own(part: Any, start: int) -> PoseJacobian:
             kept = in_form("auto")
             return PoseJacobian.joined(self._gathered(part, parameters, loss, kept, start))
 
         note = partial(Start, parameters.values(), self._roster.parts())
-        return gramian(poses, other, own, self._block_bytes, self._setting.stated_chunk, note)
+        return Gathering(own, self._block_bytes, self._setting.stated_chunk, note)
 
     def project(
         self, poses: Iterable[Pose], k: int, seed: int = 0, *, loss: Loss | None = None

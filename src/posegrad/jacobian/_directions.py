@@ -24,7 +24,7 @@ class Directions(NamedTuple):
     is_one: bool
 
     @property
-    def count(self) -> int:
+    def columns(self) -> int:
         """How many there are, k."""
         return 1 if self.is_one else len(next(iter(self.by_name.values())))
 

@@ -1,5 +1,6 @@
 """The Jacobian of a group whose rows are all here."""
 
+import pickle
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import reduce
@@ -13,6 +14,7 @@ from posegrad.jacobian._backwards import ONE, Backwards
 from posegrad.jacobian._block import Block, join
 from posegrad.jacobian._deliver import Gradient, deliver_step, gradient_of
 from posegrad.jacobian._directions import Directions
+from posegrad.jacobian._exchange import packed
 from posegrad.jacobian._iterate import one_at
 from posegrad.jacobian._parts import Weights, checked_weights
 from posegrad.jacobian._precision import exact, wide
@@ -177,6 +179,17 @@ class PoseJacobian(Jacobian):
     def report(self) -> str:
         return report(self.predictions.numel(), self._blocks, self._backwards)
 
+    def packed(self) -> bytes:
+        """The same rows as they travel to other processes."""
+        return packed((self.predictions.cpu(), {n: b.to("cpu") for n, b in self._blocks.items()}))
+
+    @classmethod
+    def unpacked(cls, found: bytes, parameters: Mapping[str, Tensor]) -> "PoseJacobian":
+        """What another process packed, by the same parameters here."""
+        predictions, blocks = pickle.loads(found)
+        device = next(iter(parameters.values())).device
+        return cls(predictions, parameters, blocks).to(device)
+
     @property
     def held_bytes(self) -> int:
         """The memory that it keeps alive; what parameters have in common counts once."""
@@ -227,11 +240,11 @@ class PoseJacobian(Jacobian):
         own = (
             self._working[name].along(direction)
             for name, direction in found.by_name.items()
-            if self._working[name].parts and found.count
+            if self._working[name].parts and found.columns
         )
         total = added(own, self._device)
         if total is None:
-            total = self._zeros(self.predictions.numel(), found.count)
+            total = self._zeros(self.predictions.numel(), found.columns)
         shape = self.output_shape if found.is_one else (*self.output_shape, total.shape[1])
         return total.reshape(shape)
 
