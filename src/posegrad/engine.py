@@ -239,7 +239,10 @@ class Engine:
 
         Args:
             output: Of any shape, computed with a graph from the engine's modules.
-            params: Names or parameters to differentiate by; default: all trainable ones.
+            params: Names or parameters to differentiate by; default: all trainable ones. Also
+                other tensors that the output was computed from, activations or inputs that require
+                grad; number i of `params` then goes by the name `"params[i]"`, and `backward`
+                refuses them.
             pose_index: The poses of a ragged batch's rows (atoms, edges), one tensor for each
                 kind. Saves the search; it is trusted.
             retain_graph: Leave the graph for another backward.
@@ -253,6 +256,7 @@ class Engine:
             ReentrantCheckpointError: if a reentrant checkpoint is in its graph.
             StaleFactorError: if a tensor the forward saved was changed in place.
             ValueError: if `params` names what is not there.
+            UnsupportedModuleError: if it has activations, and several processes share the poses.
 
         Warns:
             UserWarning: once for every structure in which poses depend on each other; of nan.
@@ -268,6 +272,21 @@ class Engine:
             torch.Size([6, 6])
         """
         index = [pose_index] if isinstance(pose_index, Tensor) else list(pose_index or ())
+        params, activations = self._roster.parted(params)
+        if activations:
+            if self._ranks is not None:
+                raise UnsupportedModuleError(
+                    f"{', '.join(activations)}: each rank has activations of its own poses, and a "
+                    f"Jacobian that ranks share has columns that are the same for all.\n"
+                    f"Use Engine(model), without process_group, on each rank."
+                )
+            return self._gatherer.gather_at(
+                output,
+                activations,
+                self._trained(params),
+                pose_index=index,
+                keep_graph=retain_graph,
+            )
         own = partial(self._gatherer.gather, output, pose_index=index, keep_graph=retain_graph)
         return of_all(own, partial(self._trained, params), self._ranks)
 

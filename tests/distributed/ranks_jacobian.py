@@ -24,6 +24,7 @@ from posegrad import (
     SignAgreement,
     StaleFactorError,
     TrimmedMean,
+    UnsupportedModuleError,
 )
 from posegrad.jacobian import SharedJacobian
 from posegrad.testing import peak_live_bytes
@@ -324,3 +325,11 @@ def test_projections_are_those_of_all() -> None:
     X = torch.randn(M, 5, generator=seeded(1), dtype=torch.float64)
     engine = Engine(model, process_group=dist.group.WORLD)
     torch.testing.assert_close(engine.project(mine(X), 4), Engine(model).project(X, 4))
+
+
+def test_activations_are_of_one_rank() -> None:
+    model = network()
+    hidden = model[:4](mine(torch.randn(M, 5, generator=seeded(1), dtype=torch.float64)))
+    engine = Engine(model, process_group=dist.group.WORLD)
+    with pytest.raises(UnsupportedModuleError, match=r"params\[0\]: each rank has activations"):
+        engine.jacobian(model[4](hidden).squeeze(1), params=[hidden])

@@ -12,7 +12,7 @@ from torch import Tensor
 from posegrad._restoring import restoring
 from posegrad.jacobian._backwards import ONE, Backwards
 from posegrad.jacobian._block import Block, join
-from posegrad.jacobian._deliver import Gradient, deliver_step, gradient_of
+from posegrad.jacobian._deliver import Gradient, check_delivered, deliver_step, gradient_of
 from posegrad.jacobian._directions import Directions
 from posegrad.jacobian._exchange import packed
 from posegrad.jacobian._iterate import one_at
@@ -89,6 +89,17 @@ class PoseJacobian(Jacobian):
         backwards = reduce(Backwards.joined, [jacobian._backwards for jacobian in jacobians])
         return cls(predictions, first._parameters, blocks, backwards)
 
+    def beside(
+        self, tensors: Mapping[str, Tensor], blocks: Mapping[str, Block], backwards: Backwards
+    ) -> "PoseJacobian":
+        """The same rows with more columns, by other tensors."""
+        return PoseJacobian(
+            self.predictions,
+            {**self._parameters, **tensors},
+            {**self._blocks, **blocks},
+            self._backwards.joined(backwards),
+        )
+
     @property
     def blocks(self) -> Mapping[str, Block]:
         """The blocks by parameter, as they are held."""
@@ -142,6 +153,7 @@ class PoseJacobian(Jacobian):
     def backward(
         self, rule: Tensor | AnyRule, *, scaler: torch.amp.GradScaler | None = None
     ) -> Tensor | None:
+        check_delivered(self._parameters)
         return deliver_step(as_gradient_rule(rule), self, self._parameters, scaler)
 
     @restoring
