@@ -42,6 +42,7 @@ from posegrad.multipose import MultiPose
 from posegrad.schedule._chunks import Budget
 from posegrad.schedule._plan import Plan, ReadingPlan
 from posegrad.schedule._result import Combined
+from posegrad.schedule._tiles_plan import GramianPlan
 from posegrad.weighting import (
     AdaptiveClip,
     Aggregation,
@@ -67,6 +68,7 @@ __all__ = [
     "Combined",
     "CotangentBypassError",
     "Engine",
+    "GramianPlan",
     "HigherOrderError",
     "IllConditionedError",
     "Jacobian",

@@ -13,6 +13,7 @@ from posegrad.errors import UnsupportedModuleError
 from posegrad.graph import Gatherer, Listening
 from posegrad.jacobian import Jacobian, PoseJacobian, check_whole, of_all, step_of_batches
 from posegrad.model import Roster, Wanted, check_modules, unwrapped
+from posegrad.schedule._blocks import Gathering
 from posegrad.schedule._call import call_of, plan_of
 from posegrad.schedule._chunks import ChunkSize
 from posegrad.schedule._combine import combine
@@ -22,9 +23,12 @@ from posegrad.schedule._loss import LossCall
 from posegrad.schedule._options import Options
 from posegrad.schedule._plan import Plan, ReadingPlan, may_be_output, reading_plan
 from posegrad.schedule._poses import Pose
+from posegrad.schedule._progress import bar
 from posegrad.schedule._replay import Start
 from posegrad.schedule._result import Combined
-from posegrad.schedule._tiles import gramian
+from posegrad.schedule._shared_tiles import gramian_of_ranks
+from posegrad.schedule._tiles import gramian, planned
+from posegrad.schedule._tiles_plan import GramianPlan
 from posegrad.weighting._batches import check_batches
 from posegrad.weighting._rules import AnyRule, is_noise_alone
 
@@ -225,7 +229,10 @@ class Engine:
 
         Args:
             output: Of any shape, computed with a graph from the engine's modules.
-            params: Names or parameters to differentiate by; default: all trainable ones.
+            params: Names or parameters to differentiate by; default: all trainable ones. Also
+                other tensors that the output was computed from, activations or inputs that require
+                grad; number i of `params` then goes by the name `"params[i]"`, and `backward`
+                refuses them.
             pose_index: The poses of a ragged batch's rows (atoms, edges), one tensor for each
                 kind. Saves the search; it is trusted.
             retain_graph: Leave the graph for another backward.
@@ -239,6 +246,7 @@ class Engine:
             ReentrantCheckpointError: if a reentrant checkpoint is in its graph.
             StaleFactorError: if a tensor the forward saved was changed in place.
             ValueError: if `params` names what is not there.
+            UnsupportedModuleError: if it has activations, and several processes share the poses.
 
         Warns:
             UserWarning: once for every structure in which poses depend on each other; of nan.
@@ -254,6 +262,21 @@ class Engine:
             torch.Size([6, 6])
         """
         index = [pose_index] if isinstance(pose_index, Tensor) else list(pose_index or ())
+        params, activations = self._roster.parted(params)
+        if activations:
+            if self._ranks is not None:
+                raise UnsupportedModuleError(
+                    f"{', '.join(activations)}: each rank has activations of its own poses, and a "
+                    f"Jacobian that ranks share has columns that are the same for all.\n"
+                    f"Use Engine(model), without process_group, on each rank."
+                )
+            return self._gatherer.read_at(
+                output,
+                activations,
+                self._trained(params),
+                pose_index=index,
+                keep_graph=retain_graph,
+            )
         own = partial(self._gatherer.read, output, pose_index=index, keep_graph=retain_graph)
         return of_all(own, partial(self._trained, params), self._ranks)
 
@@ -337,6 +360,7 @@ class Engine:
         other: Iterable[Pose] | None = None,
         *,
         loss: Loss | None = None,
+        progress: bool = False,
     ) -> Tensor:
         r"""The Gramian of more poses than fit, or their inner products with those of others.
 
@@ -350,41 +374,87 @@ class Engine:
             other: Others, to be met by the first.
             loss: As for `gather`. The numbers of others follow those of the poses, so that one
                 tensor may hold the targets of both.
+            progress: Whether a bar counts the gathers. Needs tqdm, `posegrad[progress]`; over ranks
+                the first one shows it.
 
         Returns:
             :math:`J J^\top`, or :math:`J K^\top` with K the rows of the others, in the shape of
-            `Jacobian.gramian`: `[N, N]` or `[N, N']` for one number per pose.
+            `Jacobian.gramian`: `[N, N]` or `[N, N']` for one number per pose. If several processes
+            share the poses, each passes its own, and has the products of all, rank after rank.
 
         Raises:
             NoPosesError: if there are none, or no others.
             ReplayError: if poses that are scored again give other predictions.
-            UnsupportedModuleError: if several processes share the poses. Other errors are
-                `gather`'s.
+            MissingExtraError: if tqdm is asked for and missing. Other errors are `gather`'s.
 
         Note:
             Time: of B blocks some `B^2 / 2` are gathered, of B and B' some `B B'`, and the first
-            poses once more to see what they hold. Memory: two blocks, the graph of a chunk, the
-            result, and for each block a copy of the buffers: what is scored again finds the random
-            state and the buffers of the first time. Blocks end where chunks of a stated
-            `chunk_size` do; under a `Budget`, each block begins a chunk.
+            poses once more to see what they hold; `plan_gramian` tells the numbers. Memory: two
+            blocks, the graph of a chunk, the result, and for each block a copy of the buffers: what
+            is scored again finds the random state and the buffers of the first time. Blocks end
+            where chunks of a stated `chunk_size` do; under a `Budget`, each block begins a chunk.
+            Each of several ranks with B blocks gathers some `B^2`, and sends each of these to all.
 
         Example:
             >>> Engine(nn.Linear(3, 1)).gramian(torch.randn(50, 3), torch.randn(20, 3)).shape
             torch.Size([50, 20])
         """
+        check_whole(self._ranks)
+        parameters = self._trained()
+        how = self._gathering(parameters, loss)
+        if self._ranks is None:
+            return gramian(poses, other, how, partial(bar, unit="block", shown=progress))
+        shown = partial(bar, unit="block", shown=progress and self._ranks.own == 0)
+        return gramian_of_ranks(poses, other, how, parameters, self._ranks, shown)
+
+    def plan_gramian(
+        self,
+        poses: Iterable[Pose],
+        other: Iterable[Pose] | None = None,
+        *,
+        loss: Loss | None = None,
+    ) -> GramianPlan:
+        """How often `gramian` would gather poses, and what it would hold.
+
+        Args:
+            poses: As there; a generator is used up.
+            other: Likewise.
+            loss: Likewise.
+
+        Returns:
+            Something to print.
+
+        Raises:
+            NoPosesError: if there are none, or no others.
+            UnsupportedModuleError: if several processes share the poses. Other errors are
+                `gather`'s.
+
+        Note:
+            The first poses are gathered, to see what one holds; random state and buffers are put
+            back.
+
+        Example:
+            >>> engine = Engine(nn.Linear(999, 1), memory="1MiB")
+            >>> engine.plan_gramian(torch.randn(100, 999)).gathers
+            7
+        """
         if self._ranks is not None:
             raise UnsupportedModuleError(
-                "Ranks share the poses of this engine, and tiles of a Gramian are gathered in one "
-                "process.\nUse gather(poses).gramian(), which exchanges rows layer by layer."
+                "Ranks share the poses of this engine, and what each gathers depends on those of "
+                "all.\nPlan with Engine(model) and the poses of one rank: for B blocks there, each "
+                "of the ranks gathers some B^2."
             )
-        parameters = self._trained()
+        return planned(poses, other, self._gathering(self._trained(), loss))
+
+    def _gathering(self, parameters: Mapping[str, nn.Parameter], loss: Loss | None) -> Gathering:
+        """How blocks of poses are gathered."""
 
         def own(part: Any, start: int) -> PoseJacobian:
             kept = in_form("auto")
             return PoseJacobian.joined(self._gathered(part, parameters, loss, kept, start))
 
         note = partial(Start, parameters.values(), self._roster.parts())
-        return gramian(poses, other, own, self._block_bytes, self._options.stated_chunk, note)
+        return Gathering(own, self._block_bytes, self._options.stated_chunk, note)
 
     def project(
         self, poses: Iterable[Pose], k: int, seed: int = 0, *, loss: Loss | None = None

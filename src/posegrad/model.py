@@ -125,6 +125,20 @@ class Roster:
             raise UnsupportedModuleError(_complex_message(unreal))
         return found
 
+    def parted(self, wanted: Wanted) -> tuple[Wanted, dict[str, Tensor]]:
+        """What is wanted of the modules, and other tensors that require grad, by their places."""
+        if wanted is None or isinstance(wanted, str):
+            return wanted, {}
+        listed = list(wanted)
+        own = set(map(id, self.named().values()))
+        activations = {
+            f"params[{place}]": one
+            for place, one in enumerate(listed)
+            if isinstance(one, Tensor) and one.requires_grad and id(one) not in own
+        }
+        others = set(map(id, activations.values()))
+        return [one for one in listed if id(one) not in others], activations
+
     def tensors(self) -> list[Tensor]:
         """All parameters and buffers."""
         buffers = [buffer for module in self._modules for buffer in module.buffers()]

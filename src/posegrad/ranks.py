@@ -197,10 +197,9 @@ class Ranks:
         return sums
 
     def added(self, values: Tensor) -> Tensor:
-        """The sum over ranks of a tensor that all of them have, in the same shape."""
-        total = values.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(total, group=self.group)
-        return total
+        """The sum over ranks of a tensor that all of them have, in the same shape; in its place."""
+        dist.all_reduce(values, group=self.group)
+        return values
 
     def sent(self, value: T, to: int) -> list[T]:
         """What all ranks have for one of them, in their order; there only, elsewhere nothing."""
@@ -208,6 +207,13 @@ class Ranks:
         everyone: list[Any] | None = [None] * self.count if mine else None
         dist.gather_object(value, everyone, group=self.group, group_dst=to)
         return everyone or []
+
+    def shared(self, value: T | None, of: int) -> T:
+        """What one of the ranks has, on all of them."""
+        held: list[Any] = [value]
+        dist.broadcast_object_list(held, group=self.group, group_src=of)
+        found: T = held[0]
+        return found
 
     def _exchanged(self, told: _Told) -> list[_Told]:
         everyone: list[Any] = [None] * self.count

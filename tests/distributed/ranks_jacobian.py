@@ -320,10 +320,16 @@ def test_directions_that_differ_from_rank_to_rank_are_refused() -> None:
         shared @ alone.T
 
 
-def test_tiles_are_refused_and_projections_are_those_of_all() -> None:
+def test_projections_are_those_of_all() -> None:
     model = network()
     X = torch.randn(M, 5, generator=seeded(1), dtype=torch.float64)
     engine = Engine(model, process_group=dist.group.WORLD)
-    with pytest.raises(UnsupportedModuleError, match="exchanges rows layer by layer"):
-        engine.gramian(mine(X))
     torch.testing.assert_close(engine.project(mine(X), 4), Engine(model).project(X, 4))
+
+
+def test_activations_are_of_one_rank() -> None:
+    model = network()
+    hidden = model[:4](mine(torch.randn(M, 5, generator=seeded(1), dtype=torch.float64)))
+    engine = Engine(model, process_group=dist.group.WORLD)
+    with pytest.raises(UnsupportedModuleError, match=r"params\[0\]: each rank has activations"):
+        engine.jacobian(model[4](hidden).squeeze(1), params=[hidden])

@@ -16,6 +16,7 @@ from posegrad.jacobian import NOBODY, ClosedForm, Factor, Layout
 from posegrad.jacobian._form import Side
 from posegrad.jacobian._products import Products
 from posegrad.jacobian.layers import (
+    Activation,
     BatchedLinear,
     Bilinear,
     Convolution,
@@ -59,6 +60,11 @@ def _linear(
     a, b = (a.mT, b.mT) if on_left else (a, b)
     shape = torch.Size((3, width) if flipped else (width, 3))
     return Case(Linear(shape, _factor(a), flipped, on_left, scale), b, int(on_left))
+
+
+def _activation(rows: int, *, dim: int = 0) -> Case:
+    b = torch.randn((rows, 4) if dim == 0 else (4, rows), dtype=F64)
+    return Case(Activation(b.shape), b, dim)
 
 
 def _elementwise(rows: int, shape: tuple[int, ...], aligned: tuple[int, ...], *, dim: int) -> Case:
@@ -154,6 +160,11 @@ def _convolution(rows: int, *, transposed: bool = False, groups: int = 1) -> Cas
 
 # name: from the number of rows to the case
 CASES: dict[str, Callable[[int], Case]] = {
+    "activation": _activation,
+    "activation, pose second": lambda r: _activation(r, dim=1),
+    "activation of one number": lambda r: Case(
+        Activation(torch.Size([r])), torch.randn(r, dtype=F64), 0
+    ),
     "linear": _linear,
     "linear, flipped": lambda r: _linear(r, flipped=True),
     "linear, on the left": lambda r: _linear(r, on_left=True, scale=-0.5),

@@ -324,6 +324,11 @@ REFUSED: list[tuple[type[Exception], str, Callable[[Jacobian], object]]] = [
     ),
     (ShapeMismatchError, r"0.bias \[3\] for \[7\]", lambda J: J @ {"0.bias": torch.ones(3)}),
     (KeyError, "v names 'bias'", lambda J: J @ {"bias": torch.ones(7)}),
+    (
+        TypeError,
+        "v holds for 0.bias a float.\nPass tensors",
+        lambda J: J @ {"0.bias": 3.0},  # type: ignore[dict-item]
+    ),
     (TypeError, "complex64, but J is real", lambda J: J @ torch.ones(50, dtype=torch.complex64)),
     (TypeError, "but v is a list", lambda J: J @ [1.0]),  # type: ignore[operator]
     (ShapeMismatchError, "one weight for each", lambda J: torch.ones(3) @ J),
@@ -407,13 +412,64 @@ def test_the_coarsest_dtype_tells_what_is_rounding() -> None:
         J.solve(torch.tensor([1.0, 0.0]))
 
 
-@pytest.mark.parametrize(("small", "large"), [(1e-23, 1e15), (1e-25, 1e25)])
+# Factors of one row: their own size, and that of their cotangents.
+SIZES = [(1e-23, 1e15), (1e-25, 1e25), (1e-21, 1e18), (1e-18, 1e17), (1e25, 1e-25), (1e21, 1e-19)]
+
+
+def _sized(model: nn.Module, count: int, small: float, large: float) -> Jacobian:
+    x, c = torch.randn(2, count, 4)
+    return Engine(model).jacobian((model(x * small) * (c * large)).sum(1))
+
+
+@pytest.mark.parametrize(("small", "large"), SIZES)
 def test_a_gramian_whose_factors_leave_float32_is_that_of_the_rows(
     small: float, large: float
 ) -> None:
     torch.manual_seed(0)
+    J = _sized(nn.Linear(4, 4, bias=False), 3, small, large)
+    rows = J.matrix().double()
+    expected = rows @ rows.mT
+    torch.testing.assert_close(J.gramian().double(), expected, rtol=1e-5, atol=0)
+    (alone,) = J.gramian(per_parameter=True).values()
+    torch.testing.assert_close(alone.double(), expected, rtol=1e-5, atol=0)
+    torch.testing.assert_close(J.norms().double(), rows.norm(dim=1), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize(("small", "large"), SIZES)
+def test_products_whose_factors_leave_float32_are_those_of_the_rows(
+    small: float, large: float
+) -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(4, 4, bias=False)
+    J, K = (_sized(model, count, small, large) for count in (3, 5))
+    first, second = J.matrix().double(), K.matrix().double()
+    lengths = torch.outer(first.norm(dim=1), second.norm(dim=1))
+    J, K = Jacobian.cat([J]), Jacobian.cat([K])  # nothing is formed yet
+    found = (J @ K.T).double() / lengths
+    torch.testing.assert_close(found, first @ second.mT / lengths, rtol=0, atol=1e-5)
+
+
+def test_rows_of_zeros_and_of_nan_meet_as_they_are() -> None:
+    torch.manual_seed(0)
     model = nn.Linear(4, 4, bias=False)
     x, c = torch.randn(2, 3, 4)
-    J = Engine(model).jacobian((model(x * small) * (c * large)).sum(1))
-    rows = J.matrix().double()
-    torch.testing.assert_close(J.gramian().double(), rows @ rows.mT, rtol=1e-5, atol=0)
+    x[0], c[1] = 0, torch.nan
+    J = Engine(model, check="never").jacobian((model(x) * c).sum(1))
+    K = _sized(model, 5, 1.0, 1.0)
+    rows = J.matrix().double() @ K.matrix().double().mT
+    torch.testing.assert_close((J @ K.T).double(), rows, rtol=1e-4, atol=1e-5, equal_nan=True)
+
+
+def test_columns_of_a_copy_are_met_by_name() -> None:
+    """As of a network at two steps of its training."""
+    (first, J), (second, K) = (_gathered("MLP", 4, seed) for seed in (0, 1))
+    assert not torch.equal(first[0].weight, second[0].weight)
+    torch.testing.assert_close(J @ K.T, J.matrix() @ K.matrix().mT)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_no_directions_move_nothing(name: str) -> None:
+    _, J = _gathered(name, 4, 0)
+    found = J @ torch.ones(J.shape[1], 0, dtype=F64)
+    assert found.shape == (4, 0)
+    assert found.dtype == F64

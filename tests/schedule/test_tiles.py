@@ -1,5 +1,6 @@
 """The Gramian of more rows than fit, tile by tile."""
 
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from itertools import pairwise
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from posegrad import Engine, NoPosesError, ReplayError
+from posegrad import Engine, MissingExtraError, NoPosesError, ReplayError
 from posegrad.schedule._tiles import _tiles
 from posegrad.testing import peak_live_bytes
 
@@ -155,3 +156,53 @@ def test_poses_that_change_when_they_are_fetched_are_refused() -> None:
 
     with pytest.raises(ReplayError, match=r"other predictions.*for another tile"):
         Engine(nn.Linear(6, 1).double(), memory=4_000).gramian(Augmented())
+
+
+@pytest.mark.parametrize("others", [None, OTHERS, 3])
+@pytest.mark.parametrize("memory", [1, 40_000, 2**30])
+def test_what_is_planned_is_gathered(memory: int, others: int | None) -> None:
+    model, X = _network(), _poses(N, 1)
+    Y = None if others is None else _poses(others, 2)
+    engine, scored = Engine(model, memory=memory, check="never", chunk_size=2), [0]
+    plan = engine.plan_gramian(X, Y)
+    model.register_forward_hook(lambda _, x, y: scored.__setitem__(0, scored[0] + len(y)))
+    G = engine.gramian(X, Y)
+    looked = 16 * sum(count > 16 for count in (N, others or 0))
+    assert scored[0] == plan.scored + looked
+    assert plan.bytes_made == G.numel() * G.element_size()
+    first = str(plan).splitlines()[0]
+    assert first.startswith(f"poses    {N} in {plan.blocks} block")
+    assert (f"others   {others} in" in str(plan)) == (others is not None)
+
+
+def test_what_two_blocks_hold_is_planned() -> None:
+    model = _network()
+    plan = Engine(model, memory=40_000, chunk_size=4).plan_gramian(_poses(N, 1))
+    held = Engine(model).gather(_poses(plan.largest, 1)).held_bytes
+    assert plan.bytes_held == pytest.approx(2 * held, rel=0.1)
+    assert plan.blocks == 2
+    with pytest.raises(NoPosesError, match="no rows to multiply"):
+        Engine(model).plan_gramian([])
+
+
+def test_planning_draws_no_random_number() -> None:
+    net = nn.Sequential(nn.Linear(5, 7), nn.Dropout(0.5), nn.BatchNorm1d(7), nn.Linear(7, 1))
+    before = torch.get_rng_state()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        Engine(net.double(), chunk_size=4).plan_gramian(_poses(N, 1))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert int(net[2].num_batches_tracked) == 0
+
+
+def test_a_bar_counts_the_gathers(capsys: pytest.CaptureFixture[str]) -> None:
+    engine, X = Engine(_network(), memory=40_000), _poses(N, 1)
+    gathers = engine.plan_gramian(X).gathers
+    engine.gramian(X, progress=True)
+    assert f"{gathers}/{gathers}" in capsys.readouterr().err
+
+
+def test_a_bar_needs_tqdm(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "tqdm", None)
+    with pytest.raises(MissingExtraError, match=r"pip install 'posegrad\[progress\]'"):
+        Engine(_network()).gramian(_poses(N, 1), progress=True)

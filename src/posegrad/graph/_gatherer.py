@@ -12,6 +12,7 @@ from posegrad._restoring import restoring
 from posegrad._torch import is_hooked
 from posegrad._warn import warn
 from posegrad.errors import NotDifferentiableError, ReentrantCheckpointError
+from posegrad.graph._activations import edges_of, parts_at
 from posegrad.graph._beside import Beside, gradients_of_sum
 from posegrad.graph._boundary import (
     check_dimension,
@@ -33,7 +34,7 @@ from posegrad.graph._listening import Outline, check_heard, check_packed, check_
 from posegrad.graph._outlook import Outlook, foreseen
 from posegrad.graph._reading import Parts, Reading
 from posegrad.graph._recipe import Recipe, of_rows, resolve, slow_parameters, uses_of
-from posegrad.graph._release import release
+from posegrad.graph._release import release, slots_above
 from posegrad.graph._sinks import Sinks
 from posegrad.graph._structure import Found, Structure, Structures
 from posegrad.graph._subject import Subject
@@ -183,6 +184,69 @@ class Gatherer:
             name: Block.of(p, output.numel(), parts.get(name, ())) for name, p in parameters.items()
         }
         return PoseJacobian(output.detach().clone(), parameters, blocks, backwards)
+
+    @restoring
+    def read_at(
+        self,
+        output: Tensor,
+        activations: Mapping[str, Tensor],
+        parameters: Mapping[str, Tensor],
+        *,
+        pose_index: Sequence[Tensor] = (),
+        keep_graph: bool = False,
+    ) -> PoseJacobian:
+        """The Jacobian of `output` by tensors of its graph, and by parameters if there are any.
+
+        Args:
+            output: As for `read`.
+            activations: Tensors that the output was computed from, by name.
+            parameters: Leaves, by name.
+            pose_index: As for `read`.
+            keep_graph: Likewise.
+
+        Raises:
+            NotDifferentiableError: if the output does not depend on one of the tensors, or on none
+                of the parameters. Other errors are those of `read`.
+        """
+        check_output(output)
+        if not output.requires_grad:
+            raise NotDifferentiableError(unrelated_message(output, len(activations)))
+        registry, dim = _graph_of(output), self._dim_of(output)
+        check_dimension(output, dim)
+        check_index(pose_index)
+        edges = edges_of(registry, activations)
+        slots = slots_above(registry, [node for node, _ in edges.values()])
+        heard = {id(t): t for t in (*listened_to(output, registry, slots), *activations.values())}
+        backwards = Backwards()
+
+        def read(scaled: Tensor) -> Parts:
+            own = registry if scaled is output else EdgeRegistry(scaled)
+            subject = Subject(
+                scaled, own, {}, pose_index, dim, self._generator, [], {}, self.tensors, quiet=True
+            )
+            checked = self.check != "never"
+            parts = parts_at(subject, activations, self.block_bytes, checked=checked)
+            for purpose, count in subject.backwards.counts.items():
+                backwards.add(purpose, count)
+            return parts
+
+        lock, aside, copied = python_contained(registry, parameters)
+        guards = retained_set_aside([*heard.values()]), failures_named(), undisturbed()
+        with Sinks(registry), guards[0], guards[1], guards[2], lock, aside, copied:
+            scales = registry.has_float16()
+            scaling = Scaling()
+            parts = scaling.parts(output, activations, read, backwards) if scales else read(output)
+        blocks = {
+            name: Block.of(h.detach(), output.numel(), parts[name])
+            for name, h in activations.items()
+        }
+        held = {name: h.detach() for name, h in activations.items()}
+        if not parameters:
+            if not keep_graph:
+                release(registry, slots)
+            return PoseJacobian(output.detach().clone(), held, blocks, backwards)
+        rest = self.read(output, parameters, pose_index=pose_index, keep_graph=keep_graph)
+        return rest.beside(held, blocks, backwards)
 
     def graph_of(self, output: Tensor) -> EdgeRegistry | None:
         """The graph of an output that can have a Jacobian; None if it has no graph."""

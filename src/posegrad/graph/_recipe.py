@@ -21,6 +21,7 @@ from posegrad.jacobian import Arrangement, Layout
 
 __all__ = [
     "Recipe",
+    "first_look",
     "is_followed",
     "keeps_apart",
     "of_rows",
@@ -66,7 +67,7 @@ def resolve(subject: Subject) -> tuple[Recipe, Trial]:
     """The recipe of a structure not met before, and the cotangents it needs."""
     registry, parameters = subject.registry, subject.parameters
     sites = [site for name in parameters for site in uses_of(subject, name)]
-    arrangement, trial = _first_look(subject, sites)
+    arrangement, trial = first_look(subject, sites)
     entering = {site.parameter for site in sites}
     lost = {name: "no operator takes it" for name in parameters if name not in entering}
     own = subject.own()
@@ -134,7 +135,7 @@ def _is_few_losses(subject: Subject) -> bool:
     return None in told
 
 
-def _first_look(subject: Subject, sites: Sequence[Site]) -> tuple[Arrangement, Trial]:
+def first_look(subject: Subject, sites: Sequence[Site]) -> tuple[Arrangement, Trial]:
     """The arrangement of poses under which they mix at the fewest sites, and what is seen there."""
     shape = subject.output.shape
     dims = pose_dimensions(shape) if subject.dim is None else [subject.dim]

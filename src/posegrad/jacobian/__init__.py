@@ -6,6 +6,7 @@ from posegrad.jacobian._batches import step_of_batches
 from posegrad.jacobian._block import Block
 from posegrad.jacobian._deliver import Gradient, owned
 from posegrad.jacobian._division import Division
+from posegrad.jacobian._exchange import agreed
 from posegrad.jacobian._form import ClosedForm, Factor
 from posegrad.jacobian._layout import NOBODY, WHOLE, Layout, single
 from posegrad.jacobian._parts import Factors, Part, Rows, Weights
@@ -38,6 +39,7 @@ __all__ = [
     "SharedJacobian",
     "Transposed",
     "Weights",
+    "agreed",
     "check_whole",
     "is_cast",
     "of_all",

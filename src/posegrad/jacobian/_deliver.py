@@ -9,12 +9,20 @@ from torch import Tensor, nn
 
 from posegrad._restoring import restoring
 from posegrad._torch import backward_into_leaves, memory_of
-from posegrad.errors import NonFiniteGradientError, NonFinitePredictionError
+from posegrad.errors import NonFiniteGradientError, NonFinitePredictionError, listed
 from posegrad.jacobian._exchange import grad_apart
 from posegrad.weighting._base import GradientRule, Jacobian, Step
 from posegrad.weighting._rules import OfPredictions
 
-__all__ = ["Gradient", "deliver", "deliver_step", "deposit", "gradient_of", "owned"]
+__all__ = [
+    "Gradient",
+    "check_delivered",
+    "deliver",
+    "deliver_step",
+    "deposit",
+    "gradient_of",
+    "owned",
+]
 
 _PROBE = [object()]
 _HELD_BY_A_LIST = sys.getrefcount(_PROBE[0])
@@ -98,6 +106,21 @@ def deliver_step(
     deposit(found.own, parameters)
     deposit(found.of_rule, found.trained)
     return found.weights
+
+
+def check_delivered(parameters: Mapping[str, Tensor]) -> None:
+    """Refuses tensors that are no parameters, and so have no `.grad` to add to.
+
+    Raises:
+        TypeError: if there are any.
+    """
+    others = [name for name, p in parameters.items() if not isinstance(p, nn.Parameter)]
+    if others:
+        raise TypeError(
+            f"J is by activations, {listed(others)}: they are no parameters, and J.backward() adds "
+            f"to the .grad of parameters alone.\n"
+            f"w @ J gives their gradients; J = engine.jacobian(output) is by the parameters."
+        )
 
 
 def deposit(gradients: dict[str, Tensor], parameters: Mapping[str, Tensor]) -> None:

@@ -23,12 +23,17 @@ class Directions(NamedTuple):
     by_name: dict[str, Tensor]
     is_one: bool
 
+    @property
+    def columns(self) -> int:
+        """How many there are, k."""
+        return 1 if self.is_one else len(next(iter(self.by_name.values())))
+
     @classmethod
     def of(cls, stated: object, shapes: Mapping[str, torch.Size]) -> Self:
         """What was stated: a tensor `[n]` or `[n, k]`, or a dict of tensors by parameter.
 
         Raises:
-            TypeError: if it is neither, or complex.
+            TypeError: if it is neither, or complex, or a dict of anything else than tensors.
             ShapeMismatchError: if it does not fit the parameters.
             KeyError: if it names what is none of them.
         """
@@ -67,6 +72,13 @@ def _of_mapping(
     if unknown:
         raise KeyError(
             f"v names {listed(unknown)}, but J has the parameters {listed(list(shapes))}."
+        )
+    other = [f"{n} a {type(v).__name__}" for n, v in stated.items() if not isinstance(v, Tensor)]
+    if other:
+        raise TypeError(
+            f"A direction holds a tensor for each parameter that moves, but v holds for "
+            f"{listed(other)}.\n"
+            f"Pass tensors of the parameters' shapes, such as torch.full_like(parameter, 3.0)."
         )
     wrong = [
         f"{name} {list(value.shape)} for {list(shapes[name])}"

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from posegrad._restoring import Change
 from posegrad.errors import NoPosesError, RankError, ShapeMismatchError
-from posegrad.ranks import shown
+from posegrad.ranks import Ranks, shown
 
 __all__ = [
+    "agreed",
     "check_alike",
     "check_same",
     "check_same_directions",
@@ -83,6 +84,26 @@ def layers(names: Sequence[str]) -> Iterator[list[str]]:
     """The names of parameters, module by module: weight and bias have a cotangent in common."""
     for _, own in groupby(names, key=lambda name: name.rpartition(".")[0]):
         yield list(own)
+
+
+def agreed(ranks: Ranks, numbers: Sequence[int], layouts: Sequence[str]) -> Ranks:
+    """The ranks in a call that all have come to, with what they would differentiate by.
+
+    Args:
+        ranks: Who share the poses.
+        numbers: Of each, the number it would give the call.
+        layouts: Of each, the fingerprint of its parameters.
+
+    Raises:
+        RankError: if the parameters are not the same on all.
+    """
+    if len(set(layouts)) > 1:
+        raise RankError(
+            f"The ranks differentiate by different parameters: {list(layouts)}.\n"
+            f"Their gradients are added up, so the same must be trained, or named by params=, "
+            f"on all."
+        )
+    return ranks.in_call(numbers)
 
 
 class _Packer(pickle.Pickler):

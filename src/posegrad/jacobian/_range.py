@@ -1,13 +1,14 @@
-"""Squares that float32 cannot hold: those of numbers above 2e19 and below 1e-19."""
+"""Products that float32 cannot hold, and factors of which it cannot hold the products."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
 
 from posegrad.jacobian._block import Block
+from posegrad.jacobian._parts import Factors
 
-__all__ = ["left_range"]
+__all__ = ["left_range", "products_left_range"]
 
 _LIMITS = torch.finfo(torch.float32)
 _LOWEST, _HIGHEST = _LIMITS.tiny / _LIMITS.eps**2, _LIMITS.max
@@ -16,7 +17,8 @@ _LOWEST, _HIGHEST = _LIMITS.tiny / _LIMITS.eps**2, _LIMITS.max
 def left_range(squares: Tensor, blocks: Iterable[Block]) -> bool:
     """Whether squared norms overflowed, or underflowed and are not zero, in half or float32.
 
-    A clash of atoms in one pose can give it a gradient of 1e20.
+    A clash of atoms in one pose can give it a gradient of 1e20. A norm is made of products of
+    factors, too: of 1e-21 and 1e18, say, whose squares float32 does not hold.
 
     Args:
         squares: `[M]`.
@@ -24,15 +26,64 @@ def left_range(squares: Tensor, blocks: Iterable[Block]) -> bool:
     """
     if not squares.numel():
         return False
+    blocks = list(blocks)
+    lowest = _lowest(_peak(blocks) ** 2)
     low, high = squares.aminmax()
-    if float(low) >= _LOWEST and float(high) <= _HIGHEST:
+    if float(low) >= lowest and float(high) <= _HIGHEST:
         return False
-    outside = ~((squares >= _LOWEST) & (squares <= _HIGHEST))  # nan too
+    outside = ~((squares >= lowest) & (squares <= _HIGHEST))  # nan too
     parts = [(block, part) for block in blocks for part in block.parts]
     if not any(_is_narrow(tensor) for _, part in parts for tensor in part.held()):
         return False
     live = (block.live() for block, _ in parts)  # masked poses have norms of zero
     return any(bool((outside & rows).any()) for rows in live)
+
+
+def products_left_range(
+    products: Tensor,
+    blocks: tuple[Sequence[Block], Sequence[Block]],
+    norms: Callable[[], tuple[Tensor, Tensor]],
+) -> bool:
+    """Whether inner products of two Jacobians' rows left the range of float32 on the way.
+
+    A product that is far smaller than those of the factors may be all that is left of one that
+    was not, unless the rows' own norms are as small.
+
+    Args:
+        products: `[M, M']`.
+        blocks: The rows of either.
+        norms: Those of the rows of either, `[M]` and `[M']`.
+    """
+    if not products.numel():
+        return False
+    peaks = [_peak(own) for own in blocks]
+    if not all(peaks):
+        return False  # rows, or factors in float64
+    lowest = _lowest(max(peaks) ** 2)
+    low, high = products.abs().aminmax()
+    if float(low) >= lowest and float(high) <= _HIGHEST:
+        return False
+    if not float(high) <= _HIGHEST:  # nan too
+        return True
+    first, second = norms()
+    lengths = torch.outer(first.double(), second.double())
+    return bool(((lengths < lowest) & (lengths > 0)).any())
+
+
+def _lowest(square: float) -> float:
+    """Below which a sum may have lost digits, of products of factors with squares up to this."""
+    return _LOWEST * max(1.0, square)
+
+
+def _peak(blocks: Iterable[Block]) -> float:
+    """The largest magnitude of any factor in half or float32."""
+    parts = [part for block in blocks for part in block.parts if isinstance(part, Factors)]
+    held = {id(tensor): tensor for part in parts for tensor in part.held()}
+    narrow = [tensor for tensor in held.values() if _is_narrow(tensor) and tensor.numel()]
+    if not narrow:
+        return 0.0
+    peaks = [torch.linalg.vector_norm(tensor, torch.inf).float() for tensor in narrow]
+    return float(torch.stack(peaks).max())
 
 
 def _is_narrow(tensor: Tensor) -> bool:

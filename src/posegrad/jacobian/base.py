@@ -111,7 +111,9 @@ class Jacobian(ABC):
         Args:
             other: v: a vector `[n]` or a matrix `[n, k]`, in the order of `shapes`; or a dict of
                 tensors by parameter, in which those left out stay where they are. Or `K.T` of a
-                Jacobian K by the same parameters.
+                Jacobian K by parameters of the same names and shapes. They may be those of a copy:
+                of the model as it was at another step of its training, say. Columns are met by
+                name, whatever the values.
 
         Returns:
             J v in `output_shape`, with k at the end for `[n, k]`. For `K.T` the inner products of

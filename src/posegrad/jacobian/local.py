@@ -1,5 +1,6 @@
 """The Jacobian of a group whose rows are all here."""
 
+import pickle
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import reduce
@@ -11,14 +12,15 @@ from torch import Tensor
 from posegrad._restoring import restoring
 from posegrad.jacobian._backwards import ONE, Backwards
 from posegrad.jacobian._block import Block, join
-from posegrad.jacobian._deliver import Gradient, deliver_step, gradient_of
+from posegrad.jacobian._deliver import Gradient, check_delivered, deliver_step, gradient_of
 from posegrad.jacobian._directions import Directions
+from posegrad.jacobian._exchange import packed
 from posegrad.jacobian._iterate import one_at
 from posegrad.jacobian._parts import Weights, checked_weights
 from posegrad.jacobian._precision import exact, wide
 from posegrad.jacobian._products import Products, added, inner_products
 from posegrad.jacobian._projection import Projection
-from posegrad.jacobian._range import left_range
+from posegrad.jacobian._range import left_range, products_left_range
 from posegrad.jacobian._report import kept_bytes, report
 from posegrad.jacobian._sheet import side_by_side
 from posegrad.jacobian.base import Jacobian, check_alike
@@ -87,6 +89,17 @@ class PoseJacobian(Jacobian):
         backwards = reduce(Backwards.joined, [jacobian._backwards for jacobian in jacobians])
         return cls(predictions, first._parameters, blocks, backwards)
 
+    def beside(
+        self, tensors: Mapping[str, Tensor], blocks: Mapping[str, Block], backwards: Backwards
+    ) -> "PoseJacobian":
+        """The same rows with more columns, by other tensors."""
+        return PoseJacobian(
+            self.predictions,
+            {**self._parameters, **tensors},
+            {**self._blocks, **blocks},
+            self._backwards.joined(backwards),
+        )
+
     @property
     def blocks(self) -> Mapping[str, Block]:
         """The blocks by parameter, as they are held."""
@@ -140,6 +153,7 @@ class PoseJacobian(Jacobian):
     def backward(
         self, rule: Tensor | AnyRule, *, scaler: torch.amp.GradScaler | None = None
     ) -> Tensor | None:
+        check_delivered(self._parameters)
         return deliver_step(as_gradient_rule(rule), self, self._parameters, scaler)
 
     @restoring
@@ -176,6 +190,17 @@ class PoseJacobian(Jacobian):
 
     def report(self) -> str:
         return report(self.predictions.numel(), self._blocks, self._backwards)
+
+    def packed(self) -> bytes:
+        """The same rows as they travel to other processes."""
+        return packed((self.predictions.cpu(), {n: b.to("cpu") for n, b in self._blocks.items()}))
+
+    @classmethod
+    def unpacked(cls, found: bytes, parameters: Mapping[str, Tensor]) -> "PoseJacobian":
+        """What another process packed, by the same parameters here."""
+        predictions, blocks = pickle.loads(found)
+        device = next(iter(parameters.values())).device
+        return cls(predictions, parameters, blocks).to(device)
 
     @property
     def held_bytes(self) -> int:
@@ -227,12 +252,11 @@ class PoseJacobian(Jacobian):
         own = (
             self._working[name].along(direction)
             for name, direction in found.by_name.items()
-            if self._working[name].parts
+            if self._working[name].parts and found.columns
         )
         total = added(own, self._device)
         if total is None:
-            k = 1 if found.is_one else next(iter(found.by_name.values())).shape[0]
-            total = self._zeros(self.predictions.numel(), k)
+            total = self._zeros(self.predictions.numel(), found.columns)
         shape = self.output_shape if found.is_one else (*self.output_shape, total.shape[1])
         return total.reshape(shape)
 
@@ -248,8 +272,16 @@ class PoseJacobian(Jacobian):
         used = [name for name in self.used if other._blocks[name].parts]
         own = (self._met_of(name, other, products) for name in used)
         total = added(own, self._device)
-        count, others = self.predictions.numel(), other.predictions.numel()
-        return self._zeros(count, others) if total is None else total
+        if total is None:
+            return self._zeros(self.predictions.numel(), other.predictions.numel())
+
+        def norms() -> tuple[Tensor, Tensor]:
+            return self._norms().reshape(-1), other._norms().reshape(-1)
+
+        both = [self._working[name] for name in used], [other._working[name] for name in used]
+        if products_left_range(total, both, norms):
+            return self.double()._met(other.double()).to(total)
+        return total
 
     def _met_of(self, name: str, other: "PoseJacobian", products: Products) -> Tensor:
         """The inner products of one parameter's rows with another's, `[M, M']`."""
@@ -281,11 +313,14 @@ class PoseJacobian(Jacobian):
     def _grams(self, dtype: torch.dtype | None) -> dict[str, Tensor]:
         join(self._working)
         products = Products()
-        return {
-            # A copy, for some have one in common.
-            name: self._gramian_of(name, products, dtype).clone()
-            for name in list(self._working)
-        }
+        found = {}
+        for name in list(self._working):
+            gram = self._gramian_of(name, products, dtype)
+            if left_range(gram.diagonal(), [self._working[name]]):
+                found[name] = self.of([name])._gram_in_double().to(gram)
+            else:
+                found[name] = gram.clone()  # for some have one in common
+        return found
 
     def _gram_in_double(self) -> Tensor:
         return self.double().consumed()._gram(torch.float64)

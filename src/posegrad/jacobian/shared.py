@@ -23,13 +23,13 @@ from torch import Tensor
 from posegrad._restoring import restoring
 from posegrad.errors import (
     NoPosesError,
-    RankError,
     UnsupportedModuleError,
 )
 from posegrad.jacobian._block import Block
 from posegrad.jacobian._deliver import Gradient, deposit, gradient_of
 from posegrad.jacobian._directions import Directions
 from posegrad.jacobian._exchange import (
+    agreed,
     check_alike,
     check_same,
     check_same_directions,
@@ -134,13 +134,7 @@ class SharedJacobian(Jacobian):
             return *head, (own.predictions.cpu(), own.used)
 
         numbers, layouts, everyone = zip(*ranks.together("read a Jacobian", told), strict=True)
-        if len(set(layouts)) > 1:
-            raise RankError(
-                f"The ranks differentiate by different parameters: {list(layouts)}.\n"
-                f"Their gradients are added up, so the same must be trained, or named by params=, "
-                f"on all."
-            )
-        ranks = ranks.in_call(numbers)
+        ranks = agreed(ranks, numbers, layouts)
         present = [one for one in everyone if one is not None]
         check_alike([predictions for predictions, _ in present])
         device = next((p.device for p in parameters.values()), torch.device("cpu"))

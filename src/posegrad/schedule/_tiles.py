@@ -3,179 +3,137 @@ r"""The Gramian of more rows than fit, a tile of it at a time.
 The poses are divided into blocks, and a tile :math:`J_a J_b^\top` is the product of two of them.
 Rows are gathered again for every tile, but for the block that the last tile leaves: the next row of
 tiles begins where the last one ended. So of B blocks, against themselves, some
-:math:`B^2 / 2` are gathered, and no more than two are held. A block that is gathered again finds
-the random state and the buffers that it found the first time, so that its rows are the same.
+:math:`B^2 / 2` are gathered, and no more than two are held.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import pairwise
-from typing import Any, final
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor
 
 from posegrad._restoring import restoring
-from posegrad.errors import NoPosesError, ReplayError
+from posegrad.errors import NoPosesError
 from posegrad.jacobian import PoseJacobian
-from posegrad.schedule._batch import as_batch
+from posegrad.schedule._blocks import Blocks, Gathering
 from posegrad.schedule._poses import Pose
-from posegrad.schedule._replay import Start
+from posegrad.schedule._tiles_plan import GramianPlan
 
-__all__ = ["Gather", "gramian"]
+__all__ = ["divided", "gramian", "planned", "put"]
 
-Gather = Callable[[Any, int], PoseJacobian]
-"""From some poses and the number of the first to their Jacobian."""
-
-_FIRST = 16  # poses that are gathered to see what one holds
+Key = tuple[bool, int]
+"""Whether a block is one of the others', and its number."""
 
 
-@final
-class _Blocks:
-    """Some poses, divided into blocks whose Jacobians hold about as many bytes.
+def divided(
+    poses: Iterable[Pose], other: Iterable[Pose] | None, gathering: Gathering
+) -> tuple[Blocks, Blocks]:
+    """The blocks of some poses, and of those that they meet; the same, if there are no others.
 
-    Args:
-        poses: As users state them.
-        start: The number of the first.
-        gather: Makes the Jacobian of a block.
-        most: The bytes.
-        chunk: How many poses are scored together, if that is stated: blocks end where chunks do.
-        note: Notes the random state and the buffers as they are.
-
-    Raises:
-        NoPosesError: if there are none.
+    The numbers of others follow those of the poses.
     """
-
-    def __init__(
-        self,
-        poses: Iterable[Pose],
-        start: int,
-        gather: Gather,
-        most: int,
-        chunk: int,
-        note: Callable[[], Start],
-    ) -> None:
-        self._poses, self._start, self._gather, self._note = _Sliced(poses), start, gather, note
-        self._read: dict[int, tuple[Start, Tensor]] = {}  # what blocks found, and what they gave
-        count = self.count = self._poses.count
-        if not count:
-            raise NoPosesError(
-                "There are no poses, so there are no rows to multiply.\nLeave empty groups out."
-            )
-        size = min(count, -(-_FIRST // chunk) * chunk)
-        if count > size:
-            (first, *_) = self._poses.slices([size, count - size])
-            now = note()
-            try:
-                size = most * size // max(1, gather(first, start).held_bytes)
-            finally:
-                now.put_back()
-            size = max(1, size // chunk) * chunk
-        bounds = [*range(0, count, size), count]
-        self.spans = [slice(*ends) for ends in pairwise(bounds)]
-        self._slices = self._poses.slices([stop - start for start, stop in pairwise(bounds)])
-
-    def read(self, number: int) -> PoseJacobian:
-        """The Jacobian of a block, which nobody else sees."""
-        first = self._start + self.spans[number].start
-        now = self._note()
-        if number not in self._read:
-            jacobian = self._gather(self._slices[number], first)
-            self._read[number] = now, jacobian.predictions
-            return jacobian.consumed()
-        before, predictions = self._read[number]
-        before.put_back()
-        try:
-            jacobian = self._gather(self._slices[number], first)
-        finally:
-            now.put_back()
-        if not torch.allclose(jacobian.predictions, predictions, equal_nan=True):
-            raise ReplayError(
-                f"Poses {first} to {first + len(predictions) - 1} gave other predictions when they "
-                f"were scored once more, for another tile of the Gramian.\n"
-                f"They change when they are fetched, or the model depends on something that "
-                f"neither its parameters, buffers nor torch's random state hold.\n"
-                f"Fix the poses before the call, or use gather(poses).gramian(), which scores each "
-                f"once."
-            )
-        return jacobian.consumed()
-
-
-@final
-class _Sliced:
-    """Poses that can be sliced: a batch, or a sequence of which a slice is fetched when walked."""
-
-    def __init__(self, poses: Iterable[Pose]) -> None:
-        self._batch = as_batch(poses)
-        is_sequence = hasattr(poses, "__getitem__") and hasattr(poses, "__len__")
-        walked: Any = poses if is_sequence else list(poses)
-        self._walked = walked
-        self.count: int = len(self._walked) if self._batch is None else self._batch.count
-
-    def slices(self, sizes: Sequence[int]) -> list[Any]:
-        """The slices of these sizes, one after another, which add up to all."""
-        if self._batch is not None:
-            return list(self._batch.slices(sizes))
-        ends = torch.tensor(sizes).cumsum(0).tolist()
-        return [
-            _Walked(self._walked, end - size, end) for size, end in zip(sizes, ends, strict=True)
-        ]
-
-
-@final
-class _Walked:
-    """Some of a sequence's poses, fetched one by one."""
-
-    def __init__(self, poses: Any, start: int, stop: int) -> None:
-        self._poses, self._numbers = poses, range(start, stop)
-
-    def __len__(self) -> int:
-        return len(self._numbers)
-
-    def __iter__(self) -> Iterator[Pose]:
-        return (self._poses[number] for number in self._numbers)
+    own = Blocks(poses, 0, gathering)
+    return own, own if other is None else Blocks(other, own.count, gathering)
 
 
 @restoring
 def gramian(
     poses: Iterable[Pose],
     other: Iterable[Pose] | None,
-    gather: Gather,
-    most: int,
-    chunk: int,
-    note: Callable[[], Start],
+    gathering: Gathering,
+    shown: Callable[[int], Callable[[], None]],
 ) -> Tensor:
     """The inner products of the rows of some poses with each other, or with those of others.
 
     Args:
         poses: As users state them.
-        other: Others; their numbers follow those of the poses.
-        gather: Makes the Jacobian of some of them.
-        most: The bytes that a block may hold.
-        chunk: As for `_Blocks`.
-        note: Likewise.
+        other: Others.
+        gathering: Makes the Jacobian of some of them.
+        shown: From the number of gathers to what is called after each.
 
     Returns:
         As `Jacobian.gramian`, or as `J @ K.T`.
+
+    Raises:
+        NoPosesError: if there are none, or no others.
     """
-    own = _Blocks(poses, 0, gather, most, chunk, note)
-    its = own if other is None else _Blocks(other, own.count, gather, most, chunk, note)
+    sides = own, its = divided(poses, other, gathering)
+    _check_some(own, its)
+    done = shown(_gathers(own, its))
     total = torch.empty(0)
-    held: dict[tuple[_Blocks, int], PoseJacobian] = {}
-    for row, column in _tiles(len(own.spans), None if other is None else len(its.spans)):
-        wanted = (own, row), (its, column)
-        held = {key: jacobian for key, jacobian in held.items() if key in wanted}
-        for blocks, number in wanted:
-            if (blocks, number) not in held:
-                held[blocks, number] = blocks.read(number)
-        J, K = (held[key] for key in wanted)  # let go of below, before others are read
+    held: dict[Key, PoseJacobian] = {}
+    for row, column in _met(own, its):
+        held = {key: jacobian for key, jacobian in held.items() if key in (row, column)}
+        for key in (row, column):
+            if key not in held:
+                held[key] = sides[key[0]].read(key[1])
+                done()
+        J, K = held[row], held[column]  # let go of below, before others are read
         tile = J.gramian() if J is K else J @ K.T  # [c, ..., c']
         if not total.numel():
             total = tile.new_empty(own.count, *tile.shape[1:-1], its.count)
-        total[own.spans[row], ..., its.spans[column]] = tile
-        if own is its and J is not K:
-            total[own.spans[column], ..., own.spans[row]] = tile.permute(*range(tile.ndim)[::-1])
+        put(tile, total, own.spans[row[1]], its.spans[column[1]], mirrored=own is its)
         del J, K
     return total
+
+
+def put(tile: Tensor, into: Tensor, rows: slice, columns: slice, *, mirrored: bool) -> None:
+    """Writes a tile to its place, and to the one across the diagonal."""
+    into[rows, ..., columns] = tile
+    if mirrored and rows != columns:
+        into[columns, ..., rows] = tile.permute(*range(tile.ndim)[::-1])
+
+
+@restoring
+def planned(
+    poses: Iterable[Pose], other: Iterable[Pose] | None, gathering: Gathering
+) -> GramianPlan:
+    """What `gramian` would do.
+
+    Raises:
+        NoPosesError: if there are none, or no others.
+    """
+    own, its = divided(poses, other, gathering)
+    _check_some(own, its)
+    return GramianPlan(
+        poses=own.count,
+        others=None if its is own else its.count,
+        blocks=len(own.spans),
+        blocks_of_others=None if its is own else len(its.spans),
+        largest=max(own.largest, its.largest),
+        gathers=_gathers(own, its),
+        scored=sum((own, its)[side].size(number) for side, number in _reads(own, its)),
+        bytes_held=own.bytes_of(own.largest) + (its.bytes_of(its.largest) if its.count else 0),
+        bytes_made=own.bytes_made(its.count),
+    )
+
+
+def _check_some(own: Blocks, its: Blocks) -> None:
+    if not own.count or not its.count:
+        raise NoPosesError(
+            "There are no poses, so there are no rows to multiply.\nLeave empty groups out."
+        )
+
+
+def _gathers(own: Blocks, its: Blocks) -> int:
+    return sum(1 for _ in _reads(own, its))
+
+
+def _reads(own: Blocks, its: Blocks) -> Iterator[Key]:
+    """The blocks that are gathered, one after another."""
+    held: set[Key] = set()
+    for wanted in _met(own, its):
+        held &= set(wanted)
+        for key in wanted:
+            if key not in held:
+                held.add(key)
+                yield key
+
+
+def _met(own: Blocks, its: Blocks) -> Iterator[tuple[Key, Key]]:
+    """The two blocks of each tile."""
+    columns = None if its is own else len(its.spans)
+    for row, column in _tiles(len(own.spans), columns):
+        yield (False, row), (columns is not None, column)
 
 
 def _tiles(rows: int, columns: int | None) -> Iterator[tuple[int, int]]:

@@ -1,5 +1,6 @@
 """Closed forms of the per-pose gradient, one operator a file."""
 
+from posegrad.jacobian.layers.activation import Activation
 from posegrad.jacobian.layers.batched import BatchedLinear
 from posegrad.jacobian.layers.bilinear import Bilinear
 from posegrad.jacobian.layers.convolution import Convolution
@@ -13,6 +14,7 @@ from posegrad.jacobian.layers.repeat import Repeat
 from posegrad.jacobian.layers.vector import Vector
 
 __all__ = [
+    "Activation",
     "BatchedLinear",
     "Bilinear",
     "Convolution",
