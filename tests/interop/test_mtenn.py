@@ -234,7 +234,7 @@ def _gradients(**changes: Any) -> dict[str, list[Tensor]]:
 
 
 BAD: dict[str, tuple[type[Exception], str, list[Any]]] = {
-    "no predictions": (NoPosesError, r"no predictions.*Leave compounds", _with(pred_list=[])),
+    "no predictions": (NoPosesError, r"no poses.*Leave compounds", _with(pred_list=[])),
     "vectors": (
         ShapeMismatchError,
         r"pose 1 has shape \[3\].*grouped\(model, rule\), which takes vectors",
@@ -252,22 +252,22 @@ BAD: dict[str, tuple[type[Exception], str, list[Any]]] = {
     ),
     "a gradient too few": (
         ShapeMismatchError,
-        r"2 predictions; bias \[1\] has 1 of \[1\]\..*Append one",
+        r"2 predictions.*: bias has 1 of \[1\], needs 2 of \[1\]\..*one for each",
         _with(grad_dict=_gradients(bias=[torch.ones(1)])),
     ),
     "another shape": (
         ShapeMismatchError,
-        r"weight \[2, 3\] has 2 of \[6\]; bias \[1\] has 0 of any shape",
+        r"weight has 2 of \[6\], needs 2 of \[2, 3\]; bias has 0 of any shape, needs 2",
         _with(grad_dict=_gradients(weight=[torch.ones(6)] * 2, bias=[])),
     ),
     "names without gradients": (
         ShapeMismatchError,
-        r"grad_dict lacks bias and has none besides.*same model.named_parameters\(\)",
+        r"bias has no entry, needs 2 of \[1\]\..*same model.named_parameters\(\)",
         _with(grad_dict={"weight": _gradients()["weight"]}),
     ),
     "gradients without names": (
         ShapeMismatchError,
-        r"grad_dict lacks none and has scale, shift besides",
+        r"scale has 0 of any shape, needs no entry; shift has 0",
         _with(grad_dict=_gradients(scale=[], shift=[])),
     ),
     "a parameter too few": (
