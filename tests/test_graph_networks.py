@@ -17,7 +17,7 @@ from torch_geometric.nn.models import ViSNet
 from examples.docked_poses.network import AllNeighbours, schnet
 from posegrad import Boltzmann, Budget, Engine, Min
 from posegrad.testing import assert_matches_autograd
-from posegrad.testing._seeded import seeded
+from tests.device import seeded
 from tests.reference import rows, trainable
 
 # Scripted modules are still in use, in older releases of e3nn too.

@@ -30,7 +30,7 @@ from posegrad.interop.mtenn import (
     join_grad_dict,
     split_grad_dict,
 )
-from posegrad.testing._seeded import seeded
+from tests.device import seeded
 from tests.interop import mtenn_standin as standin
 
 

@@ -34,8 +34,7 @@ from posegrad.interop.mtenn import (
     grouped,
 )
 from posegrad.testing import assert_combination, peak_live_bytes
-from posegrad.testing._seeded import seeded
-from tests.device import DEVICE
+from tests.device import DEVICE, seeded
 from tests.interop import mtenn_standin as standin
 from tests.interop.mtenn_standin import Combination, PIC50Readout, Pose
 

@@ -14,7 +14,7 @@ from posegrad import Boltzmann, Budget, Combination, Engine, Mean, Min, MultiPos
 from posegrad.errors import NoPosesError
 from posegrad.schedule._chunks import in_chunks
 from posegrad.testing import assert_matches_autograd, peak_live_bytes, rules
-from posegrad.testing._seeded import seeded
+from tests.device import seeded
 
 SCHEDULES = ["retain", "store", "stream", "recompute"]
 

@@ -18,7 +18,7 @@ from posegrad import (
     TopK,
 )
 from posegrad.testing import assert_matches_autograd, rules
-from posegrad.testing._seeded import seeded
+from tests.device import seeded
 from tests.models import BATCHED_ONLY, FEATURES, MODELS
 
 SIZES = [3, 1, 4, 2]
