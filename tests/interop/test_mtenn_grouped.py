@@ -525,11 +525,13 @@ def test_parts_can_be_replaced_afterwards() -> None:
 def test_a_model_may_be_any_module_and_options_go_to_the_engine() -> None:
     model = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 1)).double()
     poses = list(torch.randn(5, 4, dtype=torch.float64))
-    expected = _stepped(model, (model(torch.stack(poses)).min(), model(torch.stack(poses))[:, 0]))
+    first, last = nn.Softplus(), nn.Tanh()
+    per_pose = first(model(torch.stack(poses)))[:, 0]
+    expected = _stepped(model, (last(per_pose.min()), per_pose))
     expected[-1] = {f"model.{name}": gradient for name, gradient in expected[-1].items()}
-    network = grouped(model, Best(), chunk_size=2, collate=torch.stack)
+    network = grouped(model, Best(), first, last, chunk_size=2, collate=torch.stack)
     _close(_stepped(network, network(poses)), expected)
-    _close(network.score(poses[0]), model(poses[0]))
+    _close(network.score(poses[0]), first(model(poses[0])))
     assert "schedule='recompute'" in repr(network)
 
 

@@ -9,11 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from posegrad import Clip, Engine, PoseJacobian
-from posegrad.jacobian import Layout
-from posegrad.jacobian._arrangement import Arrangement
-from posegrad.jacobian._block import Block
+from posegrad.jacobian import Arrangement, Block, Factors, Layout
 from posegrad.jacobian._joining import Joining
-from posegrad.jacobian._parts import Factors
 from posegrad.testing import peak_live_bytes
 from tests import reference
 from tests.device import DEVICE

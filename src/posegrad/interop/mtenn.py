@@ -347,11 +347,10 @@ class Grouped(nn.Module, ABC):
 class _Single(nn.Module):
     """Any model in the shape of mtenn's: its forward ends with a readout."""
 
-    readout: Readout | None = None
-
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
+        self.readout: Readout | None = None
 
     def forward(self, pose: Pose) -> Tensor:
         """The prediction of one pose."""
