@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -34,6 +34,7 @@ def pieces(draw: st.DrawFn) -> tuple[int, list[tuple[int, int, Tensor]]]:
 
 
 @pytest.mark.parametrize("name", CASES)
+@settings(max_examples=10)
 @given(drawn=pieces(), components=st.sampled_from([None, 2]))
 def test_parts_joined_are_their_sum(
     name: str, drawn: tuple[int, list[tuple[int, int, Tensor]]], components: int | None
