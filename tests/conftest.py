@@ -4,6 +4,7 @@
 its own stays on the CPU.
 """
 
+import gc
 import os
 
 import pytest
@@ -34,6 +35,12 @@ settings.register_profile(
     "soak", parent=settings.get_profile("ci"), derandomize=False, max_examples=2000
 )
 settings.load_profile(os.environ.get("POSEGRAD_PROFILE", "ci"))
+
+
+def pytest_collection_finish() -> None:
+    """A garbage collection that looks at all modules takes a second, and many tests ask for one."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

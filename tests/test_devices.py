@@ -11,9 +11,8 @@ from torchjd.aggregation import UPGrad
 
 import posegrad
 from posegrad import Boltzmann, Clip, Combination, Engine, Mean, MultiPose
-from posegrad.testing._seeded import seeded
 from posegrad.testing.table import RULES
-from tests.device import DEVICE
+from tests.device import DEVICE, seeded
 
 
 def _images() -> nn.Module:

@@ -32,8 +32,7 @@ from posegrad import (
     UnsupportedModuleError,
     UntrackedTensorError,
 )
-from posegrad.testing._seeded import seeded
-from tests.device import DEVICE
+from tests.device import DEVICE, seeded
 from tests.models import FEATURES, MODELS, Checkpointed
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import cycle, product
 from typing import Any
 
 import e3nn
@@ -17,7 +18,7 @@ from torch_geometric.nn.models import ViSNet
 from examples.docked_poses.network import AllNeighbours, schnet
 from posegrad import Boltzmann, Budget, Engine, Min
 from posegrad.testing import assert_matches_autograd
-from posegrad.testing._seeded import seeded
+from tests.device import seeded
 from tests.reference import rows, trainable
 
 # Scripted modules are still in use, in older releases of e3nn too.
@@ -157,8 +158,13 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], Callable[..., Any] | None, An
 }
 
 
-@pytest.mark.parametrize("schedule", ["stream", "recompute", "store"])
-@pytest.mark.parametrize("name", NETWORKS)
+SCHEDULES = ["stream", "recompute", "store"]
+
+
+@pytest.mark.parametrize(
+    ("name", "schedule"),
+    [*product(["SchNet"], SCHEDULES), *zip(list(NETWORKS)[1:], cycle(SCHEDULES), strict=False)],
+)
 def test_chunks_by_atoms_match_autograd(name: str, schedule: str) -> None:
     make, predict, collate = NETWORKS[name]
     assert_matches_autograd(

@@ -30,7 +30,7 @@ from posegrad._threads import thread_state
 from tests.device import DEVICE
 from tests.models import FEATURES
 
-POINTS = None if os.environ.get("POSEGRAD_PROFILE") == "soak" else 22
+POINTS = None if os.environ.get("POSEGRAD_PROFILE") == "soak" else 12
 SCHEDULES = ["retain", "store", "stream", "recompute"]
 WATCHED = [
     str(Path(posegrad.__file__).parent),

@@ -26,7 +26,7 @@ from posegrad import (
     ShapeMismatchError,
     plot,
 )
-from posegrad.testing._seeded import seeded
+from tests.device import seeded
 
 SCHEDULES = ("retain", "store", "stream", "recompute")
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from posegrad.testing._seeded import seeded
+from tests.device import seeded
 
 __all__ = ["Architecture", "M", "Output", "batch", "draw", "score", "steps", "tokens"]
 

@@ -17,7 +17,7 @@ from posegrad import (
     Mean,
     Min,
 )
-from posegrad.testing._seeded import seeded
+from tests.device import seeded
 from tests.distributed.setting import (
     FEATURES,
     IDS,

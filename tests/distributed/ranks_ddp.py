@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from posegrad import Engine, ListeningError, Mean, Min, MultiPose, UnsupportedModuleError
-from posegrad.testing._seeded import seeded
+from tests.device import seeded
 from tests.distributed.setting import gradients, mine, network, poses, same_everywhere
 
 OPTIONS: dict[str, dict[str, Any]] = {

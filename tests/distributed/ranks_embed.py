@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from posegrad import AttentionPooling, Engine
-from posegrad.testing._seeded import seeded
+from tests.device import seeded
 from tests.distributed.setting import FEATURES, M, gradients, mine, poses, same_everywhere
 
 D = 4

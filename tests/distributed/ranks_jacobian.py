@@ -28,7 +28,7 @@ from posegrad import (
 )
 from posegrad.jacobian import SharedJacobian
 from posegrad.testing import peak_live_bytes
-from posegrad.testing._seeded import seeded
+from tests.device import seeded
 from tests.distributed.setting import M, gradients, mine, network, same_everywhere
 
 

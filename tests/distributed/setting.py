@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from posegrad.testing._seeded import seeded
+from tests.device import seeded
 
 __all__ = [
     "DDP_OPTIONS",

@@ -546,8 +546,8 @@ def test_a_mixed_row_belongs_to_nobody(
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_rational_coincidence_hardly_ever_passes(dtype: torch.dtype) -> None:
     # 2^a - 2^(a + 1) / 3 is a power of two times 1 - 1 / 3; but both sets of probes must say so.
-    passed = [s for s in range(300) if _found(_mixed(6, -1 / 3, dtype, s), 6, s) is not None]
-    assert len(passed) <= 3
+    passed = [s for s in range(150) if _found(_mixed(6, -1 / 3, dtype, s), 6, s) is not None]
+    assert len(passed) <= 2
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -556,7 +556,7 @@ def test_a_mixed_row_that_vanishes_under_ones_belongs_to_nobody(
     dtype: torch.dtype, size: float
 ) -> None:
     size = max(size, 0.1) if dtype == torch.float16 else size  # 8 exponents reach no further
-    for seed in range(400):
+    for seed in range(100):
         pieces = [(size * piece, owner) for piece, owner in _mixed(2, -1.0, dtype, seed)]
         assert _found(pieces, 2, seed) is None, f"seed {seed}"
 

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -48,6 +48,7 @@ def _assert_each_row(found: Tensor, expected: Tensor, tolerance: float) -> None:
 @pytest.mark.filterwarnings("ignore:The predictions of different poses depend")
 @pytest.mark.parametrize("check", ["first", "never"])
 @pytest.mark.parametrize("name", MIXED)
+@settings(max_examples=12)
 @given(
     powers=st.lists(exponents, min_size=COUNT, max_size=COUNT), masked=st.sets(st.integers(0, 5))
 )

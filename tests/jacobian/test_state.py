@@ -105,16 +105,16 @@ STEPS: dict[str, Callable[[nn.Module, Engine, Tensor], object]] = {
 }
 
 
-def test_nothing_piles_up_over_two_hundred_mixed_steps() -> None:
+def test_nothing_piles_up_over_many_mixed_steps() -> None:
     model = Watched()
     engine = Engine(model, chunk_size=4)
     Mark.nodes.clear()
     with peak_live_bytes() as bytes_made:
-        for step in islice(cycle(STEPS), 200):
+        for step in islice(cycle(STEPS), 60):
             STEPS[step](model, engine, torch.randn(6, FEATURES))
             assert not any(node() for node in Mark.nodes), step  # freed without the gc
         model.zero_grad()
-    assert len(Mark.nodes) >= 200
+    assert len(Mark.nodes) >= 60
     assert bytes_made.live == 0
 
 

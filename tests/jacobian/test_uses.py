@@ -4,16 +4,13 @@ from collections.abc import Callable, Sequence
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from posegrad import Clip, Engine, PoseJacobian
-from posegrad.jacobian import Layout
-from posegrad.jacobian._arrangement import Arrangement
-from posegrad.jacobian._block import Block
+from posegrad.jacobian import Arrangement, Block, Factors, Layout
 from posegrad.jacobian._joining import Joining
-from posegrad.jacobian._parts import Factors
 from posegrad.testing import peak_live_bytes
 from tests import reference
 from tests.device import DEVICE
@@ -37,6 +34,7 @@ def pieces(draw: st.DrawFn) -> tuple[int, list[tuple[int, int, Tensor]]]:
 
 
 @pytest.mark.parametrize("name", CASES)
+@settings(max_examples=10)
 @given(drawn=pieces(), components=st.sampled_from([None, 2]))
 def test_parts_joined_are_their_sum(
     name: str, drawn: tuple[int, list[tuple[int, int, Tensor]]], components: int | None

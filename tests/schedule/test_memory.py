@@ -36,7 +36,7 @@ def _peak(m: int, rule: Combination, schedule: str) -> int:
 )
 def test_peak_memory_does_not_grow_with_the_poses(rule: Combination, schedule: str) -> None:
     _peak(4, rule, schedule)  # first use of an operator may allocate its own
-    peaks = [_peak(m, rule, schedule) for m in (4, 16, 64, 256)]
+    peaks = [_peak(m, rule, schedule) for m in (4, 16, 64)]
     # A sharp rule may keep one pose in one group and two in another: one or two gradients at once.
     assert max(peaks) <= 1.1 * max(peaks[1], _peak(16, Mean(), schedule))
 

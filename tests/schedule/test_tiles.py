@@ -44,12 +44,19 @@ FORMS: dict[str, tuple[Callable[[Tensor], Any], dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("width", [1, 2])
-@pytest.mark.parametrize("memory", [1, 40_000, 2**30])
-@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize(
+    ("name", "memory", "width"),
+    [
+        *((name, 40_000, 1 + number % 2) for number, name in enumerate(FORMS)),
+        *(("chunks", memory, 2) for memory in (1, 2**30)),
+        *(("generator", memory, 1) for memory in (1, 2**30)),
+    ],
+)
 def test_tiles_make_the_gramian(name: str, memory: int, width: int) -> None:
+    """Of one pose, of some, of all."""
     hand, options = FORMS[name]
-    model, X, Y = _network(width), _poses(N, 1), _poses(OTHERS, 2)
+    rows, columns = (N, OTHERS) if memory > 1 else (7, 4)
+    model, X, Y = _network(width), _poses(rows, 1), _poses(columns, 2)
     engine = Engine(model, memory=memory, **options)
     J, K = (Engine(model).gather(batch) for batch in (X, Y))
     torch.testing.assert_close(engine.gramian(hand(X)), J.gramian())

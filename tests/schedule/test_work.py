@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from posegrad import Best, Boltzmann, Combination, Engine, Mean, Min, TopK
-from posegrad.testing._seeded import seeded
+from tests.device import seeded
 from tests.models import FEATURES
 from tests.reference import rows, trainable
 

@@ -8,7 +8,6 @@ from torch import Tensor, nn
 
 from posegrad import Combination, Mean, Min, MissingExtraError, OnlineForm
 from posegrad.testing import (
-    _strategies,
     assert_combination,
     assert_matches_autograd,
     peak_live_bytes,
@@ -157,7 +156,7 @@ def test_peak_bytes_survive_an_exception() -> None:
 def test_without_hypothesis_the_pip_line_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "hypothesis.strategies", None)
     with pytest.raises(MissingExtraError, match=r"pip install 'posegrad\[testing\]'"):
-        _strategies.poses(features=3)
+        poses(features=3)
     assert issubclass(MissingExtraError, ImportError)
 
 

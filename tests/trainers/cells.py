@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from torchjd.aggregation import UPGradWeighting
 
 from posegrad import Boltzmann, Engine, Listening, MultiPose
-from posegrad.testing._seeded import seeded
-from tests.device import DEVICE
+from tests.device import DEVICE, seeded
 from tests.trainers.oracle import FEATURES, network, plain_loss
 
 __all__ = ["CELLS", "SETTINGS", "WAYS", "Batch", "Cell", "optimizer_of"]

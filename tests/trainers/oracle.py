@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from posegrad import Boltzmann, Combination, Mean, Min
-from posegrad.testing._seeded import seeded
+from tests.device import seeded
 
 FEATURES = 6
 Compound = tuple[Tensor | list[Tensor], Tensor]

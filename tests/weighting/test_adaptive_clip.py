@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from posegrad import AdaptiveClip, Clip, Engine, PosesMixError
-from posegrad.testing._seeded import seeded
+from tests.device import seeded
 
 
 def _losses(model: nn.Module, seed: int = 0) -> Tensor:

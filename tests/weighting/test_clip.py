@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from posegrad import Clip, Engine, NoPosesError, PosesMixError
 from posegrad.testing import peak_live_bytes
-from posegrad.testing._seeded import seeded
 from tests import reference
+from tests.device import seeded
 
 SIGMA, NORM = 1.7, 0.3
 

@@ -5,9 +5,9 @@ import torch
 from torch import Tensor, nn
 
 from posegrad import Engine, Mean
+from posegrad.jacobian import Jacobian
 from posegrad.testing import peak_live_bytes
 from posegrad.weighting import GradientRule, Step
-from posegrad.weighting._base import Jacobian
 
 
 class Keeping(GradientRule):

@@ -26,7 +26,7 @@ from posegrad import (
     TrimmedMean,
     Weighting,
 )
-from posegrad.testing._seeded import seeded
+from tests.device import seeded
 from tests.models import FEATURES, MODELS
 
 Scores = Callable[[nn.Module], Tensor]

@@ -10,10 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from posegrad import Engine, PoseJacobian
-from posegrad.jacobian import Layout
-from posegrad.jacobian._arrangement import Arrangement
-from posegrad.jacobian._block import Block
-from posegrad.jacobian._parts import Factors
+from posegrad.jacobian import Arrangement, Block, Factors, Layout
 from posegrad.testing import peak_live_bytes
 from tests import reference
 from tests.jacobian.test_forms import CASES, Case, owners
