@@ -35,9 +35,9 @@ def page(results: Results) -> str:
     parts = [
         "# Benchmarks\n\n"
         "`make bench` writes this page from the JSON files in `benchmarks/results`, which hold the "
-        "seconds of every round. [Performance](performance.md) tells what the figures mean, where "
-        "the limit is and what was tried. Where errors are shown, the result of a method was "
-        "compared with float64 in the same run.\n"
+        "seconds of every round. [Performance](performance.md) sums them up and tells how they are "
+        "measured. Where errors are shown, the result of a method was compared with float64 in the "
+        "same run.\n"
     ]
     for suite, result in results.items():
         behind = lost.markdown(result)
