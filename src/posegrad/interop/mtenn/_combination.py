@@ -10,8 +10,8 @@ gradient
         + \frac{\partial L}{\partial \hat y_i}
 
 for a rule h (equations 1 and 2 of mtenn's documentation of its combinations). So the predictions
-are made functions of the parameters whose backward is that sum, and h is applied to them: w is
-autograd's to find, and no rule derives anything by hand.
+are made functions of the parameters whose backward is that sum, and h is applied to them: autograd
+finds w, and no rule derives anything by hand.
 """
 
 from collections.abc import Mapping, Sequence
@@ -257,7 +257,7 @@ def _joined(pred_list: Sequence[Tensor]) -> Tensor:
     try:
         return group_predictions([prediction.detach().reshape(1) for prediction in pred_list])
     except NonFinitePredictionError as error:
-        error.add_note("If a GroupedModel of mtenn's called: it had dropped .grad before that.")
+        error.add_note("mtenn's GroupedModel, if that called, had cleared .grad before.")
         raise
 
 

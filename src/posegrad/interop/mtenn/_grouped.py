@@ -27,7 +27,7 @@ def grouped(
     schedule: str = "recompute",
     **engine_options: Any,
 ) -> "Grouped":
-    r"""A model of one pose as a model of a group of poses, as mtenn's GroupedModel is one.
+    r"""Makes a model of one pose into a model of a group of poses, like mtenn's GroupedModel.
 
     .. math::
         \hat y_i = r_1(f_\theta(X_i)), \qquad \hat y = r_2(h(\hat y_1, \dots, \hat y_N))
@@ -142,17 +142,21 @@ class Grouped(nn.Module, ABC):
         return f"schedule={self.schedule!r}"
 
     def _list_owner(self) -> Any:
-        """The class whose forward takes a list; behind it is one whose forward takes a pose."""
+        """GroupedModel, if the model is one: its forward takes a list, its base's a pose."""
         behind = type(self).__mro__[2:]
         return next((kind for kind in behind if kind.__name__ == "GroupedModel"), None)
 
     def _new_engine(self) -> Engine:
-        # Of the whole module, not of its parts: a part that is replaced is seen.
+        # An engine of the whole module, not of its parts, notices a part that was replaced.
         return Engine(self, predict=Grouped.score, **self.engine_options)
 
     def __reduce_ex__(self, _: object) -> tuple[Any, ...]:
         state = {name: value for name, value in vars(self).items() if name != "_engine"}
-        return _blank, (type(self).__mro__[2],), state  # behind this class and the one made for it
+        return (
+            _blank,
+            (type(self).__mro__[2],),
+            state,
+        )  # the model's own class: after _kind's, Grouped
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
@@ -181,7 +185,7 @@ def _kind(base: Any) -> type[Grouped]:
 
 
 def _blank(base: type[nn.Module]) -> Grouped:
-    """An object without attributes yet, of the class of groups for a model's class."""
+    """An instance, without attributes yet, of the class made by `_kind` for a model's class."""
     kind = _kind(cast("Hashable", base))
     return kind.__new__(kind)
 
@@ -189,14 +193,14 @@ def _blank(base: type[nn.Module]) -> Grouped:
 def _twin(model: nn.Module) -> Grouped:
     """A module with the parameters, buffers and parts of another one, to which parts can be added.
 
-    Its own parameters and buffers are in tables that both have, so that one replaced in either is
-    replaced in both.
+    The two modules share the tables of the model's own parameters and buffers, so that one replaced
+    in either is replaced in both.
     """
     twin = _blank(type(model))
     vars(twin).update(vars(model))
     shared = {"_parameters", "_buffers", "_non_persistent_buffers_set"}
     for name in vars(nn.Module()).keys() - shared:
-        vars(twin)[name] = copy.copy(vars(twin)[name])  # hooks and parts are each one's own
+        vars(twin)[name] = copy.copy(vars(twin)[name])  # each has hooks and parts of its own
     return twin
 
 
@@ -204,6 +208,6 @@ def _check_free(network: nn.Module, option: str, name: str, given: object) -> No
     own = getattr(network, name, None)
     if given is not None and own is not None:
         raise ValueError(
-            f"{option} is given, but model.{name} is a {type(own).__name__} already, and there is "
-            f"one place for the two.\nLeave {option} out, or set model.{name} = None."
+            f"{option} is given, but model.{name} is a {type(own).__name__} already, and only one "
+            f"can be applied.\nLeave {option} out, or set model.{name} = None."
         )

@@ -34,18 +34,18 @@ def rule_of(combination: Any) -> Combination:
 
 
 def _rules_of_mtenn(theirs: Any) -> Iterator[Combination]:
-    """Those that mtenn's own may be, by what they say of themselves; weights of ours sum to 1."""
+    """Rules that an object of mtenn's may stand for, by its attributes; ours sum to 1."""
     scale = getattr(theirs, "pred_scale", None) or getattr(theirs, "scale", None)  # the older name
     yield from [Mean(), Boltzmann(kT=1.0)] if scale is None else [Min(scale), Max(scale)]
 
 
 @final
 class _ByHand(Combination):
-    r"""A combination whose gradient was written by hand, in mtenn's way, as a rule.
+    r"""A combination with a backward written by hand, as mtenn asks for, as a rule.
 
-    Its backward makes :math:`\sum_i w_i g_i` of the gradients :math:`g_i` it is given. By the
-    predictions themselves, the gradients of the predictions are the unit vectors
-    :math:`e_i`, and :math:`\sum_i w_i e_i = w`.
+    Its backward makes :math:`\sum_i w_i g_i` of the gradients :math:`g_i` it is given. The
+    gradients of the predictions by the predictions themselves are the unit vectors :math:`e_i`, and
+    of these it makes :math:`\sum_i w_i e_i = w`.
     """
 
     def __init__(self, combination: Callable[..., Any]) -> None:
@@ -66,7 +66,7 @@ class _ByHand(Combination):
 def picks_the_worst(readout: Callable[[Tensor], Tensor], rule: Combination) -> bool:
     """Whether a readout turns the order of energies around, and the rule then prefers low numbers.
 
-    Both are tried on numbers. Where they do not take these, nothing is known: False.
+    Both are tried on some numbers. If they cannot take these, nothing is known: False.
     """
     energies = torch.arange(-32.0, 33.0, device="cpu")  # symmetric: Mean and Sum give 0
     try:
@@ -79,6 +79,6 @@ def picks_the_worst(readout: Callable[[Tensor], Tensor], rule: Combination) -> b
 
 
 def _trial(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """A copy to be tried out: its buffers may change, and it draws nothing."""
+    """A copy to try out, whose buffers may change; in evaluation, so that it draws nothing."""
     twin = copy.deepcopy(function)
     return twin.cpu().float().eval() if isinstance(twin, nn.Module) else twin
