@@ -35,9 +35,9 @@ def page(results: Results) -> str:
     parts = [
         "# Benchmarks\n\n"
         "`make bench` writes this page from the JSON files in `benchmarks/results`, which hold the "
-        "seconds of every round. [Performance](performance.md) tells what the figures mean, where "
-        "the limit is and what was tried. Where errors are shown, the result of a method was "
-        "compared with float64 in the same run.\n"
+        "seconds of every round. [Performance](performance.md) sums them up and tells how they are "
+        "measured. Where errors are shown, the result of a method was compared with float64 in the "
+        "same run.\n"
     ]
     for suite, result in results.items():
         behind = lost.markdown(result)
@@ -82,6 +82,46 @@ def _line(name: str, rows: list[Row], ours: str = "posegrad") -> list[str]:
     unit = f"1 ({seconds:.2f} s)" if seconds >= 0.1 else f"1 ({seconds * 1000:.1f} ms)"
     theirs = f"{_figure(best, plain)} ({best['method']})"
     return [name, unit + _peak(plain), theirs, f"**{_figure(own, plain)}**"]
+
+
+def _steps(results: Results) -> str:
+    """What a step of each kind costs, for the page of performance."""
+    lines = [line(["a step", "time", "peak memory", "of plain autograd", "suite"]), rule(5)]
+    for text, suite, chosen in _STEPS:
+        rows = [row for row in results[suite]["rows"] if _is_chosen(row, chosen)]
+        timed = {row["method"]: row for row in rows if "seconds" in row}
+        plain, own = timed["plain"], timed.get("posegrad auto") or timed["posegrad"]
+        time = f"{relative(own['seconds'], plain['seconds']):.2f}"
+        link = f"[{suite}](benchmarks.md#{suite})"
+        lines.append(line([text, time, _mib(own), _mib(plain), link]))
+    return "\n".join(lines) + "\n"
+
+
+def _is_chosen(row: Row, chosen: Row) -> bool:
+    """Whether it is of this case and task; a plain step is the unit of every task."""
+    return all(row.get(name) in (value, "plain") for name, value in chosen.items())
+
+
+def _mib(row: Row) -> str:
+    found = row.get("second_live_mib", row.get("live_mib"))
+    return "" if found is None else f"{found:.0f} MiB"
+
+
+_DOCKED = {"model": "SchNet", "poses": 64}
+_STEPS: list[tuple[str, str, Row]] = [
+    ("sharp minimum of 64 docked poses, SchNet", "multipose", _DOCKED | {"rule": "Min(1000)"}),
+    ("mean of 64 docked poses, SchNet", "multipose", _DOCKED | {"rule": "Mean"}),
+    ("attention pooling of 1000 patches", "bags", {"case": "gated attention"}),
+    ("contrastive loss of 512 pairs", "bags", {"case": "contrast"}),
+    ("clipped gradients, MLP, 64 poses", "clipping", {"case": "mlp-64"}),
+    ("clipped gradients, convolutions, 32 images", "clipping", {"case": "conv-32"}),
+    ("clipped gradients, encoder, 16 sequences", "clipping", {"case": "encoder-16"}),
+    ("clipped gradients, BERT, cross entropy", "ordinary", {"case": "bert", "task": "clip"}),
+    ("Gramian and weighted gradient, MLP, 64 poses", "gramian", {"case": "mlp-64"}),
+    ("Gramian and weighted gradient, encoder, 16 sequences", "gramian", {"case": "encoder-16"}),
+    ("Gramian and weighted gradient, SchNet, 16 docked poses", "gramian", {"case": "schnet-16"}),
+]
+"""What a step does, its suite, and which of the suite's rows are its."""
 
 
 def _figure(row: Row, plain: Row) -> str:
@@ -131,6 +171,7 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "README.md": _first_screen,
     "docs/coming-from-opacus.md": _clipping,
     "docs/jacobian.md": _gramian,
+    "docs/performance.md": _steps,
 }
 """Pages with a table of their own, between `MARKS`."""
 

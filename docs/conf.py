@@ -10,10 +10,14 @@ from typing import Any
 
 from docutils import nodes
 from docutils.nodes import Element
+from docutils.utils.math import MathError
+from docutils.utils.math.latex2mathml import tex2mathml
 from sphinx.addnodes import pending_xref
 from sphinx.application import Sphinx
 from sphinx.domains.python import PyXRefRole
 from sphinx.environment import BuildEnvironment
+from sphinx.util import logging
+from sphinx.writers.html5 import HTML5Translator
 
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src"
@@ -29,12 +33,14 @@ extensions = [
     "myst_parser",
     "sphinx.ext.autodoc",
     "sphinx.ext.autosummary",
-    "sphinx.ext.mathjax",
     "sphinx.ext.napoleon",
 ]
 exclude_patterns = ["_build"]
 html_theme = "furo"
 html_title = f"{project} {release}"
+html_static_path = ["_static"]
+html_css_files = ["tables.css"]
+html_math_renderer = "mathml"  # what browsers set by themselves: no script, no network
 html_show_sourcelink = False
 html_copy_source = False
 
@@ -102,8 +108,40 @@ class Name(PyXRefRole):
         return title, target
 
 
+TAG = re.compile(r"\\tag\{(\d+)\}")
+ALSO = {r"\dots": r"\ldots", r"\Big(": r"\Bigl(", r"\Big)": r"\Bigr)"}
+"""LaTeX that docutils does not know, in what it knows."""
+
+
+def mathml(node: nodes.math | nodes.math_block, *, as_block: bool) -> str:
+    """A formula as MathML; one that cannot be set is a warning."""
+    text = TAG.sub("", node.astext())
+    for found, known in ALSO.items():
+        text = text.replace(found, known)
+    try:
+        return tex2mathml(text, as_block=as_block)
+    except MathError as error:
+        logging.getLogger(__name__).warning("formula: %s", error, location=node)
+        return text
+
+
+def visit_math(translator: HTML5Translator, node: nodes.math) -> None:
+    """A formula within a line."""
+    translator.body.append(mathml(node, as_block=False))
+    raise nodes.SkipNode
+
+
+def visit_displaymath(translator: HTML5Translator, node: nodes.math_block) -> None:
+    """A formula set apart, with its number."""
+    number = TAG.search(node.astext())
+    tag = f'<span class="eqno">({number[1]})</span>' if number else ""
+    translator.body.append(f'<div class="math">{tag}{mathml(node, as_block=True)}</div>\n')
+    raise nodes.SkipNode
+
+
 def setup(app: Sphinx) -> None:
     """Connects these."""
+    app.add_html_math_renderer("mathml", (visit_math, None), (visit_displaymath, None))
     app.add_role_to_domain("py", "name", Name())
     app.connect("source-read", link_files)
     app.connect("missing-reference", link_public_name)

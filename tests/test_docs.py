@@ -25,6 +25,7 @@ from benchmarks.table import SUITES, losses
 from posegrad import Combination, Engine
 from posegrad.testing import table
 from posegrad.weighting import GradientRule
+from tests import house
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
@@ -34,6 +35,7 @@ BLOCK = re.compile(r"^```python(?: (\w+))?\n(.*?)^```", re.MULTILINE | re.DOTALL
 """A block, and the package that it needs beside those of the tests, where it names one."""
 LINK = re.compile(r"\]\((?!https?:)([^)#]*)(?:#([^)]*))?\)")
 HEADING = re.compile(r"^#+ (.*)$", re.MULTILINE)
+TABLE = re.compile(r"(?:^\|.*\n)+", re.MULTILINE)
 
 OPTIONS = doctest.ELLIPSIS | doctest.DONT_ACCEPT_TRUE_FOR_1
 
@@ -97,6 +99,30 @@ def test_links_between_pages_lead_somewhere(page: Path) -> None:
         if anchor:
             anchors = [_anchor(heading) for heading in HEADING.findall(_prose(target))]
             assert anchor in anchors, f"{_name(page)} links to {path}#{anchor}, which has {anchors}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=_name)
+def test_rows_of_a_table_have_as_many_cells_as_its_head(page: Path) -> None:
+    for rows in TABLE.findall(_prose(page)):
+        cells = {len(re.findall(r"(?<!\\)\|", row)) for row in rows.splitlines()}
+        assert len(cells) == 1, f"{_name(page)}: {rows.splitlines()[0]}"
+
+
+@pytest.mark.parametrize(
+    ("term", "page"),
+    [
+        ("NTK", "neural-tangent-kernel"),
+        ("PINN", "natural-gradient"),
+        ("MIL", "whole-slide-bags"),
+        ("GradCache", "contrastive-training"),
+        ("DP-SGD", "clipping-and-privacy"),
+        ("multi-task", "conflicts"),
+        ("out of memory", "choose-a-schedule"),
+        ("censored", "train-on-docked-poses"),
+    ],
+)
+def test_what_is_searched_for_is_on_its_page(term: str, page: str) -> None:
+    assert term in _prose(ROOT / "docs" / f"{page}.md")
 
 
 def _prose(page: Path) -> str:
@@ -221,9 +247,5 @@ def test_the_table_of_the_kit_has_every_rule() -> None:
     assert public - kinds == left_out
 
 
-def test_the_map_of_the_house_names_every_room() -> None:
-    text = (ROOT / "docs" / "house.md").read_text(encoding="utf-8")
-    source = ROOT / "src" / "posegrad"
-    rooms = [path for path in source.rglob("*.py") if path.name != "__init__.py"]
-    missing = [path.name for path in rooms if f"`{path.name}`" not in text]
-    assert not missing, f"docs/house.md does not mention {missing}"
+def test_the_map_of_the_house_is_made_of_the_docstrings() -> None:
+    assert house.PAGE.read_text(encoding="utf-8") == house.page(), "Run `python -m tests.house`."

@@ -1,4 +1,4 @@
-"""Draws the figures of docs/plots.md: the Axes that its own code makes.
+"""Draws the figures of docs/conflicts.md: the Axes that its own code makes.
 
 Run `python -m docs.figures.plots` from the root of the repository, with `pip install -e '.[plot]'`.
 """
@@ -6,4 +6,4 @@ Run `python -m docs.figures.plots` from the root of the repository, with `pip in
 from docs.figures.page import run, save
 
 if __name__ == "__main__":
-    run("plots.md", lambda name, found: save(found["ax"].figure, name))
+    run("conflicts.md", lambda name, found: save(found["ax"].figure, name))

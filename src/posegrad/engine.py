@@ -46,8 +46,8 @@ class Engine:
     needs, one pose at a time, so that m graphs are never alive together.
 
     Where a rule looks at gradients, the engine reads J off a batch's graph: `jacobian`, `backward`,
-    `loss`, `gather`, `gramian`; `listen` hears it in a backward that runs anyway. Nothing is added
-    to the model, and no global random number is drawn.
+    `loss`, `gather`, `gramian`. `listen` reads it from a backward that runs anyway. Nothing is
+    added to the model, and no global random number is drawn.
 
     Args:
         modules: The model; or several modules, none inside another.
@@ -56,17 +56,18 @@ class Engine:
             unpacks a dict.
         collate: Joins poses of a list into what the model takes, e.g. `torch.stack`. The model must
             then return one row per pose, `[c, ...]`. PyG's graphs need none, nor does a batch.
-        chunk_size: How many poses are scored together, in one graph; a `Budget` makes chunks by
-            their sizes instead, e.g. by atoms. `"auto"`: as many as fit into `memory`; of what is
-            walked without `collate`, one. A number or a `Budget` also accepts poses that influence
-            each other within a chunk.
+        chunk_size: How many poses are scored together, in one graph; a `Budget` bounds the sum of
+            their sizes instead, e.g. of their atoms. `"auto"`: as many as fit into `memory`; poses
+            that are walked without `collate`, one by one. A number or a `Budget` also accepts poses
+            that influence each other within a chunk.
         memory: The bytes that graphs may take together, as a number or as text, `"2GiB"`. It bounds
             the tensors that graphs keep; the temporaries of one chunk come on top. `"auto"`: on an
             accelerator half of what is free when the engine is made, on a CPU 1 GiB. What the graph
             of a pose takes is measured in the first call for poses of a kind. Rows of a Jacobian
-            that have no closed form are computed an eighth of it at a time.
+            without a closed form are computed in pieces of an eighth of it.
         check: When a Jacobian is compared with a plain backward: on the `"first"` gather of every
-            structure of graph, `"always"`, or `"never"`. What disagrees is taken by slower ways.
+            structure of graph, `"always"`, or `"never"`. Parameters whose rows disagree are read
+            again by slower ways.
         batch_dim: `"auto"` finds out which dimension of an output counts poses; a number is trusted
             to be it, as TorchJD's. None takes a backward for every row.
         process_group: A `torch.distributed` group of processes with copies of the model that share
@@ -189,17 +190,17 @@ class Engine:
             poses: As for `combine`.
 
         Returns:
-            `[m, ...]`; `[m]` if the model returns one number per pose. Of all ranks, if several
-            processes share the poses. Under `torch.no_grad()` without gradient.
+            `[m, ...]`; `[m]` if the model returns one number per pose. If several processes share
+            the poses, the embeddings of all of them. Under `torch.no_grad()` without gradient.
 
         Raises:
-            NoPosesError: if there are none. Other errors, in backward too, are `combine`'s.
+            NoPosesError: if there are none. Other errors, also in backward, are those of `combine`.
 
         Note:
-            Time and memory are those of the schedule `recompute`: m F + k (F + B), where k poses
-            have a cotangent that is not exactly zero, and one graph. Poses that all fit into one
-            chunk are scored once, and their graph is kept. A second backward, with
-            `retain_graph=True`, replays again.
+            The schedule is `recompute`. Time: m F + k (F + B), where k poses have a cotangent that
+            is not exactly zero. Memory: one chunk's graph. Poses that all fit into one chunk are
+            scored once, and their graph is kept. A second backward, with `retain_graph=True`,
+            scores the chunks again.
 
         References:
             Gao, Zhang, Han, Callan, "Scaling Deep Contrastive Learning Batch Size under Memory
@@ -233,8 +234,8 @@ class Engine:
                 other tensors that the output was computed from, activations or inputs that require
                 grad; number i of `params` then goes by the name `"params[i]"`, and `backward`
                 refuses them.
-            pose_index: The poses of a ragged batch's rows (atoms, edges), one tensor for each
-                kind. Saves the search; it is trusted.
+            pose_index: The pose of each row of a ragged batch, one tensor for each kind of row
+                (atoms, edges). It saves the search for owners, and is trusted.
             retain_graph: Leave the graph for another backward.
 
         Returns:
@@ -249,12 +250,14 @@ class Engine:
             UnsupportedModuleError: if it has activations, and several processes share the poses.
 
         Warns:
-            UserWarning: once for every structure in which poses depend on each other; of nan.
+            UserWarning: once for every structure in which poses depend on each other; if gradients
+                are nan.
 
         Note:
             Time: one backward to the activations, which computes no parameter's gradient; a second
             where owners do not follow from the graph; one for each row where poses mix. Memory:
-            the layers' inputs and cotangents, about as much as the graph; rows without a form.
+            the layers' inputs and cotangents, about as much as the graph, and the rows of
+            parameters without a closed form.
 
         Example:
             >>> model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1))
@@ -281,20 +284,20 @@ class Engine:
         return of_all(own, partial(self._trained, params), self._ranks)
 
     def listen(self, output: Tensor) -> Listening:
-        r"""Hears the Jacobian of an output in the backward that runs anyway.
+        r"""Reads the Jacobian of an output from the backward that runs anyway.
 
         The backward is the user's own, of any loss of the output: a mean, a sum, weighted, scaled.
-        Its gradients are what they would be without, bit for bit.
+        Its gradients are the same as without listening, bit for bit.
 
         Args:
             output: One number for each pose, computed with a graph from the engine's modules.
 
         Returns:
-            Something to use in a `with`, or by `start()` and `stop()`; its `jacobian` is J.
+            A `Listening`, for a `with` block or for `start()` and `stop()`; its `jacobian` is J.
 
         Raises:
-            ListeningError: if one backward does not tell the rows: poses mix, numbers of a pose
-                share rows, parameters enter through computed tensors or inside a checkpoint.
+            ListeningError: if the rows cannot be told from one backward: poses mix, numbers of a
+                pose share rows, parameters enter through computed tensors or inside a checkpoint.
             NoPosesError: if the output is empty.
             NotDifferentiableError: as for `jacobian`.
 
@@ -325,8 +328,8 @@ class Engine:
 
         Args:
             poses: As for `combine`.
-            loss: From the predictions `[c, ...]` of a chunk and the numbers `[c]` of its poses, to
-                pick targets by, to `[c, ...]`: J has the rows of these instead.
+            loss: Called with the predictions `[c, ...]` of a chunk and the numbers `[c]` of its
+                poses, to pick their targets by; returns `[c, ...]`. J then has the rows of these.
             form: How each parameter's rows are held: as `"factors"`, `"dense"`, or as the smaller
                 of the two, `"auto"`.
 
@@ -371,8 +374,8 @@ class Engine:
         Args:
             poses: As for `combine`. What has a length and can be indexed is fetched pose by pose,
                 once for every tile; a generator is listed.
-            other: Others, to be met by the first.
-            loss: As for `gather`. The numbers of others follow those of the poses, so that one
+            other: Poses to take inner products with, in place of the first ones.
+            loss: As for `gather`. The numbers of `other` follow those of the poses, so that one
                 tensor may hold the targets of both.
             progress: Whether a bar counts the gathers. Needs tqdm, `posegrad[progress]`; over ranks
                 the first one shows it.
@@ -388,12 +391,13 @@ class Engine:
             MissingExtraError: if tqdm is asked for and missing. Other errors are `gather`'s.
 
         Note:
-            Time: of B blocks some `B^2 / 2` are gathered, of B and B' some `B B'`, and the first
-            poses once more to see what they hold; `plan_gramian` tells the numbers. Memory: two
-            blocks, the graph of a chunk, the result, and for each block a copy of the buffers: what
-            is scored again finds the random state and the buffers of the first time. Blocks end
-            where chunks of a stated `chunk_size` do; under a `Budget`, each block begins a chunk.
-            Each of several ranks with B blocks gathers some `B^2`, and sends each of these to all.
+            Time: with B blocks, a block is gathered some `B^2 / 2` times, with B and B' blocks some
+            `B B'` times; the first poses once more, to measure them. `plan_gramian` tells the
+            numbers. Memory: two blocks, the graph of a chunk, the result, and for each block a copy
+            of the buffers: poses that are scored again find the random state and the buffers of the
+            first time. Blocks end where chunks of a stated `chunk_size` do; under a `Budget`, each
+            block begins a chunk. Each of several ranks with B blocks gathers some `B^2`, and sends
+            each of these to all.
 
         Example:
             >>> Engine(nn.Linear(3, 1)).gramian(torch.randn(50, 3), torch.randn(20, 3)).shape
@@ -516,11 +520,11 @@ class Engine:
         r"""Adds the gradient a rule makes of an output's Jacobian to the parameters' `.grad`.
 
         Args:
-            output: As for `jacobian`; not scaled, if there is a scaler. One without rows gives a
-                rule with noise its noise alone. For TorchJD's `MoDoWeighting` and
-                `SDMGradWeighting`, the losses `[m]` of m tasks on two independent batches, whose
-                weights are made of :math:`J_1 J_2^\top`; the gradient is that of the mean of both
-                batches. With a third, that of the third.
+            output: As for `jacobian`; not scaled, if there is a scaler. If it has no rows, a rule
+                with noise gives noise alone. For TorchJD's `MoDoWeighting` and `SDMGradWeighting`,
+                a tuple: the losses `[m]` of m tasks on two independent batches, whose weights are
+                made of :math:`J_1 J_2^\top`; the gradient is that of the mean of both batches.
+                With a third batch, it is that of the third.
             rule: As for `Jacobian.backward`.
             scaler: Likewise.
 
@@ -553,9 +557,10 @@ class Engine:
             losses: As the output of `backward`. Their graph is kept until the scalar's backward, so
                 that other losses of the same forward can be added.
             rule: As for `Jacobian.backward`.
-            outside: What leaves of the graph get that are no parameters of the engine's modules, as
-                heads behind a shared trunk or inputs: the gradient of `losses.sum()` by a plain
-                backward, `"sum"`; or `"error"`, which refuses them. So does a rule with noise.
+            outside: What to do with leaves of the graph that are not parameters of the engine's
+                modules, such as heads behind a shared trunk, or inputs. `"sum"` gives them the
+                gradient of `losses.sum()`, by a plain backward; `"error"` refuses them, and so does
+                a rule with noise.
 
         Returns:
             The sum of the weighted losses, in float32 at least; their mean if the rule has no
@@ -572,10 +577,10 @@ class Engine:
             HigherOrderError: with `create_graph=True`.
 
         Note:
-            Time: that of `backward`; where there are leaves outside, one backward to these. Memory:
-            the graph while rows are read, then one gradient. If ranks share the group, the scalar
-            is that of all rows, and every rank's backward gives the whole gradient; leaves outside
-            have that of this rank's own losses.
+            Time: that of `backward`; with leaves outside, one backward more, to these. Memory: the
+            graph while rows are read, then one gradient. If ranks share the group, the scalar is
+            that of all rows, and every rank's backward gives the whole gradient; leaves outside get
+            that of this rank's own losses.
 
         Example:
             >>> model = nn.Linear(3, 1)
@@ -601,8 +606,8 @@ class Engine:
 
         Args:
             poses_or_output: Poses as for `combine`, with a length; or an output with its graph.
-                A tensor computed from the parameters is an output if the rule looks at gradients or
-                it has one number a row; else its rows are poses, as those of a list always are.
+                A tensor that was computed from the parameters counts as an output if the rule looks
+                at gradients, or if it has one number per row; otherwise its rows are poses.
             rule: As for those.
             groups: As for `combine`; refused (ValueError) for an output.
             schedule: Likewise.

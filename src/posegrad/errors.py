@@ -75,7 +75,7 @@ class PosesMixError(PosegradError, RuntimeError):
 
     Raised by `Engine.combine` and `Engine.gather` for a batch that the engine itself divides,
     without `chunk_size`; names the modules in front of which poses mix. Raised by rules with noise,
-    which it would make useless; names the parameters.
+    whose noise would then hide no pose; names the parameters.
     """
 
 
@@ -131,9 +131,9 @@ class PerPoseLossError(PosegradError, RuntimeError):
 class ReplayError(PosegradError, RuntimeError):
     """A pose scored again gave another prediction: its gradient would belong to another model.
 
-    Raised in backward, under `recompute`, if they differ in a bit on a CPU, by more than 64 units
-    of rounding elsewhere, or if the pose was changed in place. Raised in combine if a buffer was
-    changed in a way that a replay cannot follow.
+    Raised in backward, under `recompute`, if the two predictions differ in any bit on a CPU, or by
+    more than 64 units of rounding elsewhere, or if the pose was changed in place. Raised in combine
+    if a buffer was changed in a way that a replay cannot repeat.
     """
 
 
@@ -154,8 +154,8 @@ class StaleFactorError(PosegradError, RuntimeError):
 class UntrackedTensorError(PosegradError, RuntimeError):
     """A tensor that requires grad is neither a parameter of the engine nor part of a pose.
 
-    Raised by `Engine.combine`: its gradient would be lost. Raised by `Engine.loss` with
-    `outside="error"`, and for rules with noise, which it would escape.
+    Raised by `Engine.combine`, because its gradient would be lost. Raised by `Engine.loss` with
+    `outside="error"`, and for rules with noise, because its gradient would have none.
     """
 
 
@@ -165,7 +165,7 @@ class RankError(PosegradError, RuntimeError):
     Raised by every call that ranks make together, and in its backward; names the ranks.
 
     Attributes:
-        known_at: The step at which the other failed, after which it tells nothing more.
+        known_at: The step at which the other process failed; later steps know nothing of it.
     """
 
     known_at: str | None = None
@@ -180,11 +180,11 @@ class ReentrantCheckpointError(PosegradError, RuntimeError):
 
 
 class ListeningError(PosegradError, RuntimeError):
-    """Rows that cannot be heard in a backward of somebody else's.
+    """Rows that cannot be read from a backward that somebody else runs.
 
-    Raised by `Engine.listen` for an output whose rows one backward does not tell, or only with
-    saved tensors that a checkpoint hands out once; by `Listening.jacobian` if no backward came, or
-    not all of one.
+    Raised by `Engine.listen` for an output whose rows do not follow from one backward, or only with
+    saved tensors that a checkpoint hands out once; by `Listening.jacobian` if there was no backward
+    since, or only part of one.
     """
 
 
@@ -209,7 +209,7 @@ class UnsupportedModuleError(PosegradError, TypeError):
 
     Raised when an engine is made (one module inside another, parts wrapped by DDP, FSDP1), in
     `Engine.combine` and `Engine.jacobian` (lazy or complex parameters, a compiled graph that can be
-    used once), and for rules that cannot work on such a model.
+    used only once), and for rules that cannot work on such a model.
     """
 
 

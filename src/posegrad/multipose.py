@@ -78,7 +78,7 @@ class MultiPose(nn.Module):
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the engine, which is what it has learnt of graphs and is made anew."""
+        """Without the engine, which holds what was learnt of graphs and is made anew."""
         return {name: value for name, value in self.__dict__.items() if name != "engine"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

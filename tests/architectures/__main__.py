@@ -1,4 +1,4 @@
-"""Writes docs/support.md."""
+"""Writes the tables of models in docs/support.md."""
 
 from tests.architectures.page import PAGE, page
 

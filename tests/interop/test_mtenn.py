@@ -283,7 +283,7 @@ def test_what_does_not_fit_is_refused(name: str) -> None:
 def test_nan_predictions_say_that_mtenn_has_dropped_grad() -> None:
     with pytest.raises(NonFinitePredictionError) as caught:
         MeanCombination()(*_with(pred_list=[torch.tensor(torch.nan)] * 2))
-    assert "had dropped .grad" in caught.value.__notes__[0]
+    assert "had cleared .grad" in caught.value.__notes__[0]
 
 
 @pytest.mark.parametrize("rule", [AttentionPooling(3), Min(nn.Parameter(torch.ones(())))])

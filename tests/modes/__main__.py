@@ -1,4 +1,4 @@
-"""Writes the table of docs/modes.md."""
+"""Writes the table of docs/support.md."""
 
 from tests.modes.page import PAGE, page
 

@@ -1,4 +1,4 @@
-"""The table as a part of docs/modes.md."""
+"""The table as a part of docs/support.md."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -10,7 +10,7 @@ from tests.modes.ways import COMBINE, JACOBIAN, WAYS
 
 __all__ = ["PAGE", "page"]
 
-PAGE = Path(__file__).parents[2] / "docs" / "modes.md"
+PAGE = Path(__file__).parents[2] / "docs" / "support.md"
 
 START, END = "<!-- made by `python -m tests.modes` -->\n", "<!-- until here -->"
 
@@ -18,9 +18,9 @@ Outcome = Refused | str
 
 
 def page() -> str:
-    """docs/modes.md, with the table as it is now."""
+    """docs/support.md, with the table as it is now."""
     before, rest = PAGE.read_text(encoding="utf-8").split(START)
-    return before + START + "\n".join(_lines()) + "\n" + END + rest.split(END)[1]
+    return before + START + "\n".join(_lines()) + "\n" + END + rest.split(END, 1)[1]
 
 
 def _rows() -> dict[str, tuple[str, Mapping[str, Outcome]]]:

@@ -106,7 +106,7 @@ BROKEN_WEIGHTINGS: dict[str, tuple[Weighting, str]] = {
     "random": (_Random(), "equal calls give equal numbers"),
     "copies": (_Forgetful(), "a copy of the rule behaves alike"),
     "pickles": (_Unpickled(), "a pickled rule behaves alike"),
-    "order": (_First(), "numbering the poses otherwise does not change the gradient"),
+    "order": (_First(), "renumbering the poses does not change the gradient"),
     "half precision": (
         _Promoting(),
         "beside predictions in half precision will do: .*(dtype|scalar type)",

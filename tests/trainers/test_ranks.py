@@ -23,7 +23,7 @@ def test_two_processes() -> None:
 
 
 def test_the_script_of_the_page_runs(tmp_path: Path) -> None:
-    page = (ROOT / "docs" / "trainers.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "distributed.md").read_text(encoding="utf-8")
     [script] = re.findall(r"^```python train\.py\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
     (tmp_path / "train.py").write_text(script, encoding="utf-8")
     run("train.py", folder=tmp_path)

@@ -1,6 +1,6 @@
 """Combination rules: predictions of a group of poses to one combined prediction.
 
-One rule a file; `_base.py` holds what a rule is, `_online.py` how weights that separate stream.
+One rule per file; `_base.py` holds what a rule is, `_online.py` how weights that separate stream.
 """
 
 from posegrad.combination._base import Combination

@@ -70,7 +70,7 @@ class Combination(nn.Module, ABC):
         return None
 
     def counting(self) -> int | None:
-        """How many poses of a group carry weight, if that is known before; else None."""
+        """How many poses of a group carry weight, if that is known beforehand; else None."""
         return None
 
     @final

@@ -14,7 +14,7 @@ from posegrad.errors import NoPosesError, ShapeMismatchError, listed
 
 __all__ = ["Groups", "PerGroup", "groups_of", "ungrouped"]
 
-_NAMED = 5  # empty groups in a message: ids that are numbers of compounds leave millions
+_NAMED = 5  # empty groups that a message names: if ids are compound numbers, millions are empty
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Groups:
 
     @classmethod
     def of(cls, groups: Tensor | Sequence[int]) -> Self:
-        """Groups as users state them, each with a pose at least.
+        """Groups as users state them, each with at least one pose.
 
         Args:
             groups: A tensor of ids `[m]` from 0 to n - 1, in any order; or a list of sizes, for
@@ -47,7 +47,7 @@ class Groups:
 
     @classmethod
     def some_of(cls, groups: Tensor | Sequence[int]) -> Self:
-        """As `of`, for some of the groups' poses: groups may be empty.
+        """As `of`, for a part of the poses, so that groups may be empty.
 
         Raises:
             ShapeMismatchError: if it is neither.
@@ -112,8 +112,8 @@ class PerGroup(Combination):
     What it returns beside the combined prediction is stacked likewise.
 
     Args:
-        rule: Any rule; it sees one group at a time, whatever it does with it.
-        groups: Whose each pose is.
+        rule: Any rule; it sees one group at a time.
+        groups: The group of each pose.
     """
 
     def __init__(self, rule: Combination, groups: Groups) -> None:
@@ -148,7 +148,7 @@ def _check_alike(extras: Sequence[tuple[Tensor, ...]]) -> None:
             f"Beside the combined prediction the rule returned tensors of shapes {shapes[0]} for "
             f"group 0, and {shapes[odd]} for group {odd}.\n"
             f"Those of all groups are stacked, so they must agree.\n"
-            f"What the rule makes for each pose, compute from per_pose; or call combine() once for "
+            f"Compute what the rule makes for each pose from per_pose; or call combine() once for "
             f"each group."
         )
 
@@ -179,7 +179,7 @@ def _check_filled(owners: Tensor, count: int) -> None:
 
 
 def groups_of(rule: Combination) -> Groups | None:
-    """The groups a rule is applied to; None if all poses are one."""
+    """The groups a rule is applied to; None if all poses are one group."""
     return rule.groups if isinstance(rule, PerGroup) else None
 
 

@@ -23,8 +23,8 @@ from torch import Tensor
 
 __all__ = ["BoltzmannForm", "ConstantForm", "LogSumExpForm", "OnlineForm"]
 
-# From this many per unit of prediction (kT) on, a rule is sharp: most weights are exact zeros, and
-# scoring all poses before differentiating any is cheaper than streaming.
+# From this scale on (1/kT, per unit of the prediction) a rule is sharp: most weights are exact
+# zeros, and scoring all poses before differentiating any is cheaper than streaming.
 SHARP = 100.0
 
 

@@ -186,7 +186,7 @@ def _joined(pred_list: Sequence[Tensor]) -> Tensor:
     try:
         return group_predictions([prediction.detach().reshape(1) for prediction in pred_list])
     except NonFinitePredictionError as error:
-        error.add_note("If a GroupedModel of mtenn's called: it had dropped .grad before that.")
+        error.add_note("mtenn's GroupedModel, if that called, had cleared .grad before.")
         raise
 
 
@@ -222,7 +222,7 @@ def grouped(
     schedule: str = "recompute",
     **engine_options: Any,
 ) -> "Grouped":
-    r"""A model of one pose as a model of a group of poses, as mtenn's GroupedModel is one.
+    r"""Makes a model of one pose into a model of a group of poses, like mtenn's GroupedModel.
 
     .. math::
         \hat y_i = r_1(f_\theta(X_i)), \qquad \hat y = r_2(h(\hat y_1, \dots, \hat y_N))

@@ -5,7 +5,7 @@ TorchJD directly; nothing of this file has to be called. It says what each one i
 
 - *the number of rows*, where that is all it asks (`Mean`, `Sum`, `Random`, `Constant`);
 - *the Gramian*, where it reads nothing else: weightings of a `PSDMatrix`, and their aggregators;
-- *the rows of one parameter after another*, where columns do not know of each other
+- *the rows of one parameter after another*, where each column is treated by itself
   (`TrimmedMean`, `GradDrop`), so that the matrix is never held;
 - *the matrix*, for the rest (`ConFIG`, `NashMTL`, `ExcessMTL`, compositions, classes of one's own).
 
@@ -189,7 +189,7 @@ class _WeightsOfMatrix(_OfTheirs):
 
 @final
 class _ByColumn(_OfTheirs, Aggregation):
-    """An aggregator whose columns do not know of each other."""
+    """An aggregator that treats each column by itself."""
 
     def forward(self, block: Tensor) -> Tensor:
         shape = block.shape[1:]
@@ -225,7 +225,7 @@ def _finite(jacobian: Jacobian) -> Tensor:
 
 @final
 class _gramians_made(Change):  # noqa: N801
-    """Within, a function that is composed with a weighting of Gramians has to make one."""
+    """Within the block, a function composed with a weighting of Gramians must return one."""
 
     def __init__(self, rule: Any) -> None:
         inner = rule
@@ -237,7 +237,7 @@ class _gramians_made(Change):  # noqa: N801
 
     def make(self) -> None:
         if self._inner is not None:
-            # No step of Python's between the two, at which the handle could be lost.
+            # One call from C: an interrupt between the two steps would lose the handle.
             self._handles.extend(map(self._inner.register_forward_pre_hook, (_check_square,)))
 
     def undo(self) -> None:

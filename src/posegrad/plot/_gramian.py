@@ -23,7 +23,7 @@ def gramian(gramian: Tensor, *, ax: Axes | None = None) -> Axes:
 
     Blue poses pull the parameters the same way; orange ones against each other, which the map also
     marks with a minus, as grey print shows no hue. White is at right angles. A pose whose gradient
-    is zero has no direction: its cells are grey. Norms stand at the right, as cosines have none.
+    is zero has no direction: its cells are grey. The norms, which cosines hide, are at the right.
 
     Args:
         gramian: G `[m, m]`, of `J.gramian()`.

@@ -13,9 +13,9 @@ __all__ = ["Embeddings"]
 class Embeddings(Combination):
     """The rule of `Engine.embed`: the predictions as they are, each by itself.
 
-    Its weights are the loss's, of which nothing is known before the backward: it has no online
-    form, and `auto` takes it for any other rule whose weights do not separate. What autograd hands
-    back are the cotangents `[m, d]` that the replay of each chunk begins with.
+    Its weights come from the loss, so nothing is known of them before the backward: there is no
+    online form, and `auto` treats it like any rule whose weights do not separate. What autograd
+    hands back are the cotangents `[m, d]`, with which the replay of each chunk begins.
     """
 
     def forward(self, predictions: Tensor) -> Tensor:

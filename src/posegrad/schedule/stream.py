@@ -18,9 +18,9 @@ def stream(run: Run, rule: Combination) -> Combined:
     """Combines gradients while the poses pass, as online softmax combines values.
 
     Memory: K sums of parameter size (times d for predictions of d numbers, times n for n groups),
-    and one graph. Time: m
-    forwards and at most m backwards; a pose whose weight is exactly zero beside those already seen
-    is never differentiated. Serves losses of the combined prediction only.
+    and one graph. Time: m forwards and at most m backwards; a pose whose weight is exactly zero
+    beside those already seen is never differentiated. Serves losses of the combined prediction
+    only.
     """
     form = rule.online()
     assert form is not None  # or another schedule would have been chosen

@@ -30,9 +30,9 @@ def assert_weighting(
     r"""Asserts the laws of a `Weighting`.
 
     There is one finite weight for each row. The Gramian and the predictions are left as they are.
-    Equal calls give equal weights; copies and pickles behave alike. Numbering the poses otherwise
-    does not change the gradient :math:`w^\top J`. A float32 Gramian beside predictions in half
-    precision will do.
+    Equal calls give equal weights; copies and pickles behave alike. Renumbering the poses does not
+    change the gradient :math:`w^\top J`. A float32 Gramian beside predictions in half precision
+    works.
 
     Args:
         rule: The rule; or a weighting of TorchJD's that reads the Gramian.
@@ -40,7 +40,7 @@ def assert_weighting(
             than columns, rows that are alike, opposed, or zero, and lengths from 1e-6 to 1e6.
         predictions: `[M]`, with `rows`; default: drawn.
         least: The fewest rows the rule takes.
-        any_order: False for a rule to which a pose is not like another, as TorchJD's `PCD`.
+        any_order: False for a rule that treats poses by their number, as TorchJD's `PCD`.
         tolerance: Largest difference of gradients, as a share of the largest row times its weight.
 
     Raises:
@@ -74,7 +74,7 @@ def assert_aggregation(
     The result has the shape of one row. Equal calls give equal results; copies and pickles behave
     alike. The order of the poses does not matter. Rows that are all alike are their own aggregate.
     What a column gives depends on that column alone. A column with a nan gives nan. Half precision
-    will do.
+    works.
 
     Args:
         rule: The rule.
@@ -171,7 +171,7 @@ def _order_does_not_change_the_gradient(
         _close(
             others @ mixed,
             weights @ rows,
-            "numbering the poses otherwise does not change the gradient",
+            "renumbering the poses does not change the gradient",
             tolerance * float(sizes.max()),
         )
 

@@ -38,15 +38,15 @@ def assert_matches_autograd(
 
     Compares, in float64 and under one seed: the combined and the per-pose predictions, the gradient
     of every parameter, of the rule's parameters and of pose tensors that require grad, the buffers
-    afterwards, and where the random generator then stands. Copies are used throughout: the model,
-    the poses and their `.grad` are not touched.
+    afterwards, and the state of the random generator afterwards. Everything runs on copies: the
+    model, the poses and their `.grad` are not touched.
 
     Args:
         model: The model, or a sequence of modules for `predict`.
         poses: As for `Engine.combine`; at least one.
         rule: A combination rule or a function of the predictions.
         groups: As for `Engine.combine`.
-        schedules: Which to check; default every one that serves the rule.
+        schedules: Which to check. Default: all that serve the rule.
         loss: From `(prediction, per_pose)` to a number. Default: one that uses both, or only the
             prediction under `stream`.
         predict: As for `Engine`.

@@ -99,4 +99,5 @@ def markdown() -> str:
 def _lines() -> Iterator[str]:
     yield "| rule | looks at | result | for |\n|---|---|---|---|"
     for label, row in RULES.items():
-        yield f"| `{label}` | {row.kind} | {row.result} | {row.use} |"
+        result = row.result.replace("|", "\\|")  # a norm's bars are no borders of cells
+        yield f"| `{label}` | {row.kind} | {result} | {row.use} |"

@@ -1,6 +1,6 @@
 """Rules that look at gradients: from the Jacobian of a group to one gradient.
 
-One rule a file; `_base.py` holds what a rule is, `_rules.py` what else is taken for one.
+One rule per file; `_base.py` holds what a rule is, `_rules.py` what else may be passed as one.
 """
 
 from posegrad.weighting._base import Aggregation, GradientRule, Step, Weighting

@@ -40,7 +40,7 @@ class Jacobian(Protocol):
         """The rows of some parameters alone."""
 
     def release(self, names: Sequence[str]) -> None:
-        """Lets go of the rows of some parameters, if nobody but the rule sees this Jacobian."""
+        """Frees the rows of some parameters, if nobody but the rule sees this Jacobian."""
 
     def gramian(self) -> Tensor:
         """The inner products of the rows, `output_shape + reversed(output_shape)`."""
@@ -62,8 +62,8 @@ class Step(NamedTuple):
     """What a rule makes of a Jacobian.
 
     Args:
-        gradients: What is added to `.grad`, by parameter. A tensor that the rule keeps is copied;
-            of a view or a detached tensor of what it keeps return a clone, as that is not seen.
+        gradients: What is added to `.grad`, by parameter. A tensor that the rule keeps is copied.
+            A view, or a detached tensor, of what it keeps is not recognised: return a clone.
         weights: The weight of each row, in the output's shape; None if the rule has none.
     """
 
@@ -76,7 +76,7 @@ class GradientRule(nn.Module, ABC):
 
     @property
     def has_noise(self) -> bool:
-        """Whether noise hides single poses in its gradient, so that none may pass beside it."""
+        """Whether noise hides single poses in the gradient, so that none may bypass the rule."""
         return False
 
     @abstractmethod
@@ -96,8 +96,8 @@ class Weighting(GradientRule):
 
     Laws, held by `posegrad.testing.assert_weighting`: there is one finite weight for each row, also
     where rows are zero or alike; the rule leaves G and the predictions as they are; equal calls
-    give equal weights, and so do copies; numbering the poses otherwise does not change the
-    gradient. (The weights it may change: of two rows that are alike, either will do.)
+    give equal weights, and so do copies; renumbering the poses does not change the gradient. (It
+    may change the weights: of two equal rows, either may carry the weight.)
 
     Shape:
         gramian `[M, M]`, symmetric, in float32 at least; predictions `[M]`, in the dtype they have;
@@ -124,8 +124,8 @@ class Weighting(GradientRule):
         """The weights of a Jacobian's rows, in the shape of the output.
 
         Raises:
-            NonFiniteGradientError: if a row has no finite norm, and weights would be anything; or
-                if a weight is not finite.
+            NonFiniteGradientError: if a row has no finite norm, so that weights would mean nothing,
+                or if a weight is not finite.
             ShapeMismatchError: if the rule does not give one weight for each row.
         """
         predictions = jacobian.predictions

@@ -55,18 +55,17 @@ class Clipping(Weighting):
         return self.noise_multiplier != 0
 
     def last(self, is_last: bool) -> None:
-        """Says whether the gradients to come end an optimizer step; these alone have the noise.
+        """Says whether the next gradients end an optimizer step; only those get noise.
 
         Args:
-            is_last: False for the micro-batches before the last one, and for all ranks but one
-                where each has a rule of its own and DistributedDataParallel averages their
-                gradients. It holds until the next call, so a step that never hears True has no
-                noise.
+            is_last: False for the micro-batches before the last one. Also False on all ranks but
+                one, where each rank has a rule of its own and DistributedDataParallel averages
+                their gradients. It holds until the next call, so a step without True has no noise.
         """
         self._is_last = is_last
 
     def step(self, jacobian: Jacobian) -> Step:
-        used, mixed = [*jacobian.used], [*jacobian.mixed]  # before rows are let go of
+        used, mixed = [*jacobian.used], [*jacobian.mixed]  # read before rows are released
         if not self.has_noise:
             gradients, weights = self.clipped(jacobian)
             return Step({name: gradients[name] for name in used}, weights)
@@ -117,7 +116,7 @@ def _check_one_row_each(jacobian: Jacobian) -> None:
         raise ShapeMismatchError(
             f"The output has shape {shape}, and its numbers are shortened each by itself: a pose "
             f"with none or several of its own could move the parameters by more than max_norm, "
-            f"unseen by the noise.\nReduce it to one loss for each pose, [m]."
+            f"and the noise would not hide it.\nReduce it to one loss for each pose, [m]."
         )
 
 

@@ -1,4 +1,4 @@
-"""Whatever a user hands over as a rule, as one that turns a Jacobian into a gradient."""
+"""Turns whatever a user passes as a rule into one that makes a gradient of a Jacobian."""
 
 import importlib
 from typing import final
@@ -124,14 +124,14 @@ def as_gradient_rule(rule: Tensor | AnyRule) -> GradientRule:
 
 
 def is_noise_alone(output: object, rule: Tensor | AnyRule) -> bool:
-    """Whether an output has no rows, and the rule noise for a step without any."""
+    """Whether an output has no rows and the rule has noise, which then is the whole step."""
     if not isinstance(output, Tensor) or output.ndim != 1 or output.numel():
         return False
     return as_gradient_rule(rule).has_noise
 
 
 def rule_of_predictions(rule: Rule) -> Combination:
-    """A rule that `combine` can take, which has no Jacobian to show it.
+    """A rule for `combine`, which has predictions but no Jacobian.
 
     Raises:
         TypeError: if the rule looks at gradients, or is no rule.
@@ -147,7 +147,7 @@ def rule_of_predictions(rule: Rule) -> Combination:
 
 
 def is_of_predictions(rule: object) -> bool:
-    """Whether something is no weights and does not look at gradients."""
+    """Whether a rule looks at predictions alone: neither weights nor a rule on gradients."""
     rule = uncovered(rule)
     return not isinstance(rule, Tensor) and not _looks_at_gradients(rule)
 
@@ -174,5 +174,5 @@ def _check_finite(predictions: Tensor) -> None:
 
 
 def is_of_torchjd(rule: object) -> bool:
-    """Whether torchjd, which then is installed, made the class or one of its bases."""
+    """Whether the rule's class, or one of its bases, is TorchJD's (which then is installed)."""
     return any(kind.__module__.partition(".")[0] == "torchjd" for kind in type(rule).__mro__)

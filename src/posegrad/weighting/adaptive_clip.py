@@ -23,14 +23,14 @@ class AdaptiveClip(Clipping):
         \tilde b = \frac12 + \frac1n \left( \sum_i
         \left( [\lVert g_i \rVert \le C] - \frac12 \right) + \mathcal N(0, \sigma_b^2) \right)
 
-    after each step: q of the poses are to have a gradient that is not shortened. The count costs
+    after each step, so that a share q of the poses keeps its gradient unshortened. The count costs
     privacy too; a pose that comes or goes moves it by a half. So that both together cost what
-    `Clip` costs with the noise :math:`\sigma`, the gradient gets
+    `Clip` costs with the noise :math:`\sigma`, the gradient gets noise of
     :math:`(\sigma^{-2} - (2 \sigma_b)^{-2})^{-1/2}` times C.
 
     Args:
         quantile: q, between 0 and 1.
-        max_norm: The first C. Positive and finite; 0.1 is a usual one, as it is found soon.
+        max_norm: C before the first step. Positive and finite; 0.1 is usual, as C adapts soon.
         rate: :math:`\eta`.
         noise_multiplier: :math:`\sigma`; 0 for no noise at all.
         count_noise: :math:`\sigma_b`, in poses; more than half of :math:`\sigma`. Default: a
@@ -46,7 +46,7 @@ class AdaptiveClip(Clipping):
         gramian `[M, M]`, of which the diagonal is read; to weights `[M]`.
 
     Raises:
-        ValueError: if an argument is out of its range, or with noise one that it needs is missing.
+        ValueError: if an argument is out of its range, or one that noise needs is missing.
         ShapeMismatchError: in backward, if there is noise and the output is not `[m]`.
         PosesMixError: likewise, if poses influence each other.
 

@@ -29,23 +29,23 @@ class Clip(Clipping):
         g = \sum_i w_i g_i + z, \qquad w_i = \min\left(1, \frac{C}{\lVert g_i \rVert}\right), \qquad
         z \sim \mathcal N(0, \sigma^2 C^2)
 
-    Each pose contributes at most C to the norm of g. With noise this is a step of DP-SGD: divide by
-    the expected number of poses, by the learning rate or in the loss, and leave the accounting to a
-    library for it. The noise then also goes to parameters that no pose of this group uses, because
+    Each pose contributes at most C to the norm of g. With noise this is a step of DP-SGD: divide g
+    by the expected number of poses (in the loss or the learning rate), and use a library for the
+    privacy accounting. The noise also goes to parameters that no pose of this group uses, because
     which ones these are may tell something. An output `[m, d]` has d gradients per pose, each
     shortened by itself: to bound the pose, reduce them to one loss. With noise, only `[m]` works.
 
     The noise is that of one optimizer step. Where several gradients are added up for a step, of
-    micro-batches or of ranks, `last` says which of them has it.
+    micro-batches or of ranks, `last` says which of them gets it.
 
     Args:
         max_norm: C, the greatest norm of one pose's gradient, in units of the prediction per
             parameter. Positive and finite.
-        by: `"all"` shortens the gradient by all parameters together. `"parameter"` shortens that
-            by each parameter by itself; a dict of `{group: (names of parameters, C)}` that of each
-            group. K groups without a C of their own (None) have :math:`C / \sqrt K` each. The noise
-            has the deviation :math:`\sigma \sqrt{\sum_k C_k^2}`. Groups have no weights: a
-            backward returns None.
+        by: `"all"` shortens a pose's gradient as a whole. `"parameter"` shortens its part in each
+            parameter separately; a dict of `{group: (names of parameters, C)}` its part in each
+            group. Of K groups, those whose own C is None get :math:`C / \sqrt K`. The noise has the
+            deviation :math:`\sigma \sqrt{\sum_k C_k^2}`. With parts there is no single weight per
+            pose, so a backward returns None.
         mode: `"flat"` leaves short gradients as they are; `"automatic"` gives all of them about the
             same length, :math:`w_i = C / (\lVert g_i \rVert + \gamma)`.
         gamma: :math:`\gamma`. Positive and finite.
@@ -64,9 +64,9 @@ class Clip(Clipping):
         PosesMixError: likewise, if poses influence each other.
 
     Note:
-        Needs norms alone, no Gramian. Time: a step with plain backward, and the norms: for layers
-        with one row per pose no more than reading their inputs and cotangents. Memory: by parameter
-        or group, what is held of a layer is freed once its gradient is there.
+        Needs norms only, no Gramian. Time: a plain step, and the norms; for layers with one row per
+        pose these take no more than reading the inputs and cotangents. Memory: by parameter or
+        group, what is held of a layer is freed as soon as its gradient is computed.
 
     References:
         Abadi et al., "Deep learning with differential privacy", CCS 2016, algorithm 1; Goodfellow,
