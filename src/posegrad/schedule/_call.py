@@ -21,10 +21,10 @@ from posegrad.schedule._apart import Apart
 from posegrad.schedule._batch import Batch, as_batch
 from posegrad.schedule._chunks import ChunkSize, Portion, checked
 from posegrad.schedule._division import Ahead, Division, Sliced, Walked
-from posegrad.schedule._memory import Meter, checked_memory, on_cpu
+from posegrad.schedule._memory import Meter, checked_memory
 from posegrad.schedule._plan import Plan, Request, choose, count_to_plan, describe
 from posegrad.schedule._poses import Pose, tensors_of
-from posegrad.schedule._replay import scales_float16
+from posegrad.schedule._replay import accelerators, scales_float16
 from posegrad.schedule._session import Scorer
 from posegrad.schedule._work import name_of, work_of
 from posegrad.weighting._rules import rule_of_predictions
@@ -103,7 +103,7 @@ class Setting:
         self._parts = parts
         self._apart = Apart(modules, named, parts)
         self.memory = checked_memory(memory, modules)
-        self._meter = Meter(self.memory, self._tensors, on_cpu=on_cpu(modules))
+        self._meter = Meter(self.memory, self._tensors, on_cpu=not accelerators(modules))
 
     @property
     def stated_chunk(self) -> int:
