@@ -23,7 +23,7 @@ BEHIND_THE_DOOR = {
     "graph._hearing": "how gradients are counted is seen in no result, as the slower way is right",
     "graph._inference": "counted: the backwards of one row that a reading takes",
     "graph._operators": "the table of operators, each row of which has a test",
-    "graph._owners": "the probes, on numbers instead of a graph",
+    "graph._probes": "the probes, on numbers instead of a graph",
     "graph._pulled": "counted: backwards",
     "graph._reading": "made to fail, and counted: backwards",
     "graph._together": "from what size on networks are read so, which no test's is",

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from posegrad import Engine, NoPosesError, RankError, UnsupportedModuleError
-from posegrad.testing._seeded import seeded
+from tests.device import seeded
 from tests.distributed.setting import FEATURES, SHARES, mine, network, poses, same_everywhere
 
 MANY = 7  # times the poses: some ranks have several blocks

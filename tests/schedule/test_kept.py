@@ -50,8 +50,29 @@ def test_one_pose_of_a_batch() -> None:
 
 def test_few_poses_of_stated_chunks() -> None:
     poses = torch.randn(40, FEATURES)
-    again = _scored_again(_mlp(), poses, TopK(4), Tally(), chunk_size=8)
-    assert sum(again) == 4
+    assert _scored_again(_mlp(), poses, TopK(4), Tally(), chunk_size=8) == [4]
+
+
+@pytest.mark.parametrize("kind", ["slices", "joined", "mapping"])
+def test_poses_of_several_chunks_are_scored_again_in_chunks_as_large(kind: str) -> None:
+    batch = torch.randn(40, FEATURES)
+    batch[::5] += 10 * torch.randn(8, FEATURES)
+    poses: Any = {"slices": batch, "joined": list(batch), "mapping": {"x": batch}}[kind]
+    collate = torch.stack if kind == "joined" else None
+    tally = Tally(lambda own: len(own["x"] if kind == "mapping" else own))
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mlp = _mlp()
+
+        def forward(self, own: Any) -> Tensor:
+            return self.mlp(own["x"] if kind == "mapping" else own)
+
+    again = _scored_again(Model(), poses, TopK(8), tally, chunk_size=5, collate=collate)
+    assert sum(again) == 8
+    assert max(again) <= 5
+    assert len(again) <= 3
 
 
 def test_the_best_of_each_compound_in_chunks_of_atoms() -> None:
@@ -66,6 +87,7 @@ def test_the_best_of_each_compound_in_chunks_of_atoms() -> None:
     tally.again.clear()
     found.prediction.sum().backward()
     assert sum(tally.again) == 3
+    assert len(tally.again) < 3
 
 
 def test_graphs_of_pyg() -> None:
@@ -100,6 +122,22 @@ class Padded(nn.Module):
 
 def _padded(poses: list[Tensor]) -> Tensor:
     return nn.utils.rnn.pad_sequence(poses, batch_first=True)
+
+
+def test_poses_of_chunks_of_one_length_each_are_not_padded_together() -> None:
+    """Only those of one length are joined: of padded ones nothing has been compared."""
+    model = Padded(0.0).double()
+    poses = [torch.randn(2 + i // 3, 3, dtype=torch.float64) for i in range(12)]
+    engine = Engine(model, collate=_padded, chunk_size=3)
+    for _ in range(3):
+        model.zero_grad()
+        engine.combine(
+            poses, Best(), groups=[6, 6], schedule="recompute"
+        ).prediction.sum().backward()
+    best = torch.cat([model(_padded(poses[i : i + 3])) for i in range(0, 12, 3)])
+    rows = torch.stack([best[:6].min(), best[6:].min()])
+    expected = torch.autograd.grad(rows.sum(), list(model.parameters()))
+    torch.testing.assert_close([p.grad for p in model.parameters()], list(expected))
 
 
 RAGGED = [4, 4, 4, 4, 4, 4, 2, 5, 3, 4, 5, 5]

@@ -197,6 +197,9 @@ class _Pair:
         numbers = [a, *rest, b] if rest else [b, a, b]
         rows = [numbers.index(a), len(numbers) - 1]
         among = _Look.at(self.scored(*numbers), rows, inputs)
+        if not bool(among.predictions.isfinite().all()):
+            self.is_telling = False  # it is refused by the name of the pose
+            return True
         return among.is_about([first, last], self._rounding(among.predictions))
 
     def _rounding(self, predictions: Tensor) -> float:

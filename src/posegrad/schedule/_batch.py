@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from posegrad.errors import PosesError, ShapeMismatchError, listed
-from posegrad.schedule._poses import Pose, is_graph, items_of, map_tensors, tensors_of
+from posegrad.schedule._poses import Pose, bytes_of, is_graph, items_of, map_tensors, tensors_of
 
 __all__ = ["Batch", "as_batch", "joined_by_pyg"]
 
@@ -40,6 +40,10 @@ class Batch(ABC):
         """A copy of some poses, again as a batch."""
 
     @abstractmethod
+    def followed_by(self, others: Sequence[Pose]) -> Pose:
+        """A copy of all its poses and those of other batches of its kind, as one batch."""
+
+    @abstractmethod
     def pose(self, number: int) -> Pose:
         """One pose by itself, without the dimension of poses."""
 
@@ -55,7 +59,7 @@ class Batch(ABC):
 
     def bytes(self) -> int:
         """The size of its tensors."""
-        return sum(t.nbytes for t in tensors_of(self.poses))
+        return bytes_of(tensors_of(self.poses))
 
 
 @final
@@ -70,6 +74,11 @@ class _Stacked(Batch):
 
     def picked(self, numbers: Sequence[int]) -> Pose:
         return map_tensors(lambda tensor: _rows(tensor, numbers), self.poses)
+
+    def followed_by(self, others: Sequence[Pose]) -> Pose:
+        columns = zip(*map(tensors_of, [self.poses, *others]), strict=True)
+        joined = iter([_joined(column) for column in columns])
+        return map_tensors(lambda _: next(joined), self.poses)
 
     def pose(self, number: int) -> Pose:
         return map_tensors(lambda tensor: tensor[number], self.poses)
@@ -90,6 +99,9 @@ class _Divisible(Batch):
     def picked(self, numbers: Sequence[int]) -> Pose:
         return self.poses[list(numbers)]
 
+    def followed_by(self, others: Sequence[Pose]) -> Pose:
+        return torch.cat([self.poses, *others])
+
     def pose(self, number: int) -> Pose:
         return self.poses[number]
 
@@ -105,8 +117,12 @@ class _Graphs(Batch):
             start += size
 
     def picked(self, numbers: Sequence[int]) -> Pose:
-        graphs = [self.poses.get_example(number) for number in numbers]
-        return type(self.poses).from_data_list(graphs, follow_batch=self._followed())
+        return self._of([self.poses.get_example(number) for number in numbers])
+
+    def followed_by(self, others: Sequence[Pose]) -> Pose:
+        return self._of(
+            [graph for batch in (self.poses, *others) for graph in batch.to_data_list()]
+        )
 
     def pose(self, number: int) -> Pose:
         return self.poses.get_example(number)
@@ -117,6 +133,9 @@ class _Graphs(Batch):
         if not starts:
             return None
         return [float(nodes) for nodes in torch.stack(starts).sum(dim=0).diff().tolist()]
+
+    def _of(self, graphs: list[Any]) -> Pose:
+        return type(self.poses).from_data_list(graphs, follow_batch=self._followed())
 
     def _followed(self) -> list[str]:
         """The attributes whose graphs it numbers, besides those of nodes."""
@@ -181,6 +200,13 @@ def _rows(tensor: Tensor, numbers: Sequence[int]) -> Tensor:
         return tensor[list(numbers)]
     rows = tensor.unbind()
     return torch.nested.as_nested_tensor([rows[i] for i in numbers], layout=tensor.layout)
+
+
+def _joined(tensors: Sequence[Tensor]) -> Tensor:
+    if not tensors[0].is_nested:
+        return torch.cat(list(tensors))
+    rows = [row for tensor in tensors for row in tensor.unbind()]
+    return torch.nested.as_nested_tensor(rows, layout=tensors[0].layout)
 
 
 def _is_container(poses: object) -> bool:

@@ -9,7 +9,7 @@ from typing import Any, Literal, final
 from torch import Tensor
 
 from posegrad.schedule._batch import Batch, as_batch
-from posegrad.schedule._poses import Pose, copied, shapes_of, tensors_of
+from posegrad.schedule._poses import Pose, bytes_of, copied, shapes_of, tensors_of
 
 __all__ = [
     "Budget",
@@ -152,6 +152,25 @@ class Portion:
         batch = as_batch(self.poses[0])
         assert batch is not None  # it is a slice of one
         return Portion([batch.picked(numbers)], len(numbers), "slice")
+
+    @classmethod
+    def joined(cls, portions: "Sequence[Portion]") -> "Portion":
+        """The poses of some portions of one kind, as one."""
+        first, *others = portions
+        count = sum(portion.count for portion in portions)
+        if not others:
+            return first
+        if first.how != "slice":
+            return cls([pose for portion in portions for pose in portion.poses], count, first.how)
+        batch = as_batch(first.poses[0])
+        assert batch is not None
+        return cls([batch.followed_by([o.poses[0] for o in others])], count, "slice")
+
+    def extent(self) -> int:
+        """How many bytes its poses have as the model gets them, padded ones as if all were."""
+        if self.how != "joined":
+            return bytes_of(self.tensors())
+        return self.count * max(bytes_of(tensors_of(pose)) for pose in self.poses)
 
     def halves(self) -> "tuple[Portion, Portion]":
         """Its poses in two parts."""

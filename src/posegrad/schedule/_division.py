@@ -6,12 +6,10 @@ from itertools import chain, islice
 from math import ceil, inf, isinf
 from typing import Literal, final
 
-from torch import Tensor
-
 from posegrad.schedule._batch import Batch
 from posegrad.schedule._chunks import ChunkSize, Portion, in_chunks, sizes_of
-from posegrad.schedule._memory import Known, bytes_of
-from posegrad.schedule._poses import Pose, tensors_of
+from posegrad.schedule._memory import Known
+from posegrad.schedule._poses import Pose, bytes_of, tensors_of
 
 __all__ = ["Ahead", "Division", "Sliced", "Walked", "sliced"]
 
@@ -280,7 +278,7 @@ class Walked(Division):
 
     @staticmethod
     def _pose(pose: Pose) -> int:
-        return bytes_of([pose] if isinstance(pose, Tensor) else tensors_of(pose))
+        return bytes_of(tensors_of(pose))
 
 
 @final

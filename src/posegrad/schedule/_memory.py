@@ -6,15 +6,16 @@ from dataclasses import dataclass
 from math import inf
 from typing import Any, final
 
-import torch
 from torch import Tensor, nn
 
 from posegrad._torch import free_memory
 from posegrad._warn import warn
 from posegrad.graph import footprint, storages
 from posegrad.schedule._chunks import Portion
+from posegrad.schedule._poses import bytes_of
+from posegrad.schedule._replay import accelerators
 
-__all__ = ["CHUNK", "OPERATOR", "Known", "Measure", "Meter", "bytes_of", "checked_memory", "on_cpu"]
+__all__ = ["CHUNK", "OPERATOR", "Known", "Measure", "Meter", "checked_memory"]
 
 _ON_A_CPU = 2**30
 
@@ -48,7 +49,7 @@ def checked_memory(memory: Any, modules: Sequence[nn.Module]) -> int:
         ValueError: if it is none of these.
     """
     if isinstance(memory, str) and memory == "auto":
-        free = [free_memory(device) for device in _accelerators(modules)]
+        free = [free_memory(device) for device in accelerators(modules)]
         told = [number for number in free if number is not None]
         return min(told) // 2 if told else _ON_A_CPU
     if isinstance(memory, str):
@@ -61,21 +62,6 @@ def checked_memory(memory: Any, modules: Sequence[nn.Module]) -> int:
             f"'2GiB', or 'auto'."
         )
     return memory
-
-
-def bytes_of(tensors: Iterable[Tensor]) -> int:
-    """The size of some tensors."""
-    return sum(t.numel() * t.element_size() for t in tensors)
-
-
-def on_cpu(modules: Sequence[nn.Module]) -> bool:
-    """Whether no parameter is on an accelerator."""
-    return not _accelerators(modules)
-
-
-def _accelerators(modules: Sequence[nn.Module]) -> set[torch.device]:
-    devices = {p.device for module in modules for p in module.parameters()}
-    return {device for device in devices if device.type not in ("cpu", "meta")}
 
 
 @final

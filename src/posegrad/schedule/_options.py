@@ -13,8 +13,9 @@ from posegrad.schedule._apart import Apart
 from posegrad.schedule._batch import as_batch
 from posegrad.schedule._chunks import ChunkSize, Portion, checked
 from posegrad.schedule._division import Ahead, Division, Sliced, Walked
-from posegrad.schedule._memory import Meter, checked_memory, on_cpu
+from posegrad.schedule._memory import Meter, checked_memory
 from posegrad.schedule._poses import Pose, tensors_of
+from posegrad.schedule._replay import accelerators
 from posegrad.schedule._scorer import Scorer
 
 __all__ = ["Options"]
@@ -60,7 +61,7 @@ class Options:
         self._predict = predict
         self._collate = collate
         self._chunk_size = checked(chunk_size)
-        self._meter = Meter(self.memory, self._tensors, on_cpu=on_cpu(modules))
+        self._meter = Meter(self.memory, self._tensors, on_cpu=not accelerators(modules))
 
     @property
     def is_sharded(self) -> bool:

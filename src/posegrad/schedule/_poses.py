@@ -2,13 +2,22 @@
 
 import copy
 import dataclasses
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor
 
-__all__ = ["Pose", "copied", "is_graph", "items_of", "map_tensors", "shapes_of", "tensors_of"]
+__all__ = [
+    "Pose",
+    "bytes_of",
+    "copied",
+    "is_graph",
+    "items_of",
+    "map_tensors",
+    "shapes_of",
+    "tensors_of",
+]
 
 Pose = Any
 """What the model is called with: a tensor, a container of tensors, a PyG Data, anything."""
@@ -26,6 +35,11 @@ def tensors_of(pose: Pose) -> list[Tensor]:
 
     map_tensors(note, pose)
     return found
+
+
+def bytes_of(tensors: Iterable[Tensor]) -> int:
+    """The size of some tensors."""
+    return sum(t.numel() * t.element_size() for t in tensors)
 
 
 def shapes_of(pose: Pose) -> list[tuple[int, ...]]:

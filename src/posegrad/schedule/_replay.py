@@ -24,6 +24,7 @@ __all__ = [
     "Moment",
     "Start",
     "Surroundings",
+    "accelerators",
     "has_other_kernels",
     "scales_float16",
     "without_graph",
@@ -52,7 +53,7 @@ class Surroundings:
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
         self._training = {m: m.training for module in modules for m in module.modules()}
-        self._devices = _accelerators(modules)
+        self._devices = accelerators(modules)
         self._autocast = _autocast_state(self._devices)
         self._default_device = torch.get_default_device()
         self.buffers = Buffers(self._training)
@@ -192,7 +193,8 @@ class without_graph(Change):  # noqa: N801
         torch.clear_autocast_cache()  # casts made here carry no gradient
 
 
-def _accelerators(modules: Sequence[nn.Module]) -> list[torch.device]:
+def accelerators(modules: Sequence[nn.Module]) -> list[torch.device]:
+    """The devices other than the CPU that modules have parameters or buffers on."""
     tensors = [t for m in modules for t in (*m.parameters(), *m.buffers())]
     return sorted({t.device for t in tensors if t.device.type not in ("cpu", "meta")}, key=str)
 

@@ -8,7 +8,8 @@ from posegrad.combination import Combination
 from posegrad.combination._groups import ungrouped
 from posegrad.schedule._cost import Load
 from posegrad.schedule._division import Division
-from posegrad.schedule._memory import CHUNK, OPERATOR, bytes_of
+from posegrad.schedule._memory import CHUNK, OPERATOR
+from posegrad.schedule._poses import bytes_of
 
 __all__ = ["name_of", "work_of"]
 

@@ -1,8 +1,10 @@
 """Schedule `recompute`: score all poses without graphs, then again those that carry weight."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from typing import final
 
 import torch
 from torch import Tensor
@@ -15,7 +17,7 @@ from posegrad.errors import ReplayError, listed
 from posegrad.schedule._attach import Gradients
 from posegrad.schedule._chunks import Portion
 from posegrad.schedule._gradients import GradientSum
-from posegrad.schedule._poses import Pose, tensors_of
+from posegrad.schedule._poses import Pose, shapes_of, tensors_of
 from posegrad.schedule._replay import Moment, without_graph
 from posegrad.schedule._result import Combined, combined
 from posegrad.schedule._run import Run
@@ -83,6 +85,47 @@ class _Scored:
         return [i for i, own in zip(self.numbers, changed, strict=True) if own and kept[i]]
 
 
+@final
+@dataclass(frozen=True)
+class _Picks:
+    """Some poses of a chunk, which carry weight.
+
+    Args:
+        chunk: The chunk.
+        places: Theirs in it.
+    """
+
+    chunk: _Scored
+    places: Sequence[int]
+
+    @property
+    def are_some(self) -> bool:
+        """Whether they are neither none nor all of its poses."""
+        return 0 < len(self.places) < len(self.chunk.numbers)
+
+    @property
+    def numbers(self) -> list[int]:
+        """Their numbers."""
+        return [self.chunk.numbers[place] for place in self.places]
+
+    @cached_property
+    def portion(self) -> Portion:
+        """They alone."""
+        return self.chunk.portion.picked(self.places)
+
+    @cached_property
+    def extent(self) -> float:
+        """The bytes of one of them, as the model gets it."""
+        return self.portion.extent() / len(self.places)
+
+    def is_like(self, other: "_Picks") -> bool:
+        """Whether chunks of these and those are padded both, or none of them nor both together."""
+        ragged = self.chunk.portion.is_ragged()
+        if ragged or self.chunk.portion.how != "joined":
+            return ragged == other.chunk.portion.is_ragged()
+        return shapes_of(self.portion.poses[0]) == shapes_of(other.portion.poses[0])
+
+
 class _Tape:
     """What the first pass leaves behind on this rank: poses, predictions, moments, no graph."""
 
@@ -128,10 +171,10 @@ class _Tape:
         ]
         idle = self._run.lag(len(chunks))
         with self._run.surroundings.restored(), torch.enable_grad():
-            for chunk in chunks:
-                total.add(self._replay(chunk, cotangent, chunk.kept_in(kept)))
+            for gradients in self._replayed(chunks, cotangent, kept):
+                total.add(gradients)
             for _ in range(idle):
-                self._replay(self._chunks[0], torch.zeros_like(cotangent), [])
+                self._whole(self._chunks[0], torch.zeros_like(cotangent))
         if chunks:
             self._run.check_differentiable()
         return total.delivered(self._run.inputs.tensors)
@@ -155,17 +198,65 @@ class _Tape:
         if self._run.known is not None and self._run.ranks is None:
             self._run.known.counting[self._rule] = counting, len(self.predictions)
 
-    def _replay(self, chunk: _Scored, cotangent: Tensor, kept: list[int]) -> dict[int, Tensor]:
+    def _replayed(
+        self, chunks: Sequence[_Scored], cotangent: Tensor, kept: Sequence[bool]
+    ) -> Iterator[dict[int, Tensor]]:
+        """The gradients of some chunks, scored again; of several together where that is safe."""
+        waiting: list[_Picks] = []
+        for chunk in chunks:
+            picks = _Picks(chunk, chunk.kept_in(kept))
+            if self._may_join(picks):
+                waiting.append(picks)
+            else:
+                yield self._replay(picks, cotangent)
+        for together in self._fitting(waiting):
+            gradients = self._picked(together, cotangent) if len(together) > 1 else None
+            if gradients is not None:
+                yield gradients
+                continue
+            for picks in together:
+                yield self._replay(picks, cotangent)
+
+    def _may_join(self, picks: "_Picks") -> bool:
+        """Whether poses of a chunk may be scored again with those of others."""
+        known = self._run.known
+        if known is None or not picks.are_some or not self._may_pick(picks.chunk):
+            return False
+        portion = picks.chunk.portion
+        return portion.how == "alone" or portion.is_ragged() in known.compared
+
+    def _fitting(self, waiting: "Sequence[_Picks]") -> "Iterator[list[_Picks]]":
+        """Some poses in new chunks, which are no larger than the largest of the first pass."""
+        if len(waiting) < 2:
+            yield from ([picks] for picks in waiting)
+            return
+        most = max(len(chunk.numbers) for chunk in self._chunks)
+        largest = max(chunk.portion.extent() for chunk in self._chunks)
+        together: list[_Picks] = []
+        for picks in waiting:
+            more = [*together, picks]
+            count = sum(len(own.places) for own in more)
+            extent = count * max(own.extent for own in more)
+            if together and not (
+                count <= most and extent <= largest and picks.is_like(together[0])
+            ):
+                yield together
+                more = [picks]
+            together = more
+        yield together
+
+    def _replay(self, picks: "_Picks", cotangent: Tensor) -> dict[int, Tensor]:
         """The gradients of one chunk, scored again.
 
         Its poses may depend on each other (batch statistics, one random mask for all), so all are
         scored again, unless `_may_pick`; and the first time with those alone that count, the
         gradients of all are computed too, and compared.
         """
-        if not (0 < len(kept) < len(chunk.numbers) and self._may_pick(chunk)):
+        chunk = picks.chunk
+        if not (picks.are_some and self._may_pick(chunk)):
             return self._whole(chunk, cotangent)
         known = self._run.known
-        gradients = self._picked(chunk, cotangent, kept)
+        gradients = self._picked([picks], cotangent)
         ragged = chunk.portion.is_ragged()
         is_sure = chunk.portion.how == "alone" or known is None or ragged in known.compared
         if gradients is not None and is_sure:
@@ -194,19 +285,20 @@ class _Tape:
             return False  # its rows are none of the tensors that gradients are delivered to
         return self._run.are_apart(portion)
 
-    def _picked(
-        self, chunk: _Scored, cotangent: Tensor, kept: list[int]
-    ) -> dict[int, Tensor] | None:
-        """The gradients of some poses of a chunk; None if they come to something else alone."""
-        with self._run.surroundings.at(chunk.moment):
-            part = chunk.portion.picked(kept)
-            found, leaves = self._run.score_again(part, chunk.numbers.start + kept[0])
-        start = self._run.own.start + chunk.numbers.start
-        own = torch.tensor(kept, device=self.predictions.device)
-        expected = self.predictions[start + own]
+    def _picked(self, picks: "Sequence[_Picks]", cotangent: Tensor) -> dict[int, Tensor] | None:
+        """The gradients of some poses of chunks; None if they come to something else by themselves.
+
+        No chunk drew a random number or wrote to a buffer, so one moment is as good as another.
+        """
+        numbers = [number for own in picks for number in own.numbers]
+        with self._run.surroundings.at(picks[0].chunk.moment):
+            part = Portion.joined([own.portion for own in picks])
+            found, leaves = self._run.score_again(part, numbers[0])
+        own = torch.tensor(numbers, device=self.predictions.device)
+        expected = self.predictions[self._run.own.start + own]
         if not _is_alike(found.detach(), expected):
             return None
-        weights = cotangent[chunk.numbers.start + own.to(cotangent.device)]
+        weights = cotangent[own.to(cotangent.device)]
         return self._run.inputs.gradients(found, weights, leaves)
 
     def _check_same(self, scored: _Scored, found: Tensor) -> None:
