@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from posegrad import AttentionPooling, TopK
-from posegrad.testing._seeded import seeded
 
 __all__ = ["CASES", "Case", "Task"]
 
@@ -112,7 +111,7 @@ def _patches() -> nn.Sequential:
 
 def _bag(rule: nn.Module, *last: nn.Module, best: int | None = None) -> Task:
     network = nn.Sequential(_patches(), *last)
-    patches = torch.randn(PATCHES, 3, 64, 64, generator=seeded(1))
+    patches = torch.randn(PATCHES, 3, 64, 64, generator=torch.Generator().manual_seed(1))
     return Task(nn.ModuleList([network]), (patches,), rule, 100, best)
 
 
@@ -135,8 +134,8 @@ def _pairs() -> Task:
         nn.TransformerEncoder(layer, 2), nn.Flatten(), nn.Linear(16 * WIDTH, WIDTH)
     )
     inputs = (
-        torch.randn(PAIRS, 3, 64, 64, generator=seeded(1)),
-        torch.randn(PAIRS, 16, WIDTH, generator=seeded(2)),
+        torch.randn(PAIRS, 3, 64, 64, generator=torch.Generator().manual_seed(1)),
+        torch.randn(PAIRS, 16, WIDTH, generator=torch.Generator().manual_seed(2)),
     )
     return Task(nn.ModuleList([images, texts]), inputs, Contrast(), 128)
 

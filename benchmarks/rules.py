@@ -24,7 +24,6 @@ from posegrad import Clip, Engine
 from posegrad.combination import Combination
 from posegrad.testing.table import RULES
 from posegrad.weighting import Weighting
-from posegrad.weighting._rules import AnyRule
 
 __all__ = ["NETWORKS", "run"]
 
@@ -74,7 +73,7 @@ def _plain(network: nn.Module, inputs: Sequence[Tensor]) -> None:
 
 
 def _ours(
-    engine: Engine, network: nn.Module, rule: AnyRule, inputs: Sequence[Tensor]
+    engine: Engine, network: nn.Module, rule: Any, inputs: Sequence[Tensor]
 ) -> dict[str, Tensor]:
     network.zero_grad()
     engine.backward(network(*inputs).squeeze(1), rule)

@@ -72,10 +72,14 @@ def test_rooms_import_only_what_lies_before_them() -> None:
 
 
 def test_only_the_core_is_needed_to_import() -> None:
-    core = [path for path in FILES if _room(path) not in ("interop", "plot")]
-    outside = {name.split(".")[0] for path in core for name in _imports(path)}
+    needs_others = ("interop", "plot")
+    core = [
+        path for path in SRC.rglob("*.py") if path.relative_to(SRC).parts[0] not in needs_others
+    ]
+    names = {name for path in core for name in _imports(path)}
     allowed = {"posegrad", "torch", "numpy", "hypothesis"}  # the last one in the strategies alone
-    assert outside <= allowed | set(sys.stdlib_module_names)
+    assert {name.split(".")[0] for name in names} <= allowed | set(sys.stdlib_module_names)
+    assert not [name for name in names if name.startswith(("posegrad.plot", "posegrad.interop"))]
 
 
 def test_operators_are_named_in_their_table_alone() -> None:

@@ -135,7 +135,7 @@ def read(model: nn.Module, output: Callable[[], Tensor]) -> Reading:
         output: Scores new poses.
     """
     checked, unchecked = Engine(model, check="first"), Engine(model, check="never")
-    found = [_read_once(engine, model, output()) for engine in [checked] * 2 + [unchecked] * 3]
+    found = [_read_once(engine, model, output()) for engine in [checked] * 2 + [unchecked] * 2]
     return Reading(
         found[-1].backwards,
         any(each.mixes for each in found),

@@ -1,4 +1,4 @@
-"""Two processes with gloo, one thread each: every file `ranks_*.py` here."""
+"""The script of the page, in two processes; `ranks_*.py` are run by tests/distributed."""
 
 import re
 from pathlib import Path
@@ -7,19 +7,8 @@ import torch
 from torch import nn
 
 from posegrad import Min
-from tests.processes import ROOT, run, run_tests
+from tests.processes import ROOT, run
 from tests.trainers.oracle import plain_step
-
-FILES = sorted(Path(__file__).parent.glob("ranks_*.py"))
-
-
-def test_there_are_tests_for_ranks() -> None:
-    assert {file.stem for file in FILES} >= {"ranks_ddp", "ranks_lightning", "ranks_accelerate"}
-
-
-def test_two_processes() -> None:
-    printed = run_tests(*FILES, timeout=400)  # at once: most of the time goes into imports
-    assert printed.count(" passed") == 2
 
 
 def test_the_script_of_the_page_runs(tmp_path: Path) -> None:
