@@ -357,3 +357,34 @@ def test_norms_of_a_large_table_need_no_rows(kind: type[nn.Module]) -> None:
     torch.testing.assert_close(norms, J.gramian().diagonal().sqrt())
     rows = reference.rows(score(), reference.trainable(table))
     torch.testing.assert_close(norms, rows.norm(dim=1))
+
+
+class Reshaped(nn.Module):
+    """A scale and a bias that enter in other shapes than they are held in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(3, 8), nn.Linear(8, 1)
+        self.scale, self.bias = nn.Parameter(torch.randn(8)), nn.Parameter(torch.randn(2, 4))
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.first(x).tanh().mT * self.scale[:, None]  # [m, 8, T]
+        scores: Tensor = self.last((hidden + self.bias.reshape(1, 8, 1)).sin().mT)
+        return scores.sum((1, 2))
+
+
+def test_a_parameter_in_another_shape_needs_no_backward_of_its_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, w = Reshaped(), torch.randn(64, dtype=F64)
+    engine = Engine(model)
+    for _ in range(3):
+        output = model(torch.randn(64, 16, 3, dtype=F64))
+        expected = reference.rows(output, reference.trainable(model))
+        J = engine.jacobian(output)
+    assert J.paths["bias"] == J.paths["scale"] == ("closed form (Elementwise)",)
+    monkeypatch.delattr(torch.autograd, "grad")
+    torch.testing.assert_close(J.norms(), expected.norm(dim=1))
+    found = torch.cat([gradient.flatten() for gradient in J.combine(w).values()])
+    torch.testing.assert_close(found, w @ expected)

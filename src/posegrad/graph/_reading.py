@@ -11,6 +11,7 @@ from torch.autograd.graph import GradientEdge
 from posegrad._torch import dtype_of, is_listened_to, is_packed, is_packed_at
 from posegrad.graph._alone import in_backward
 from posegrad.graph._edges import LEAF_NAME, EdgeRegistry, named
+from posegrad.graph._moves import viewed
 from posegrad.graph._operators import kind_of
 from posegrad.graph._pulled import Far, entries, lifted, pulled
 from posegrad.graph._read import Operator, form_of
@@ -408,6 +409,8 @@ class Reading:
         (edge,) = self.registry.at([site.source])
         dtype = dtype_of(edge.node)[edge.output_nr]
         parameter = self.subject.parameters[site.parameter]
+        if self._is_viewed(site):
+            return Pull(lambda rows: rows.reshape(len(rows), *parameter.shape), keeps=True)
         most = self._most(2 * parameter.numel())
 
         def back(rows: Tensor) -> Tensor:
@@ -422,6 +425,20 @@ class Reading:
             return rows.new_zeros(len(rows), *parameter.shape) if found is None else found
 
         return Pull(back, keeps=self.registry.shape(site.source).numel() == parameter.numel())
+
+    def _is_viewed(self, site: Site) -> bool:
+        """Whether a rearranged parameter has its numbers in their order: it only has another shape.
+
+        Hooks of the user's may lie between, which a backward runs.
+        """
+        number = site.source[0]
+        leaf = self.registry.leaves[id(self.subject.parameters[site.parameter])]
+        while number != leaf and kind_of(self.registry.names[number]).moves is viewed:
+            (source,) = self.registry.sources[number]
+            if source is None:
+                return False
+            number = source[0]
+        return number == leaf and not self.subject.is_hooked
 
     def _together(self, settled: SettledWorklist) -> Parts | None:
         """One backward of all numbers of the output together; None if it cannot be batched."""

@@ -12,6 +12,7 @@ from posegrad.jacobian._precision import wide
 __all__ = [
     "Products",
     "added",
+    "are_kept",
     "as_rows",
     "cancel",
     "crossed",
@@ -158,9 +159,14 @@ def pairs_are_cheaper(
         rows**2 * side * (2 / 3 if halved and _pays_in_panels(rows, side) else 1)
         for side in (height, width)
     )
-    if numbers * size <= 2 * rows * (height + width):
+    if are_kept(rows, numbers, height, width):
         pairs += rows * size
     return pairs <= (rows + 32 * numbers + numbers**2) * size
+
+
+def are_kept(rows: int, numbers: int, height: int, width: int) -> bool:
+    """Whether gradients `[height, width]` of M numbers are not far larger than their R rows."""
+    return numbers * height * width <= 2 * rows * (height + width)
 
 
 def crossed_pairs_are_cheaper(

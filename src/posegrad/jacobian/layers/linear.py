@@ -12,6 +12,7 @@ from posegrad.jacobian._layout import Layout
 from posegrad.jacobian._precision import wide
 from posegrad.jacobian._products import (
     Products,
+    are_kept,
     as_rows,
     crossed_pairs,
     crossed_pairs_are_cheaper,
@@ -173,6 +174,8 @@ class Linear(ClosedForm):
             return self._scaled_twice(squares)
         rows = self._count(cotangent.shape)
         inner = rows // max(layout.size, 1)
+        if layout.is_regular() and are_kept(rows, layout.count, *self.shape):
+            return None  # formed once, for the weighted sum too
         if not layout.is_regular():
             if layout.count <= _FEW and layout.count * self.shape.numel() <= _SMALL:
                 return None
