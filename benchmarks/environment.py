@@ -12,7 +12,7 @@ __all__ = ["ALLOCATOR", "environment"]
 
 PACKAGES = (
     *("posegrad", "torch", "torch_geometric", "torchjd", "opacus", "backpack-for-pytorch"),
-    *("dattri-llm", "transformers", "peft", "timm", "diffusers", "pignet2", "numpy"),
+    *("dattri-llm", "bergson", "transformers", "peft", "timm", "diffusers", "pignet2", "numpy"),
 )
 ALLOCATOR = (
     "LD_PRELOAD",

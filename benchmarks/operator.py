@@ -7,6 +7,7 @@ within a round. Errors: against rows by plain autograd in float64, in the same r
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, jvp, vmap
 from tqdm import tqdm
 
+from benchmarks import operator_peers as peers
 from benchmarks.cases import CASES, Problem, described
 from benchmarks.rounds import interleaved
 from benchmarks.settings import Row, Settings
@@ -137,6 +139,10 @@ def _products(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> Tens
     ).sum(0)
 
 
+def _met_by_dattri(network: nn.Module, problem: Problem) -> Step:
+    return peers.dattri_met(network, problem, _other(problem))
+
+
 def _kernel(network: nn.Module, problem: Problem) -> Step:
     engine = Engine(network, chunk_size=32)
     return lambda: engine.gramian(*problem.inputs)
@@ -181,6 +187,7 @@ class _Task:
         ways: How.
         unfit: Why a way is not run on a kind of case.
         poses: How many, if not as many as the case has.
+        is_random: Whether peers find something else, by random numbers of their own.
     """
 
     text: str
@@ -189,8 +196,10 @@ class _Task:
     ways: Mapping[str, Bind]
     unfit: Mapping[tuple[str, str], str] = field(default_factory=dict)
     poses: int | None = None
+    is_random: bool = False
 
 
+_NO_ATTENTION = "does not see torch's attention"
 _NO_FORWARD_MODE = "no forward mode for its attention on a CPU"
 _OFTEN = ("mlp-64", "conv-32", "encoder-16")
 
@@ -206,7 +215,13 @@ TASKS: dict[str, _Task] = {
         "Forwards, inner products of the per-pose gradients of two batches",
         _OFTEN,
         lambda problem: _products(_exact(problem), _exact(_other(problem))),
-        {"posegrad": _met, "posegrad, two Gramians": _gramians, "vmap(grad)": _met_rows},
+        {
+            "posegrad": _met,
+            "posegrad, two Gramians": _gramians,
+            "vmap(grad)": _met_rows,
+            "dattri-llm": _met_by_dattri,
+        },
+        {("dattri-llm", "encoder"): _NO_ATTENTION},
     ),
     "kernel": _Task(
         "Forwards, the neural tangent kernel of 512 images",
@@ -219,7 +234,17 @@ TASKS: dict[str, _Task] = {
         "Forward, random projections of the per-pose gradients, 16 x 16 for each layer",
         (*_OFTEN, "large-8"),
         lambda problem: _all_projected(_exact(problem)),
-        {"posegrad": _projected, "vmap(grad)": _projected_rows},
+        {
+            "posegrad": _projected,
+            "vmap(grad)": _projected_rows,
+            "dattri-llm": peers.dattri_projected,
+            "bergson": peers.bergson_projected,
+        },
+        {
+            **{(n, kind): _NO_ATTENTION for n in peers.NEEDS for kind in ("encoder", "large")},
+            ("bergson", "convolutions"): "its hooks take [m, T, d] alone",
+        },
+        is_random=True,
     ),
 }
 
@@ -252,7 +277,7 @@ def _of(case: str, task: _Task, settings: Settings) -> Iterator[Row]:
     problem = CASES[case].make(task.poses or CASES[case].m)
     steps: dict[str, Step] = {PLAIN: _plain(problem.network, problem)}
     for name, bind in task.ways.items():
-        why = task.unfit.get((name, kind))
+        why = task.unfit.get((name, kind)) or _missing(name)
         if why is None:
             steps[name] = bind(copy.deepcopy(problem.network), problem)
         else:
@@ -263,8 +288,15 @@ def _of(case: str, task: _Task, settings: Settings) -> Iterator[Row]:
     timed = interleaved(steps, settings.rounds, settings.stopwatch, least=LEAST)
     for name, seconds in timed.items():
         is_other = name not in found or "Gramians" in name
+        is_other |= name in peers.NEEDS and task.is_random
         error = {} if is_other else {"error": float((found[name] - exact).norm() / exact.norm())}
         yield {"method": name, "seconds": seconds, "live_mib": live[name], **error}
+
+
+def _missing(name: str) -> str | None:
+    """Why a way cannot be run here, if its package is not installed."""
+    package = peers.NEEDS.get(name)
+    return None if package is None or find_spec(package) else "not installed"
 
 
 def _live_mib(step: Step) -> float:
