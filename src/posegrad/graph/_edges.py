@@ -21,7 +21,7 @@ from posegrad.graph._dtypes import carries_float16, dtypes_passed
 from posegrad.graph._layouts import Facts
 from posegrad.graph._operators import kind_of
 
-__all__ = ["LEAF", "LEAF_NAME", "Edge", "EdgeRegistry", "Use", "named", "walk"]
+__all__ = ["LEAF", "LEAF_NAME", "Argument", "Edge", "EdgeRegistry", "named", "walk"]
 
 LEAF = type(get_gradient_edge(torch.zeros((), requires_grad=True, device="cpu")).node)
 """The class of the nodes that stand for leaves."""
@@ -36,7 +36,7 @@ Dtypes = tuple[torch.dtype, ...]
 
 
 @dataclass(frozen=True)
-class Use:
+class Argument:
     """One place where a tensor enters the graph: argument `argument` of node number `node`."""
 
     node: int
@@ -88,19 +88,19 @@ class EdgeRegistry:
             self.facts.append(facts_of(node, told) if told else ())
 
     @cached_property
-    def _consumers(self) -> dict[Edge, list[Use]]:
-        found: dict[Edge, list[Use]] = {}
+    def _consumers(self) -> dict[Edge, list[Argument]]:
+        found: dict[Edge, list[Argument]] = {}
         for number, sources in enumerate(self.sources):
             for argument, edge in enumerate(sources):
                 if edge is not None:
-                    found.setdefault(edge, []).append(Use(number, argument))
+                    found.setdefault(edge, []).append(Argument(number, argument))
         return found
 
     def shape(self, edge: Edge) -> torch.Size:
         """The shape of a tensor of the graph."""
         return torch.Size(self.sizes[edge[0]][edge[1]])
 
-    def uses(self, source: Edge) -> list[Use]:
+    def uses(self, source: Edge) -> list[Argument]:
         """The places where a tensor enters; empty if it is the output itself."""
         return self._consumers.get(source, [])
 

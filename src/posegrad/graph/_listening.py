@@ -23,10 +23,10 @@ from posegrad.graph._worklist import Worklist
 from posegrad.jacobian import (
     Backwards,
     Block,
-    Division,
     Jacobian,
     Layout,
     PoseJacobian,
+    Unweighted,
     is_cast,
 )
 
@@ -238,15 +238,17 @@ class Listening:
         if not outline.is_watched:
             grads = [p.grad for p in outline.parameters.values() if p.grad is not None]
             own &= {*map(memory_of, grads)}
-        division = Division(weights, outline.work.arrangement, foreign=own)
-        parts = hearing.parts if division.count else {}
+        unweighted = Unweighted(weights, outline.work.arrangement, foreign=own)
+        parts = hearing.parts if unweighted.count else {}
         blocks = {
-            name: Block.of(p, division.count, [division.of(part) for part in parts.get(name, ())])
+            name: Block.of(
+                p, unweighted.count, [unweighted.of(part) for part in parts.get(name, ())]
+            )
             for name, p in outline.parameters.items()
         }
-        rows = division.kept.reshape(output.shape)
+        rows = unweighted.kept.reshape(output.shape)
         values = output.detach()
-        values = values.clone() if division.count == output.numel() else values[rows]
+        values = values.clone() if unweighted.count == output.numel() else values[rows]
         return rows, PoseJacobian(values, outline.parameters, blocks, outline.backwards)
 
 

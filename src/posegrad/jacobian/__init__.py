@@ -5,13 +5,13 @@ from posegrad.jacobian._backwards import ONE, TOGETHER, Backwards, Purpose
 from posegrad.jacobian._batches import step_of_batches
 from posegrad.jacobian._block import Block
 from posegrad.jacobian._deliver import Gradient, owned
-from posegrad.jacobian._division import Division
 from posegrad.jacobian._exchange import agreed
 from posegrad.jacobian._form import ClosedForm, Factor
 from posegrad.jacobian._layout import NOBODY, WHOLE, Layout, single
 from posegrad.jacobian._parts import Factors, Part, Rows, Weights
 from posegrad.jacobian._precision import is_cast, wide
 from posegrad.jacobian._pull import Pull
+from posegrad.jacobian._unweighted import Unweighted
 from posegrad.jacobian.base import Jacobian, Transposed
 from posegrad.jacobian.local import PoseJacobian
 from posegrad.jacobian.shared import SharedJacobian, check_whole, of_all
@@ -25,7 +25,6 @@ __all__ = [
     "Backwards",
     "Block",
     "ClosedForm",
-    "Division",
     "Factor",
     "Factors",
     "Gradient",
@@ -38,6 +37,7 @@ __all__ = [
     "Rows",
     "SharedJacobian",
     "Transposed",
+    "Unweighted",
     "Weights",
     "agreed",
     "check_whole",

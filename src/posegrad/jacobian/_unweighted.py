@@ -14,11 +14,11 @@ from posegrad.jacobian._layout import NOBODY, Layout
 from posegrad.jacobian._parts import Factors, Part, Rows
 from posegrad.jacobian._precision import wide
 
-__all__ = ["Division"]
+__all__ = ["Unweighted"]
 
 
 @final
-class Division:
+class Unweighted:
     r"""From parts of :math:`\operatorname{diag}(w) J` to those of J, but for rows of weight zero.
 
     A cotangent is linear in w: its row is that of J times the weight of its owner.
