@@ -61,8 +61,7 @@ class Block:
         """`[M, *shape]`, in float32 at least."""
         if self._is_whole():
             return self.parts[0].rows()
-        dtype = self.dtype if self.dtype == torch.float64 else torch.float32
-        total = torch.zeros(self.count, *self.shape, dtype=dtype, device=self.device)
+        total = self._zeros(*self.shape)
         for part in self.parts:
             part.add_to(total)
         return total
@@ -90,8 +89,7 @@ class Block:
 
     def along(self, directions: Tensor) -> Tensor:
         """The rows times directions `[k, *shape]`: `[M, k]`, in float32 at least."""
-        dtype = self.dtype if self.dtype == torch.float64 else torch.float32
-        total = torch.zeros(self.count, len(directions), dtype=dtype, device=self.device)
+        total = self._zeros(len(directions))
         for part in self.parts:
             total[part.start : part.start + part.count] += part.along(directions)
         return total
@@ -125,8 +123,7 @@ class Block:
 
     def projected(self, projection: Projection) -> Tensor:
         """The rows times a random matrix, `[M, k]`, in float32 at least."""
-        dtype = self.dtype if self.dtype == torch.float64 else torch.float32
-        total = torch.zeros(self.count, projection.width, dtype=dtype, device=self.device)
+        total = self._zeros(projection.width)
         for part in self.parts:
             found = part.projected(projection) if isinstance(part, Factors) else None
             rows = projection.of_rows(part.rows()) if found is None else found.rows()
@@ -201,6 +198,11 @@ class Block:
             return single(parts[0])
         kinds = Kinds.of(parts)
         return None if kinds is None else several(kinds, single)
+
+    def _zeros(self, *shape: int) -> Tensor:
+        """Something of that shape for each row, in float32 at least."""
+        dtype = self.dtype if self.dtype == torch.float64 else torch.float32
+        return torch.zeros(self.count, *shape, dtype=dtype, device=self.device)
 
     def _is_whole(self) -> bool:
         """Whether one part is all there is."""

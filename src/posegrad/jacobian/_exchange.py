@@ -2,11 +2,12 @@
 
 import math
 import pickle
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from io import BytesIO
 from itertools import groupby
 from typing import Any, final
 
+import torch
 from torch import Tensor
 
 from posegrad._restoring import Change
@@ -15,13 +16,14 @@ from posegrad.ranks import Ranks, shown
 
 __all__ = [
     "agreed",
-    "check_alike",
+    "check_outputs",
     "check_same",
     "check_same_directions",
     "grad_apart",
     "layers",
     "made_of",
     "packed",
+    "summed",
 ]
 
 
@@ -68,6 +70,14 @@ def check_same(rules: Sequence[str], sums: Sequence[float], sizes: Sequence[floa
             f"parameters would drift apart; no .grad was touched.\n"
             f"Seed the rule's generator alike on all ranks."
         )
+
+
+def summed(tensors: Iterable[Tensor]) -> tuple[float, float]:
+    """The sum of all numbers of some tensors, and of their magnitudes: to compare by rank."""
+    held = list(tensors)
+    each = [float(tensor.sum(dtype=torch.float64)) for tensor in held]
+    sizes = [float(tensor.abs().sum(dtype=torch.float64)) for tensor in held]
+    return sum(each), sum(sizes)
 
 
 def check_same_directions(sums: Sequence[float], sizes: Sequence[float]) -> None:
@@ -124,7 +134,7 @@ def packed(blocks: object) -> bytes:
     return file.getvalue()
 
 
-def check_alike(predictions: Sequence[Tensor]) -> None:
+def check_outputs(predictions: Sequence[Tensor]) -> None:
     """Refuses outputs that are not parts of one.
 
     Raises:

@@ -1,6 +1,7 @@
 """Parts of a block: how the rows of one parameter's Jacobian are held."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import product
 from operator import is_
@@ -230,17 +231,7 @@ class Factors(Part):
             return None
         if not self.form.prefers_pairs(cotangents[0].shape, layout, len(cotangents)):
             return None
-        if self.arrangement.dim is None:
-            return self.form.inner(cotangents[0], cotangents[0], layout, products)
-        grid = [self.form.inner(b, c, layout, products) for b, c in product(cotangents, cotangents)]
-        found = [one for one in grid if one is not None]  # K^2 of [m, m]
-        if len(found) < len(grid):
-            return None
-        k = len(cotangents)
-        joined = torch.stack(found).reshape(k, k, *found[0].shape)
-        joined = joined.permute(2, 0, 3, 1)  # [m, K, m, K]
-        joined = self.arrangement.join(joined)  # [M, m, K]
-        return self.arrangement.join(joined.permute(1, 2, 0)).mT
+        return self._with_each(self, lambda b, c: self.form.inner(b, c, layout, products))
 
     def squares(self, products: Products) -> Tensor | None:
         """The squared norms of the rows `[M]` without the rows, if that is cheaper."""
@@ -312,16 +303,33 @@ class Factors(Part):
         """The inner products with the rows of another part `[M, M']` without the rows, or None."""
         if type(self.form) is not type(other.form) or not self._meets(other):
             return None
-        grid = []
-        for b, c in product(self.cotangents, other.cotangents):
+
+        def met(b: Tensor, c: Tensor) -> Tensor | None:
             own, its = Side(b, self.layout), Side(c, other.layout)
-            found = self.form.across(own, other.form, its, products)
+            return self.form.across(own, other.form, its, products)
+
+        return self._with_each(other, met)
+
+    def _with_each(
+        self, other: "Factors", met: Callable[[Tensor, Tensor], Tensor | None]
+    ) -> Tensor | None:
+        """Products of all components with all of another part, `[M, M']`; None if one has none.
+
+        Args:
+            other: The part.
+            met: From a cotangent of either to the products of their poses, `[m, m']`.
+        """
+        grid: list[Tensor] = []
+        for b, c in product(self.cotangents, other.cotangents):
+            found = met(b, c)
             if found is None:
                 return None
             grid.append(found)
+        if self.arrangement.dim is None and other.arrangement.dim is None:
+            return grid[0]
         k = len(self.cotangents)
-        joined = torch.stack(grid).reshape(k, -1, *grid[0].shape).permute(2, 0, 3, 1)
-        joined = self.arrangement.join(joined)  # [M, m', K']
+        joined = torch.stack(grid).reshape(k, -1, *grid[0].shape)
+        joined = self.arrangement.join(joined.permute(2, 0, 3, 1))  # [M, m', K']
         return other.arrangement.join(joined.permute(1, 2, 0)).mT
 
     def _meets(self, other: "Factors") -> bool:

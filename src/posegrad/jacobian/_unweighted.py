@@ -19,9 +19,11 @@ __all__ = ["Unweighted"]
 
 @final
 class Unweighted:
-    r"""From parts of :math:`\operatorname{diag}(w) J` to those of J, but for rows of weight zero.
+    r"""Divides the weights out of the rows that somebody else's backward has left.
 
-    A cotangent is linear in w: its row is that of J times the weight of its owner.
+    What was heard under the cotangents w is :math:`\operatorname{diag}(w) J`. A cotangent is linear
+    in w: each of its rows is that of J, times the weight of the pose that owns it. So it is divided
+    by that weight. Rows of weight zero tell nothing of J, and are left out.
 
     Args:
         weights: w, in the output's shape.

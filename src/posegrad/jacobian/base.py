@@ -443,7 +443,7 @@ class Jacobian(ABC):
             raise ValueError("There are no Jacobians to put together: pass one or more.")
         first = jacobians[0]
         for number, other in enumerate(jacobians):
-            check_alike(first, other, f"Jacobian {number}")
+            check_columns(first, other, f"Jacobian {number}")
             own = other._parameters
             apart = [name for name, p in first._parameters.items() if own[name] is not p]
             if apart:
@@ -588,7 +588,7 @@ class Transposed:
         return f"{self.T!r}.T"
 
 
-def check_alike(one: Jacobian, other: Jacobian, what: str) -> None:
+def check_columns(one: Jacobian, other: Jacobian, what: str) -> None:
     """Refuses a Jacobian of another kind, or by other parameters.
 
     Raises:

@@ -23,7 +23,7 @@ from posegrad.jacobian._projection import Projection
 from posegrad.jacobian._range import left_range, products_left_range
 from posegrad.jacobian._report import kept_bytes, report
 from posegrad.jacobian._sheet import side_by_side
-from posegrad.jacobian.base import Jacobian, check_alike
+from posegrad.jacobian.base import Jacobian, check_columns
 from posegrad.weighting._rules import AnyRule, as_gradient_rule
 
 __all__ = ["PoseJacobian"]
@@ -262,7 +262,7 @@ class PoseJacobian(Jacobian):
 
     @exact
     def _met(self, other: Jacobian) -> Tensor:
-        check_alike(self, other, "The other Jacobian")
+        check_columns(self, other, "The other Jacobian")
         assert isinstance(other, PoseJacobian)
         if other is self:
             return self._gram(None)

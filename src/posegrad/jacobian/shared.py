@@ -30,18 +30,18 @@ from posegrad.jacobian._deliver import Gradient, deposit, gradient_of
 from posegrad.jacobian._directions import Directions
 from posegrad.jacobian._exchange import (
     agreed,
-    check_alike,
+    check_outputs,
     check_same,
     check_same_directions,
     layers,
     made_of,
     packed,
+    summed,
 )
 from posegrad.jacobian._iterate import one_at
 from posegrad.jacobian._parts import checked_weights
 from posegrad.jacobian._precision import wide
-from posegrad.jacobian.base import Jacobian
-from posegrad.jacobian.base import check_alike as check_columns
+from posegrad.jacobian.base import Jacobian, check_columns
 from posegrad.jacobian.local import PoseJacobian
 from posegrad.ranks import Ranks
 from posegrad.weighting._rules import AnyRule, as_gradient_rule
@@ -136,7 +136,7 @@ class SharedJacobian(Jacobian):
         numbers, layouts, everyone = zip(*ranks.together("read a Jacobian", told), strict=True)
         ranks = agreed(ranks, numbers, layouts)
         present = [one for one in everyone if one is not None]
-        check_alike([predictions for predictions, _ in present])
+        check_outputs([predictions for predictions, _ in present])
         device = next((p.device for p in parameters.values()), torch.device("cpu"))
         predictions = torch.cat([predictions for predictions, _ in present]).to(device)
         used = {name for _, names in present for name in names}
@@ -226,11 +226,9 @@ class SharedJacobian(Jacobian):
         def applied() -> tuple[str, float, float, Tensor | None, Grams]:
             made = make(as_gradient_rule(rule), self)
             found.append(made)
-            sums = [float(g.sum(dtype=torch.float64)) for g in made.own.values()]
-            sizes = [float(g.abs().sum(dtype=torch.float64)) for g in made.own.values()]
             told = None if made.weights is None else made.weights.cpu()
             of_rule = {n: g.cpu() for n, g in made.of_rule.items()}
-            return made_of(rule), sum(sums), sum(sizes), told, of_rule
+            return made_of(rule), *summed(made.own.values()), told, of_rule
 
         told = self._ranks.together("apply the rule", applied)
         check_same(*zip(*(one[:3] for one in told), strict=True))
@@ -290,16 +288,17 @@ class SharedJacobian(Jacobian):
         order = places.unsqueeze(1) * inner + torch.arange(inner, device=rows.device)
         return torch.empty_like(rows).index_copy_(dim, order.reshape(-1), rows)
 
+    def _both_in_order(self, products: Tensor) -> Tensor:
+        """Products of rows of all ranks with each other, in the output's order both ways."""
+        return self._in_order(self._in_order(products, 0), 1)
+
     @restoring
     def _moved(self, directions: object) -> Tensor:
         found: list[Tensor] = []
 
         def work() -> tuple[float, float]:
             found.append(self._own._moved(directions))
-            stated = Directions.of(directions, self.shapes).by_name.values()
-            sums = [float(v.sum(dtype=torch.float64)) for v in stated]
-            sizes = [float(v.abs().sum(dtype=torch.float64)) for v in stated]
-            return sum(sums), sum(sizes)
+            return summed(Directions.of(directions, self.shapes).by_name.values())
 
         told = self._ranks.together("move the parameters", work)
         check_same_directions(*zip(*told, strict=True))
@@ -328,7 +327,7 @@ class SharedJacobian(Jacobian):
     def _gram(self, dtype: torch.dtype | None) -> Tensor:
         grams = self._grams_here(self._used, dtype)
         total = self._added(grams, self.predictions.numel(), dtype)
-        return self._in_order(self._in_order(total, 0), 1)
+        return self._both_in_order(total)
 
     @restoring
     def _grams(self, dtype: torch.dtype | None) -> Grams:
@@ -337,7 +336,7 @@ class SharedJacobian(Jacobian):
         for name in self.shapes:
             own = {name: grams[name]} if name in grams else {}
             kind = dtype or wide(self._parameters[name].new_empty(0)).dtype
-            found[name] = self._in_order(self._in_order(self._added(own, count, kind), 0), 1)
+            found[name] = self._both_in_order(self._added(own, count, kind))
         return found
 
     def _grams_here(
@@ -359,7 +358,7 @@ class SharedJacobian(Jacobian):
     def _gram_in_double(self) -> Tensor:
         grams = self._grams_here(self._used, torch.float64, in_double=True)
         total = self._added(grams, self.predictions.numel(), torch.float64)
-        return self._in_order(self._in_order(total, 0), 1)
+        return self._both_in_order(total)
 
     @restoring
     def _norms(self) -> Tensor:
