@@ -17,7 +17,8 @@ in another run would change the last bits of the result.
 """
 
 from dataclasses import dataclass
-from typing import final
+from functools import lru_cache
+from typing import Any, final
 
 from posegrad.jacobian._record import record
 
@@ -116,7 +117,13 @@ def costs(load: Load) -> list[Cost]:
 
 def cheapest(load: Load) -> Cost:
     """The least time among those that serve and fit; of those within 5 % of it the least memory."""
-    able = [cost for cost in costs(load) if cost.serves and cost.fits]
+    return _cheapest(tuple(vars(load).values()))
+
+
+@lru_cache(maxsize=2**10)
+def _cheapest(numbers: tuple[Any, ...]) -> Cost:
+    """Likewise; equal calls have equal loads, and their arithmetic is done once."""
+    able = [cost for cost in costs(Load(*numbers)) if cost.serves and cost.fits]
     least = min(cost.time for cost in able)
     near = [cost for cost in able if cost.time <= _NEAR * least]
     return min(near, key=lambda cost: (cost.bytes or 0.0, cost.time))
