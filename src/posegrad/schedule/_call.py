@@ -132,9 +132,10 @@ def _request(
         work=partial(work_of, division, parameters, uses_up=uses_up),
         known=counting.get(name_of(rule)) if counting else None,
     )
-    if choose(request) == "retain":  # plain autograd, whatever the model does
-        return request
-    return request.told(scales_float16=scales_float16(options.roster.parts()))
+    # `retain` is plain autograd, whatever the model does.
+    if choose(request) != "retain" and scales_float16(options.roster.parts()):
+        return request.told(scales_float16=True)
+    return request
 
 
 def _together(ranks: Ranks, make: Callable[[], Call]) -> Call:

@@ -167,6 +167,10 @@ class Known:
                 nodes //= portion.count
             self.measure = Measure(size, kept / portion.count, nodes, portion.count)
 
+    def note_draws(self, draws: bool) -> None:
+        """Notes whether a forward drew random numbers or wrote to buffers."""
+        self.draws = draws
+
     def refuse_rows(self) -> None:
         """Notes that rows cannot be read off their graphs."""
         self.has_rows = False

@@ -155,7 +155,7 @@ class _Tape:
         buffers.check_none_missed()
         self._picks = not (self._run.draws or buffers.has_changed)
         if self._run.known is not None:
-            self._run.known.draws = not self._picks
+            self._run.known.note_draws(not self._picks)
         return values
 
     def pull(self, cotangent: Tensor) -> Gradients:
