@@ -15,7 +15,8 @@ from posegrad import Min
 from tests.processes import ROOT, run, run_tests
 from tests.trainers.oracle import plain_step
 
-THREE = [Path(__file__).with_name(f"ranks_{name}.py") for name in ("combine", "jacobian", "fsdp")]
+DIVIDED = ("combine", "embed", "fsdp", "idle", "jacobian")
+THREE = [Path(__file__).with_name(f"ranks_{name}.py") for name in DIVIDED]
 ALL = sorted(Path(__file__).parents[1].glob("*/ranks_*.py"))
 
 
