@@ -21,7 +21,8 @@ def _heading(result: dict[str, Any]) -> str:
         f"Time ({result['clock']} clock) is the ratio to a plain step, forward and backward of the "
         f"summed losses, within a round: median of {rounds(result['rows'])}. A way that raises has "
         "its error instead. In brackets the error where it is above 1e-4: of norms, Gramian or "
-        "gradient, against rows by autograd in float64; in float32 where the forward is random."
+        "gradient, against rows by autograd in float64; in float32 where the forward is random or "
+        "has an operator without float64."
     )
 
 
