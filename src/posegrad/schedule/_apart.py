@@ -197,6 +197,8 @@ class _Pair:
         numbers = [a, *rest, b] if rest else [b, a, b]
         rows = [numbers.index(a), len(numbers) - 1]
         among = _Look.at(self.scored(*numbers), rows, inputs)
+        if not bool(among.predictions.isfinite().all()):
+            return True  # the call will be refused for that
         return among.is_about([first, last], self._rounding(among.predictions))
 
     def _rounding(self, predictions: Tensor) -> float:
@@ -277,6 +279,8 @@ def _adds_up(gradients: Sequence[Tensor], has_sum: bool, rounding: float, larges
     zero = torch.zeros_like(gradients[0])
     total, *parts = gradients if has_sum else [zero, *gradients]
     bound = max(rounding * max(map(_size, gradients)), rounding**2 * largest)
+    if not bool(total.isfinite().all()):
+        return True  # zero times nan, of a pose that is not looked at
     return torch.allclose(total, sum(parts, zero), rtol=0, atol=bound, equal_nan=True)
 
 

@@ -377,16 +377,17 @@ class Session:
         rows: list[Tensor] = []
         clocks: list[int] = []
 
-        def scored(own: Portion, number: int) -> Tensor:
-            return self.scorer(own.holding(self.inputs.cut(own.poses, leaves)), number)
+        def scored(poses: list[Pose], count: int, number: int) -> Tensor:
+            own = self.inputs.cut(poses, leaves)
+            return self.scorer(Portion(own, count, portion.how), number)
 
         def score() -> Tensor:
             if portion.how != "alone" or portion.count == 1:
-                return scored(portion, start)
-            for number, pose in enumerate(portion.singles(), start):
+                return scored(portion.poses, portion.count, start)
+            for number, pose in enumerate(portion.poses, start):
                 if self._wary and torch.is_grad_enabled():
                     clocks.append(graph_clock.now())
-                rows.append(scored(pose, number))
+                rows.append(scored([pose], 1, number))
                 check_alike(kind_of(rows[-1]), self._kind or kind_of(rows[0]), number)
             return torch.cat(rows)
 
