@@ -230,7 +230,7 @@ class _Tape:
     def _joined(
         self, together: "Sequence[_Picks]", cotangent: Tensor
     ) -> Iterator[dict[int, Tensor]]:
-        """The gradients of poses of several chunks; chunk by chunk if they come to something else."""
+        """The gradients of poses of several chunks; chunk by chunk if they come to another."""
         gradients = self._picked(together, cotangent) if len(together) > 1 else None
         if gradients is not None:
             yield gradients
