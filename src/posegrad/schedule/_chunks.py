@@ -141,10 +141,6 @@ class Portion:
         first = next(shapes)
         return any(shape != first for shape in shapes)
 
-    def singles(self) -> "list[Portion]":
-        """Each pose by itself, where they are scored alone."""
-        return [Portion([pose], 1, self.how) for pose in self.poses]
-
     def picked(self, numbers: Sequence[int]) -> "Portion":
         """Some of its poses, by their places in it."""
         if self.how != "slice":

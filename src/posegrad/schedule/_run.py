@@ -17,6 +17,7 @@ from posegrad.schedule._chunks import Portion
 from posegrad.schedule._cutting import cut
 from posegrad.schedule._inputs import Inputs, is_watched
 from posegrad.schedule._plan import underflow
+from posegrad.schedule._poses import Pose
 from posegrad.schedule._predictions import (
     Kind,
     check_alike,
@@ -323,16 +324,17 @@ class Run:
         rows: list[Tensor] = []
         clocks: list[int] = []
 
-        def scored(own: Portion, number: int) -> Tensor:
-            return self.scorer(own.holding(cut(own.poses, self.inputs, leaves)), number)
+        def scored(poses: list[Pose], count: int, number: int) -> Tensor:
+            own = cut(poses, self.inputs, leaves)
+            return self.scorer(Portion(own, count, portion.how), number)
 
         def score() -> Tensor:
             if portion.how != "alone" or portion.count == 1:
-                return scored(portion, start)
-            for number, pose in enumerate(portion.singles(), start):
+                return scored(portion.poses, portion.count, start)
+            for number, pose in enumerate(portion.poses, start):
                 if self._is_wary and torch.is_grad_enabled():
                     clocks.append(graph_clock.now())
-                rows.append(scored(pose, number))
+                rows.append(scored([pose], 1, number))
                 check_alike(kind_of(rows[-1]), self._kind or kind_of(rows[0]), number)
             return torch.cat(rows)
 

@@ -173,6 +173,7 @@ class _Tape:
         with self._run.surroundings.restored(), torch.enable_grad():
             for gradients in self._replayed(chunks, cotangent, kept):
                 total.add(gradients)
+                del gradients  # before the next chunk is scored
             for _ in range(idle):
                 self._whole(self._chunks[0], torch.zeros_like(cotangent))
         if chunks:
@@ -210,12 +211,18 @@ class _Tape:
             else:
                 yield self._replay(picks, cotangent)
         for together in self._fitting(waiting):
-            gradients = self._picked(together, cotangent) if len(together) > 1 else None
-            if gradients is not None:
-                yield gradients
-                continue
-            for picks in together:
-                yield self._replay(picks, cotangent)
+            yield from self._joined(together, cotangent)
+
+    def _joined(
+        self, together: "Sequence[_Picks]", cotangent: Tensor
+    ) -> Iterator[dict[int, Tensor]]:
+        """The gradients of poses of several chunks; chunk by chunk if they come to another."""
+        gradients = self._picked(together, cotangent) if len(together) > 1 else None
+        if gradients is not None:
+            yield gradients
+            return
+        for picks in together:
+            yield self._replay(picks, cotangent)
 
     def _may_join(self, picks: "_Picks") -> bool:
         """Whether poses of a chunk may be scored again with those of others."""
