@@ -5,6 +5,7 @@ Tests use public names, but for those of `BEHIND_THE_DOOR`.
 
 import ast
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import posegrad
@@ -91,6 +92,28 @@ def test_operators_are_named_in_their_table_alone() -> None:
 def _texts(path: Path) -> set[str]:
     nodes = ast.walk(ast.parse((SRC / path).read_text()))
     return {n.value for n in nodes if isinstance(n, ast.Constant) and isinstance(n.value, str)}
+
+
+def test_a_class_is_abstract_or_final() -> None:
+    classes = {
+        f"{path}: {node.name}": node
+        for path in FILES
+        for node in ast.walk(ast.parse((SRC / path).read_text()))
+        if isinstance(node, ast.ClassDef)
+    }
+    bases = {name for node in classes.values() for name in _names(node.bases)}
+    offenders = [
+        where
+        for where, node in classes.items()
+        if "final" not in _names(node.decorator_list)
+        and node.name not in bases
+        and not _names(node.bases) & {"ABC", "Protocol", "Enum"}
+    ]
+    assert not offenders
+
+
+def _names(nodes: Iterable[ast.expr]) -> set[str]:
+    return {ast.unparse(node).split("[")[0].split("(")[0].split(".")[-1] for node in nodes}
 
 
 def test_tests_use_public_names() -> None:

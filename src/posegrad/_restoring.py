@@ -28,6 +28,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
+@final
 class _Journal(local):
     """The changes of this thread that are to be undone, the last one at the end."""
 

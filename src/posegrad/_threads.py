@@ -2,7 +2,7 @@
 
 from functools import cache
 from operator import call
-from typing import NamedTuple
+from typing import NamedTuple, final
 
 import torch
 
@@ -18,6 +18,7 @@ def device_kinds() -> tuple[str, ...]:
     return ("cpu",) if accelerator is None else ("cpu", accelerator.type)
 
 
+@final
 class ThreadState(NamedTuple):
     """What torch's context managers set for a thread, and leave behind if they are cut short."""
 

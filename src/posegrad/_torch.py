@@ -7,7 +7,7 @@ look at the numbers themselves. A test renames one after the other.
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import cache
-from typing import Any
+from typing import Any, final
 
 import torch
 from torch import Tensor, UntypedStorage, nn
@@ -30,6 +30,7 @@ __all__ = [
 ]  # fmt: skip
 
 
+@final
 class UntoldError(Exception):
     """An operator of this release of torch does not tell what it was asked for."""
 

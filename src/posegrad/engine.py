@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, TypeVar, final
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +37,7 @@ __all__ = ["Engine"]
 T = TypeVar("T")
 
 
+@final
 class Engine:
     r"""Scores groups of poses and gives their combined prediction exact gradients.
 

@@ -6,6 +6,7 @@ a changed `.grad`, a hook or a graph behind.
 """
 
 from collections.abc import Sequence
+from typing import final
 
 __all__ = [
     "CotangentBypassError",
@@ -53,6 +54,7 @@ class PosegradError(Exception):
     """
 
 
+@final
 class NoPosesError(PosegradError, ValueError):
     """A group without poses: nothing can be combined.
 
@@ -61,6 +63,7 @@ class NoPosesError(PosegradError, ValueError):
     """
 
 
+@final
 class PosesError(PosegradError, TypeError):
     """Poses that come as one object that is no batch of them.
 
@@ -70,6 +73,7 @@ class PosesError(PosegradError, TypeError):
     """
 
 
+@final
 class PosesMixError(PosegradError, RuntimeError):
     """The prediction of a pose depends on the poses that are scored together with it.
 
@@ -79,6 +83,7 @@ class PosesMixError(PosegradError, RuntimeError):
     """
 
 
+@final
 class NonFinitePredictionError(PosegradError, FloatingPointError):
     """Some predictions are nan or infinite; so would be the combination and its gradient.
 
@@ -87,6 +92,7 @@ class NonFinitePredictionError(PosegradError, FloatingPointError):
     """
 
 
+@final
 class NonFiniteGradientError(PosegradError, FloatingPointError):
     """Gradients of some poses are nan or infinite, and a rule is asked to weigh them.
 
@@ -95,6 +101,7 @@ class NonFiniteGradientError(PosegradError, FloatingPointError):
     """
 
 
+@final
 class IllConditionedError(PosegradError, ArithmeticError):
     """A system of equations with the Gramian that has no definite solution.
 
@@ -103,6 +110,7 @@ class IllConditionedError(PosegradError, ArithmeticError):
     """
 
 
+@final
 class ShapeMismatchError(PosegradError, ValueError):
     """Predictions, weights or groups that do not fit the poses, each other, or the rule.
 
@@ -113,6 +121,7 @@ class ShapeMismatchError(PosegradError, ValueError):
     """
 
 
+@final
 class NotDifferentiableError(PosegradError, RuntimeError):
     """Predictions that carry no gradient: not floating point, or cut from every parameter.
 
@@ -121,6 +130,7 @@ class NotDifferentiableError(PosegradError, RuntimeError):
     """
 
 
+@final
 class PerPoseLossError(PosegradError, RuntimeError):
     """A loss of `per_pose` reached a schedule that kept only the combined gradient.
 
@@ -128,6 +138,7 @@ class PerPoseLossError(PosegradError, RuntimeError):
     """
 
 
+@final
 class ReplayError(PosegradError, RuntimeError):
     """A pose scored again gave another prediction: its gradient would belong to another model.
 
@@ -137,6 +148,7 @@ class ReplayError(PosegradError, RuntimeError):
     """
 
 
+@final
 class StaleParametersError(PosegradError, RuntimeError):
     """A parameter changed between `combine`, or `Engine.loss`, and `backward`.
 
@@ -144,6 +156,7 @@ class StaleParametersError(PosegradError, RuntimeError):
     """
 
 
+@final
 class StaleFactorError(PosegradError, RuntimeError):
     """A tensor the forward saved was changed in place before the Jacobian was used.
 
@@ -151,6 +164,7 @@ class StaleFactorError(PosegradError, RuntimeError):
     """
 
 
+@final
 class UntrackedTensorError(PosegradError, RuntimeError):
     """A tensor that requires grad is neither a parameter of the engine nor part of a pose.
 
@@ -159,6 +173,7 @@ class UntrackedTensorError(PosegradError, RuntimeError):
     """
 
 
+@final
 class RankError(PosegradError, RuntimeError):
     """Another process of the group failed or did not come, so this one cannot go on.
 
@@ -171,6 +186,7 @@ class RankError(PosegradError, RuntimeError):
     known_at: str | None = None
 
 
+@final
 class ReentrantCheckpointError(PosegradError, RuntimeError):
     """Reentrant checkpointing inside the model: no path but plain `backward` can serve it.
 
@@ -179,6 +195,7 @@ class ReentrantCheckpointError(PosegradError, RuntimeError):
     """
 
 
+@final
 class ListeningError(PosegradError, RuntimeError):
     """Rows that cannot be read from a backward that somebody else runs.
 
@@ -188,6 +205,7 @@ class ListeningError(PosegradError, RuntimeError):
     """
 
 
+@final
 class CotangentBypassError(PosegradError, RuntimeError):
     """Gradients reached the parameters past the output that is listened to.
 
@@ -196,6 +214,7 @@ class CotangentBypassError(PosegradError, RuntimeError):
     """
 
 
+@final
 class HigherOrderError(PosegradError, RuntimeError):
     """A second derivative through a schedule that keeps no graph.
 
@@ -204,6 +223,7 @@ class HigherOrderError(PosegradError, RuntimeError):
     """
 
 
+@final
 class UnsupportedModuleError(PosegradError, TypeError):
     """A module the engine must not run: its gradients would be silently wrong.
 
@@ -213,6 +233,7 @@ class UnsupportedModuleError(PosegradError, TypeError):
     """
 
 
+@final
 class MissingExtraError(PosegradError, ImportError):
     """An optional package is not installed; the message holds the exact pip line.
 

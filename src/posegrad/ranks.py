@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import count
-from typing import Any, NamedTuple, Self, TypeVar
+from typing import Any, NamedTuple, Self, TypeVar, final
 
 import torch
 import torch.distributed as dist
@@ -41,6 +41,7 @@ _SAME_ORDER = (
 )
 
 
+@final
 class _Told(NamedTuple):
     """What one rank tells the others: which step it is at, and its result or its failure."""
 
@@ -49,6 +50,7 @@ class _Told(NamedTuple):
     failure: str | None
 
 
+@final
 class Fingerprint:
     """What ranks that sum gradients must have in common of their parameters, in a few characters.
 
@@ -89,6 +91,7 @@ def _digest(found: object) -> str:
     return hashlib.sha256(repr(found).encode()).hexdigest()[:8]
 
 
+@final
 @dataclass(frozen=True)
 class Ranks:
     """The ranks of a process group.

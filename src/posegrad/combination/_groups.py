@@ -17,6 +17,7 @@ __all__ = ["Groups", "PerGroup", "groups_of", "ungrouped"]
 _NAMED = 5  # empty groups that a message names: if ids are compound numbers, millions are empty
 
 
+@final
 @dataclass(frozen=True)
 class Groups:
     """Which group each pose belongs to.

@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import final
 
 import torch
 from torch import Tensor
@@ -25,6 +26,7 @@ _STEP = 8  # powers of two by which a scale is lowered that float16 cannot hold
 _LEAST = -24
 
 
+@final
 @dataclass
 class Beside:
     """Leaves that an output depends on beside the parameters of its Jacobian.

@@ -5,7 +5,7 @@ out belongs to the poses it was cut from, and what has only one pose belongs to 
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, final
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ __all__ = ["Cut", "CutMove", "joined", "parted", "piled", "sliced", "taken", "un
 Sizes = tuple[int, ...]
 
 
+@final
 class Cut(NamedTuple):
     """One output and one argument of such an operator.
 

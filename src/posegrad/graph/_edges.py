@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
-from typing import Any
+from typing import Any, final
 
 import torch
 from torch import Tensor
@@ -35,6 +35,7 @@ Sizes = tuple[tuple[Any, ...], ...]
 Dtypes = tuple[torch.dtype, ...]
 
 
+@final
 @dataclass(frozen=True)
 class Argument:
     """One place where a tensor enters the graph: argument `argument` of node number `node`."""
@@ -43,6 +44,7 @@ class Argument:
     argument: int
 
 
+@final
 class EdgeRegistry:
     """Everything the graph of an output knows, read in one walk; nothing is kept on the model.
 

@@ -8,6 +8,7 @@ which is exact. The power is the largest that no gradient overflows under, but f
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from typing import final
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ _HEADROOM = 9  # for random weights (5 are 2.3 bits), for probes, and for the ne
 _LOW = 2.0**-4  # the largest gradient may fall this far without a loss of digits that count
 
 
+@final
 @dataclass
 class Scaling:
     """The power of two an engine scales its outputs by.

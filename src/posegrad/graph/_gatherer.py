@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import reduce
+from typing import final
 
 import torch
 from torch import Tensor
@@ -69,6 +70,7 @@ def _seeded() -> torch.Generator:
     return torch.Generator("cpu").manual_seed(0)
 
 
+@final
 @dataclass
 class Gatherer:
     """Reads Jacobians off graphs; remembers how for graphs of the same structure.

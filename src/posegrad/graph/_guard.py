@@ -29,6 +29,7 @@ __all__ = [
 Guard = AbstractContextManager[Any]
 
 
+@final
 class _Turn:
     """Whose turn it is, of the threads of a process, to set `.grad` aside."""
 
@@ -172,6 +173,7 @@ def _copies(cotangents: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
     return tuple([None if b is None else b.clone() for b in cotangents])
 
 
+@final
 class failures_named:  # noqa: N801
     """Gives torch's own failures of a backward a name, and says what to do.
 

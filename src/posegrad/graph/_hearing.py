@@ -21,6 +21,7 @@ from posegrad.graph._worklist import Worklist
 __all__ = ["Hearing", "Hooks", "Route", "versions_count"]
 
 
+@final
 @dataclass(frozen=True)
 class Route:
     """The way of cotangents from an output to where parameters enter, by the structure alone.

@@ -19,7 +19,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
 from math import prod
-from typing import NamedTuple
+from typing import NamedTuple, final
 
 import torch
 
@@ -35,6 +35,7 @@ from posegrad.jacobian import Arrangement, Layout
 __all__ = ["Inferred", "Step", "infer", "steps_of"]
 
 
+@final
 class Inferred(NamedTuple):
     """Where poses lie, as far as operators tell.
 
@@ -51,6 +52,7 @@ class Inferred(NamedTuple):
     alone: Sequence[int]
 
 
+@final
 class Step(NamedTuple):
     """An operator behind which others lie.
 
@@ -131,6 +133,7 @@ def infer(
     return Inferred(layouts, is_fixed, lost, following.alone)
 
 
+@final
 @dataclass
 class _Following:
     """Poses being followed through one graph.

@@ -36,6 +36,7 @@ Finish = Callable[[Callable[[Mapping[str, Tensor]], PoseJacobian]], Jacobian]
 """From what makes this process's Jacobian to that of all ranks."""
 
 
+@final
 @dataclass(frozen=True)
 class Outline:
     """All that is known of a Jacobian before the backward that it is heard in.

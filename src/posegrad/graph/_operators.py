@@ -6,7 +6,7 @@ slower: it is probed, alone, and rows of a parameter that enters it take its own
 """
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import NamedTuple, final
 
 from posegrad.graph._cuts import CutMove, joined, parted, piled, sliced, taken, unbound
 from posegrad.graph._images import (
@@ -99,6 +99,7 @@ from posegrad.graph._recurrent import (
 __all__ = ["OPERATORS", "UNKNOWN", "Kind", "kind_of"]
 
 
+@final
 class Kind(NamedTuple):
     """What is known of a kind of operator.
 

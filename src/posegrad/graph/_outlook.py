@@ -1,7 +1,7 @@
 """How a Jacobian would be read, as far as its graph alone can tell."""
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, final
 
 from torch import Tensor
 
@@ -18,6 +18,7 @@ from posegrad.jacobian import Arrangement, Backwards, Purpose
 __all__ = ["Outlook", "foreseen"]
 
 
+@final
 class Outlook(NamedTuple):
     """What reading a Jacobian would take.
 

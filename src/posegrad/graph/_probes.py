@@ -20,6 +20,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations
+from typing import final
 
 import torch
 from torch import Tensor
@@ -54,6 +55,7 @@ _TOLERANCE = {torch.float16: 2.0**-5, torch.bfloat16: 2.0**-4}
 _DEFAULT_TOLERANCE = 2.0**-10
 
 
+@final
 @dataclass(frozen=True)
 class Probes:
     """Exponents for every pose.

@@ -6,7 +6,7 @@ share such a tensor, so their rows are read where it meets the poses, and pulled
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import NamedTuple, final
 
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
@@ -24,6 +24,7 @@ from posegrad.jacobian.layers import Embedding
 __all__ = ["Far", "entries", "lifted", "pulled", "pulls"]
 
 
+@final
 class Far(NamedTuple):
     """Rows of a tensor that was computed from parameters.
 
@@ -89,6 +90,7 @@ _Use = tuple[int, int, bool, bool]
 """What tells sites apart that read the rows of one tensor."""
 
 
+@final
 class _Goal(NamedTuple):
     """A tensor that rows are pulled back to.
 

@@ -6,7 +6,7 @@ Reading nodes instead of hooking modules finds every use alike, whatever Python 
 
 from collections.abc import Callable
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, final
 
 import torch
 from torch import Tensor
@@ -60,6 +60,7 @@ __all__ = [
 ]
 
 
+@final
 class Operator(NamedTuple):
     """A node that computed something from a parameter.
 
@@ -85,6 +86,7 @@ class Operator(NamedTuple):
         return self.read[name]
 
 
+@final
 class Entry(NamedTuple):
     """How a parameter enters an operator.
 

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
+from typing import final
 
 import torch
 from torch import Tensor
@@ -55,6 +56,7 @@ Tables = Mapping[int, Embedding | None]
 """Those that rows were looked up in, by operator."""
 
 
+@final
 @dataclass
 class Looked:
     """The cotangents of a worklist's edges, and whose their rows are.
@@ -73,6 +75,7 @@ class Looked:
         return any(value is not None and bool(value.any()) for value in values)
 
 
+@final
 @dataclass(frozen=True)
 class Reading:
     """One Jacobian being read.

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
+from typing import final
 
 import torch
 
@@ -42,6 +43,7 @@ FEW_ROWS = "a few numbers put together"
 """Why rows are taken one by one, where nothing is slow about it."""
 
 
+@final
 @dataclass(frozen=True)
 class Recipe:
     """How the Jacobian of one structure of graph is read.

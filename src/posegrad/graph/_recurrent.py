@@ -12,7 +12,7 @@ from one product; the cells C and the cotangents take a walk along the steps, th
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import NamedTuple, final
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ from posegrad.jacobian.layers import Elementwise, Linear
 __all__ = ["GATES", "Opening", "gate_bias", "input_weight", "recurrent", "state_weight"]
 
 
+@final
 class Opening(NamedTuple):
     """How an operator is opened up to a product inside it.
 

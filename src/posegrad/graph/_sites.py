@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import final
 
 import torch
 from torch import Tensor
@@ -27,6 +28,7 @@ __all__ = [
 _ALIGNED = aligned, repeated  # the rules of operators that go element by element
 
 
+@final
 @dataclass(frozen=True)
 class Site:
     """One use at which rows are read. Nodes go by their numbers, so a site outlives its graph.

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, final
 
 from torch import Tensor
 
@@ -25,6 +25,7 @@ _Key = tuple[Any, ...]
 negative dimension is saved, are one."""
 
 
+@final
 @dataclass
 class Found:
     """The recipe of a structure, once there is one; it serves graphs of other sizes too.
@@ -61,6 +62,7 @@ class Found:
             self.other = recipe
 
 
+@final
 @dataclass
 class Structure:
     """What is known of all graphs of one structure and one set of shapes.
@@ -95,6 +97,7 @@ class Structure:
         return self.inferred if self.is_fixed else {}
 
 
+@final
 @dataclass
 class Structures:
     """The structures an engine has met."""

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import final
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from posegrad.jacobian import Arrangement, Backwards, Layout
 __all__ = ["Subject"]
 
 
+@final
 @dataclass(frozen=True)
 class Subject:
     """An output, and what is asked of its graph.

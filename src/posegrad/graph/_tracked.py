@@ -25,6 +25,7 @@ from posegrad.graph._operators import kind_of
 __all__ = ["Tracked", "check_tracked", "graph_clock", "is_slice_of_leaf", "leaf_of_slice"]
 
 
+@final
 class Tracked(NamedTuple):
     """What a walk through the graph of a prediction came across.
 

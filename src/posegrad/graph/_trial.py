@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import final
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from posegrad.jacobian import Arrangement, Layout, Purpose, single
 __all__ = ["Trial", "attempt", "known_layout"]
 
 
+@final
 @dataclass(frozen=True)
 class Trial:
     """Cotangents at edges and their layouts.

@@ -2,7 +2,7 @@
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Self
+from typing import Self, final
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ _TOLERANCE = {
 _ROUNDINGS = 8  # how far rows may differ from a gradient that is nothing but rounding
 
 
+@final
 @dataclass(frozen=True)
 class Reference:
     r"""What autograd gives for :math:`w^\top J`, for one random w.

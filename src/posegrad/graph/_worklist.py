@@ -3,7 +3,7 @@
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple, Self
+from typing import NamedTuple, Self, final
 
 from posegrad._torch import device_of
 from posegrad.graph._edges import Edge, EdgeRegistry
@@ -20,6 +20,7 @@ from posegrad.jacobian import Arrangement, Layout, Purpose
 __all__ = ["SettledWorklist", "Use", "Worklist", "entry_of", "operator_at"]
 
 
+@final
 class Use(NamedTuple):
     """A site, and all that the structure of the graph tells of it.
 
@@ -40,6 +41,7 @@ class Use(NamedTuple):
     spent: tuple[int, ...]
 
 
+@final
 @dataclass(frozen=True)
 class Worklist:
     """A recipe, spelled out for graphs of one structure and one set of shapes.
@@ -82,6 +84,7 @@ class Worklist:
         return cls(recipe, arrangement, uses, edges, [*read])
 
 
+@final
 @dataclass
 class SettledWorklist:
     """A worklist in which nothing is open: where poses lie follows from what operators are.

@@ -1,6 +1,7 @@
 """Which numbers of an output are one pose."""
 
 from dataclasses import dataclass
+from typing import final
 
 import torch
 from torch import Tensor
@@ -8,6 +9,7 @@ from torch import Tensor
 __all__ = ["Arrangement"]
 
 
+@final
 @dataclass(frozen=True)
 class Arrangement:
     """How an output's elements are numbered: m poses of K components each.

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Self
+from typing import Self, final
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from posegrad.jacobian._record import record
 __all__ = ["Block", "join"]
 
 
+@final
 @record
 class Block:
     """The rows `[M, *shape]` of one parameter, as the sum of its uses.

@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, final
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,7 @@ _PROBE = [object()]
 _HELD_BY_A_LIST = sys.getrefcount(_PROBE[0])
 
 
+@final
 class Gradient(NamedTuple):
     """What a rule makes of a Jacobian, before anything is added to `.grad`.
 

@@ -116,6 +116,7 @@ def agreed(ranks: Ranks, numbers: Sequence[int], layouts: Sequence[str]) -> Rank
     return ranks.in_call(numbers)
 
 
+@final
 class _Packer(pickle.Pickler):
     """Sends of a tensor what it shows, not all of the storage that it is a view of."""
 

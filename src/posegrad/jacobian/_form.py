@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from math import prod
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple, Self, final
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from posegrad.jacobian._record import record
 __all__ = ["ClosedForm", "Factor", "Side"]
 
 
+@final
 @record
 class Factor:
     """A tensor the forward saved, and the version it had then.

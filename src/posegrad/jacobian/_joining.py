@@ -23,6 +23,7 @@ __all__ = ["Joining"]
 _LATEST = 2  # a weight and its bias have positions in common
 
 
+@final
 class _Group(NamedTuple):
     """Parts that can be joined.
 

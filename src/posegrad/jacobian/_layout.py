@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from functools import cached_property
-from typing import Self
+from typing import Self, final
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ WHOLE = -1
 """The dimension along which the rows of a tensor lie that is one pose's as a whole."""
 
 
+@final
 @record
 class Layout:
     r"""The owners of the rows of a tensor, and the sums over the rows of each.

@@ -445,6 +445,7 @@ class Factors(Part):
         return rows if int(owner) < 0 else rows.index_copy_(0, owner, gradient)
 
 
+@final
 class Weights:
     """Weights of the rows of a Jacobian.
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable
 from math import prod
+from typing import final
 
 import torch
 from torch import Tensor
@@ -32,6 +33,7 @@ _PANEL = 64  # rows of a panel
 _KEPT = 2**20  # products beyond two matrices of them: of many rows they are large
 
 
+@final
 class Products:
     """Products of all rows of two tensors, and of each row with itself.
 

@@ -1,6 +1,7 @@
 """From a tensor that was computed from a parameter back to the parameter."""
 
 from collections.abc import Callable
+from typing import final
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ __all__ = ["Pull"]
 _BASE, _DIGITS = 256, 8  # the whole numbers that every dtype holds, and enough digits of them
 
 
+@final
 @record
 class Pull:
     """From a tensor that was computed from the parameter to the parameter.

@@ -3,12 +3,14 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import final
 
 __all__ = ["Line", "size", "table"]
 
 _LAYERS = 4  # fewer equal ones are easier to read line by line
 
 
+@final
 @dataclass(frozen=True)
 class Line:
     """What a table says of one parameter, or of several that are alike.

@@ -21,6 +21,7 @@ __all__ = ["Apart"]
 Score = Callable[[Portion, int], Tensor]
 
 
+@final
 class Apart:
     """Looks once for each kind of pose whether those that are scored together stay apart.
 
@@ -125,6 +126,7 @@ class Apart:
         return (t for m in self._modules for t in (*m.parameters(), *m.buffers()))
 
 
+@final
 class _Seen(NamedTuple):
     """What a pair of poses came to: whether they stay apart, and whether the same twice."""
 

@@ -1,7 +1,7 @@
 """Values computed elsewhere, made differentiable: the one autograd Function of the schedules."""
 
 from collections.abc import Callable, Collection, Sequence
-from typing import Any
+from typing import Any, final
 
 import torch
 from torch import Tensor
@@ -78,6 +78,7 @@ def _with_zeros(pullback: Pullback, inputs: Inputs) -> Pullback:
     return complete
 
 
+@final
 class _Attached(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -133,6 +134,7 @@ def _first_order_only(gradients: Gradients, sources: Gradients) -> Gradients:
     return [None if g is None else next(refusing) for g in gradients]
 
 
+@final
 class _Refusal(torch.autograd.Function):
     @staticmethod
     def forward(ctx: FunctionCtx, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:

@@ -24,6 +24,7 @@ __all__ = ["Blocks", "Gathering"]
 _FIRST = 16  # poses that are gathered to see what one holds
 
 
+@final
 @record
 class Gathering:
     """How some poses are gathered.

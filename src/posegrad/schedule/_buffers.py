@@ -19,6 +19,7 @@ Values = Mapping[Place, Tensor | None]
 """The buffers of a model, or copies of them; None where a module has none yet."""
 
 
+@final
 class Buffers:
     """The buffers of some modules, from the first chunk on. Costs one copy of them.
 

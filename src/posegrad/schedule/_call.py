@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from dataclasses import replace
 from functools import partial
 from itertools import chain
-from typing import Any
+from typing import Any, final
 
 from torch import Tensor, nn
 
@@ -28,6 +28,7 @@ from posegrad.weighting._rules import rule_of_predictions
 __all__ = ["Call", "call_of", "plan_of"]
 
 
+@final
 @record
 class Call:
     """One call of `Engine.combine`, as far as it is settled before a pose is scored.

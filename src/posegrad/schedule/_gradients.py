@@ -1,7 +1,7 @@
 """Running sums of gradients."""
 
 from collections.abc import Mapping, Sequence
-from typing import Self
+from typing import Self, final
 
 from torch import Tensor
 
@@ -11,6 +11,7 @@ from posegrad.jacobian import wide
 __all__ = ["GradientSum"]
 
 
+@final
 class GradientSum:
     """A sum of gradients, kept by number of input; inputs nothing flowed to are absent.
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, final
 
 import torch
 from torch import Tensor
@@ -35,6 +35,7 @@ __all__ = [
 SCHEDULES = ("auto", "retain", "store", "stream", "recompute")
 
 
+@final
 @record
 class Request:
     """What the choice of a schedule looks at; `shared` tells that other ranks have poses too.
@@ -232,6 +233,7 @@ def _check_served(request: Request) -> None:
         raise ValueError(underflow(f"schedule={name!r}"))
 
 
+@final
 @dataclass(frozen=True)
 class Plan:
     """What one combine would do. Prints as a table.
@@ -298,6 +300,7 @@ def _kept(cost: Cost) -> str:
     return f"{size(int(cost.held))} + {graphs}" if cost.held else graphs
 
 
+@final
 @dataclass(frozen=True)
 class ReadingPlan:
     """How the Jacobian of an output would be read. Prints as a table.

@@ -31,6 +31,7 @@ __all__ = [
 ]
 
 
+@final
 @dataclass(frozen=True)
 class Moment:
     """What the forward of one chunk found, beyond its arguments and the parameters.
@@ -45,6 +46,7 @@ class Moment:
     buffers: Values
 
 
+@final
 class Surroundings:
     """What a model's forward depends on besides arguments and parameters.
 

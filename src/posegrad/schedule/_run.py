@@ -38,6 +38,7 @@ __all__ = ["DETACHED", "Chunk", "Run"]
 T = TypeVar("T")
 
 
+@final
 @dataclass
 class Chunk:
     """Some poses that were scored together.

@@ -1,12 +1,14 @@
 """What it takes to make a Gramian tile by tile."""
 
 from dataclasses import dataclass
+from typing import final
 
 from posegrad.jacobian._table import size
 
 __all__ = ["GramianPlan"]
 
 
+@final
 @dataclass(frozen=True)
 class GramianPlan:
     """What `Engine.gramian` would do. Prints as a table.

@@ -54,6 +54,7 @@ def recompute(run: Run, rule: Combination) -> Combined:
     return combined(run, rule, predictions, pullback)
 
 
+@final
 @dataclass(frozen=True)
 class _Scored:
     """A chunk of the first pass: what a replay needs.
@@ -126,6 +127,7 @@ class _Picks:
         return shapes_of(self.portion.poses[0]) == shapes_of(other.portion.poses[0])
 
 
+@final
 class _Tape:
     """What the first pass leaves behind on this rank: poses, predictions, moments, no graph."""
 

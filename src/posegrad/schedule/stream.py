@@ -1,5 +1,7 @@
 """Schedule `stream`: differentiate each pose while its graph is there, keep running sums only."""
 
+from typing import final
+
 import torch
 from torch import Tensor
 
@@ -85,6 +87,7 @@ def _weighted(gradients: Gradients, cotangent: Tensor | None, count: int) -> Gra
     return totals
 
 
+@final
 class _OnlineSums:
     """The running sums S[k][component] of one group; see `combination/_online.py` for the maths."""
 

@@ -4,7 +4,7 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, final
 
 from torch import Tensor, UntypedStorage
 
@@ -13,6 +13,7 @@ from posegrad._torch import TorchDispatchMode, address_of, tree_leaves
 __all__ = ["PeakBytes", "peak_live_bytes"]
 
 
+@final
 @dataclass
 class PeakBytes:
     """What `peak_live_bytes` measured.
@@ -62,6 +63,7 @@ def peak_live_bytes() -> Iterator[PeakBytes]:
         ledger.close()
 
 
+@final
 class _Ledger(TorchDispatchMode):  # type: ignore[misc]
     """Live storages, by address; each is written off when it dies."""
 

@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
@@ -87,6 +87,7 @@ def _assert_close(found: Tensor, expected: Tensor, tolerance: float, what: str) 
     )
 
 
+@final
 @dataclass
 class _Case:
     modules: list[nn.Module]

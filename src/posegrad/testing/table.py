@@ -7,6 +7,7 @@ benchmark suite `rules`.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import final
 
 from posegrad.combination import (
     AttentionPooling,
@@ -26,6 +27,7 @@ __all__ = ["RULES", "Row", "markdown"]
 KT = 0.593  # kcal/mol at 298 K
 
 
+@final
 @dataclass(frozen=True)
 class Row:
     """A rule, as tests, docs and benchmarks know it.

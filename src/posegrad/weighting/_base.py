@@ -58,6 +58,7 @@ class Jacobian(Protocol):
         """All rows, `[M, n]`."""
 
 
+@final
 class Step(NamedTuple):
     """What a rule makes of a Jacobian.
 
