@@ -80,6 +80,7 @@ class Factor:
         return Factor.of(value.double(), self.beside) if value.is_floating_point() else self
 
 
+@final
 class Side(NamedTuple):
     """A cotangent of a use, and whose its rows are."""
 

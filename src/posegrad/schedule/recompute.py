@@ -42,8 +42,7 @@ def recompute(run: Run, rule: Combination) -> Combined:
     :math:`s \max_j |w_j| \sum_i \lVert g_i \rVert`.
     """
     tape = _Tape(run, rule)
-    predictions = run.group(tape.record)
-    tape.predictions = predictions
+    predictions = tape.scored()
 
     def pullback(saved: Gradients, cotangents: Gradients) -> Gradients:
         (cotangent,) = cotangents
@@ -141,8 +140,13 @@ class _Tape:
         self._skip_below = run.call.request.skip_below
         self._chunks: list[_Scored] = []
 
-    def record(self) -> list[Tensor]:
-        """The first pass: the predictions of all chunks."""
+    def scored(self) -> Tensor:
+        """The first pass: the predictions `[m, ...]` of all ranks."""
+        self.predictions = self._run.group(self._recorded)
+        return self.predictions
+
+    def _recorded(self) -> list[Tensor]:
+        """The predictions of all chunks of this rank."""
         values: list[Tensor] = []
         idle = self._run.lag()
         for chunk in self._run.chunks(with_graph=False):
