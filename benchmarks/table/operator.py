@@ -22,7 +22,8 @@ def _heading(result: dict[str, Any]) -> str:
         f"Time ({result['clock']} clock) is the ratio to plain forward and backward of one batch "
         f"within a round: median of {rounds(result['rows'])} (least to most). Memory: the tensors "
         "that a call after the first makes. Errors: relative, against rows by autograd in float64. "
-        "`vmap(grad)` forms all rows by torch.func first."
+        "`vmap(grad)` forms all rows by torch.func first. Peers project by random numbers of their "
+        "own, so there are no errors to tell."
     )
 
 

@@ -33,7 +33,11 @@ def pieces(draw: st.DrawFn) -> tuple[int, list[tuple[int, int, Tensor]]]:
     return max(start + count for start, count, _ in uses), uses
 
 
-@pytest.mark.parametrize("name", CASES)
+# An activation has one use: itself.
+USED = [name for name in CASES if not name.startswith("activation")]
+
+
+@pytest.mark.parametrize("name", USED)
 @settings(max_examples=10)
 @given(drawn=pieces(), components=st.sampled_from([None, 2]))
 def test_parts_joined_are_their_sum(
