@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -33,6 +33,7 @@ from posegrad.interop.mtenn import (
     split_grad_dict,
 )
 from tests.device import seeded
+from tests.drawing import times
 from tests.interop import mtenn_standin as standin
 
 # Ours, what it must be, and the stand-in's, whose gradient is written by hand.
@@ -109,7 +110,7 @@ def close(found: Any, expected: Any, tolerance: float = 1e-10) -> None:
     shape=st.sampled_from([(), (1,), (1, 1)]),
     seed=st.integers(0, 2**31),
 )
-@settings(max_examples=60)
+@times(2.4)
 def test_a_loss_of_both_outputs_has_the_gradient_of_autograd_and_of_the_formulas(
     name: str, count: int, shape: tuple[int, ...], seed: int
 ) -> None:

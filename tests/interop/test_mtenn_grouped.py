@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -34,6 +34,7 @@ from posegrad.interop.mtenn import (
 )
 from posegrad.testing import assert_combination, peak_live_bytes
 from tests.device import DEVICE, seeded
+from tests.drawing import times
 from tests.interop import mtenn_standin as standin
 from tests.interop.mtenn_standin import Combination, PIC50Readout, Pose
 from tests.interop.test_mtenn import TABLE as COMBINATIONS
@@ -90,7 +91,7 @@ TABLE: dict[str, tuple[Any, Combine, Any]] = {
 
 
 @given(name=st.sampled_from(list(TABLE)), count=st.integers(1, 8), seed=st.integers(0, 2**31))
-@settings(max_examples=60)
+@times(2.4)
 def test_a_loss_of_both_outputs_has_autograds_gradient(name: str, count: int, seed: int) -> None:
     combination, rule, _ = TABLE[name]
     model, poses = _single(), _poses(count, seed)

@@ -31,6 +31,7 @@ from posegrad.jacobian.layers import (
     Vector,
 )
 from tests.device import DEVICE
+from tests.drawing import times
 
 F64 = torch.float64
 
@@ -225,6 +226,7 @@ def _alive(tensor: Tensor, layout: Layout) -> Tensor:
 
 
 @pytest.mark.parametrize("name", CASES)
+@times(0.4)
 @given(owned=owners())
 def test_rows_are_the_products_with_one_poses_cotangents(
     name: str, owned: tuple[int, Tensor]
@@ -244,6 +246,7 @@ def test_rows_are_the_products_with_one_poses_cotangents(
 
 
 @pytest.mark.parametrize("name", CASES)
+@times(0.4)
 @given(owned=owners())
 def test_what_else_a_form_offers_is_of_its_rows(name: str, owned: tuple[int, Tensor]) -> None:
     count, owner = owned
@@ -280,6 +283,7 @@ def test_a_change_of_the_output_is_the_adjoint(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", CASES)
+@times(0.4)
 @given(owned=owners(), other=owners())
 def test_what_forms_make_of_two_uses_and_of_projections(
     name: str, owned: tuple[int, Tensor], other: tuple[int, Tensor]
@@ -512,6 +516,7 @@ def _spread(layout: Layout, shape: torch.Size) -> Tensor:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", SHAPES)
+@times(0.4)
 @given(
     count=st.sampled_from([2, 3, 7, 61, 200, 5000]),
     rows=st.integers(1, 3),

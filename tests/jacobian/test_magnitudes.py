@@ -4,11 +4,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from posegrad import Clip, Engine
+from tests.drawing import times
 from tests.reference import rows, trainable
 
 COUNT = 6
@@ -48,7 +49,7 @@ def _assert_each_row(found: Tensor, expected: Tensor, tolerance: float) -> None:
 @pytest.mark.filterwarnings("ignore:The predictions of different poses depend")
 @pytest.mark.parametrize("check", ["first", "never"])
 @pytest.mark.parametrize("name", MIXED)
-@settings(max_examples=12)
+@times(0.5)
 @given(
     powers=st.lists(exponents, min_size=COUNT, max_size=COUNT), masked=st.sets(st.integers(0, 5))
 )

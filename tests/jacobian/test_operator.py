@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -21,6 +21,7 @@ from posegrad.testing import peak_live_bytes
 from tests import reference
 from tests.architectures import ARCHITECTURES, Architecture
 from tests.architectures.row import draw
+from tests.drawing import times
 
 F64 = torch.float64
 EXACT = [name for name, row in ARCHITECTURES.items() if row.exact]
@@ -245,7 +246,7 @@ def test_gradients_that_cancel_meet_without_loss() -> None:
     torch.testing.assert_close(found, first @ second.mT / lengths, rtol=0, atol=1e-4)
 
 
-@settings(max_examples=6)
+@times(0.25)
 @given(seed=st.integers(0, 99), k=st.sampled_from([4, 6, 16]))
 def test_projected_inner_products_are_unbiased_within_the_bound(seed: int, k: int) -> None:
     _, J = _gathered("images", 3, seed)

@@ -4,12 +4,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.functional import conv2d
 
 from posegrad import Engine
+from tests.drawing import times
 from tests.reference import rows, trainable
 
 
@@ -78,7 +79,7 @@ SIZED: list[Callable[[Expanded, int], Tensor]] = [
 
 
 @pytest.mark.parametrize("output", SIZED)
-@settings(max_examples=12)
+@times(0.5)
 @given(sizes=st.lists(st.sampled_from([1, 1, 2, 3]), min_size=2, max_size=4))
 def test_a_size_that_a_decision_looked_at_is_part_of_the_structure(
     output: Callable[[Expanded, int], Tensor], sizes: list[int]

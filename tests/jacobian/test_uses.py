@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -14,6 +14,7 @@ from posegrad.jacobian._joining import Joining
 from posegrad.testing import peak_live_bytes
 from tests import reference
 from tests.device import DEVICE
+from tests.drawing import times
 from tests.jacobian.test_forms import CASES, Case, owners
 
 F64 = torch.float64
@@ -38,7 +39,7 @@ USED = [name for name in CASES if not name.startswith("activation")]
 
 
 @pytest.mark.parametrize("name", USED)
-@settings(max_examples=10)
+@times(0.4)
 @given(drawn=pieces(), components=st.sampled_from([None, 2]))
 def test_parts_joined_are_their_sum(
     name: str, drawn: tuple[int, list[tuple[int, int, Tensor]]], components: int | None
