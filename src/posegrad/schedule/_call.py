@@ -101,7 +101,7 @@ class Setting:
         self._ranks = ranks
         self._named = named
         self._parts = parts
-        self._apart = Apart(modules, named, parts)
+        self._apart = Apart(modules, named, parts, self._tensors)
         self.memory = checked_memory(memory, modules)
         self._meter = Meter(self.memory, self._tensors, on_cpu=not accelerators(modules))
 
