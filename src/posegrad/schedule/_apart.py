@@ -37,6 +37,7 @@ class Apart:
         modules: The models.
         named: Looks up their parameters.
         parts: Lists all modules inside.
+        tensors: Lists their parameters and buffers.
     """
 
     def __init__(
@@ -44,10 +45,12 @@ class Apart:
         modules: Sequence[nn.Module],
         named: Callable[[], Mapping[str, nn.Parameter]],
         parts: Callable[[], Sequence[nn.Module]],
+        tensors: Callable[[], Iterator[Tensor]],
     ) -> None:
         self._modules = modules
         self._named = named
         self._parts = parts
+        self._tensors = tensors
 
     def shown(self, portions: Iterator[Portion], known: Known, score: Score) -> Iterator[Portion]:
         """The chunks; a look is taken once the first of several poses has been scored.
@@ -121,9 +124,6 @@ class Apart:
     def _trained(self) -> dict[str, nn.Parameter]:
         trained = {name: p for name, p in self._named().items() if p.requires_grad}
         return {name: p for name, p in trained.items() if not p.is_complex()}
-
-    def _tensors(self) -> Iterator[Tensor]:
-        return (t for m in self._modules for t in (*m.parameters(), *m.buffers()))
 
 
 @final

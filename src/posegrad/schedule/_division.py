@@ -263,6 +263,9 @@ class Walked(Division):
                 graph = self._graph(pose, limit)  # which may have been measured meanwhile
             chunk.append(pose)
             total += graph
+            if total >= limit:  # the next pose of a generator is not asked for while this one waits
+                yield chunk
+                chunk, total = [], 0.0
         if chunk:
             yield chunk
 

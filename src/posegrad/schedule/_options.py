@@ -55,7 +55,7 @@ class Options:
         self.modules = modules
         self.ranks = ranks
         self.roster = roster
-        self.apart = Apart(modules, roster.named, roster.parts)
+        self.apart = Apart(modules, roster.named, roster.parts, self._tensors)
         self.memory = checked_memory(memory, modules)
         self.is_wary = True
         self._predict = predict
