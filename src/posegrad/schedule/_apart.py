@@ -202,15 +202,20 @@ class _Pair:
         if not bool(among.predictions.isfinite().all()):
             self.is_telling = False  # it is refused by the name of the pose
             return True
-        return among.is_about([first, last], self._rounding(among.predictions))
+        # Predictions may be nothing but rounding: a sum over what a layer norm has centred.
+        largest = max((_size(p.detach()) for p in self._parameters()), default=0.0)
+        return among.is_about([first, last], self._rounding(among.predictions), largest)
 
     def _rounding(self, predictions: Tensor) -> float:
         """What sums of kernels of another size may differ by, generously."""
         devices = {predictions.device.type, "cpu"}
         kinds = {torch.get_autocast_dtype(d) for d in devices if torch.is_autocast_enabled(d)}
-        tensors = (p for module in self._modules for p in module.parameters())
-        kinds |= {t.dtype for t in (predictions, *tensors) if t.is_floating_point()}
+        tensors = (predictions, *self._parameters())
+        kinds |= {t.dtype for t in tensors if t.is_floating_point()}
         return float(max(torch.finfo(kind).eps for kind in kinds) ** 0.25)
+
+    def _parameters(self) -> Iterator[nn.Parameter]:
+        return (p for module in self._modules for p in module.parameters())
 
 
 @final
@@ -256,22 +261,23 @@ class _Look:
         pairs = _beside(self.gradients, other.gradients)
         return all(_alike(*pair, least) for pair in pairs)
 
-    def is_about(self, parts: "Sequence[_Look]", rounding: float) -> bool:
+    def is_about(self, parts: "Sequence[_Look]", rounding: float, largest: float) -> bool:
         """Whether these poses came to what each came to among few.
 
-        Kernels go by the number of rows, so what is compared is rough, and beside what is largest.
+        Kernels go by the number of rows, so what is compared is rough, and beside what is largest:
+        among the predictions, or, where these are far smaller, among the parameters.
         """
-        bound = rounding * _size(self.predictions)
+        bound = max(rounding * _size(self.predictions), rounding**2 * largest)
         expected = torch.cat([part.seen for part in parts])
         if not torch.allclose(self.seen, expected, rtol=0, atol=bound, equal_nan=True):
             return False
         if self.gradients is None or any(part.gradients is None for part in parts):
             return True
-        largest = max(map(_size, self.gradients.values()), default=0.0)
+        steepest = max(map(_size, self.gradients.values()), default=0.0)
         each = [self.gradients, *(part.gradients or {} for part in parts)]
         return all(
             _adds_up(
-                [g[i].to_dense() for g in each if i in g], i in self.gradients, rounding, largest
+                [g[i].to_dense() for g in each if i in g], i in self.gradients, rounding, steepest
             )
             for i in set().union(*each)
         )
