@@ -190,7 +190,8 @@ class Listening:
             if self._hooks.heard is None or self._outline is None:
                 raise ListeningError(
                     "No backward came through the output while it was listened to.\n"
-                    "Call backward() of a loss of that very output, between start() and stop()."
+                    "Call backward() of a loss of that very output inside the with block, or "
+                    "between start() and stop()."
                 )
             with failures_named(), undisturbed():
                 self._found = self._read(self._outline, self._hooks.heard)

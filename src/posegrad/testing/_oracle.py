@@ -13,7 +13,7 @@ from posegrad.engine import Engine
 from posegrad.schedule._batch import as_batch
 from posegrad.schedule._chunks import ChunkSize, Portion, in_chunks, sizes_of
 from posegrad.schedule._division import sliced
-from posegrad.schedule._plan import Request
+from posegrad.schedule._plan import SCHEDULES, Request
 from posegrad.schedule._poses import Pose, map_tensors
 
 __all__ = ["assert_matches_autograd"]
@@ -215,4 +215,5 @@ def _loss_of(*, per_pose: bool) -> Loss:
 
 def _serving(rule: Any) -> list[str]:
     request = Request(rule, "auto", 0.0, one_chunk=False, scales_float16=False)
-    return ["retain", "store", "recompute"] + ["stream"] * (request.form is not None)
+    refused = {"auto"} if request.form is not None else {"auto", "stream"}
+    return [name for name in SCHEDULES if name not in refused]
