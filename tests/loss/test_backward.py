@@ -50,6 +50,7 @@ def test_the_value_is_the_weighted_sum_or_the_mean() -> None:
         torch.testing.assert_close(engine.loss(_losses(model), rule).detach(), own.mean())
 
 
+@pytest.mark.filterwarnings("ignore:The output is a single number")
 def test_any_shape_of_losses_and_a_mask() -> None:
     model = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 1)).double()
     mask = torch.tensor([[1, 1, 1], [1, 1, 0], [1, 0, 0]]).bool()

@@ -119,6 +119,13 @@ def test_the_noise_is_not_negative(sigma: float) -> None:
         Clip(1.0, noise_multiplier=sigma, generator=torch.Generator())
 
 
+def test_a_loss_that_was_reduced_is_warned_of() -> None:
+    model = nn.Linear(3, 1)
+    losses = model(torch.ones(4, 3)).square()
+    with pytest.warns(UserWarning, match="reduced over its poses"):
+        Engine(model).backward(losses.mean(), Clip(1.0))
+
+
 def test_noise_needs_a_generator() -> None:
     with pytest.raises(ValueError, match=r"no generator .*\nPass generator=torch.Generator"):
         Clip(1.0, noise_multiplier=1.0)

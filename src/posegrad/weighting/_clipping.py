@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from posegrad._warn import warn
 from posegrad.combination._checks import positive
 from posegrad.errors import PosesMixError, ShapeMismatchError, listed
 from posegrad.weighting._base import Jacobian, Step, Weighting, check_finite
@@ -67,6 +68,8 @@ class Clipping(Weighting):
     def step(self, jacobian: Jacobian) -> Step:
         used, mixed = [*jacobian.used], [*jacobian.mixed]  # read before rows are released
         if not self.has_noise:
+            if not jacobian.predictions.ndim:
+                warn(_REDUCED)
             gradients, weights = self.clipped(jacobian)
             return Step({name: gradients[name] for name in used}, weights)
         _check_one_row_each(jacobian)
@@ -96,6 +99,13 @@ class Clipping(Weighting):
         """The noise, for a representation."""
         pending = "" if self._is_last else ", not the last of its step"
         return f"noise_multiplier={self.noise_multiplier:g}{pending}"
+
+
+_REDUCED = (
+    "The output is a single number, like a loss that was reduced over its poses: clipping shortens "
+    "the gradient of that number, not that of each pose.\n"
+    "Pass one loss for each pose, [m], with reduction='none'; or the loss of a single pose as [1]."
+)
 
 
 def finite_norms(jacobian: Jacobian) -> Tensor:

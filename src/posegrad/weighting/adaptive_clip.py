@@ -50,6 +50,9 @@ class AdaptiveClip(Clipping):
         ShapeMismatchError: in backward, if there is noise and the output is not `[m]`.
         PosesMixError: likewise, if poses influence each other.
 
+    Warns:
+        UserWarning: without noise, of an output of shape `[]`, as a loss that was reduced has.
+
     Note:
         As `Clip`. C moves once in an optimizer step, after the gradients that `last` says end it.
 

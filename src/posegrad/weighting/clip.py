@@ -63,6 +63,9 @@ class Clip(Clipping):
         ShapeMismatchError: in backward, if there is noise and the output is not `[m]`.
         PosesMixError: likewise, if poses influence each other.
 
+    Warns:
+        UserWarning: without noise, of an output of shape `[]`, as a loss that was reduced has.
+
     Note:
         Needs norms only, no Gramian. Time: a plain step, and the norms; for layers with one row per
         pose these take no more than reading the inputs and cotangents. Memory: by parameter or
