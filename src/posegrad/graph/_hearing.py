@@ -293,7 +293,11 @@ class Hooks:
 
 
 def _is_sum(arrived: Tensor | None, sent: Sequence[Tensor]) -> bool:
-    """Whether a new tensor has the version of a sum of so many, which are all held."""
+    """Whether what arrived is autograd's sum of what was sent, as far as its version tells.
+
+    Autograd makes a new tensor of the first two and adds the others in place, which counts up the
+    version. The parts are all held here, so it is none of them.
+    """
     if type(arrived) is not Tensor or any(arrived is one for one in sent):
         return False
     return version_of(arrived) == len(sent) - 2 and arrived.layout == torch.strided

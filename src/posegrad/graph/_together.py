@@ -1,8 +1,8 @@
-"""Small networks, whose rows take less time all together than use by use.
+"""Small networks: whether reading all rows in one batched backward is faster than use by use.
 
-In a network of a millisecond, calls from Python take most of the time, and each use takes a dozen,
-however small it is. One backward of all rows together, by torch's rules for batches, takes none of
-them. But it computes each number of the graph for every row.
+A network of a millisecond spends most of its time in calls from Python, and reading one use takes a
+dozen of them, however small the use is. A backward of all rows, batched by vmap, takes
+none. In return it computes every number of the graph once for each row.
 """
 
 from itertools import chain
@@ -16,9 +16,9 @@ from posegrad.graph._subject import Subject
 
 __all__ = ["pays_together"]
 
-_OPERATOR = 2**13  # numbers that take as long as handing an operator a batch
+_OPERATOR = 2**13  # the price of one batched operator, in numbers that are computed in that time
 
-_USE = 2**17  # numbers that take as long as reading one use
+_USE = 2**17  # the price of reading one use, likewise
 
 
 def pays_together(subject: Subject) -> bool:

@@ -1,4 +1,4 @@
-r"""A parameter that is used in two ways: a table of words that is the weight behind them too.
+r"""A parameter used in two ways: a table of words that is also the weight of the last layer.
 
 Its rows are sums of two kinds, so their inner products have four terms:
 
@@ -35,7 +35,7 @@ Single = Callable[[Factors], Tensor | None]
 
 @final
 class Kinds:
-    """Rows that are sums of those of a table and those of a weight.
+    """Rows that are sums of a table's and a weight's.
 
     Args:
         table: The part of what was looked up.
@@ -47,7 +47,7 @@ class Kinds:
 
     @classmethod
     def of(cls, parts: Sequence[Factors]) -> Self | None:
-        """The parts of a block as such a sum; None if they are others."""
+        """The parts of a block as such a sum; None if they are not one of each kind."""
         for table, weight in permutations(parts) if len(parts) == 2 else ():
             met = isinstance(table.form, Embedding) and isinstance(weight.form, Linear)
             alone = all(p.layout.dims and p.arrangement.dim is None for p in parts)

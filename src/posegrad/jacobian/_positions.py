@@ -13,15 +13,15 @@ from posegrad.jacobian._products import is_same
 
 __all__ = ["Positions"]
 
-_LATEST = 2  # as many as one use has in common with the next
+_LATEST = 2  # layouts that are remembered: neighbouring uses share theirs
 
 
 @final
 class Positions:
-    """Where the uses of a parameter lie in the one use that is made of them.
+    """Several uses of a parameter as one: where the positions of each lie in it.
 
-    If each pose has as many as every other, they are sorted by pose; else each use follows the one
-    before, as it is.
+    If all poses have equally many positions, they are sorted by pose. Else the uses follow one
+    another as they are.
 
     Attributes:
         key: Equal for uses with the same positions.

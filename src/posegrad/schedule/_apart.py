@@ -23,15 +23,15 @@ Score = Callable[[Portion, int], Tensor]
 
 @final
 class Apart:
-    """Looks once for each kind of pose whether those that are scored together stay apart.
+    """Finds out, once for each kind of pose, whether poses scored together influence each other.
 
-    Two poses, a and b, are scored as the batches (a, b), (a, a) and (b, b), under the same random
-    state and on the same buffers. If predictions and their gradients are those of (a, b) in place,
-    each was made of one pose. Nothing else is needed of the model: what mixes may be data that no
-    gradient flows through, and random masks are alike.
+    Two poses, a and b, are scored as the batches (a, b), (a, a) and (b, b), with the same random
+    state and buffers. If a has the same prediction and gradient in (a, b) and (a, a), and b in
+    (a, b) and (b, b), neither depends on the other. That also finds poses that mix by data without
+    gradient, and works under dropout, whose masks are the same each time.
 
-    Where no random number is drawn, the two are also scored among the others of their chunk: there
-    they are two of many and at other places, and still must come to the same.
+    If the model draws no random number, both are also scored among other poses of their chunk. That
+    finds models that depend on the number of poses, or on a pose's place among them.
 
     Args:
         modules: The models.

@@ -82,7 +82,7 @@ class Division(ABC):
 
     @abstractmethod
     def chunks(self) -> int:
-        """In how many chunks poses that have a length are scored, about; uses them up."""
+        """About how many chunks there are. Forms them to count them, so the poses are gone then."""
 
     @abstractmethod
     def graph(self) -> float | None:

@@ -49,12 +49,12 @@ class LossCall:
     gatherer: Gatherer
     parameters: Mapping[str, nn.Parameter]
     modules: Sequence[nn.Module]
-    _graph: EdgeRegistry | None = field(default=None, init=False)  # of a process that has losses
+    _graph: EdgeRegistry | None = field(default=None, init=False)  # None on a rank without losses
     _beside: Beside = field(default_factory=Beside, init=False)
 
     @restoring
     def value(self, trained: Callable[[], Mapping[str, Tensor]], ranks: Ranks | None) -> Tensor:
-        """The scalar; without graph, where none is made."""
+        """The scalar; under no_grad without a graph."""
         if self.outside not in OUTSIDE:
             raise ValueError(f"outside={self.outside!r} is unknown; it is 'sum' or 'error'.")
         if not torch.is_grad_enabled():
@@ -110,7 +110,7 @@ class LossCall:
             if is_last:
                 kept.free_after_backward()
             found = [gradient for gradient in saved if gradient is not None]
-            # In place those alone that nobody else holds: one that autograd made may be of two.
+            # Only what nobody else holds is scaled in place: autograd may give two leaves one tensor.
             scaled = _scaled(found[:count], scale, in_place=is_last)
             scaled += _scaled(found[count:], scale, in_place=False)
             return _by_number(numbers, scaled, inputs.tensors)

@@ -22,7 +22,7 @@ def work_of(division: Division, parameters: Iterable[Tensor], *, uses_up: bool) 
     Args:
         division: The poses.
         parameters: What is trained.
-        uses_up: Whether chunks may be formed to count them.
+        uses_up: Whether chunks may be formed to count them, after which the poses are gone.
     """
     known, graph = division.known, division.graph() if division.is_measured else None
     poses = _MANY if division.count is None else max(1, division.count)

@@ -19,8 +19,8 @@ __all__ = ["stream"]
 def stream(run: Run, rule: Combination) -> Combined:
     """Combines gradients while the poses pass, as online softmax combines values.
 
-    Memory: K sums of parameter size (times d for predictions of d numbers, times n for n groups),
-    and one graph. Time: m forwards and at most m backwards; a pose whose weight is exactly zero
+    Memory: K sums of parameter size, or K d n for n groups and predictions of d numbers, and one
+    graph. Time: m forwards and at most m backwards; a pose whose weight is exactly zero
     beside those already seen is never differentiated. Serves losses of the combined prediction
     only.
     """
