@@ -110,7 +110,7 @@ class LossCall:
             if is_last:
                 kept.free_after_backward()
             found = [gradient for gradient in saved if gradient is not None]
-            # Only what nobody else holds is scaled in place: autograd may give two leaves one tensor.
+            # In place only what nobody else holds: autograd may give two leaves one tensor.
             scaled = _scaled(found[:count], scale, in_place=is_last)
             scaled += _scaled(found[count:], scale, in_place=False)
             return _by_number(numbers, scaled, inputs.tensors)
