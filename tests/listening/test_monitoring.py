@@ -19,8 +19,8 @@ PAGE = Path(__file__).parents[2] / "docs" / "monitoring.md"
 
 
 def _blocks(head: str) -> list[str]:
-    """The code blocks of the page with a head."""
-    fence = re.compile(rf"^```{head}\n(.*?)^```", re.MULTILINE | re.DOTALL)
+    """The code blocks of the page with a head, but for those that show what it prints."""
+    fence = re.compile(rf"^```{head}\n(?!>>>)(.*?)^```", re.MULTILINE | re.DOTALL)
     return fence.findall(PAGE.read_text(encoding="utf-8"))
 
 
