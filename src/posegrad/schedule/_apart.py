@@ -1,4 +1,4 @@
-"""Whether a model keeps the poses of a batch apart, so that it may be divided anywhere."""
+"""Checks that a model keeps the poses of a batch apart, so that it may be divided anywhere."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -53,9 +53,9 @@ class Apart:
         self._tensors = tensors
 
     def shown(self, portions: Iterator[Portion], known: Known, score: Score) -> Iterator[Portion]:
-        """The chunks; a look is taken once the first of several poses has been scored.
+        """The chunks, checked once the first of several poses has been scored.
 
-        So it is known to work.
+        By then the model is known to work.
 
         Raises:
             PosesMixError: if poses mix.
@@ -70,7 +70,7 @@ class Apart:
     def proves(self, portion: Portion, known: Known, score: Score) -> bool:
         """Whether poses that the caller has scored together may be scored again by themselves.
 
-        They must not only be seen to stay apart; the operators must tell that they do.
+        That they were seen to stay apart is not enough: the operators must show it.
         """
         ragged = portion.is_ragged()
         if ragged not in known.picks:
@@ -102,20 +102,20 @@ class Apart:
             return keep_apart(pair.scored(*pair.ends), self._trained(), self._tensors())
 
     def _where_mixed(self, pair: "_Pair") -> str | None:
-        """The modules at which poses mix, as far as that can be told; None if they stay apart."""
+        """The modules at which poses mix, as far as can be told; None if the poses stay apart."""
         with pair.surroundings.restored():
             seen = pair.looked_at(self._inputs())
             if seen.apart:
                 return None
             where = self._named_in(pair.scored(*pair.ends))
-            # A model that draws from a generator of its own never gives the same twice.
+            # A model with a random generator of its own never gives the same result twice.
             return where if where or seen.is_steady else None
 
     def _inputs(self) -> Inputs:
         return Inputs(self._named(), None, self._parts())
 
     def _named_in(self, predictions: Tensor) -> str:
-        """Where poses mix, as far as the graph tells."""
+        """Where poses mix, as far as the graph shows."""
         try:
             return mixing_modules(predictions, self._trained(), self._tensors())
         except _NO_GRADIENTS:
@@ -128,7 +128,7 @@ class Apart:
 
 @final
 class _Seen(NamedTuple):
-    """What a pair of poses came to: whether they stay apart, and whether the same twice."""
+    """What was seen of a pair of poses: whether they stay apart, and whether results repeat."""
 
     apart: bool
     is_steady: bool
@@ -136,17 +136,17 @@ class _Seen(NamedTuple):
 
 @final
 class _Pair:
-    """The first of some poses and one that is unlike it, which are scored beside each other.
+    """The first of some poses and one unlike it, scored beside each other.
 
     Args:
         modules: The models.
         portion: The poses.
         score: Runs the model.
-        most: How many may be scored together, if more ran out of memory.
+        most: How many may be scored together, if a larger number ran out of memory.
 
     Attributes:
         ends: Their numbers.
-        is_telling: Whether they differ; else little can be seen.
+        is_telling: Whether their predictions differ; otherwise mixing can hardly be seen.
     """
 
     def __init__(
@@ -171,7 +171,7 @@ class _Pair:
             return self._score(cut, 0)
 
     def looked_at(self, inputs: Inputs) -> _Seen:
-        """Whether each comes to the same, whatever is beside it."""
+        """Whether each gives the same result, whatever is beside it."""
 
         def look(row: int, *numbers: int) -> _Look:
             return _Look.at(self.scored(*numbers), [row], inputs)
@@ -179,7 +179,7 @@ class _Pair:
         a, b = self.ends
         first = look(0, a, b)
         draws = self._draws()
-        self.surroundings.buffers.note_changes()  # so that the others find what this one found
+        self.surroundings.buffers.note_changes()  # so that the next forwards find the same buffers
         last = look(1, a, b)
         steady = _alike(first.predictions, last.predictions)
         apart = first.is_like(look(0, a, a)) and last.is_like(look(1, b, b))
@@ -192,7 +192,7 @@ class _Pair:
         return not all(map(torch.equal, self.surroundings.random_state(), self._moment.random))
 
     def _is_same_among_more(self, first: "_Look", last: "_Look", inputs: Inputs) -> bool:
-        """Whether both come to the same among others of the chunk, at other places in it."""
+        """Whether both give the same results among more poses of their chunk, at other places."""
         a, b = self.ends
         rest = [i for i in range(self._portion.count) if i not in self.ends]
         rest = rest[:: -(-len(rest) // max(1, self._most - 2))] if rest else []
@@ -200,14 +200,14 @@ class _Pair:
         rows = [numbers.index(a), len(numbers) - 1]
         among = _Look.at(self.scored(*numbers), rows, inputs)
         if not bool(among.predictions.isfinite().all()):
-            self.is_telling = False  # it is refused by the name of the pose
+            self.is_telling = False  # the error for it names the pose
             return True
-        # Predictions may be nothing but rounding: a sum over what a layer norm has centred.
+        # Predictions may be mere rounding, e.g. a sum over the output of a layer norm.
         largest = max((_size(p.detach()) for p in self._parameters()), default=0.0)
         return among.is_about([first, last], self._rounding(among.predictions), largest)
 
     def _rounding(self, predictions: Tensor) -> float:
-        """What sums of kernels of another size may differ by, generously."""
+        """A generous bound on rounding between kernels for different numbers of rows."""
         devices = {predictions.device.type, "cpu"}
         kinds = {torch.get_autocast_dtype(d) for d in devices if torch.is_autocast_enabled(d)}
         tensors = (predictions, *self._parameters())
@@ -221,13 +221,14 @@ class _Pair:
 @final
 @dataclass(frozen=True)
 class _Look:
-    """What some of the poses that were scored together came to.
+    """The results of some poses among those scored together.
 
     Args:
-        predictions: Of all.
+        predictions: Those of all poses scored together.
         rows: The numbers of the poses looked at.
-        gradients: Of the sum of their predictions, by number of parameter; None if they cannot be
-            had. They tell what a prediction may hide: behind a gate that is zero, poses mix too.
+        gradients: Those of the sum of their predictions, by number of parameter; None if they
+            cannot be had. They show what predictions may hide: behind a gate that is zero, poses
+            mix too.
     """
 
     predictions: Tensor
@@ -236,11 +237,11 @@ class _Look:
 
     @classmethod
     def at(cls, predictions: Tensor, rows: Sequence[int], inputs: Inputs) -> "_Look":
-        """The look at some rows of predictions `[c, ...]`."""
+        """The results of some rows of predictions `[c, ...]`."""
         gradients: Mapping[int, Tensor] | None = None
         cotangent = torch.zeros_like(predictions)
         cotangent[list(rows)] = 1
-        # Kept, for what the user computed outside may be a part of the graph.
+        # The graph is kept: part of it may be the user's.
         with suppress(*_NO_GRADIENTS):
             gradients = inputs.gradients(predictions, cotangent, {}, keep_graph=True)
         return cls(predictions.detach(), rows, gradients)
@@ -251,21 +252,21 @@ class _Look:
         return self.predictions[list(self.rows)]
 
     def is_like(self, other: "_Look") -> bool:
-        """Whether the same pose beside another came to the same, up to rounding."""
+        """Whether the same poses beside others gave the same results, up to rounding."""
         if not _alike(self.seen, other.seen):
             return False
         if self.gradients is None or other.gradients is None:
             return True
-        # What is nothing but rounding beside other parameters' gradients says nothing.
+        # Beside the gradients of other parameters, a gradient that is mere rounding says nothing.
         least = max((_size(g) * 2**10 * _eps(g) for g in self.gradients.values()), default=0.0)
         pairs = _beside(self.gradients, other.gradients)
         return all(_alike(*pair, least) for pair in pairs)
 
     def is_about(self, parts: "Sequence[_Look]", rounding: float, largest: float) -> bool:
-        """Whether these poses came to what each came to among few.
+        """Whether these poses gave roughly what each gave among few.
 
-        Kernels go by the number of rows, so what is compared is rough, and beside what is largest:
-        among the predictions, or, where these are far smaller, among the parameters.
+        Kernels depend on the number of rows, so the comparison is rough: relative to the largest
+        prediction or, where all predictions are far smaller, to the largest parameter.
         """
         bound = max(rounding * _size(self.predictions), rounding**2 * largest)
         expected = torch.cat([part.seen for part in parts])
@@ -289,21 +290,21 @@ def _adds_up(gradients: Sequence[Tensor], has_sum: bool, rounding: float, larges
     total, *parts = gradients if has_sum else [zero, *gradients]
     bound = max(rounding * max(map(_size, gradients)), rounding**2 * largest)
     if not bool(total.isfinite().all()):
-        return True  # zero times nan, of a pose that is not looked at
+        return True  # zero times nan, from a pose that is not compared
     return torch.allclose(total, sum(parts, zero), rtol=0, atol=bound, equal_nan=True)
 
 
 def _beside(
     mine: Mapping[int, Tensor], theirs: Mapping[int, Tensor]
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Gradients in pairs; of an expert that only the neighbour went through, zeros."""
+    """Gradients in pairs; zeros for an expert that only the neighbour went through."""
     for i in mine.keys() | theirs.keys():
         zeros = torch.zeros_like(mine[i] if i in mine else theirs[i])
         yield mine.get(i, zeros), theirs.get(i, zeros)
 
 
 def _alike(found: Tensor, expected: Tensor, least: float = 0.0) -> bool:
-    """Equal but for rounding: kernels may go by how many rows went the same way."""
+    """Whether they are equal up to rounding: kernels may depend on how many rows there are."""
     found, expected = found.to_dense(), expected.to_dense()
     bound = max(_size(found) * _eps(found) ** 0.5, least)
     return torch.allclose(found, expected, rtol=0, atol=bound, equal_nan=True)
@@ -318,17 +319,17 @@ def _eps(tensor: Tensor) -> float:
 
 
 def _cut(tensor: Tensor) -> Tensor:
-    """A tensor without what computed it, whose graph is the user's."""
+    """A tensor without its graph, which is the user's."""
     return tensor.detach().requires_grad_().clone() if tensor.requires_grad else tensor
 
 
 def _kind(portion: Portion) -> tuple[bool, bool]:
-    """What a look at a chunk says nothing beyond: with graphs or without, padded or not."""
+    """Which chunks one check covers: with graphs or without, padded or not."""
     return torch.is_grad_enabled(), portion.is_ragged()
 
 
 def _other(portion: Portion) -> int | None:
-    """A pose that is unlike the first, in its shape if any is; None if none is found."""
+    """A pose unlike the first, in shape if possible; None if there is none."""
     last, first = portion.count - 1, portion.picked([0])
     if portion.is_ragged():
         shapes = shapes_of(first.poses[0])
@@ -344,10 +345,10 @@ def _differ(first: Sequence[Tensor], second: Sequence[Tensor]) -> bool:
     return not all(map(torch.equal, *plain))
 
 
-_MANY = 64  # poses that are looked at together, or one after another, at most
+_MANY = 64  # poses compared together, or one after another, at most
 
 _NO_GRADIENTS = (RuntimeError, UnsupportedModuleError)
-"""What graphs raise that can be used once only, or by a plain backward only."""
+"""What backward raises where a graph can be used only once, or only by a plain backward."""
 
 _NOTE = (
     "This was raised while two poses were scored, to see whether the model keeps poses apart. "

@@ -1,4 +1,4 @@
-"""Values computed elsewhere, made differentiable: the one autograd Function of the schedules."""
+"""Makes values computed elsewhere differentiable: the one autograd Function of the schedules."""
 
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, final
@@ -29,7 +29,7 @@ def attach(
 ) -> tuple[Tensor, ...]:
     """Returns `values` as differentiable functions of `inputs`.
 
-    To accumulation, loss scaling, gradient clipping and trainers the gradients are ordinary ones.
+    Gradient accumulation, loss scaling, clipping and trainers see ordinary gradients.
 
     Args:
         values: Results, without graph.
@@ -38,15 +38,15 @@ def attach(
             value that no loss used.
         saved: Tensors the pullback needs; autograd frees them after backward, as it does its own.
         reached: The numbers of the inputs that the values' graphs would reach; default: all. Others
-            are left out, for autograd runs the hooks of every input, with None if need be.
-        first_order: What is said to a backward with `create_graph=True`, where that is refused at
-            once; by default, the second derivative is.
+            are left out, since autograd runs the hooks of every input, even for None.
+        first_order: The error message of a backward with `create_graph=True`. By default, only the
+            second derivative is refused.
     """
     inputs.close()
     if in_static_ddp():
         pullback = _with_zeros(pullback, inputs)
     everything = range(len(inputs.tensors))
-    # DDP waits for every parameter, those that no pose of this process uses too.
+    # DDP waits for every parameter, used by this process or not.
     numbers = everything if in_ddp() or not reached else sorted(reached)
     out: tuple[Tensor, ...] = _Attached.apply(  # type: ignore[no-untyped-call]
         inputs,
@@ -62,11 +62,11 @@ def attach(
 
 
 def _with_zeros(pullback: Pullback, inputs: Inputs) -> Pullback:
-    """A pullback that leaves no parameter without a gradient.
+    """A pullback that gives every parameter a gradient.
 
-    With `static_graph=True`, DDP never again looks at parameters that were without one in the first
-    step on all ranks. Autograd's own graphs would differ when one is used later, which DDP notices;
-    here every parameter is an input each time, and the gradient would be lost in silence.
+    With `static_graph=True`, DDP ignores for good any parameter that had no gradient in the first
+    step on any rank. With autograd's own graphs, DDP notices when such a parameter is used later;
+    here every parameter is always an input, and its gradient would be lost without a word.
     """
 
     def complete(saved: Gradients, cotangents: Gradients) -> Gradients:
@@ -109,15 +109,15 @@ class _Attached(torch.autograd.Function):
                 ctx.inputs.freshness.check()
             found = ctx.pullback(ctx.saved_tensors, cotangents)
         gradients: Gradients = [_for_hooks(found[i], ctx.inputs, i) for i in ctx.numbers]
-        if torch.is_grad_enabled():  # create_graph=True: someone means to differentiate again
+        if torch.is_grad_enabled():  # create_graph=True: the gradient is to be differentiated again
             gradients = _first_order_only(gradients, [*cotangents, *ctx.inputs.tensors])
         return (None, None, None, None, None, *([None] * ctx.skipped), *gradients)
 
 
 def _for_hooks(gradient: Tensor | None, inputs: Inputs, number: int) -> Tensor | None:
-    """Zeros for an input with hooks that only poses of weight zero use, as from plain autograd.
+    """Zeros for an input with hooks, if only poses of weight zero use it, as in plain autograd.
 
-    Its hooks run whatever is returned, and cannot take None.
+    The hooks run whatever is returned, and cannot take None.
     """
     if gradient is None and inputs.has_hooks(number):
         return torch.zeros_like(inputs.tensors[number])
@@ -125,7 +125,7 @@ def _for_hooks(gradient: Tensor | None, inputs: Inputs, number: int) -> Tensor |
 
 
 def _first_order_only(gradients: Gradients, sources: Gradients) -> Gradients:
-    """The gradients, with a node behind them that refuses to be differentiated."""
+    """The gradients, with a node behind them that refuses a second derivative."""
     present = [g for g in gradients if g is not None]
     refused = _Refusal.apply(  # type: ignore[no-untyped-call]
         len(present), *present, *(s for s in sources if s is not None)

@@ -1,4 +1,4 @@
-"""A batch: one object that holds all poses of a group along dimension 0, and its slices."""
+"""A batch: one object that holds the poses of a group along dimension 0, and how it is sliced."""
 
 import dataclasses
 import sys
@@ -16,7 +16,7 @@ from posegrad.schedule._poses import Pose, bytes_of, is_graph, items_of, map_ten
 
 __all__ = ["Batch", "as_batch", "joined_by_pyg"]
 
-_SLICED = (torch.strided, torch.jagged)  # layouts of tensors that can be; sparse ones are walked
+_SLICED = (torch.strided, torch.jagged)  # layouts that can be sliced; sparse tensors are walked
 
 
 class Batch(ABC):
@@ -33,28 +33,28 @@ class Batch(ABC):
 
     @abstractmethod
     def parts(self, sizes: Sequence[int]) -> Iterator[Pose]:
-        """The slices of two or more sizes, one after another, which add up to all."""
+        """Consecutive slices of two or more sizes, which add up to all poses."""
 
     @abstractmethod
     def picked(self, numbers: Sequence[int]) -> Pose:
-        """A copy of some poses, again as a batch."""
+        """A copy of some of the poses, as a batch."""
 
     @abstractmethod
     def followed_by(self, others: Sequence[Pose]) -> Pose:
-        """A copy of all its poses and those of other batches of its kind, as one batch."""
+        """A copy of its poses and those of other batches of the same kind, as one batch."""
 
     @abstractmethod
     def pose(self, number: int) -> Pose:
         """One pose by itself, without the dimension of poses."""
 
     def slices(self, sizes: Sequence[int]) -> Iterator[Pose]:
-        """The slices of the sizes; all poses at once are the user's own object."""
+        """Slices of these sizes; a single slice is the user's own object."""
         if len(sizes) < 2:
             return iter([self.poses] * len(sizes))
         return self.parts(sizes)
 
     def extents(self) -> Sequence[float] | None:
-        """How large each pose is beside the others; None if all are alike."""
+        """The relative sizes of the poses; None if all are alike."""
         return None
 
     def bytes(self) -> int:
@@ -84,14 +84,14 @@ class _Stacked(Batch):
         return map_tensors(lambda tensor: tensor[number], self.poses)
 
     def extents(self) -> Sequence[float] | None:
-        """By the longest of nested tensors."""
+        """Those of the longest nested tensor."""
         nested = next((t for t in tensors_of(self.poses) if t.is_nested), None)
         return None if nested is None else [float(row.numel()) for row in nested.unbind()]
 
 
 @final
 class _Divisible(Batch):
-    """A container that knows its batch size and divides itself, as a TensorDict."""
+    """A container that knows its batch size and can split itself, such as a TensorDict."""
 
     def parts(self, sizes: Sequence[int]) -> Iterator[Pose]:
         return iter(self.poses.split(list(sizes)))
@@ -108,7 +108,7 @@ class _Divisible(Batch):
 
 @final
 class _Graphs(Batch):
-    """A Batch of PyTorch Geometric, sliced by graphs and joined again by itself."""
+    """A PyTorch Geometric Batch, which slices and joins its graphs itself."""
 
     def parts(self, sizes: Sequence[int]) -> Iterator[Pose]:
         start = 0
@@ -128,7 +128,7 @@ class _Graphs(Batch):
         return self.poses.get_example(number)
 
     def extents(self) -> Sequence[float] | None:
-        """By their nodes, of all kinds together."""
+        """The numbers of nodes, of all kinds together."""
         starts = [store["ptr"] for store in self.poses.stores if "ptr" in store]
         if not starts:
             return None
@@ -138,7 +138,7 @@ class _Graphs(Batch):
         return type(self.poses).from_data_list(graphs, follow_batch=self._followed())
 
     def _followed(self) -> list[str]:
-        """The attributes whose graphs it numbers, besides those of nodes."""
+        """The attributes, besides the nodes, that it was made to follow (`follow_batch`)."""
         ends = "_batch"
         names = {key for store in self.poses.stores for key in store}
         numbered = {key.removesuffix(ends) for key in names if key.endswith(ends)}
@@ -171,10 +171,10 @@ def as_batch(poses: object) -> Batch | None:
 
 
 def joined_by_pyg(poses: Sequence[Pose]) -> Pose:
-    """Graphs of PyTorch Geometric as its own Batch.
+    """Joins graphs of PyTorch Geometric into a Batch.
 
     Raises:
-        ValueError: if they are none, for then nobody has said how to join them.
+        ValueError: if the poses are no such graphs, since nobody has said how to join them.
     """
     if not all(map(is_graph, poses)):
         kind = type(poses[0]).__name__
@@ -190,7 +190,7 @@ def _split(tensor: Tensor, sizes: Sequence[int]) -> Sequence[Tensor]:
     if tensor.is_nested:
         starts = [0, *accumulate(sizes)]
         return [_rows(tensor, range(a, b)) for a, b in pairwise(starts)]
-    # One node of the graph for all slices: its backward is one `cat`.
+    # One node for all slices: its backward is a single `cat`.
     pieces: Sequence[Tensor] = tensor.split(list(sizes))  # type: ignore[no-untyped-call]
     return pieces
 
@@ -227,7 +227,7 @@ def _graphs_in(poses: Any) -> int:
 
 
 def _count_in(poses: Any) -> int:
-    """The number of poses in a container: dimension 0 of every tensor in it."""
+    """The number of poses in a container: the size of dimension 0 of all its tensors."""
     found = dict(_leaves(poses, ""))
     sizes = {name: list(t.shape) for name, t in found.items() if isinstance(t, Tensor)}
     odd = [name for name, leaf in found.items() if not isinstance(leaf, Tensor)]
@@ -256,7 +256,7 @@ def _count_in(poses: Any) -> int:
 
 
 def _leaves(item: object, name: str) -> Iterator[tuple[str, object]]:
-    """By name the tensors, and what holds several things but no tensor."""
+    """The tensors by name, and the objects that hold several things but no tensor."""
     items = items_of(item)
     if isinstance(item, Tensor):
         yield name, item

@@ -1,7 +1,7 @@
-"""Poses in blocks whose Jacobians fit, each of which may be gathered several times.
+"""Poses in blocks whose Jacobians fit into memory; each block may be gathered several times.
 
-A block that is gathered again finds the random state and the buffers that it found the first time,
-so that its rows are the same.
+A block is always gathered with the random state and buffers it found the first time, so that its
+rows are the same.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -21,7 +21,7 @@ from posegrad.schedule._replay import Start
 
 __all__ = ["Blocks", "Gathering"]
 
-_FIRST = 16  # poses that are gathered to see what one holds
+_FIRST = 16  # poses that are gathered to measure how much one holds
 
 
 @final
@@ -32,8 +32,8 @@ class Gathering:
     Args:
         gather: From some poses and the number of the first to their Jacobian.
         most: The bytes that a block may hold.
-        chunk: How many poses are scored together, if that is stated: blocks end where chunks do.
-        note: Notes the random state and the buffers as they are.
+        chunk: How many poses are scored together, if the caller says: blocks end where chunks do.
+        note: Notes the current random state and buffers.
     """
 
     gather: Callable[[Any, int], PoseJacobian]
@@ -44,7 +44,7 @@ class Gathering:
 
 @final
 class Blocks:
-    """Some poses, divided into blocks whose Jacobians hold about as many bytes.
+    """Some poses, divided into blocks whose Jacobians hold about equally many bytes.
 
     Args:
         poses: As users state them.
@@ -53,12 +53,12 @@ class Blocks:
 
     Attributes:
         count: How many poses there are.
-        spans: Which of them each block has.
+        spans: The numbers of the poses in each block.
     """
 
     def __init__(self, poses: Iterable[Pose], start: int, gathering: Gathering) -> None:
         self._poses, self._start, self._gathering = _Sliced(poses), start, gathering
-        self._read: dict[int, tuple[Start, Tensor]] = {}  # what blocks found, and what they gave
+        self._read: dict[int, tuple[Start, Tensor]] = {}  # what blocks found, and their predictions
         count, chunk = self._poses.count, gathering.chunk
         self.count = count
         self._few = min(count, -(-_FIRST // chunk) * chunk)
@@ -81,16 +81,16 @@ class Blocks:
         return last - first
 
     def bytes_of(self, poses: int) -> int:
-        """The bytes that the Jacobian of so many holds, about."""
+        """About how many bytes the Jacobian of so many poses holds."""
         return self._first[0] * poses // self._few
 
     def bytes_made(self, columns: int) -> int:
-        """The size of their products with the rows of so many other poses."""
+        """The size of the products of its rows with those of so many other poses."""
         _, numbers, itemsize = self._first
         return self.count * columns * numbers**2 * itemsize
 
     def read(self, number: int) -> PoseJacobian:
-        """The Jacobian of a block, which nobody else sees."""
+        """The Jacobian of a block, which nobody else holds."""
         first, gathering = self._start + self.spans[number].start, self._gathering
         now = gathering.note()
         if number not in self._read:
@@ -116,7 +116,7 @@ class Blocks:
 
     @cached_property
     def _first(self) -> tuple[int, int, int]:
-        """Of the first poses the bytes that they hold, the numbers each gives, and their size."""
+        """For the first poses: the bytes they hold, the numbers in a prediction, and their size."""
         rest = [self.count - self._few] * (self.count > self._few)
         (first, *_) = self._poses.slices([self._few, *rest])
         now = self._gathering.note()
@@ -130,7 +130,7 @@ class Blocks:
 
 @final
 class _Sliced:
-    """Poses that can be sliced: a batch, or a sequence of which a slice is fetched when walked."""
+    """Poses that can be sliced: a batch, or a sequence whose slices are fetched when walked."""
 
     def __init__(self, poses: Iterable[Pose]) -> None:
         self._batch = as_batch(poses)
@@ -140,7 +140,7 @@ class _Sliced:
         self.count: int = len(self._walked) if self._batch is None else self._batch.count
 
     def slices(self, sizes: Sequence[int]) -> list[Any]:
-        """The slices of these sizes, one after another, which add up to all."""
+        """Consecutive slices of these sizes, which add up to all."""
         if self._batch is not None:
             return list(self._batch.slices(sizes))
         ends = torch.tensor(sizes).cumsum(0).tolist()
@@ -151,7 +151,7 @@ class _Sliced:
 
 @final
 class _Walked:
-    """Some of a sequence's poses, fetched one by one."""
+    """Some poses of a sequence, fetched one by one."""
 
     def __init__(self, poses: Any, start: int, stop: int) -> None:
         self._poses, self._numbers = poses, range(start, stop)

@@ -1,4 +1,4 @@
-"""A model's buffers: which values each chunk found in them, and putting these back for a replay."""
+"""A model's buffers: the values each chunk found, and how a replay gets them back."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import final
@@ -16,24 +16,24 @@ Place = tuple[nn.Module, str]
 """Where a buffer lives: its module and its name there."""
 
 Values = Mapping[Place, Tensor | None]
-"""The buffers of a model, or copies of them; None where a module has none yet."""
+"""The buffers of a model, or copies of them; None for one that is not set yet."""
 
 
 @final
 class Buffers:
     """The buffers of some modules, from the first chunk on. Costs one copy of them.
 
-    A buffer that is written gets a new version, except by batch norm, which so moves its running
-    statistics, and through `.data`. Those of modules in training are therefore compared by value
-    after every chunk, whatever their size. In evaluation, where that could take longer than a small
-    model, all are compared by value after the first chunk and after the last; in between only those
-    that the first was seen to write.
+    Writing a buffer changes its version, except through `.data` or in batch norm's running
+    statistics. Buffers of modules in training are therefore compared by value after every chunk,
+    whatever their size. In evaluation, that could take longer than a small model itself: all are
+    compared by value after the first chunk and after the last, and in between only those that the
+    first was seen to write.
 
     Args:
         training: Whether each module is in training.
 
     Attributes:
-        values: Copies of all, as they were last noted. Replaced, never written to.
+        values: Copies of all buffers as last noted. Replaced, never written to.
     """
 
     def __init__(self, training: Mapping[nn.Module, bool]) -> None:
@@ -48,7 +48,7 @@ class Buffers:
         self._has_run = False
 
     def note_changes(self) -> None:
-        """Notes the values that the chunk which just ran has changed."""
+        """Notes the values that the last chunk changed."""
         own = self._own()
         marks = _marked(own)
         changed = {place for place in own if marks[place] != self._marks.get(place)}
@@ -65,18 +65,18 @@ class Buffers:
 
     @property
     def has_changed(self) -> bool:
-        """Whether a chunk wrote to any."""
+        """Whether any chunk wrote to a buffer."""
         return bool(self._mutable)
 
     def rewind(self) -> None:
-        """Undoes what was written since they were noted last."""
+        """Undoes what was written since the last note."""
         Kept(self._seen, self.values).put_back()
 
     def check_none_missed(self) -> None:
-        """Ends the first pass.
+        """Ends the first pass: checks that no write was missed.
 
         Raises:
-            ReplayError: if a buffer was written that no chunk's moment has the values of.
+            ReplayError: if a buffer was written whose earlier values were not noted.
         """
         missed = [name for _, name in self._unlike(self._own())]
         if missed:
@@ -91,15 +91,15 @@ class Buffers:
     def kept(self) -> "Kept":
         """The buffers as they are now, before replays."""
         own = self._own()
-        since = _with_aliases(self._unlike(own), own)  # somebody wrote them
+        since = _with_aliases(self._unlike(own), own)  # the user wrote them
         self._mutable |= since
         return Kept(own, {**self.values, **_copied({place: own[place] for place in since})})
 
     def exchanged(self, values: Values) -> Change:
-        """A chunk's values; afterwards the model has its own buffers back.
+        """A chunk's values in place; afterwards the model has its own buffers back.
 
-        Buffers are exchanged, not overwritten: the user's tensors, and graphs that saved them, see
-        nothing. Only those that some chunk wrote, or somebody since, are.
+        Buffers are exchanged, not overwritten, so the user's tensors and graphs that saved them
+        keep their values. Only buffers that were written, by a chunk or since, are exchanged.
         """
         own = self._own()
         stale = [place for place in values if place in self._mutable and place in own]
@@ -114,7 +114,7 @@ class Buffers:
         return not self._has_run or self._training[place[0]] or place in self._silent
 
     def _unlike(self, buffers: Values) -> set[Place]:
-        """Those whose values are not the ones noted last."""
+        """The places whose values differ from the last note."""
         return {
             place
             for place, buffer in buffers.items()
@@ -124,7 +124,7 @@ class Buffers:
 
 @final
 class Kept:
-    """Buffers, and what they held.
+    """Buffers and their values before replays.
 
     Args:
         own: The tensors.
@@ -136,10 +136,10 @@ class Kept:
         self._values = values
 
     def put_back(self) -> None:
-        """Undoes what replays wrote to tensors that were not exchanged, or put in their places.
+        """Undoes what replays wrote to buffers that were not exchanged, or put in their places.
 
-        A model may write to a buffer that no chunk of the first pass wrote, or reach one by another
-        name than its own.
+        A model may write to a buffer that no chunk of the first pass wrote, or reach one by a name
+        that is not registered.
         """
         for (module, name), buffer in self._own.items():
             if getattr(module, name) is not buffer:
@@ -152,7 +152,7 @@ class Kept:
 
 @final
 class _Exchanged(Change):
-    """Other buffers in the places of a model's own."""
+    """Other buffers in place of a model's own."""
 
     def __init__(self, own: Values, others: Values) -> None:
         self._own = own
@@ -168,7 +168,7 @@ class _Exchanged(Change):
 
 
 def _copied(buffers: Values) -> dict[Place, Tensor | None]:
-    """A copy of every buffer. One that two modules share stays one; views of one, views of one."""
+    """A copy of every buffer. Shared buffers stay shared, and views of one stay views of one."""
     distinct = {id(buffer): buffer for buffer in buffers.values() if buffer is not None}
     copies: dict[int, Tensor] = {}
     for group in _aliases(distinct.values()):
@@ -184,7 +184,7 @@ def _copied(buffers: Values) -> dict[Place, Tensor | None]:
 
 
 def _aliases(buffers: Iterable[Tensor]) -> list[list[Tensor]]:
-    """Tensors in groups that share memory."""
+    """Groups of tensors that share memory."""
     groups: dict[object, list[Tensor]] = {}
     for buffer in buffers:
         plain = buffer.layout == torch.strided and not (buffer.is_nested or buffer.is_meta)
@@ -194,7 +194,7 @@ def _aliases(buffers: Iterable[Tensor]) -> list[list[Tensor]]:
 
 
 def _with_aliases(places: set[Place], own: Values) -> set[Place]:
-    """Places, and those of buffers that share memory with theirs."""
+    """Places, with those of buffers that share memory with theirs."""
     if not places:
         return places
     distinct = {id(buffer): buffer for buffer in own.values() if buffer is not None}
@@ -223,7 +223,7 @@ def _same_value(a: Tensor, b: Tensor) -> bool:
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:
-    """Of the same values, where nan is one: that is told by its bits."""
+    """Whether all values are equal; nan equals nan of the same bits."""
     if torch.equal(a, b):
         return True
     return a.shape == b.shape and not a.is_quantized and torch.equal(_bits(a), _bits(b))
@@ -234,7 +234,7 @@ def _bits(buffer: Tensor) -> Tensor:
 
 
 def _parts(buffer: Tensor) -> Sequence[Tensor]:
-    """Plain tensors that hold what a nested or sparse one is made of."""
+    """The plain tensors that make up a nested or sparse one."""
     if buffer.is_nested:
         return buffer.unbind()
     if buffer.layout == torch.sparse_coo:
@@ -248,7 +248,7 @@ def _parts(buffer: Tensor) -> Sequence[Tensor]:
 
 
 def _marked(buffers: Values) -> dict[Place, tuple[int, int]]:
-    """A buffer's identity and version; the buffers are kept alive, so that an id stays theirs."""
+    """Identity and version of each buffer; callers keep the buffers alive, so ids stay unique."""
     return {place: _mark(buffer) for place, buffer in buffers.items()}
 
 

@@ -1,4 +1,4 @@
-"""What one call asks for: its poses, its rule, its schedule; the same call on all ranks."""
+"""What one call asks for: poses, rule and schedule; the same on all ranks."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from dataclasses import replace
@@ -31,17 +31,18 @@ __all__ = ["Call", "call_of", "plan_of"]
 @final
 @record
 class Call:
-    """One call of `Engine.combine`, as far as it is settled before a pose is scored.
+    """One call of `Engine.combine`, as far as it is settled before any pose is scored.
 
     Args:
         options: How the engine runs poses.
         division: The poses of this rank, in chunks.
-        request: What the choice of a schedule looks at; its rule is that for all groups.
-        groups: Of this rank's poses, if there are several groups.
+        request: What the choice of a schedule depends on; its rule covers all groups.
+        groups: The groups of this rank's poses, if there are several.
         named: The models' parameters.
-        has_hooks: Whether a parameter of the models or the rule has some, on any rank. All poses
-            are scored with graphs then: only these tell whether plain autograd would run them.
-        ranks: Who make this call together, if the group is shared.
+        has_hooks: Whether a parameter of the models or the rule has hooks, on any rank. Then all
+            poses are scored with graphs: only these tell whether plain autograd would run the
+            hooks.
+        ranks: The ranks that make this call together, if the group is shared.
     """
 
     options: Options
@@ -53,7 +54,7 @@ class Call:
     ranks: Ranks | None = None
 
     def told(self, **more: Any) -> "Call":
-        """The same with more told."""
+        """A copy with some fields replaced."""
         return Call(**vars(self) | more)
 
 
@@ -65,10 +66,10 @@ def call_of(
     schedule: str = "auto",
     skip_below: float = 0.0,
 ) -> Call:
-    """What one call of `Engine.combine` asks for; its arguments are as there.
+    """What one call of `Engine.combine` asks for; the arguments are the same.
 
     Raises:
-        RankError: if ranks want different things.
+        RankError: if ranks ask for different things.
         NoPosesError: if there are no poses, or a group is empty.
         ShapeMismatchError, TypeError, ValueError: as `Engine.combine`.
     """
@@ -78,7 +79,7 @@ def call_of(
         named = options.roster.named()
         if ranks is not None:
             check_no_talk(options.modules, sharded=ranks.sharded)
-        options.scorer()  # or there is none
+        options.scorer()  # raises if there is none
         division = options.division(poses, named.values(), may_be_empty=not alone)
         of_own = _groups_of(groups, division.count, all_here=alone)
         whole = _rule_of(rule, of_own if alone else None)
@@ -119,7 +120,7 @@ def _request(
     *,
     uses_up: bool = False,
 ) -> Request:
-    """What the choice of a schedule looks at; `uses_up` as for `work_of`."""
+    """What the choice of a schedule depends on; `uses_up` as for `work_of`."""
     counting = {} if division.is_stated else division.known.counting
     request = Request(
         rule,
@@ -140,7 +141,7 @@ def _request(
 
 
 def _together(ranks: Ranks, make: Callable[[], Call]) -> Call:
-    """The call that all ranks make; `make` makes this rank's, with the rule for one group."""
+    """The call of all ranks; `make` makes this rank's, with the rule for one group."""
     calls: list[Call] = []
 
     def told() -> tuple[int, dict[str, object], Groups | None, bool]:
@@ -171,7 +172,7 @@ def _together(ranks: Ranks, make: Callable[[], Call]) -> Call:
 
 
 def _weights(request: Request) -> str:
-    """How the rule's weights separate: running sums of ranks add up only if they do alike."""
+    """How the rule's weights separate: running sums of ranks only add up if all do it alike."""
     form = request.form
     return "found at the end" if form is None else f"{type(form).__name__} {vars(form)}"
 
@@ -190,7 +191,7 @@ def _check_agreed(outlines: Sequence[dict[str, object]]) -> None:
 
 
 def _count_of(poses: object, batch: Batch | None) -> int | None:
-    """The number of poses, as far as they say."""
+    """The number of poses, if they tell."""
     if batch is not None:
         return batch.count
     return len(poses) if isinstance(poses, Sized) else None
@@ -204,11 +205,11 @@ def _groups_of(
     Args:
         groups: As users state them.
         count: The number of poses, if it is known.
-        all_here: Whether each must have a pose here; it may have some on other ranks.
+        all_here: Whether each must have a pose on this rank; otherwise other ranks may have them.
 
     Raises:
         NoPosesError: if a group is empty.
-        ShapeMismatchError: if there are more or fewer poses than the groups have.
+        ShapeMismatchError: if the number of poses is not that of the groups.
     """
     if groups is None:
         return None

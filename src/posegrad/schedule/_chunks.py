@@ -1,4 +1,4 @@
-"""Which poses are scored together: slices of a batch, or a few of those that are walked."""
+"""Which poses are scored together: slices of a batch, or several walked poses."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -26,10 +26,10 @@ __all__ = [
 class Budget:
     """Chunks by the size of their poses, e.g. by atoms, instead of by their number.
 
-    A chunk takes the next poses, in their order, as long as their sizes add up to no more than the
-    limit. So it bounds the memory of a chunk's graph where poses differ in size. A pose that is
-    larger than the limit must still be scored: it is a chunk of its own, and the one case in which
-    a chunk exceeds the budget.
+    A chunk takes the next poses, in order, as long as their sizes add up to no more than the limit.
+    This bounds the memory of a chunk's graph where poses differ in size. A pose larger than the
+    limit must still be scored: it becomes a chunk of its own, the only kind that exceeds the
+    budget.
 
     Args:
         limit: The largest total size of a chunk. Positive.
@@ -75,7 +75,7 @@ class Budget:
             )
 
     def measure(self, pose: Pose, number: int) -> float:
-        """The size of a pose, checked; `number` is for the messages.
+        """The size of a pose, checked; `number` is for error messages.
 
         Raises:
             TypeError: if it is not a number.
@@ -111,10 +111,10 @@ class Portion:
     """Poses that are scored in one forward.
 
     Args:
-        poses: One by one; or, of a batch, one slice.
-        count: How many they are.
-        how: What the model is called with: the pose `"alone"`, all of them `"joined"`, or the
-            `"slice"`.
+        poses: One by one, or one slice of a batch.
+        count: Their number.
+        how: What the model is called with: the pose `"alone"`, all of them `"joined"`, or a
+            `"slice"` of a batch.
     """
 
     poses: list[Pose]
@@ -122,11 +122,11 @@ class Portion:
     how: Literal["alone", "joined", "slice"]
 
     def copied(self) -> "Portion":
-        """With copies of the poses' containers, not of their tensors."""
+        """A portion with copies of the poses' containers, but not of their tensors."""
         return self.holding([copied(pose) for pose in self.poses])
 
     def holding(self, poses: list[Pose]) -> "Portion":
-        """The same with others in their places."""
+        """A portion with other poses in place of these."""
         return Portion(poses, self.count, self.how)
 
     def tensors(self) -> list[Tensor]:
@@ -134,7 +134,7 @@ class Portion:
         return [tensor for pose in self.poses for tensor in tensors_of(pose)]
 
     def is_ragged(self) -> bool:
-        """Whether poses that are joined differ in their shapes, so that some may be padded."""
+        """Whether joined poses differ in shape, so that some may be padded."""
         if self.how != "joined":
             return False
         shapes = map(shapes_of, self.poses)
@@ -146,12 +146,12 @@ class Portion:
         if self.how != "slice":
             return Portion([self.poses[i] for i in numbers], len(numbers), self.how)
         batch = as_batch(self.poses[0])
-        assert batch is not None  # it is a slice of one
+        assert batch is not None  # a slice is a batch
         return Portion([batch.picked(numbers)], len(numbers), "slice")
 
     @classmethod
     def joined(cls, portions: "Sequence[Portion]") -> "Portion":
-        """The poses of some portions of one kind, as one."""
+        """The poses of several portions of one kind, as one."""
         first, *others = portions
         count = sum(portion.count for portion in portions)
         if not others:
@@ -163,7 +163,7 @@ class Portion:
         return cls([batch.followed_by([o.poses[0] for o in others])], count, "slice")
 
     def extent(self) -> int:
-        """How many bytes its poses have as the model gets them, padded ones as if all were."""
+        """How many bytes the model gets for its poses, counting all as padded if some are."""
         if self.how != "joined":
             return bytes_of(self.tensors())
         return self.count * max(bytes_of(tensors_of(pose)) for pose in self.poses)
@@ -185,10 +185,10 @@ class Portion:
 
 
 def checked(chunk_size: Any) -> ChunkSize:
-    """Refuses what is neither a budget, nor a whole number from 1, nor `"auto"`.
+    """Refuses all but a budget, a whole number from 1 and `"auto"`.
 
     Raises:
-        ValueError: if so.
+        ValueError: if it is none of these.
     """
     if isinstance(chunk_size, Budget) or chunk_size == "auto":
         return chunk_size  # type: ignore[no-any-return]
@@ -202,7 +202,7 @@ def checked(chunk_size: Any) -> ChunkSize:
 
 
 def sizes_of(batch: Batch, chunk_size: int | Budget) -> list[int]:
-    """How many poses of a batch are in each chunk; only a budget looks at them one by one."""
+    """How many poses of a batch each chunk has; only a budget looks at single poses."""
     if isinstance(chunk_size, Budget):
         poses = (batch.pose(number) for number in range(batch.count))
         return [len(chunk) for chunk in _within(chunk_size, poses)]

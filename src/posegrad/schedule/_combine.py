@@ -40,16 +40,16 @@ SCHEDULES: dict[str, Schedule] = {
 
 @restoring
 def combine(make: Callable[[], Call], gatherer: Gatherer) -> Combined:
-    """Scores poses under the schedule a call leads to.
+    """Scores poses under the schedule that the call leads to.
 
     Args:
-        make: Makes the call; again if its first schedule turns out not to serve.
+        make: Makes the call; again if the first schedule turns out not to work.
         gatherer: Reads Jacobians for `store`.
 
     Raises:
-        UnsupportedModuleError: if processes talk to each other in a forward.
+        UnsupportedModuleError: if ranks exchange data during a forward.
     """
-    # torch 2.10 takes casts that a forward without a graph has left for a forward with one.
+    # torch 2.10 reuses casts made in a forward without a graph in one that has a graph.
     torch.clear_autocast_cache()
     call = make()
     if choose(call.request) != "store" or call.request.schedule != "auto":
@@ -58,7 +58,7 @@ def combine(make: Callable[[], Call], gatherer: Gatherer) -> Combined:
     try:
         return _attempt(call, gatherer)
     except (UnsupportedModuleError, ReentrantCheckpointError):
-        start.put_back()  # other schedules serve graphs whose rows cannot be read
+        start.put_back()  # other schedules can do without readable rows
         call.division.known.refuse_rows()
     return _attempt(make(), gatherer)
 
@@ -91,7 +91,7 @@ def _attempt(call: Call, gatherer: Gatherer) -> Combined:
 
 
 def _plain(run: Run, rule: Combination) -> Combined | None:
-    """The result of plain autograd; None if its one chunk ran out of memory, and was halved."""
+    """The result of plain autograd; None if its one chunk ran out of memory and was halved."""
     combined = None
     try:
         combined = retain(run, rule)
@@ -104,7 +104,7 @@ def _plain(run: Run, rule: Combination) -> Combined | None:
 
 
 def _check_needless(call: Call) -> None:
-    """Refuses predictions without a graph where there is something to train.
+    """Refuses predictions without a graph if there is something to train.
 
     Raises:
         NotDifferentiableError: if there is.
@@ -114,10 +114,10 @@ def _check_needless(call: Call) -> None:
 
 
 def _informed(request: Request, run: Run) -> Request:
-    """The request with what only a first prediction tells.
+    """The request, with what only a first prediction tells.
 
-    Its size, whether the rule trains something or returns more than streaming differentiates, and
-    whether the model casts to float16 by itself.
+    This is its size, whether the rule trains something or returns more than streaming
+    differentiates, and whether the model itself casts to float16.
     """
     rule, streams = ungrouped(request.rule), choose(request) == "stream"
 
@@ -125,7 +125,7 @@ def _informed(request: Request, run: Run) -> Request:
         first = run.first()
         if first is None:
             return 1, False, False  # the poses are on other ranks
-        with torch.enable_grad():  # a rule that streams takes any number of poses
+        with torch.enable_grad():  # to a rule that streams, the number of poses is all the same
             trained = streams and _needs_graph(rule(first.predictions.detach()))
         return first.predictions[0].numel(), trained, run.has_float16
 
@@ -139,6 +139,6 @@ def _informed(request: Request, run: Run) -> Request:
 
 
 def _needs_graph(found: object) -> bool:
-    """Whether autograd must see a rule, of which this was returned for detached predictions."""
+    """Whether autograd must see a rule, given what it returned for detached predictions."""
     prediction, extra = outcome(found)
     return bool(extra) or prediction.requires_grad

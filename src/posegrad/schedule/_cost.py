@@ -1,4 +1,4 @@
-r"""What each schedule costs, and which is the cheapest that fits: arithmetic on a few numbers.
+r"""What each schedule costs, and the cheapest that fits: arithmetic on a few numbers.
 
 With F = 1 for a forward of one pose and B for its backward, chunks of c poses, k poses that carry
 weight and K running sums, m poses take
@@ -12,8 +12,8 @@ schedule          time                                       bytes, beside the p
 `recompute`       m + k (1 + B)                              one gradient, one chunk's graph
 ================  =========================================  ==================================
 
-and a chunk that posegrad runs itself takes some time of its own. No clock is read: another choice
-in another run would change the last bits of the result.
+The fixed time of a chunk that posegrad runs itself is added. No clock is read: choosing otherwise
+in the next run would change the last bits of the result.
 """
 
 from dataclasses import dataclass
@@ -25,9 +25,9 @@ from posegrad.jacobian._record import record
 __all__ = ["BACKWARD", "Cost", "Load", "cheapest", "costs", "rows"]
 
 BACKWARD = 2.0
-"""A backward in forwards: two products for each one of the forward."""
+"""The time of a backward, in forwards: two products for each one of the forward."""
 
-_ROWS = 1.2  # a backward that reads the rows of several poses, in plain ones
+_ROWS = 1.2  # the time of a backward that reads the rows of several poses, in plain backwards
 
 _NEAR = 1.05  # times that differ by less are alike
 
@@ -39,22 +39,22 @@ class Load:
 
     Args:
         poses: m.
-        chunks: In how many chunks of c poses they are scored.
-        whole: Whether all poses may be scored together in one forward, whose graph fits.
+        chunks: The number of chunks of c poses.
+        whole: Whether all poses may be scored in one forward, whose graph fits.
         counting: k, how many poses carry weight.
         sums: K, the running sums of a rule that streams; 0 if it does not.
-        graph: The bytes that the graph of a pose keeps; None if it was not measured.
+        graph: The bytes that one pose's graph keeps; None if it was not measured.
         gradient: The bytes of one gradient of all parameters.
         budget: The bytes that may be kept.
-        components: The numbers of a prediction.
+        components: How many numbers a prediction has.
         groups: How many groups there are.
-        early: Whether poses may be differentiated before the loss is there.
-        apart: Whether the rows of poses can be had one by one, as far as is known: poses that are
-            scored together must stay apart.
-        picks: Whether poses are scored again by themselves, not with all of their chunk.
-        walked: Whether each pose is a forward of its own, however many are in a chunk.
+        early: Whether poses may be differentiated before the loss is known.
+        apart: Whether, as far as is known, the rows of single poses can be had: poses scored
+            together must stay apart.
+        picks: Whether poses are scored again by themselves, not with their whole chunk.
+        walked: Whether each pose is a forward of its own, whatever its chunk.
         backward: The time of a backward, in forwards.
-        extra: The time that a chunk takes beyond its poses, in forwards of one.
+        extra: The fixed time of a chunk, in forwards of one pose.
     """
 
     poses: int = 1
@@ -76,12 +76,12 @@ class Load:
 
     @property
     def together(self) -> int:
-        """c, how many poses are in the largest chunk, about."""
+        """c: about how many poses the largest chunk has."""
         return -(-self.poses // self.chunks)
 
     @property
     def again(self) -> int:
-        """How many poses are scored again under `recompute`, as far as can be said before."""
+        """How many poses `recompute` scores again, as far as can be told beforehand."""
         return self.counting if self.picks else min(self.poses, self.counting * self.together)
 
 
@@ -94,11 +94,11 @@ class Cost:
         schedule: Its name.
         time: In forwards of one pose.
         graphs: How many poses' graphs are alive at once.
-        held: The bytes kept beside these.
-        bytes: All of them; None if graphs were not measured.
-        serves: Whether `auto` may take it for such a call.
-        fits: Whether that is no more than the budget. Running sums are the parameters' own needs,
-            and one chunk's graph cannot be done without.
+        held: The bytes kept beside the graphs.
+        bytes: The bytes of both; None if graphs were not measured.
+        serves: Whether `auto` may choose it for such a call.
+        fits: Whether the bytes are within the budget. Running sums count as the parameters' own,
+            and one chunk's graph is needed in any case.
     """
 
     schedule: str
@@ -111,18 +111,18 @@ class Cost:
 
 
 def costs(load: Load) -> list[Cost]:
-    """The four schedules."""
+    """The costs of all four schedules."""
     return [_retain(load), _store(load), _stream(load), _recompute(load)]
 
 
 def cheapest(load: Load) -> Cost:
-    """The least time among those that serve and fit; of those within 5 % of it the least memory."""
+    """The fastest that serves and fits; among those within 5 % of it, the least in memory."""
     return _cheapest(tuple(vars(load).values()))
 
 
 @lru_cache(maxsize=2**10)
 def _cheapest(numbers: tuple[Any, ...]) -> Cost:
-    """Likewise; equal calls have equal loads, and their arithmetic is done once."""
+    """`cheapest`, cached: equal calls have equal loads."""
     able = [cost for cost in costs(Load(*numbers)) if cost.serves and cost.fits]
     least = min(cost.time for cost in able)
     near = [cost for cost in able if cost.time <= _NEAR * least]
@@ -137,7 +137,7 @@ def _retain(load: Load) -> Cost:
 
 
 def rows(load: Load) -> float:
-    """The bytes of the rows of all poses, each parameter's in their smaller form, about."""
+    """About how many bytes the rows of all poses take, each parameter's in the smaller form."""
     alone = load.walked or load.together == 1
     row = load.gradient if alone else min(load.gradient, 2 * (load.graph or 0.0))
     return load.poses * load.components * row
@@ -147,7 +147,7 @@ def _store(load: Load) -> Cost:
     alone = load.walked or load.together == 1
     backward = load.backward * load.components * (1 if alone else _ROWS)
     held, graph = rows(load), load.graph or 1.0
-    room = int((load.budget - held) // graph)  # for a chunk, beside them
+    room = int((load.budget - held) // graph)  # for a chunk's graph, beside what is held
     together = 1 if alone else min(load.together, room) if room > 0 else load.together
     time = load.poses * (1 + backward) + load.poses / together * load.extra
     serves = load.early and load.apart
@@ -179,7 +179,7 @@ def _cost(
     graphs: int | None = None,
     needed: bool = False,
 ) -> Cost:
-    """A cost; what is needed in any case fits."""
+    """A cost; what is needed in any case counts as fitting."""
     alive = min(load.together, load.poses) if graphs is None else graphs
     kept = None if load.graph is None else held + alive * load.graph
     fits = needed or (kept is not None and kept <= load.budget)

@@ -1,4 +1,4 @@
-"""Poses cut off the graphs that their tensors come from."""
+"""Cuts poses off the graphs that their tensors come from."""
 
 from collections.abc import Sequence
 
@@ -15,19 +15,20 @@ __all__ = ["cut"]
 def cut(poses: Sequence[Pose], inputs: Inputs, leaves: dict[int, Tensor]) -> list[Pose]:
     """Poses with detached leaves for their tensors that require grad.
 
-    A pose is scored on detached copies of these (coordinates, the output of an encoder upstream);
-    the gradient of a copy is delivered to the original, whose own graph runs once, afterwards.
+    The pose is scored on detached copies of these tensors (coordinates, the output of an encoder
+    upstream). A copy's gradient is delivered to the original, whose own graph runs once,
+    afterwards.
 
     Args:
         poses: The poses.
-        inputs: What gradients flow to. A tensor joins them when its pose is met; once they are
-            closed, nothing new does.
+        inputs: What gradients flow to. A tensor joins when its pose is met, until inputs are
+            closed.
         leaves: The leaves by the number of the tensor they stand for; new ones are added. A tensor
-            that several poses share is one leaf.
+            shared by several poses has one leaf.
 
     Raises:
-        UntrackedTensorError: if ranks share the poses, and such a tensor is no leaf: the parameters
-            of an encoder upstream would be left with the gradient of this rank alone.
+        UntrackedTensorError: if ranks share the poses and such a tensor is no leaf: the parameters
+            of an encoder upstream would get the gradient of this rank alone.
     """
 
     def leaf_of(tensor: Tensor) -> Tensor:
@@ -40,7 +41,7 @@ def cut(poses: Sequence[Pose], inputs: Inputs, leaves: dict[int, Tensor]) -> lis
             return tensor.detach()
         if number not in leaves:
             leaves[number] = tensor.detach().requires_grad_()
-        # What is no leaf to the user may be written in place by the model.
+        # The model may write in place to what is no leaf to the user.
         return leaves[number] if tensor.is_leaf else leaves[number].clone()
 
     return [map_tensors(leaf_of, pose) for pose in poses]

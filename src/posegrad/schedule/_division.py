@@ -1,4 +1,4 @@
-"""The poses of one call, divided into what is scored together."""
+"""Divides the poses of a call into chunks that are scored together."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence, Sized
@@ -13,11 +13,11 @@ from posegrad.schedule._poses import Pose, bytes_of, tensors_of
 
 __all__ = ["Ahead", "Division", "Sliced", "Walked", "sliced"]
 
-_GUESSED = 2**12  # bytes of a graph for each byte of a pose, until it is measured
+_GUESSED = 2**12  # bytes of a graph for each byte of a pose, assumed until measured
 
-_AT_MOST = 2**16  # such bytes: a batch that fits even then is taken at once before it is measured
+_AT_MOST = 2**16  # such bytes at most: a batch that fits even so is scored whole, unmeasured
 
-_LIGHT = 2**17  # bytes of graphs that are one chunk of poses that are walked alone
+_LIGHT = 2**17  # bytes of the graphs in one chunk of poses that are walked alone
 
 
 class Division(ABC):
@@ -25,23 +25,23 @@ class Division(ABC):
 
     Args:
         known: What is known of poses like these.
-        is_stated: Whether the caller has said how many are scored together.
+        is_stated: Whether the caller has said how many poses are scored together.
     """
 
     count: int | None
-    """m, if the poses say."""
+    """m, if the poses have a length."""
 
     one_chunk: bool
-    """Whether all are scored together."""
+    """Whether all poses are scored together."""
 
     is_empty: bool
-    """Whether there are none."""
+    """Whether there are no poses."""
 
     walked: bool
-    """Whether each is a forward of its own."""
+    """Whether each pose is a forward of its own."""
 
     whole = False
-    """Whether all could be scored together, though smaller chunks are enough."""
+    """Whether all poses could be scored together, though smaller chunks are fast enough."""
 
     def __init__(self, known: Known, *, is_stated: bool) -> None:
         self.known = known
@@ -49,14 +49,14 @@ class Division(ABC):
 
     @property
     def is_measured(self) -> bool:
-        """Whether what was learned may decide; a caller who states chunks wants the same bits."""
+        """Whether measurements may decide; a caller who states chunks wants the same bits."""
         return self.known.measure is not None and not self.is_stated
 
     @property
     def may_overrun(self) -> bool:
-        """Whether to be ready for a chunk that runs out of memory.
+        """Whether a chunk may run out of memory, so that it must be possible to halve it.
 
-        Not where the caller has stated chunks, nor where all graphs are a hundredth of the budget.
+        Not if the caller states chunks, nor if all graphs take less than 1 % of the budget.
         """
         graph = self.graph()
         poses = (self.count or 1) if self.one_chunk or self.whole else self.together()
@@ -67,26 +67,26 @@ class Division(ABC):
     def portions(
         self, *, light: bool = False, whole: bool = False, reserved: float = 0.0
     ) -> Iterator[Portion]:
-        """The poses, forward by forward, once.
+        """The portions to score, one forward each; may be iterated once.
 
         Args:
-            light: Whether poses that are walked alone may be one chunk where their graphs are
-                small: what is done for each chunk would take longer than they do.
-            whole: Whether all are one chunk, where they may be.
-            reserved: The bytes that are kept beside the graphs.
+            light: Whether walked poses with small graphs may share a chunk: the fixed time of a
+                chunk would exceed theirs.
+            whole: Whether all poses are one chunk, where they may be.
+            reserved: The bytes kept beside the graphs.
         """
 
     @abstractmethod
     def together(self) -> int:
-        """How many poses are in a chunk, about."""
+        """About how many poses a chunk has."""
 
     @abstractmethod
     def chunks(self) -> int:
-        """About how many chunks there are. Forms them to count them, so the poses are gone then."""
+        """About how many chunks poses that have a length make. May consume the poses."""
 
     @abstractmethod
     def graph(self) -> float | None:
-        """The bytes of a pose's graph, if they were measured."""
+        """The bytes of a pose's graph, if measured."""
 
 
 @final
@@ -96,7 +96,7 @@ class Sliced(Division):
     Args:
         batch: The batch.
         chunk_size: As the caller stated it.
-        known: As above.
+        known: What is known of poses like these.
         measures: Whether graphs are measured; those of sharded models are not.
     """
 
@@ -129,7 +129,7 @@ class Sliced(Division):
             again = reserved and not self.is_stated
             yield from sliced(self._batch, self._fitting(0, reserved) if again else self._sizes)
             return
-        yield next(sliced(self._batch, [1, self._batch.count - 1]))  # and it is measured
+        yield next(sliced(self._batch, [1, self._batch.count - 1]))  # which is measured
         sizes = [1, *self._fitting(1, reserved)]
         yield from islice(sliced(self._batch, sizes), 1, None)
 
@@ -144,7 +144,7 @@ class Sliced(Division):
         return None if measure is None else measure.graph_of(self._pose())
 
     def _fits(self) -> bool:
-        """Whether all fit together, as measured."""
+        """Whether all poses fit together, by measurement."""
         graph, most = self.graph(), self.known.most
         fits = graph is not None and graph * self._batch.count <= self.known.budget
         return fits and (most is None or self._batch.count <= most)
@@ -153,16 +153,16 @@ class Sliced(Division):
         return self._fitting(0) if self._sizes is None else self._sizes
 
     def _pose(self) -> float:
-        """The bytes of a pose, in the mean."""
+        """The mean bytes of a pose."""
         return self._bytes / max(1, self._batch.count)
 
     def _is_unknown(self) -> bool:
-        """Whether nobody knows that all fit."""
+        """Whether nothing tells that all poses fit."""
         most = self._bytes * _AT_MOST
         return self._batch.count > 1 and self.known.measure is None and most > self.known.budget
 
     def _fitting(self, start: int, reserved: float = 0.0) -> list[int]:
-        """As few chunks as fit, for the poses from one on."""
+        """The sizes of as few chunks as fit, for the poses from `start` on."""
         count, budget = self._batch.count - start, max(1.0, self.known.budget - reserved)
         graph = self.graph()
         measured = graph is not None and not isinf(self.known.worth(graph))
@@ -246,7 +246,7 @@ class Walked(Division):
             yield Portion(chunk, len(chunk), self._how)
 
     def _fitting(self, *, light: bool) -> Iterator[list[Pose]]:
-        """As many together as fit; the first alone, so that it is measured."""
+        """As many poses together as fit; the first alone, to be measured."""
         joined = self._how == "joined"
         if not (light or joined):
             yield from ([pose] for pose in self._poses)
@@ -260,21 +260,21 @@ class Walked(Division):
             if chunk and (total + graph > limit or len(chunk) == self._most(graph)):
                 yield chunk
                 chunk, total = [], 0.0
-                graph = self._graph(pose, limit)  # which may have been measured meanwhile
+                graph = self._graph(pose, limit)  # may have been measured meanwhile
             chunk.append(pose)
             total += graph
-            if total >= limit:  # the next pose of a generator is not asked for while this one waits
+            if total >= limit:  # a full chunk goes at once, before a generator is asked for more
                 yield chunk
                 chunk, total = [], 0.0
         if chunk:
             yield chunk
 
     def _most(self, graph: float) -> float:
-        """How many poses of such graphs are enough, and may be."""
+        """How many poses with such graphs are fast enough, and allowed, in one chunk."""
         return min(self.known.most or inf, max(1, ceil(min(self.known.worth(graph), 2**40))))
 
     def _graph(self, pose: Pose, limit: float) -> float:
-        """The bytes of its graph; the limit if nobody knows."""
+        """The bytes of a pose's graph; the limit if unknown."""
         measure = self.known.measure
         size = 0 if measure is None else self._pose(pose)
         return limit if measure is None or not size else measure.graph_of(size)
@@ -286,16 +286,16 @@ class Walked(Division):
 
 @final
 class Ahead(Iterator[Pose]):
-    """Poses of any kind, one after another, of which the first can be looked at before.
+    """An iterator over poses of any kind that can look at the first in advance.
 
     Args:
         poses: As users state them.
 
     Attributes:
-        count: How many there are, if they say.
-        none: What stands for no pose.
-        first: The first, or `none`; it is not held on to once it is `taken`.
-        is_one: Whether there is one and no more.
+        count: How many there are, if the poses have a length.
+        none: Stands for no pose.
+        first: The first pose, or `none`; dropped once it is `taken`.
+        is_one: Whether there is exactly one pose.
     """
 
     none = object()
@@ -309,7 +309,7 @@ class Ahead(Iterator[Pose]):
         self._rest = chain(opening, rest)
 
     def taken(self) -> Pose:
-        """The first, for the last time."""
+        """The first pose, which is then let go."""
         first, self.first = self.first, self.none
         return first
 
@@ -318,13 +318,13 @@ class Ahead(Iterator[Pose]):
 
 
 def sliced(batch: Batch, sizes: Sequence[int]) -> Iterator[Portion]:
-    """A batch in slices of these sizes."""
+    """A batch in slices of the given sizes."""
     for piece, size in zip(batch.slices(sizes), sizes, strict=True):
         yield Portion([piece], size, "slice")
 
 
 def _even(count: int, most: int) -> list[int]:
-    """As few chunks as hold so many at most, of nearly equal size."""
+    """As few chunks as possible of at most `most` poses, of nearly equal size."""
     if not count:
         return []
     chunks = -(-count // most)
@@ -335,7 +335,7 @@ def _even(count: int, most: int) -> list[int]:
 def _greedy(graphs: Sequence[float], budget: float, most: int) -> list[int]:
     """Chunks of consecutive poses whose graphs add up to no more than the budget."""
     sizes: list[int] = []
-    total = budget  # as of a chunk that is full
+    total = budget  # starts a new chunk
     for graph in graphs:
         if total + graph > budget or sizes[-1] == most:
             sizes.append(0)

@@ -1,4 +1,4 @@
-"""Embeddings: what the model makes of each pose, for losses that look at all of them."""
+"""Embeddings: the model's output for each pose, for losses that look at all poses."""
 
 from typing import final
 
@@ -11,11 +11,11 @@ __all__ = ["Embeddings"]
 
 @final
 class Embeddings(Combination):
-    """The rule of `Engine.embed`: the predictions as they are, each by itself.
+    """The rule of `Engine.embed`: it returns the predictions unchanged.
 
-    Its weights come from the loss, so nothing is known of them before the backward: there is no
-    online form, and `auto` treats it like any rule whose weights do not separate. What autograd
-    hands back are the cotangents `[m, d]`, with which the replay of each chunk begins.
+    Its weights come from the loss and are unknown before the backward. So there is no online form,
+    and `auto` treats it like any rule whose weights do not separate. Autograd hands back the
+    cotangents `[m, d]`, from which the replay of each chunk starts.
     """
 
     def forward(self, predictions: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Whether parameters are still what they were when the poses were scored."""
+"""Checks that parameters are still what they were when the poses were scored."""
 
 from collections.abc import Callable, Sequence
 from typing import final
@@ -14,16 +14,17 @@ __all__ = ["Freshness"]
 
 @final
 class Freshness:
-    """Notes what parameters are at the end of a first pass, and refuses a backward at others.
+    """Notes the parameters at the end of a first pass, and refuses a backward if they changed.
 
     Args:
-        parameters: The parameters, and `names`, theirs.
+        parameters: The parameters.
+        names: Their names.
         modules: All modules of the models.
         call: What was called, for messages.
 
     Attributes:
-        written: The numbers of parameters that forwards write to themselves: an embedding with
-            `max_norm` shortens rows of its weight, or writes them as they are.
+        written: The numbers of parameters that forwards themselves write: an embedding with
+            `max_norm` shortens rows of its weight, or rewrites them unchanged.
     """
 
     def __init__(
@@ -44,7 +45,7 @@ class Freshness:
         self.written = {*self._shortened}
 
     def noting(self, score: Callable[[], Tensor]) -> Tensor:
-        """What a forward returns, noting which parameters it writes to itself."""
+        """Returns what a forward returns, and notes which parameters the forward wrote."""
         before = [*map(_version, self._parameters)]
         predictions = score()
         pairs = zip(before, map(_version, self._parameters), strict=True)
@@ -52,12 +53,12 @@ class Freshness:
         return predictions
 
     def mark(self) -> None:
-        """Parameters must stay as they are from now on."""
+        """Notes the parameters, which must not change from now on."""
         self._marks = [_mark(p) for p in self._parameters]
         self._copies = {i: self._value(i) for i in self.written}
 
     def check(self) -> None:
-        """Raises if a parameter is not what it was.
+        """Raises if a parameter has changed.
 
         Raises:
             StaleParametersError: naming every changed parameter.
@@ -73,7 +74,7 @@ class Freshness:
             )
 
     def _is_fresh(self, number: int) -> bool:
-        """Whether a parameter is as it was; by value, but for rounding, if forwards write to it."""
+        """Whether a parameter is unchanged; if forwards write it, by value up to rounding."""
         parameter, copy = self._parameters[number], self._copies.get(number)
         mark, now = self._marks[number], _mark(parameter)
         if now == mark or copy is None:
@@ -83,7 +84,7 @@ class Freshness:
         return same and torch.allclose(self._value(number), copy, rtol=rounding, atol=0)
 
     def _value(self, number: int) -> Tensor:
-        """A copy of a parameter, with rows shortened as an embedding with `max_norm` does."""
+        """A copy of a parameter, its rows shortened as by an embedding with `max_norm`."""
         parameter = self._parameters[number].detach()
         if number not in self._shortened:
             return parameter.clone()
@@ -92,7 +93,7 @@ class Freshness:
 
 
 def _limits(modules: Sequence[nn.Module]) -> dict[int, tuple[float, float]]:
-    """What embeddings shorten the rows of their weights to, and in which norm, by `id`."""
+    """The length and the norm to which embeddings shorten rows of their weights, by `id`."""
     kinds = (nn.Embedding, nn.EmbeddingBag)
     found = [m for m in modules if isinstance(m, kinds) and m.max_norm is not None]
     return {id(m.weight): (float(m.max_norm or 0), m.norm_type) for m in found}

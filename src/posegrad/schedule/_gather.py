@@ -1,4 +1,4 @@
-"""The Jacobian of poses scored in chunks."""
+"""Gathers the Jacobian of poses that are scored in chunks."""
 
 from collections.abc import Callable, Iterator, Mapping
 from typing import TypeVar
@@ -34,20 +34,20 @@ def gather(
     keep: Callable[[PoseJacobian], T],
     start: int = 0,
 ) -> list[T]:
-    """Scores chunk after chunk, and keeps something of the Jacobian of each.
+    """Scores chunk after chunk and keeps a Jacobian of each.
 
     Args:
         gatherer: Reads the rows.
         scorer: Runs the model.
         chunks: The poses.
-        look: Is shown each chunk and its predictions.
-        parameters: What to differentiate by.
-        loss: Made of the predictions, if not they themselves.
-        keep: What is kept; nobody else sees the Jacobian.
+        look: Called with each chunk and its predictions.
+        parameters: The parameters to differentiate by.
+        loss: Computes the rows from the predictions; default: they are the predictions.
+        keep: What to keep of a chunk's Jacobian, which nobody else holds.
         start: The number of the first pose.
 
     Raises:
-        NotDifferentiableError: if nothing depends on a parameter.
+        NotDifferentiableError: if no prediction depends on a parameter.
     """
     found: list[T] = []
     shape, used, count = torch.Size(), False, start
@@ -71,7 +71,7 @@ def gather(
 
 
 def in_form(form: str) -> Callable[[PoseJacobian], PoseJacobian]:
-    """What keeps the rows of a chunk.
+    """The function that keeps the rows of a chunk in a form.
 
     Raises:
         ValueError: if the form is none of `FORMS`.
@@ -101,7 +101,7 @@ def _of_loss(loss: Loss, predictions: Tensor, start: int) -> Tensor:
 
 
 def _alike(rows: Tensor, shape: torch.Size, number: int, first: int) -> torch.Size:
-    """The shape of a row, if it is that of the others."""
+    """The shape of a row, which must be that of all others."""
     if rows.shape[1:] != shape:
         raise ShapeMismatchError(
             f"The rows of pose {number} have shape {list(rows.shape[1:])}, those of pose {first} "

@@ -13,11 +13,11 @@ __all__ = ["GradientSum"]
 
 @final
 class GradientSum:
-    """A sum of gradients, kept by number of input; inputs nothing flowed to are absent.
+    """Sums of gradients by number of input; inputs without gradient are absent.
 
-    A first gradient is kept as it is: autograd may hand out one tensor for two inputs, or a view
-    that must not be written. Only sums that this object made are changed in place. Half precisions
-    are summed in float32.
+    A first gradient is not copied: autograd may hand out one tensor for two inputs, or a view that
+    must not be written. So only sums made here are changed in place. Half precisions are summed in
+    float32.
     """
 
     def __init__(self) -> None:
@@ -50,11 +50,11 @@ class GradientSum:
             self._owned.update(self._sums)
 
     def get(self, number: int) -> Tensor | None:
-        """The sum of one input, or None if nothing flowed to it."""
+        """The sum of one input, or None if it has no gradient."""
         return self._sums.get(number)
 
     def delivered(self, inputs: Sequence[Tensor]) -> list[Tensor | None]:
-        """The sums in the order and the dtypes of the inputs; None where nothing flowed."""
+        """The sums in the order and dtypes of the inputs; None for those without gradient."""
         return [
             None if (total := self.get(i)) is None else total.to(tensor.dtype)
             for i, tensor in enumerate(inputs)

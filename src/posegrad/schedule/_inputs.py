@@ -1,4 +1,4 @@
-"""What gradients flow to: the model's parameters, and pose tensors that require grad."""
+"""What gradients flow to: the model's parameters and the pose tensors that require grad."""
 
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import nullcontext
@@ -24,7 +24,7 @@ class Inputs:
 
     Args:
         parameters: By name.
-        ranks: Those over which gradients of parameters are summed, if there are any.
+        ranks: Those that sum the gradients of parameters, if several do.
         modules: All modules of the models.
         call: What was called, for messages.
     """
@@ -49,7 +49,7 @@ class Inputs:
         self._is_closed = False
 
     def sources(self, leaves: Mapping[int, Tensor]) -> dict[str, tuple[int, Tensor]]:
-        """What a chunk's predictions may depend on: numbers and tensors, by a name for messages."""
+        """What a chunk's predictions may depend on: numbers and tensors, by name for messages."""
         own = zip(self.names, enumerate(self.tensors), strict=False)
         return dict(own) | {f"pose tensor {i}": (i, leaf) for i, leaf in leaves.items()}
 
@@ -63,7 +63,7 @@ class Inputs:
     ) -> dict[int, Tensor]:
         """The vector-Jacobian product of one chunk, by number of input; unused inputs are absent.
 
-        Its memory is one gradient beside the chunk's graph, which is freed unless kept.
+        Holds one gradient beside the chunk's graph, which is freed unless kept.
         """
         numbers = [*range(self.parameter_count), *leaves]
         sources = [*self.tensors[: self.parameter_count], *leaves.values()]
@@ -72,9 +72,9 @@ class Inputs:
         if self.is_sharded():
             return self._through_hooks(predictions, cotangent, leaves)
         own = dict(zip(self.names, self.tensors, strict=False))
-        # Only a graph that is used again fails where plain autograd would not.
+        # Only a graph that is used again can fail where plain autograd would not.
         named = failures_named() if keep_graph else nullcontext()
-        # Once they are closed, a backward is under way.
+        # Closed inputs mean that a backward is running.
         lock, aside = (nullcontext(),) * 2 if self._is_closed else (alone(), grad_set_aside(own))
         with lock, aside, leaf_hooks_off(sources), no_autocast(), named:
             found = torch.autograd.grad(
@@ -83,20 +83,20 @@ class Inputs:
         return {i: g for i, g in zip(numbers, found, strict=True) if g is not None}
 
     def has_hooks(self, number: int) -> bool:
-        """Whether functions of the user's run on the gradient of an input.
+        """Whether functions of the user run on the gradient of an input.
 
-        Those of sharded parameters are FSDP2's to run, which adds the gradient itself.
+        Hooks of sharded parameters belong to FSDP2, which adds the gradient itself.
         """
         return not (self.is_sharded() and number < self.parameter_count) and is_watched(
             self.tensors[number]
         )
 
     def reached(self, found: Collection[int], leaves: Mapping[int, Tensor]) -> set[int]:
-        """The numbers of the inputs among some leaves of a graph.
+        """The numbers of the inputs among the leaves of a graph.
 
-        Args:
+        found: The `id` of every leaf.
             found: `id` of every leaf.
-            leaves: The detached stand-ins for pose tensors in that graph.
+            leaves: The detached stand-ins for pose tensors in the graph.
         """
         numbers = self._index | {id(leaf): number for number, leaf in leaves.items()}
         return {numbers[key] for key in found if key in numbers}
@@ -108,9 +108,9 @@ class Inputs:
     def _through_hooks(
         self, predictions: Tensor, cotangent: Tensor, leaves: Mapping[int, Tensor]
     ) -> dict[int, Tensor]:
-        """As `gradients`, but those of parameters are left to FSDP2, which writes `.grad`.
+        """As `gradients`, but FSDP2 writes the parameters' gradients to `.grad`.
 
-        A sharded parameter gets none from `torch.autograd.grad`. FSDP2 divides the sum over ranks
+        `torch.autograd.grad` returns none for sharded parameters. FSDP2 divides the sum over ranks
         by their number.
         """
         assert self.ranks is not None
@@ -120,25 +120,25 @@ class Inputs:
         return {i: g / self.ranks.count for i, g in found.items() if g is not None}
 
     def joined(self, tensors: Sequence[Tensor]) -> list[int]:
-        """The numbers of more tensors that gradients flow to; those of known ones stay."""
+        """The numbers of tensors, which join the inputs if new."""
         numbers = [self.number_of(tensor) for tensor in tensors]
         return [number for number in numbers if number is not None]
 
     def close(self) -> None:
-        """Ends the first pass: the inputs are complete, and parameters must stay as they are."""
+        """Ends the first pass: no inputs join any more, and parameters must not change."""
         self._is_closed = True
         self.freshness.mark()
 
     def number_of(self, tensor: Tensor) -> int | None:
-        """The number of a tensor, which joins if it is new; None if it comes too late for that."""
+        """The number of a tensor, which joins if it is new; None if the inputs are closed."""
         if id(tensor) not in self._index and not self._is_closed:
             self._index[id(tensor)] = len(self.tensors)
-            self.tensors.append(tensor)  # also keeps it alive, so that its id stays its own
+            self.tensors.append(tensor)  # which keeps it alive, so that its id stays unique
         return self._index.get(id(tensor))
 
 
 def is_watched(tensor: Tensor) -> bool:
-    """Whether a tensor that requires grad has hooks, or the leaf that it was cut out of."""
+    """Whether a tensor that requires grad, or the leaf it was cut from, has hooks."""
     if not tensor.requires_grad:
         return False
     stacked = leaf_of_slice(tensor)

@@ -1,4 +1,4 @@
-"""A scalar whose backward is a rule's gradient, for whoever calls that backward."""
+"""`Engine.loss`: a scalar whose backward hands out a rule's gradient."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,9 +23,9 @@ __all__ = ["LossCall"]
 OUTSIDE = ("sum", "error")
 
 _FIRST_ORDER = (
-    "A second derivative was asked of engine.loss(), whose gradient is a rule's, not that of a "
-    "function.\n"
-    "Call backward() without create_graph=True; add what needs it by a backward of its own."
+    "A second derivative was asked of engine.loss(), whose gradient is made by a rule and is not "
+    "that of a function.\n"
+    "Call backward() without create_graph=True; give what needs it a backward of its own."
 )
 
 
@@ -35,12 +35,12 @@ class LossCall:
     """One call of `Engine.loss`.
 
     Args:
-        losses: As there.
+        losses: The argument of `Engine.loss`.
         rule: Likewise.
         outside: Likewise.
         gatherer: Reads the rows.
         parameters: All parameters of the engine's modules, by name.
-        modules: All modules of the engine, also those inside others.
+        modules: All modules of the engine, submodules included.
     """
 
     losses: Tensor
@@ -54,11 +54,11 @@ class LossCall:
 
     @restoring
     def value(self, trained: Callable[[], Mapping[str, Tensor]], ranks: Ranks | None) -> Tensor:
-        """The scalar; under no_grad without a graph."""
+        """The scalar; without a graph under no_grad."""
         if self.outside not in OUTSIDE:
             raise ValueError(f"outside={self.outside!r} is unknown; it is 'sum' or 'error'.")
         if not torch.is_grad_enabled():
-            self.gatherer.graph_of(self.losses.detach())  # refuses what has no rows
+            self.gatherer.graph_of(self.losses.detach())  # refuses losses that have no rows
             return wide(self.losses.detach()).mean()
         rule = as_gradient_rule(self.rule)
         if ranks is None and is_noise_alone(self.losses, rule):
@@ -72,7 +72,7 @@ class LossCall:
         return self._attached(value, made)
 
     def _read(self, parameters: Mapping[str, Tensor], *, has_noise: bool) -> PoseJacobian:
-        """The rows of this process, and the gradient of what lies beside the engine."""
+        """The rows of this process, with the gradients of leaves outside the engine's modules."""
         self._graph = graph = self.gatherer.graph_of(self.losses)
         if graph is not None:
             self._beside.leaves = leaves_beside(graph, {id(p) for p in self.parameters.values()})
@@ -83,7 +83,7 @@ class LossCall:
         )
 
     def _attached(self, value: Tensor, made: Gradient) -> Tensor:
-        """The value, with a backward that hands out the gradients."""
+        """The value, with a backward that hands out the gradients made."""
         pairs = zip(self._beside.leaves, self._beside.gradients or (), strict=False)
         outside = [(leaf, gradient) for leaf, gradient in pairs if gradient is not None]
         places: list[Tensor] = [self.parameters[name] for name in made.own]
@@ -110,7 +110,7 @@ class LossCall:
             if is_last:
                 kept.free_after_backward()
             found = [gradient for gradient in saved if gradient is not None]
-            # In place only what nobody else holds: autograd may give two leaves one tensor.
+            # In place only where nobody else holds it: autograd may use one tensor twice.
             scaled = _scaled(found[:count], scale, in_place=is_last)
             scaled += _scaled(found[count:], scale, in_place=False)
             return _by_number(numbers, scaled, inputs.tensors)
@@ -124,7 +124,7 @@ class LossCall:
 def _scaled(gradients: Sequence[Tensor], scale: Tensor, *, in_place: bool) -> list[Tensor]:
     if not in_place:
         return [gradient * scale.to(gradient.device) for gradient in gradients]
-    if scale.device.type == "cpu" and float(scale) == 1:  # nearly always
+    if scale.device.type == "cpu" and float(scale) == 1:  # the usual case
         return [*gradients]
     return [gradient.mul_(scale.to(gradient.device)) for gradient in gradients]
 
@@ -132,7 +132,7 @@ def _scaled(gradients: Sequence[Tensor], scale: Tensor, *, in_place: bool) -> li
 def _by_number(
     numbers: Sequence[int | None], gradients: Sequence[Tensor], tensors: Sequence[Tensor]
 ) -> list[Tensor | None]:
-    """Gradients in the order of the tensors that they are of; two of one tensor are added up."""
+    """Gradients in the order of their tensors; two gradients of one tensor are added."""
     found: list[Tensor | None] = [None] * len(tensors)
     for number, gradient in zip(numbers, gradients, strict=True):
         if number is not None:

@@ -1,4 +1,4 @@
-"""How much graphs may take, and what they take: measured once for each kind of pose."""
+"""How much memory graphs may take, and how much they do: measured once for each kind of pose."""
 
 import re
 from collections.abc import Callable, Hashable, Iterable, Sequence
@@ -25,20 +25,20 @@ _UNITS = {"b": 1} | {
     for suffix, base in (("b", 1000), ("ib", 1024))
 }
 
-# Work in bytes that are written and read, as far as it does not grow with the poses: a call of one
-# operator, and what this library does for a chunk, some 5 and 400 us.
+# The fixed part of the work, in bytes read and written: calling one operator, and what this
+# library does for a chunk, some 5 and 400 us.
 OPERATOR = 2**13
 CHUNK = 80 * OPERATOR
 
-_ENOUGH = 20  # times that, in a chunk's graphs
+_ENOUGH = 20  # a chunk's graphs should take that many times the fixed part
 
-_NODE = 512  # bytes of a node itself, about
+_NODE = 512  # about the size of a node itself
 
-_STEEP = 4  # so many times the poses share what a graph keeps but once
+_STEEP = 4  # growth at which poses share this many times what a graph keeps only once
 
 
 def checked_memory(memory: Any, modules: Sequence[nn.Module]) -> int:
-    """A number of bytes, from what users state.
+    """The number of bytes that the user's argument stands for.
 
     Args:
         memory: A number, a text such as `"2GiB"`, or `"auto"`: on an accelerator half of what is
@@ -67,13 +67,13 @@ def checked_memory(memory: Any, modules: Sequence[nn.Module]) -> int:
 @final
 @dataclass(frozen=True)
 class Measure:
-    """What the graphs of some poses took.
+    """The measured graphs of some poses.
 
     Args:
-        pose: The bytes of a pose, in their mean.
-        graph: The bytes that its graph keeps.
+        pose: The mean bytes of a pose.
+        graph: The bytes that the graph of one pose keeps.
         nodes: How many operators one forward takes.
-        poses: How many were measured together.
+        poses: How many poses were measured together.
     """
 
     pose: float
@@ -84,34 +84,34 @@ class Measure:
     def graph_of(self, pose: float) -> float:
         """The bytes of the graph of a pose of another size.
 
-        Of a smaller one no more than in proportion, as graphs grow at least so. Of a larger one as
-        the square, which is as much as attention takes, until one like it is measured.
+        Of a smaller pose, proportionally less, as graphs grow at least in proportion. Of a larger
+        one the square, as much as attention takes, until such a pose is measured.
         """
         share = pose / self.pose
         return self.graph * share * max(1.0, share)
 
     def tells(self, poses: int, size: float) -> bool:
-        """Whether to measure some poses would say no more than this does."""
+        """Whether measuring some poses would add nothing."""
         alike = poses < _STEEP * self.poses or size < 0.9 * self.pose
         return alike and size <= 1.001 * self.pose
 
 
 @final
 class Known:
-    """What an engine knows of poses of one kind, from the calls before.
+    """What an engine has learned from earlier calls about one kind of pose.
 
     Attributes:
-        measure: What their graphs take, once that was measured.
-        most: How many may be scored together, if more ran out of memory.
-        apart: Where poses that are scored together were seen to stay apart: with graphs or without,
-            and in chunks of one shape or of several, which are padded or follow one another.
-        picks: Whether poses of a chunk that the caller has stated may be scored again by
-            themselves, in chunks of one shape or of several; without entry where nobody has asked.
-        compared: Where gradients of poses that were scored again by themselves were seen to be
-            those of their whole chunk: in chunks of one shape or of several.
+        measure: What their graphs take, once measured.
+        most: How many may be scored together, if a larger number ran out of memory.
+        apart: Where poses scored together were seen to stay apart: with graphs or without, and in
+            chunks of one shape or of several, which are padded or concatenated.
+        picks: Whether single poses of a chunk that the caller has stated may be scored again, for
+            chunks of one shape and of several; no entry where nobody has asked.
+        compared: Where poses scored again by themselves were seen to have the gradients of their
+            whole chunk: in chunks of one shape or of several.
         has_rows: Whether rows may be read off their graphs, as far as is known.
         draws: Whether a forward drew random numbers or wrote to buffers.
-        counting: For each rule how many poses carried weight in the last call, and of how many.
+        counting: For each rule, how many poses carried weight in the last call, and of how many.
     """
 
     def __init__(self, meter: "Meter") -> None:
@@ -126,9 +126,9 @@ class Known:
         self._meter = meter
 
     def worth(self, graph: float) -> float:
-        """How many poses of such graphs in a chunk are enough.
+        """How many poses with such graphs make a chunk fast enough.
 
-        More would save less than 5 % of the time, and hold more; on an accelerator nobody knows.
+        More would save less than 5 % of the time and hold more; on an accelerator that is unknown.
         """
         if self.measure is None or not self._meter.on_cpu:
             return inf
@@ -140,21 +140,21 @@ class Known:
         return self._meter.budget
 
     def is_apart(self, *, stated: bool) -> bool:
-        """Whether poses that are scored together are known to stay apart.
+        """Whether poses scored together are known to stay apart.
 
         Args:
-            stated: Whether the caller has said how many these are.
+            stated: Whether the caller has stated the chunks.
         """
         if stated:
             return self.may_pick() and bool(self.picks)
         return any(with_graph for with_graph, _ in self.apart)
 
     def may_pick(self) -> bool:
-        """Whether nothing speaks against scoring poses of stated chunks again by themselves."""
+        """Whether nothing speaks against scoring single poses of stated chunks again."""
         return all(self.picks.values())
 
     def look(self, portion: Portion, predictions: Tensor) -> None:
-        """Measures the graph of some poses, unless that would say nothing new."""
+        """Measures the graph of some poses, unless that would add nothing."""
         size = bytes_of(portion.tensors()) / portion.count
         told = self.measure is not None and self.measure.tells(portion.count, size)
         if told or not size or not predictions.requires_grad:
@@ -162,7 +162,7 @@ class Known:
         own = storages([*self._meter.tensors(), *portion.tensors()])
         if (found := footprint(predictions, own)) is not None:
             kept, nodes = found
-            if portion.how == "alone":  # each has operators of its own, however many are a chunk
+            if portion.how == "alone":  # each pose has its own operators, whatever its chunk
                 kept += nodes * _NODE
                 nodes //= portion.count
             self.measure = Measure(size, kept / portion.count, nodes, portion.count)
@@ -172,11 +172,11 @@ class Known:
         self.draws = draws
 
     def refuse_rows(self) -> None:
-        """Notes that rows cannot be read off their graphs."""
+        """Notes that rows cannot be read off the graphs."""
         self.has_rows = False
 
     def shrink(self, poses: int) -> None:
-        """Notes that so many poses ran out of memory together."""
+        """Notes that this many poses together ran out of memory."""
         self.most = max(1, poses // 2)
         self._meter.say(
             f"{poses} poses ran out of memory together, so at most {self.most} are scored at once "
@@ -186,12 +186,12 @@ class Known:
 
 @final
 class Meter:
-    """What an engine has measured.
+    """All that an engine has measured.
 
     Args:
         budget: The bytes that graphs may take together.
         tensors: Lists the parameters and buffers of the models.
-        on_cpu: Whether these were all on a CPU.
+        on_cpu: Whether all models were on a CPU.
     """
 
     def __init__(
@@ -204,14 +204,14 @@ class Meter:
         self._said = False
 
     def of(self, kind: Hashable) -> Known:
-        """What is known of a kind of pose."""
+        """What is known of one kind of pose."""
         known = self._known.get(kind)
         if known is None:
             known = self._known[kind] = Known(self)
         return known
 
     def say(self, message: str) -> None:
-        """Warns, the first time."""
+        """Warns, but only once."""
         if not self._said:
             self._said = True
             warn(message)

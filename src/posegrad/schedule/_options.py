@@ -23,23 +23,23 @@ __all__ = ["Options"]
 
 @final
 class Options:
-    """How an engine runs poses: what it was told when it was made, and what it has learned since.
+    """How an engine runs poses: its arguments, and what it has learned since.
 
     Args:
         modules: The models.
         predict: Called as `predict(*modules, pose)`.
-        collate: Joins poses into what it takes.
-        chunk_size: How many are joined.
+        collate: Joins poses into what `predict` takes.
+        chunk_size: How many poses are joined.
         memory: The bytes that graphs may take together.
-        ranks: Who share every group of poses, if anyone does.
-        roster: The models' parameters and parts.
+        ranks: Those that share every group of poses, if several do.
+        roster: The parameters and submodules of the models.
 
     Attributes:
-        is_wary: Whether to score all poses with graphs, as no group has been through yet.
-        apart: Tells whether poses stay apart.
+        is_wary: Whether to score all poses with graphs, as in the first group.
+        apart: Checks that poses stay apart.
 
     Raises:
-        ValueError: if `chunk_size` or `memory` is none.
+        ValueError: if `chunk_size` or `memory` is invalid.
     """
 
     def __init__(
@@ -74,14 +74,14 @@ class Options:
         return self._chunk_size if isinstance(self._chunk_size, int) else 1
 
     def trust(self) -> None:
-        """Notes that a group has been through without a complaint, each pose with its graph."""
+        """Notes that a group went through without an error, all poses scored with graphs."""
         self.is_wary = False
 
     def scorer(self) -> Scorer:
         """How poses are scored.
 
         Raises:
-            ValueError: if they must pass through several modules, and nobody said how.
+            ValueError: if there are several modules and no `predict`.
         """
         if self._predict is None and len(self.modules) > 1:
             raise ValueError(
@@ -102,12 +102,12 @@ class Options:
 
         Args:
             poses: As users state them.
-            parameters: The models', as the roster names them.
+            parameters: The models', as named by the roster.
             may_be_empty: Whether other ranks may have poses where this one has none.
 
         Raises:
             NoPosesError: if there are none.
-            ValueError: if they must be joined, and nobody said how.
+            ValueError: if they must be joined and there is no `collate`.
         """
         division = self._division(poses, parameters)
         if division.is_empty and not may_be_empty:
@@ -149,7 +149,7 @@ class Options:
         return Walked(ahead, size, known, joins=joins)
 
     def _kind(self, pose: Pose, how: str, parameters: Iterable[Tensor]) -> Hashable:
-        """What poses have in common whose graphs are alike but for their size."""
+        """What poses have in common whose graphs differ only in size."""
         kinds = tuple([(t.dtype, t.ndim, t.requires_grad) for t in tensors_of(pose)])
         trained = tuple([p.requires_grad for p in parameters])
         parts = tuple([part.training for part in self.roster.parts()])
@@ -159,4 +159,4 @@ class Options:
         return (t for m in self.modules for t in (*m.parameters(), *m.buffers()))
 
 
-_ALONE = (1, "auto")  # chunk sizes under which poses that are walked come one by one
+_ALONE = (1, "auto")  # chunk sizes under which walked poses come one by one

@@ -38,11 +38,11 @@ SCHEDULES = ("auto", "retain", "store", "stream", "recompute")
 @final
 @record
 class Request:
-    """What the choice of a schedule looks at; `shared` tells that other ranks have poses too.
+    """What the choice of a schedule depends on; `shared` means that other ranks have poses too.
 
-    `sharded` tells that FSDP2 has spread the parameters over them, `known` how many poses carried
-    weight in the last call, and of how many, `measured` whether what their graphs take is known,
-    and `work` what there is to do whatever the rule.
+    `sharded` means that FSDP2 has spread the parameters over them. `known` is how many poses
+    carried weight in the last call, and of how many; `measured`, whether graphs were measured;
+    `work`, what there is to do under any rule.
     """
 
     rule: Combination
@@ -60,13 +60,13 @@ class Request:
 
     @cached_property
     def form(self) -> OnlineForm | None:
-        """The rule's online form, unless the rule itself is being trained."""
+        """The rule's online form, or None while the rule itself is trained."""
         if self.rule_is_trained or any(p.requires_grad for p in self.rule.parameters()):
             return None
         return self.rule.online()
 
     def counting(self, poses: int) -> tuple[int, str]:
-        """How many of some poses carry weight, as far as can be said before, and who says so."""
+        """How many of some poses carry weight, as far as can be told beforehand, and the source."""
         groups = groups_of(self.rule)
         declared = ungrouped(self.rule).counting()
         if declared is not None:
@@ -80,7 +80,7 @@ class Request:
         return poses, "until a call has shown"
 
     def few_count(self) -> bool:
-        """Whether it is known of some poses that they carry no weight."""
+        """Whether some poses are known to carry no weight."""
         if ungrouped(self.rule).counting() is not None:
             return True
         if self.known is not None:
@@ -105,11 +105,11 @@ class Request:
         return _chosen(self)
 
     def told(self, **more: Any) -> "Request":
-        """The same with more told."""
+        """A copy with some fields replaced."""
         return Request(**{name: getattr(self, name) for name in _FIELDS} | more)
 
     def outline(self) -> dict[str, object]:
-        """What ranks that share a group must have in common, by the name users know it by."""
+        """What ranks that share a group must agree on, by the name users know."""
         return {
             "rule": shown(self.rule),
             "schedule": self.schedule,
@@ -123,10 +123,10 @@ _FIELDS = tuple(Request.__annotations__)
 
 
 def choose(request: Request) -> str:
-    """Returns the name of the schedule to run.
+    """The name of the schedule to run.
 
     Raises:
-        ValueError: if the schedule asked for does not exist or cannot serve the call.
+        ValueError: if the requested schedule does not exist or cannot serve the call.
     """
     return request.choice
 
@@ -145,7 +145,7 @@ def _chosen(request: Request) -> str:
 
 
 def underflow(who: str) -> str:
-    """Why a schedule that differentiates early does not take float16."""
+    """Why a schedule that differentiates early refuses float16."""
     return (
         f"{who} differentiates before the loss is scaled, and float16 gradients would underflow "
         f"without a word. Use schedule='recompute' or 'auto', or autocast to bfloat16."
@@ -167,7 +167,7 @@ def _automatic(request: Request) -> tuple[str, str]:
 
 
 def _unmeasured(request: Request) -> tuple[str, str]:
-    """What is taken for several chunks while nobody knows what graphs take."""
+    """The choice for several chunks whose graphs were not measured."""
     if request.scales_float16:
         return "recompute", "float16 gradients need the scaled loss first"
     form = request.form
@@ -188,7 +188,7 @@ _ONE_CHUNK = "all poses fit into one chunk, so there is one graph anyway"
 
 
 def _why(request: Request) -> str:
-    """What made it the schedule to run."""
+    """Why this schedule runs."""
     if request.schedule != "auto":
         return "asked for"
     chosen, reason = _automatic(request)
@@ -236,17 +236,17 @@ def _check_served(request: Request) -> None:
 @final
 @dataclass(frozen=True)
 class Plan:
-    """What one combine would do. Prints as a table.
+    """What one `combine` would do. Prints as a table.
 
     Args:
-        schedule: The schedule that would run, and `reason`, why.
-        poses: m, and `chunks`, in how many forwards they are scored.
-        counting: How many poses carry weight, as far as can be said before, and who says so.
+        schedule: The schedule that would run; `reason` says why.
+        poses: m; `chunks`: the number of forwards that score them.
+        counting: How many poses carry weight, as far as can be told beforehand, and the source.
         forwards: Forwards in all; a range where it depends on the weights.
-        backwards: Backwards in all, likewise.
-        graphs: How many graphs of a chunk are alive at once.
+        backwards: Backwards in all; a range likewise.
+        graphs: How many chunks' graphs are alive at once.
         holds: What else is kept between combine and backward.
-        bytes_held: Its size for scalar predictions; None where it is graphs, which are the model's.
+        bytes_held: The size of that for scalar predictions; None for graphs: the model decides.
         costs: Of each schedule the time, in forwards of a pose, and the bytes it keeps.
 
     Example:
@@ -293,7 +293,7 @@ class Plan:
 
 
 def _kept(cost: Cost) -> str:
-    """What a schedule keeps, graphs by their number until they were measured."""
+    """What a schedule keeps; graphs are counted until they are measured."""
     if cost.bytes is not None:
         return size(int(cost.bytes))
     graphs = f"{cost.graphs} graph" + "s" * (cost.graphs != 1)
@@ -307,9 +307,9 @@ class ReadingPlan:
 
     Args:
         rows: The number of its rows.
-        paths: For each parameter how the rows of each use are read, unless poses turn out to mix.
-        backwards: How many backwards a call takes, and what is to blame for more than one.
-        remarks: When it takes more.
+        paths: For each parameter, how the rows of each use are read, unless poses turn out to mix.
+        backwards: How many backwards a call takes, and why if more than one.
+        remarks: When a call takes more.
 
     Example:
         >>> model = nn.Linear(3, 1)
@@ -335,10 +335,10 @@ class ReadingPlan:
 
 
 def may_be_output(tensor: object, rule: object) -> bool:
-    """Whether a rule could be handed a tensor as an output, and not as poses.
+    """Whether a tensor could be an output to which the rule is applied, not poses.
 
-    Poses that a part of the model has made carry its graph too. A rule of predictions makes one
-    number of an output, which must have one a row for that.
+    Poses computed by a part of the model carry its graph too. A rule of predictions needs an output
+    with one number a row.
     """
     if not isinstance(tensor, Tensor):
         return False
@@ -357,7 +357,7 @@ def reading_plan(
     """How the Jacobian of an output would be read for a rule.
 
     Raises:
-        TypeError: if the rule is none.
+        TypeError: if it is no rule.
         ValueError: if options are given that only poses have.
     """
     as_gradient_rule(rule)
@@ -376,7 +376,7 @@ def count_to_plan(poses: object, count: int | None) -> int:
     """The number of poses.
 
     Raises:
-        TypeError: if they do not say.
+        TypeError: if the poses have no length.
         NoPosesError: if there are none.
     """
     if count is None:

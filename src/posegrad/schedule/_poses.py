@@ -1,4 +1,4 @@
-"""Poses of any kind, and the tensors inside one."""
+"""Poses of any kind, and the tensors inside them."""
 
 import copy
 import dataclasses
@@ -43,21 +43,21 @@ def bytes_of(tensors: Iterable[Tensor]) -> int:
 
 
 def shapes_of(pose: Pose) -> list[tuple[int, ...]]:
-    """The shape of every tensor in a pose; of a nested one how many numbers it holds."""
+    """The shape of every tensor in a pose; for a nested tensor, its number of elements."""
     return [(t.numel(),) if t.is_nested else tuple(t.shape) for t in tensors_of(pose)]
 
 
 def copied(pose: Pose) -> Pose:
-    """A copy of the pose's containers, not of its tensors."""
+    """A copy of the pose's containers, but not of its tensors."""
     return map_tensors(lambda tensor: tensor, pose)
 
 
 def map_tensors(function: Callable[[Tensor], Tensor], pose: Pose) -> Pose:
     """Returns `pose` with `function` applied to every tensor in it.
 
-    Looks into tuples, named tuples, lists, mappings, dataclasses and PyG Data. Containers that can
-    be written to are always copied, others only if a tensor in them changes. Other objects are
-    handed through as they are.
+    Looks into tuples, named tuples, lists, mappings, dataclasses and PyG Data. Mutable containers
+    are always copied, others only if a tensor in them changes. Other objects are passed on as they
+    are.
     """
     if isinstance(pose, Tensor):
         return function(pose)
@@ -74,7 +74,7 @@ def map_tensors(function: Callable[[Tensor], Tensor], pose: Pose) -> Pose:
 
 
 def items_of(pose: Pose) -> dict[Any, Any] | None:
-    """What a container that is looked into holds, by key; None if it is none."""
+    """The contents of a container that is looked into, by key; None if it is none."""
     if isinstance(pose, tuple | list):
         return dict(enumerate(pose))
     if isinstance(pose, Mapping):
@@ -89,7 +89,7 @@ def items_of(pose: Pose) -> dict[Any, Any] | None:
 
 
 def is_graph(pose: Pose) -> bool:
-    """Whether it is a Data, HeteroData or Batch of PyG, which keep their tensors in `stores`."""
+    """Whether it is a PyG Data, HeteroData or Batch, which keep their tensors in `stores`."""
     stores = getattr(pose, "stores", None)
     return isinstance(stores, list) and all(isinstance(store, Mapping) for store in stores)
 
@@ -99,7 +99,7 @@ def _tuple_like(pose: tuple[Any, ...], items: dict[Any, Any]) -> tuple[Any, ...]
 
 
 def _rebuilt(pose: Pose, changed: dict[Any, Any]) -> Pose:
-    """A copy of a container, with the changed items in place."""
+    """A copy of a container, with the changed items in it."""
     new: Any = dict(pose) if isinstance(pose, MappingProxyType) else copy.copy(pose)
     for key, value in changed.items():
         if isinstance(pose, list | Mapping):

@@ -1,4 +1,4 @@
-"""The predictions of a whole group, from those of its chunks and of its ranks."""
+"""Joins the predictions of chunks and ranks into those of a whole group."""
 
 from collections.abc import Callable, Sequence
 from math import isfinite
@@ -16,7 +16,7 @@ __all__ = ["Kind", "check_alike", "group_predictions", "kind_of", "shared_predic
 T = TypeVar("T")
 
 Kind = tuple[torch.Size, torch.dtype]
-"""What the predictions of all poses of a group must agree in."""
+"""What the predictions of all poses in a group must agree on."""
 
 
 def group_predictions(chunks: Sequence[Tensor]) -> Tensor:
@@ -47,13 +47,13 @@ def shared_predictions(
     score: Callable[[], list[Tensor]],
     note: Callable[[], T],
 ) -> tuple[Tensor, range, list[T]]:
-    """The predictions of all ranks, on the CPU, which of them are this rank's, and all notes.
+    """The predictions of all ranks, on the CPU; which are this rank's; and the notes of all ranks.
 
     Args:
-        ranks: Those who share the group.
-        groups: Of this rank's poses, if there are several groups.
+        ranks: Those that share the group.
+        groups: The groups of this rank's poses, if there are several.
         score: Scores this rank's poses.
-        note: What the ranks tell each other after that.
+        note: What the ranks tell each other afterwards.
     """
 
     def scored() -> tuple[Tensor | None, T]:
@@ -76,10 +76,10 @@ def kind_of(predictions: Tensor) -> Kind:
 
 
 def check_alike(found: Kind, first: Kind, pose: int) -> None:
-    """Refuses predictions of another kind than the first ones.
+    """Refuses predictions of another kind than the first.
 
     Raises:
-        ShapeMismatchError: if they are, naming the first pose of them.
+        ShapeMismatchError: if they differ, naming their first pose.
     """
     if found != first:
         raise ShapeMismatchError(
@@ -91,7 +91,7 @@ def check_alike(found: Kind, first: Kind, pose: int) -> None:
 
 
 def _check_finite(predictions: Tensor) -> None:
-    if isfinite(predictions.sum()):  # one operator, and the most of what a call looks at
+    if isfinite(predictions.sum()):  # one operator, as almost always suffices
         return
     finite = predictions.isfinite()
     if bool(finite.all()):

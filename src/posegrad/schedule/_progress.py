@@ -1,4 +1,4 @@
-"""A bar that tells how far a long call has come."""
+"""The progress bar of a long call."""
 
 from collections.abc import Callable
 from importlib import import_module
@@ -11,7 +11,7 @@ __all__ = ["bar"]
 
 @final
 class _Bar:
-    """Is called after every step, and closes itself after the last one."""
+    """Advances with every call, and closes after the last."""
 
     def __init__(self, shown: Any) -> None:
         self._shown = shown
@@ -23,15 +23,15 @@ class _Bar:
 
 
 def bar(total: int, unit: str, *, shown: bool) -> Callable[[], None]:
-    """What is called after each of so many steps.
+    """A function to call after each of so many steps.
 
-    Args:
+    total: The number of steps.
         total: Their number.
         unit: What a step is.
-        shown: Whether there is a bar.
+        shown: Whether to show a bar.
 
     Raises:
-        MissingExtraError: if there should be one, and tqdm is not installed.
+        MissingExtraError: if a bar is to be shown and tqdm is not installed.
     """
     if not shown:
         return lambda: None

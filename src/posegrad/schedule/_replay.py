@@ -1,9 +1,9 @@
 """Scoring a pose again exactly as it was scored before.
 
-A forward depends on more than its arguments: on random state, on buffers, on which modules are in
-training, on autocast, on the default device. `Surroundings` writes down what it was; a `Moment` is
-the part that changes from chunk to chunk. Random state (5 kB on a CPU) and buffers are kept once
-for all chunks that found them alike. Without this, a replay under dropout would be 110 % wrong.
+A forward depends on more than its arguments: on random state, buffers, training flags, autocast,
+the default device. `Surroundings` records these; a `Moment` is the part that changes from chunk
+to chunk. Random state (5 kB on a CPU) and buffers are kept once for all chunks that found the
+same. Without this, a replay under dropout would be 110 % wrong.
 """
 
 import random
@@ -34,12 +34,11 @@ __all__ = [
 @final
 @dataclass(frozen=True)
 class Moment:
-    """What the forward of one chunk found, beyond its arguments and the parameters.
+    """What the forward of one chunk found, besides its arguments and the parameters.
 
-    Args:
-        random: The random state of every device before it. Whether it drew cannot be told: a model
-            may put the state back itself, as `torch.random.fork_rng` does.
-        buffers: The values of the model's buffers before it.
+    random: The random state of every device before the forward. Kept even if it did not change: a
+        model may draw and put the state back, as `torch.random.fork_rng` does.
+        buffers: The values of the model's buffers before the forward.
     """
 
     random: list[Tensor]
@@ -48,7 +47,7 @@ class Moment:
 
 @final
 class Surroundings:
-    """What a model's forward depends on besides arguments and parameters.
+    """What a model's forward depends on, besides arguments and parameters.
 
     Made when the first pass begins. Costs one copy of the model's buffers.
     """
@@ -63,7 +62,7 @@ class Surroundings:
 
     @property
     def on_cpu(self) -> bool:
-        """Whether no part of the models is on an accelerator."""
+        """Whether all of the models is on the CPU."""
         return not self._devices
 
     def random_state(self) -> list[Tensor]:
@@ -81,11 +80,10 @@ class Surroundings:
         return Moment(self._random, buffers=found)
 
     def restored(self) -> Change:
-        """Flags, autocast and default device as in the first pass; afterwards nothing has changed.
+        """Restores flags, autocast and default device of the first pass; afterwards undoes it.
 
-        The global random states are put back too, Python's and NumPy's as well, whatever the
-        replays draw. The backward of a model on an accelerator runs on a thread of its own, which
-        knows nothing of what was set here.
+        The global random states are put back too, including Python's and NumPy's, whatever replays
+        draw. Covers only this thread; the backward of a model on an accelerator runs on another.
         """
         drawn, buffers = self.random_state(), self.buffers.kept()
         of_python, of_numpy = random.getstate(), np.random.get_state()
@@ -99,12 +97,12 @@ class Surroundings:
         return _Restored(self._training, self._autocast, self._default_device, put_back)
 
     def at(self, moment: Moment) -> Change:
-        """One chunk's random state and buffers; afterwards the model has its own buffers back."""
+        """Restores a chunk's random state and buffers; afterwards the model has its own again."""
         self._set_random_state(moment.random)
         return self.buffers.exchanged(moment.buffers)
 
     def rewind(self, random: Sequence[Tensor]) -> None:
-        """Undoes what a forward that was cut short has drawn and written to buffers."""
+        """Undoes what an interrupted forward drew and wrote to buffers."""
         self._set_random_state(random)
         self.buffers.rewind()
 
@@ -119,7 +117,7 @@ class Start:
     """Random state and buffers before a forward that may run out of memory.
 
     Args:
-        parameters: They tell which devices there are.
+        parameters: The parameters, which tell the devices.
         parts: All modules of the models.
     """
 
@@ -137,7 +135,7 @@ class Start:
         ]
 
     def put_back(self) -> None:
-        """Makes them what they were."""
+        """Restores both."""
         torch.set_rng_state(self._random)
         for device, state in zip(self._devices, self._states, strict=True):
             torch.get_device_module(device).set_rng_state(state, device)
@@ -150,7 +148,7 @@ class Start:
 
 @final
 class _Restored(Change):
-    """Training flags, autocast and default device as they were when poses were scored."""
+    """Training flags, autocast and default device as when poses were scored."""
 
     def __init__(
         self,
@@ -176,12 +174,12 @@ class _Restored(Change):
     def undo(self) -> None:
         _set_training(self._now)
         self._put_back()
-        self._stack.close()  # what it has left if it is cut short is put back at the door
+        self._stack.close()  # if interrupted, the rest is put back on leaving
 
 
 @final
 class without_graph(Change):  # noqa: N801
-    """Scoring that will be replayed: no graph, but the kernels of a forward that has one."""
+    """Scoring that will be replayed: no graph, but the kernels of a forward with one."""
 
     def __init__(self) -> None:
         self._fast = torch.backends.mha.get_fastpath_enabled()
@@ -196,13 +194,13 @@ class without_graph(Change):  # noqa: N801
 
 
 def accelerators(modules: Sequence[nn.Module]) -> list[torch.device]:
-    """The devices other than the CPU that modules have parameters or buffers on."""
+    """The devices, other than the CPU, that hold parameters or buffers."""
     tensors = [t for m in modules for t in (*m.parameters(), *m.buffers())]
     return sorted({t.device for t in tensors if t.device.type not in ("cpu", "meta")}, key=str)
 
 
 def _autocast_state(devices: Sequence[torch.device]) -> list[dict[str, Any]]:
-    """The arguments of torch.autocast that restore today's state, one for each kind of device."""
+    """The arguments of torch.autocast that restore today's state, for each kind of device."""
     return [
         {
             "device_type": kind,
@@ -215,9 +213,9 @@ def _autocast_state(devices: Sequence[torch.device]) -> list[dict[str, Any]]:
 
 
 def has_other_kernels(modules: Sequence[nn.Module]) -> bool:
-    """Whether a forward under no_grad takes kernels whose results differ in the last bits.
+    """Whether a forward under no_grad uses kernels whose results differ in the last bits.
 
-    oneDNN's LSTM on a CPU does, in float32, and nothing but a graph makes it take the others.
+    oneDNN's LSTM on a CPU does, in float32; only a graph makes it use the others.
     """
     parts = (part for module in modules for part in module.modules())
     weights = (p for part in parts if isinstance(part, nn.LSTM) for p in part.parameters())
@@ -225,10 +223,10 @@ def has_other_kernels(modules: Sequence[nn.Module]) -> bool:
 
 
 def scales_float16(parts: Sequence[nn.Module]) -> bool:
-    """Whether gradients would pass through float16, which needs a scaled loss first.
+    """Whether gradients would pass through float16 and so need a scaled loss first.
 
     Args:
-        parts: All modules of the models, each by itself.
+        parts: All modules of the models, submodules included.
     """
     tables = tables_of(parts)
     parameters = [p for own, *_ in tables for p in own.values() if p is not None]

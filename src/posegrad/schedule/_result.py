@@ -1,14 +1,14 @@
 r"""From predictions and their pullback to a combined prediction, on one rank or on several.
 
-Ranks that share a group see all m predictions :math:`\hat y`, each scores its own poses, and each
-has a loss :math:`L_r` of the combined prediction, usually the same one. The gradient is that of the
-losses' mean over the R ranks, as DistributedDataParallel's is:
+Ranks that share a group see all m predictions :math:`\hat y`. Each scores its own poses and has a
+loss :math:`L_r` of the combined prediction, usually the same. The gradient is that of the mean of
+the losses over the R ranks, as in DistributedDataParallel:
 
 .. math::
     w = \frac1R \sum_r \frac{\partial L_r}{\partial \hat y}, \qquad
     g = \sum_r \sum_{i \in r} w_i \frac{\partial \hat y_i}{\partial \theta} .
 
-So w, m numbers, is exchanged, and gradients of parameter size are summed once.
+So the m numbers w are exchanged, and gradients of parameter size are summed once.
 """
 
 from collections.abc import Callable, Sequence
@@ -39,9 +39,9 @@ class _Fields(NamedTuple):
 
 @final
 class Combined(_Fields):
-    """What `Engine.combine` returns; all of it carries gradients.
+    """What `Engine.combine` returns; all of it is differentiable.
 
-    A tuple `(prediction, per_pose)`, and behind these whatever else the rule returns.
+    A tuple `(prediction, per_pose)`, followed by whatever else the rule returns.
 
     Args:
         prediction: The rule's combined prediction, `[...]`.
@@ -63,7 +63,7 @@ class Combined(_Fields):
 
     @classmethod
     def of(cls, found: object, per_pose: Tensor) -> Self:
-        """From what a rule returned; raises as `outcome` does."""
+        """Made of what a rule returned; raises as `outcome` does."""
         prediction, extra = outcome(found)
         return cls(prediction, per_pose, *extra)
 
@@ -103,7 +103,7 @@ def combined(
 def attached(
     run: Run, values: Sequence[Tensor], pullback: Pullback, saved: Gradients = ()
 ) -> tuple[Tensor, ...]:
-    """Values as differentiable functions of a run's inputs, on one rank or on several."""
+    """Values as differentiable functions of a run's inputs, on one rank or several."""
     inputs, ranks = run.inputs, run.ranks
     if ranks is None:
         return attach(values, inputs, pullback, saved, run.reached)
@@ -123,7 +123,7 @@ def _sealed(
     pullback: Pullback,
     saved: Gradients,
 ) -> Combined:
-    """As `combined`, with the rule inside: the gradients of its own parameters are shared too."""
+    """As `combined`, but with the rule inside, so that its parameters' gradients are shared too."""
     inputs = run.inputs
     leaf = predictions.detach().requires_grad_()
     trained = [p for p in rule.parameters() if p.requires_grad]
@@ -179,7 +179,7 @@ def _sealed(
 def _means(
     ranks: Ranks, inputs: Inputs, work: Callable[[], Gradients], like: Sequence[Tensor]
 ) -> list[Tensor | None]:
-    """The means over ranks of a few small tensors; None where no rank has any."""
+    """The means over ranks of a few small tensors; None where no rank has one."""
 
     def told() -> Gradients:
         inputs.freshness.check()
@@ -198,10 +198,10 @@ def _means(
 
 
 def _check_no_outer_backward(inputs: Inputs) -> None:
-    """Refuses to replay inside a backward of the sharded model itself, which FSDP2 is not made for.
+    """Refuses a replay inside a backward of the sharded model itself, which FSDP2 cannot handle.
 
     Raises:
-        UnsupportedModuleError: if one is under way.
+        UnsupportedModuleError: if such a backward is running.
     """
     if inputs.is_sharded() and in_fsdp_backward(inputs.modules):
         raise UnsupportedModuleError(
@@ -214,7 +214,7 @@ def _check_no_outer_backward(inputs: Inputs) -> None:
 def _summed(
     ranks: Ranks, inputs: Inputs, pullback: Pullback, saved: Gradients, cotangents: Gradients
 ) -> list[Tensor | None]:
-    """The gradients of all ranks' poses; those of pose tensors are this rank's alone."""
+    """The gradients of all ranks' poses; those of pose tensors are from this rank alone."""
     count = inputs.parameter_count
     gradients: list[Tensor | None] = []
 
@@ -233,10 +233,10 @@ def _added(a: Tensor | None, b: Tensor | None) -> Tensor | None:
 
 
 def _check_known(prediction: Tensor, known: Sequence[Tensor], clock: int) -> set[int]:
-    """Refuses a rule through which a tensor enters whose gradient would stay on this rank.
+    """Refuses a rule that depends on a tensor whose gradient would stay on this rank.
 
     Returns:
-        `id` of every leaf that the prediction depends on.
+        The `id` of every leaf that the prediction depends on.
     """
     try:
         if prediction.requires_grad:

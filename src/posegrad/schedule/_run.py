@@ -1,4 +1,4 @@
-"""A call that runs: scoring its poses, their graphs checked."""
+"""One running call: it scores the poses and checks their graphs."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
@@ -41,15 +41,15 @@ T = TypeVar("T")
 @final
 @dataclass
 class Chunk:
-    """Some poses that were scored together.
+    """Poses that were scored together.
 
     Args:
-        start: The number of the first.
-        portion: The user's own.
+        start: The number of the first pose.
+        portion: The poses, as the user passed them.
         predictions: `[c, ...]`, with a graph or without.
-        rows: Of poses that were scored alone those of each, with the graph of each.
+        rows: For poses that were scored alone, each prediction with its graph.
         leaves: Detached stand-ins for pose tensors that require grad, by number of input.
-        moment: What a replay needs to know.
+        moment: What a replay needs.
     """
 
     start: int
@@ -67,10 +67,10 @@ class Chunk:
 
 @final
 class Run:
-    """A call that runs: its poses, from the first to the last, and what came of them so far.
+    """One running call: its poses, first to last, and what came of them so far.
 
-    Graphs of sharded parameters are scored to be differentiated only: FSDP2 expects a backward
-    after them, and their leaves are none of the parameters that the engine knows.
+    Graphs of sharded parameters are only made to be differentiated: FSDP2 expects a backward after
+    them, and their leaves are not the parameters that the engine knows.
 
     Args:
         call: What is asked for.
@@ -79,12 +79,12 @@ class Run:
     """
 
     own: range
-    """The numbers of this rank's poses among those of all, once `group` has counted them."""
+    """The numbers of this rank's poses among all, once `group` has counted them."""
 
     reached: set[int]
-    """The numbers of the inputs that graphs reach, or might where a pose was scored without one.
+    """The numbers of the inputs that graphs reach, or might reach where there was no graph.
 
-    Once `group` has scored all, parameters are among them if a pose of any rank reaches them.
+    Once `group` has scored all, they include parameters that poses of other ranks reach.
     """
 
     def __init__(self, call: Call, gatherer: Gatherer, chunks: Iterator[Portion]) -> None:
@@ -95,7 +95,7 @@ class Run:
         self.groups = call.groups
         self.known = None if call.request.sharded else call.division.known
         self.differentiable = False
-        self.has_float16 = False  # in a graph that was seen, the model's own autocast included
+        self.has_float16 = False  # in a graph seen so far, by the model's own autocast too
         self.draws = False  # whether a chunk drew random numbers
         self.reached = set()
         self._chunks = chunks
@@ -111,7 +111,7 @@ class Run:
 
     @cached_property
     def surroundings(self) -> Surroundings:
-        """What forwards depend on besides, as the first found it."""
+        """What else forwards depend on, as the first found it."""
         return Surroundings(self.scorer.modules)
 
     @cached_property
@@ -126,19 +126,19 @@ class Run:
         return bool(self._halved)
 
     def are_apart(self, portion: Portion) -> bool:
-        """Whether poses of a chunk stay apart: as seen, or of chunks that are stated, as proved."""
+        """Whether the poses of a chunk stay apart: as seen or, for stated chunks, as proved."""
         division = self.call.division
         if not division.is_stated:
             return (True, portion.is_ragged()) in division.known.apart
         return self.call.options.apart.proves(portion, division.known, self.scorer)
 
     def plainly(self) -> list[Tensor]:
-        """The predictions as the model returns them, chunk by chunk; all graphs are kept.
+        """The predictions as the model returns them, chunk by chunk, with all graphs kept.
 
-        Without gradients a chunk that runs out of memory is halved.
+        Without gradients, a chunk that runs out of memory is halved.
 
         Raises:
-            torch.OutOfMemoryError: if one did with its graph; if all poses were in that one, it is
+            torch.OutOfMemoryError: if a chunk with its graph did; if it held all poses, it is
                 halved for another schedule.
         """
         found: list[Tensor] = []
@@ -156,7 +156,7 @@ class Run:
         return found
 
     def _plain(self, portion: Portion) -> Tensor | None:
-        """The predictions of a chunk; None if that ran out of memory, and it may be halved."""
+        """The predictions of a chunk; None if it ran out of memory and may be halved."""
         if not (self._may_halve(portion) and self.call.division.may_overrun):
             return self.scorer(portion, self._count)
         if torch.is_grad_enabled() and portion.count != self.call.division.count:
@@ -168,7 +168,7 @@ class Run:
         return None
 
     def _may_halve(self, portion: Portion) -> bool:
-        """Whether a chunk may be divided that runs out of memory."""
+        """Whether a chunk that runs out of memory may be divided."""
         is_own = self.known is not None and self.ranks is None
         return is_own and not self.call.division.is_stated and portion.count > 1
 
@@ -181,7 +181,7 @@ class Run:
         Raises:
             ShapeMismatchError: if poses disagree in the shape or dtype of their predictions.
             NonFinitePredictionError: naming every pose whose prediction is nan or infinite.
-            NoPosesError: if no rank has any.
+            NoPosesError: if no rank has poses.
             RankError: if another rank failed.
         """
         if self.ranks is None:
@@ -196,7 +196,7 @@ class Run:
         return predictions.to(self.scorer.device)
 
     def apply(self, rule: Callable[[], T]) -> T:
-        """The result of a rule, once it has been applied on all ranks."""
+        """The result of a rule, once all ranks have applied it."""
         if self.ranks is None:
             return rule()
         found: list[T] = []
@@ -216,11 +216,11 @@ class Run:
     def chunks(self, *, with_graph: bool) -> Iterator[Chunk]:
         """All chunks in order, each scored once. Only one graph is alive at a time.
 
-        An engine's first group is scored with graphs throughout: a result that the model caches
-        between poses is seen there, where under no_grad it would lose its gradient in silence. A
-        few graphs would not do, however alike: a cache has an entry for each pocket, and the pose
-        that fills the next one may be the last. So light poses share a chunk there too, but the
-        graph of each is walked against a clock of its own.
+        An engine's first group is scored with graphs throughout. This reveals results that the
+        model caches between poses, which would lose their gradient in silence under no_grad. A few
+        graphs are not enough, however alike: a cache has an entry for each pocket, and the last
+        pose may be the one that fills the next. So even where light poses share a chunk, each graph
+        is walked with a clock of its own.
         """
         first, self._first = self.first(), None
         if first is None:
@@ -262,13 +262,12 @@ class Run:
         self._halved[:0] = portion.halves()
 
     def lag(self, rounds: int | None = None) -> int:
-        """How many times less often this rank will run the model than another, where that matters.
+        """How many more times another rank runs the model than this one, where that matters.
 
-        A forward or backward of a sharded model is one of all ranks together, so this is asked
-        before.
+        All ranks join in a forward or backward of a sharded model, so this is asked beforehand.
 
         Args:
-            rounds: How often it will; default: once for each chunk of poses.
+            rounds: How often this rank will run it; default: once for each chunk.
 
         Raises:
             NoPosesError: if it matters and this rank has no pose to run it on.
@@ -284,7 +283,7 @@ class Run:
         return max(self.ranks.together("keep in step", lambda: own)) - own
 
     def check_differentiable(self) -> None:
-        """Raises if there is something to differentiate for, but no pose that scored needs it.
+        """Raises if gradients are wanted but no scored pose has any.
 
         Raises:
             NotDifferentiableError: if so.
@@ -320,7 +319,7 @@ class Run:
     def _scored_rows(
         self, portion: Portion, start: int
     ) -> tuple[Tensor, dict[int, Tensor], list[Tensor]]:
-        """Likewise, and the predictions of poses that were scored alone, one by one."""
+        """As `score_again`, and the predictions of poses scored alone, one by one."""
         leaves: dict[int, Tensor] = {}
         rows: list[Tensor] = []
         clocks: list[int] = []
@@ -356,7 +355,7 @@ class Run:
     def _walk(
         self, output: Tensor, leaves: Mapping[int, Tensor], known: set[int], since: int
     ) -> None:
-        """Checks a graph that was made since a time, and notes what it reaches."""
+        """Checks a graph made since a given time, and notes what it reaches."""
         if output.requires_grad:
             found = check_tracked(output, known, since)
             self.has_float16 |= found.float16
@@ -378,7 +377,7 @@ _IDLE = (
 
 @final
 class _flags_kept(Change):  # noqa: N801
-    """Undoes requires_grad_() on the user's poses, which models that compute forces are fond of."""
+    """Undoes requires_grad_() on the user's poses, which models that compute forces often call."""
 
     def __init__(self, plain: list[Tensor]) -> None:
         self._plain = plain

@@ -1,4 +1,4 @@
-"""Running the model on poses, and what its predictions must be."""
+"""Runs the model on poses, and checks its predictions."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ __all__ = ["Scorer"]
 @final
 @dataclass(frozen=True)
 class Scorer:
-    """How to run the model on a chunk of poses."""
+    """Runs the model on chunks of poses."""
 
     modules: Sequence[nn.Module]
     predict: Callable[..., Any]
@@ -27,7 +27,7 @@ class Scorer:
 
     @property
     def device(self) -> torch.device:
-        """Where the model is, and so its predictions."""
+        """The device of the model, and so of its predictions."""
         tensors = (t for m in self.modules for t in chain(m.parameters(), m.buffers()))
         first = next(tensors, None)
         return torch.device("cpu") if first is None else first.device
@@ -60,12 +60,12 @@ class Scorer:
                 f"floating-point number has a gradient.\nReturn one: of a complex one its .real, "
                 f"its .abs(), or both parts by torch.view_as_real()."
             )
-        # A chunk of one pose may come back squeezed to a number; which pose's it is, is clear.
+        # One pose may come back squeezed to a number, which can only be its prediction.
         alone = portion.how == "alone" or (count == 1 and output.ndim == 0)
         rows = output.unsqueeze(0) if alone else output  # [c, ...]
         if rows.ndim == 0 or len(rows) != count or rows.numel() == 0:
             raise ShapeMismatchError(_rows_message(output, portion, start))
-        # One number is a scalar.
+        # A prediction of one number is a scalar.
         return rows.reshape(count) if rows.ndim > 1 and rows.numel() == count else rows
 
 

@@ -1,10 +1,10 @@
-r"""The Gramian of more rows than fit, of poses that several ranks share.
+r"""The Gramian of more rows than fit, for poses that several ranks share.
 
-Each rank gathers its own poses, block by block, and holds one of its blocks while those of all
-ranks come by: whoever has the next one gathers it and sends it to all. So of B blocks on each of P
-ranks, each gathers some :math:`B^2`, a part of what one process would, and computes its share of
-the tiles. Which is whose is settled by the numbers of the blocks: of the tiles across the diagonal,
-which mirror each other, one is computed, in equal shares.
+Each rank gathers its own poses, block by block. It holds one of its blocks while the blocks of all
+ranks come by: the owner of the next one gathers it and sends it to all. So with B blocks on each
+of P ranks, each rank gathers some :math:`B^2`, a part of what one process would, and computes its
+share of the tiles. Tiles across the diagonal mirror each other, and one of the two is computed;
+the numbers of its blocks tell by which rank, in equal shares.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -28,7 +28,7 @@ __all__ = ["gramian_of_ranks"]
 
 @final
 class _Block(NamedTuple):
-    """A block of one of the ranks: whose it is, its number there, and its rows among all."""
+    """A block: its rank, its number there, and its rows among all."""
 
     rank: int
     number: int
@@ -44,15 +44,15 @@ def gramian_of_ranks(
     ranks: Ranks,
     shown: Callable[[int], Callable[[], None]],
 ) -> Tensor:
-    """As `gramian`, of the poses of all ranks, in the order of the ranks; on each of them.
+    """As `gramian`, for the poses of all ranks, in the order of the ranks; the same on each.
 
     Args:
-        poses: Those of this rank, as users state them; perhaps none.
-        other: Others of this rank; None on all ranks if poses meet each other.
-        gathering: Makes the Jacobian of some of them.
-        parameters: What that is by.
-        ranks: Who share the poses.
-        shown: From the number of blocks that come by to what is called after each.
+        poses: This rank's poses, as users state them; may be empty.
+        other: This rank's other poses; None on all ranks if poses meet each other.
+        gathering: Makes the Jacobian of some poses.
+        parameters: What to differentiate by.
+        ranks: Those that share the poses.
+        shown: Called with the number of blocks that come by; returns a function to call after each.
 
     Raises:
         NoPosesError: if no rank has poses, or none has others.
@@ -81,7 +81,7 @@ def gramian_of_ranks(
 
 @final
 class _Tiles:
-    """The tiles that this rank computes, and the blocks that it gathers for them and for others."""
+    """The tiles that this rank computes, and the blocks that it gathers for all ranks."""
 
     def __init__(
         self,
@@ -99,7 +99,7 @@ class _Tiles:
         self._total = torch.empty(0)
 
     def run(self, turn: int, done: Callable[[], None]) -> None:
-        """Lets all blocks come by that meet the ones with this number."""
+        """Lets all blocks come by that meet the blocks of this number."""
         self._held = None
         rows = [(place, row) for place, row in enumerate(self._rows) if row.number == turn]
         for place, column in enumerate(self._columns):
@@ -108,7 +108,7 @@ class _Tiles:
             done()
 
     def _come_by(self, column: _Block, mine: _Block | None) -> None:
-        """Sends a block to all ranks, of which this one has a tile to make with it, or none."""
+        """Sends a block to all ranks; this one may multiply a block of its own with it."""
         found: list[bytes] = []
 
         def gathered() -> None:
@@ -122,11 +122,11 @@ class _Tiles:
         self._ranks.together("multiply rows with rows", lambda: self._meet(mine, column, sent))
 
     def total(self) -> Tensor:
-        """The tiles of all ranks in one."""
+        """The tiles of all ranks, summed."""
         return self._ranks.added(self._total)
 
     def _is_due(self, row: int, column: int) -> bool:
-        """Whether a tile is computed, or is the mirror image of another."""
+        """Whether a tile is computed, not mirrored from another."""
         count = len(self._columns)
         apart = (column - row) % count
         if not self._alike or 2 * apart < count:

@@ -1,9 +1,9 @@
-r"""The Gramian of more rows than fit, a tile of it at a time.
+r"""The Gramian of more rows than fit, computed tile by tile.
 
-The poses are divided into blocks, and a tile :math:`J_a J_b^\top` is the product of two of them.
-Rows are gathered again for every tile, but for the block that the last tile leaves: the next row of
-tiles begins where the last one ended. So of B blocks, against themselves, some
-:math:`B^2 / 2` are gathered, and no more than two are held.
+The poses are divided into blocks, and a tile :math:`J_a J_b^\top` is the product of two. Rows are
+gathered again for every tile, except for the block shared with the last tile: each row of tiles
+begins where the one before ended. So for B blocks against themselves, some :math:`B^2 / 2` are
+gathered, and no more than two are held.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -21,15 +21,15 @@ from posegrad.schedule._tiles_plan import GramianPlan
 __all__ = ["divided", "gramian", "planned", "put"]
 
 Key = tuple[bool, int]
-"""Whether a block is one of the others', and its number."""
+"""Whether a block is of the others, and its number."""
 
 
 def divided(
     poses: Iterable[Pose], other: Iterable[Pose] | None, gathering: Gathering
 ) -> tuple[Blocks, Blocks]:
-    """The blocks of some poses, and of those that they meet; the same, if there are no others.
+    """The blocks of some poses, and of the poses they meet: themselves, if there are no others.
 
-    The numbers of others follow those of the poses.
+    Others are numbered after the poses.
     """
     own = Blocks(poses, 0, gathering)
     return own, own if other is None else Blocks(other, own.count, gathering)
@@ -42,19 +42,19 @@ def gramian(
     gathering: Gathering,
     shown: Callable[[int], Callable[[], None]],
 ) -> Tensor:
-    """The inner products of the rows of some poses with each other, or with those of others.
+    """The inner products of the rows of poses with each other, or with those of other poses.
 
     Args:
         poses: As users state them.
-        other: Others.
+        other: The other poses, if any.
         gathering: Makes the Jacobian of some of them.
-        shown: From the number of gathers to what is called after each.
+        shown: Called with the number of gathers; returns a function to call after each.
 
     Returns:
         As `Jacobian.gramian`, or as `J @ K.T`.
 
     Raises:
-        NoPosesError: if there are none, or no others.
+        NoPosesError: if there are no poses, or no others.
     """
     sides = own, its = divided(poses, other, gathering)
     _check_some(own, its)
@@ -67,7 +67,7 @@ def gramian(
             if key not in held:
                 held[key] = sides[key[0]].read(key[1])
                 done()
-        J, K = held[row], held[column]  # let go of below, before others are read
+        J, K = held[row], held[column]  # dropped below, before others are read
         tile = J.gramian() if J is K else J @ K.T  # [c, ..., c']
         if not total.numel():
             total = tile.new_empty(own.count, *tile.shape[1:-1], its.count)
@@ -77,7 +77,7 @@ def gramian(
 
 
 def put(tile: Tensor, into: Tensor, rows: slice, columns: slice, *, mirrored: bool) -> None:
-    """Writes a tile to its place, and to the one across the diagonal."""
+    """Writes a tile to its place and, if mirrored, to the one across the diagonal."""
     into[rows, ..., columns] = tile
     if mirrored and rows != columns:
         into[columns, ..., rows] = tile.permute(*range(tile.ndim)[::-1])
@@ -90,7 +90,7 @@ def planned(
     """What `gramian` would do.
 
     Raises:
-        NoPosesError: if there are none, or no others.
+        NoPosesError: if there are no poses, or no others.
     """
     own, its = divided(poses, other, gathering)
     _check_some(own, its)
@@ -119,7 +119,7 @@ def _gathers(own: Blocks, its: Blocks) -> int:
 
 
 def _reads(own: Blocks, its: Blocks) -> Iterator[Key]:
-    """The blocks that are gathered, one after another."""
+    """The blocks to gather, in order."""
     held: set[Key] = set()
     for wanted in _met(own, its):
         held &= set(wanted)
@@ -137,11 +137,11 @@ def _met(own: Blocks, its: Blocks) -> Iterator[tuple[Key, Key]]:
 
 
 def _tiles(rows: int, columns: int | None) -> Iterator[tuple[int, int]]:
-    """The tiles, each of which has a block in common with the one before.
+    """The tiles, each sharing a block with the one before.
 
     Args:
         rows: How many blocks there are.
-        columns: How many others; None if they are the same, and half of the tiles will do.
+        columns: How many others; None if they are the same, when half of the tiles will do.
     """
     if columns is None:
         for row in range(rows):

@@ -14,10 +14,10 @@ class GramianPlan:
     """What `Engine.gramian` would do. Prints as a table.
 
     Args:
-        poses: How many there are, and `others`, how many they meet; None if they meet each other.
-        blocks: In how many blocks they are gathered, and `blocks_of_others`, likewise.
-        largest: How many poses are in the largest of these.
-        gathers: How many blocks are gathered in all: each is, for several of the tiles.
+        poses: How many there are; `others`: how many they meet, or None if they meet each other.
+        blocks: How many blocks they are gathered in; `blocks_of_others`: the same for the others.
+        largest: How many poses the largest block has.
+        gathers: How many blocks are gathered in all, each for several tiles.
         scored: How many poses that scores.
         bytes_held: What two blocks hold, as measured on the first poses.
         bytes_made: The size of the Gramian.

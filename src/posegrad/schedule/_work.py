@@ -13,16 +13,16 @@ from posegrad.schedule._poses import bytes_of
 
 __all__ = ["name_of", "work_of"]
 
-_MANY = 2**20  # poses of a generator, which does not say
+_MANY = 2**20  # what a generator is assumed to have
 
 
 def work_of(division: Division, parameters: Iterable[Tensor], *, uses_up: bool) -> Load:
-    """What is to be done for some poses, whatever the rule.
+    """The work that some poses take, under any rule.
 
     Args:
-        division: The poses.
+        division: The poses, in chunks.
         parameters: What is trained.
-        uses_up: Whether chunks may be formed to count them, after which the poses are gone.
+        uses_up: Whether the poses may be consumed to count chunks.
     """
     known, graph = division.known, division.graph() if division.is_measured else None
     poses = _MANY if division.count is None else max(1, division.count)
@@ -36,7 +36,7 @@ def work_of(division: Division, parameters: Iterable[Tensor], *, uses_up: bool) 
         graph=graph,
         gradient=bytes_of(p for p in parameters if p.requires_grad),
         budget=known.budget,
-        # What has no count may be a generator, which cannot be scored once more without rows.
+        # Poses without a count may be a generator, which cannot be scored again if rows fail.
         apart=known.has_rows
         and division.count is not None
         and (alone or known.is_apart(stated=division.is_stated)),
@@ -48,7 +48,7 @@ def work_of(division: Division, parameters: Iterable[Tensor], *, uses_up: bool) 
 
 
 def _extra(division: Division, graph: float, together: int) -> float:
-    """The time that a chunk takes beyond its poses, in forwards of one."""
+    """The fixed time of a chunk, in forwards of one pose."""
     assert division.known.measure is not None
     operators = division.known.measure.nodes * OPERATOR
     forward = graph + operators / (1 if division.walked else together)
@@ -56,7 +56,7 @@ def _extra(division: Division, graph: float, together: int) -> float:
 
 
 def name_of(rule: Combination) -> Hashable:
-    """What a rule is known by from call to call; it decides nothing but what a call costs."""
+    """What identifies a rule from call to call; it only affects what a call costs."""
     rule = ungrouped(rule)
     function = getattr(rule, "function", None)
     return type(rule), getattr(function, "__code__", None), rule.extra_repr()

@@ -27,14 +27,14 @@ __all__ = ["recompute"]
 
 
 def recompute(run: Run, rule: Combination) -> Combined:
-    r"""Scores the m poses, lets autograd find each one's weight, and replays k of them.
+    r"""Scores all m poses, lets autograd find their weights, and replays k of them.
 
-    Memory: the predictions, and in backward one graph and one sum of parameter size. Time: m
+    Memory: the predictions and, in backward, one graph and one sum of parameter size. Time: m
     forwards, then k forwards and k backwards, where k poses have a cotangent that is not exactly
     zero. Serves any rule, any loss of both outputs and any number of groups.
 
-    Poses are scored again by themselves where those of a chunk stay apart and no random number was
-    drawn; else with their whole chunk.
+    Single poses are replayed where those of a chunk stay apart and no random number was drawn;
+    otherwise, whole chunks.
 
     With `skip_below` = s > 0, poses whose weight is below s times the largest of their group are
     left out too. If
@@ -59,9 +59,9 @@ class _Scored:
     """A chunk of the first pass: what a replay needs.
 
     Args:
-        numbers: Those of its poses.
+        numbers: The numbers of its poses.
         portion: The poses.
-        versions: Of the tensors in each of its parts.
+        versions: The versions of the tensors in each part.
         moment: What the forward found.
     """
 
@@ -71,11 +71,11 @@ class _Scored:
     moment: Moment
 
     def kept_in(self, kept: Sequence[bool]) -> list[int]:
-        """The places of the poses in it that are kept."""
+        """The places, in the chunk, of the poses that are kept."""
         return [i for i, number in enumerate(self.numbers) if kept[number]]
 
     def changed(self, kept: Sequence[bool]) -> list[int]:
-        """The poses among those kept whose tensors were written to since."""
+        """The kept poses whose tensors were written since."""
         now = [_versions(part) for part in self.portion.poses]
         if now == self.versions:
             return []
@@ -88,11 +88,11 @@ class _Scored:
 @final
 @dataclass(frozen=True)
 class _Picks:
-    """Some poses of a chunk, which carry weight.
+    """The poses of a chunk that carry weight.
 
     Args:
         chunk: The chunk.
-        places: Theirs in it.
+        places: Their places in it.
     """
 
     chunk: _Scored
@@ -100,26 +100,26 @@ class _Picks:
 
     @property
     def are_some(self) -> bool:
-        """Whether they are neither none nor all of its poses."""
+        """Whether they are some of its poses, but not all."""
         return 0 < len(self.places) < len(self.chunk.numbers)
 
     @property
     def numbers(self) -> list[int]:
-        """Their numbers."""
+        """Their numbers among all poses."""
         return [self.chunk.numbers[place] for place in self.places]
 
     @cached_property
     def portion(self) -> Portion:
-        """They alone."""
+        """The poses by themselves."""
         return self.chunk.portion.picked(self.places)
 
     @cached_property
     def extent(self) -> float:
-        """The bytes of one of them, as the model gets it."""
+        """The bytes that the model gets for one of them."""
         return self.portion.extent() / len(self.places)
 
     def is_like(self, other: "_Picks") -> bool:
-        """Whether chunks of these and those are padded both, or none of them nor both together."""
+        """Whether both chunks are padded, or neither, even when joined."""
         ragged = self.chunk.portion.is_ragged()
         if ragged or self.chunk.portion.how != "joined":
             return ragged == other.chunk.portion.is_ragged()
@@ -128,7 +128,7 @@ class _Picks:
 
 @final
 class _Tape:
-    """What the first pass leaves behind on this rank: poses, predictions, moments, no graph."""
+    """What the first pass leaves on this rank: poses, predictions, moments, no graph."""
 
     predictions: Tensor
     """Those of all ranks, `[m, ...]`."""
@@ -146,7 +146,7 @@ class _Tape:
         return self.predictions
 
     def _recorded(self) -> list[Tensor]:
-        """The predictions of all chunks of this rank."""
+        """The predictions of all chunks on this rank."""
         values: list[Tensor] = []
         idle = self._run.lag()
         for chunk in self._run.chunks(with_graph=False):
@@ -187,7 +187,7 @@ class _Tape:
         return total.delivered(self._run.inputs.tensors)
 
     def _without_light_poses(self, cotangent: Tensor) -> Tensor:
-        """The cotangent, zero for poses that are to be left out."""
+        """The cotangent, with zeros for poses that are left out."""
         if self._skip_below == 0:
             return cotangent
         size = _sizes(cotangent)
@@ -195,7 +195,7 @@ class _Tape:
         return cotangent.masked_fill(light.reshape(-1, *[1] * (cotangent.ndim - 1)), 0)
 
     def _largest(self, size: Tensor) -> Tensor:
-        """For each pose of all ranks the largest size in its group."""
+        """For each pose of all ranks, the largest size in its group."""
         if self._groups is None:
             return size.max().expand(len(size))
         owners = self._groups.owners.to(size.device)
@@ -208,7 +208,7 @@ class _Tape:
     def _replayed(
         self, chunks: Sequence[_Scored], cotangent: Tensor, kept: Sequence[bool]
     ) -> Iterator[dict[int, Tensor]]:
-        """The gradients of some chunks, scored again; of several together where that is safe."""
+        """The gradients of chunks scored again, several together where that is safe."""
         waiting: list[_Picks] = []
         for chunk in chunks:
             picks = _Picks(chunk, chunk.kept_in(kept))
@@ -222,7 +222,7 @@ class _Tape:
     def _joined(
         self, together: "Sequence[_Picks]", cotangent: Tensor
     ) -> Iterator[dict[int, Tensor]]:
-        """The gradients of poses of several chunks; chunk by chunk if they come to another."""
+        """The gradients of poses of several chunks; chunk by chunk if the joint result differs."""
         gradients = self._picked(together, cotangent) if len(together) > 1 else None
         if gradients is not None:
             yield gradients
@@ -239,7 +239,7 @@ class _Tape:
         return portion.how == "alone" or portion.is_ragged() in known.compared
 
     def _fitting(self, waiting: "Sequence[_Picks]") -> "Iterator[list[_Picks]]":
-        """Some poses in new chunks, which are no larger than the largest of the first pass."""
+        """The picks in new chunks, no larger than the largest of the first pass."""
         if len(waiting) < 2:
             yield from ([picks] for picks in waiting)
             return
@@ -262,8 +262,8 @@ class _Tape:
         """The gradients of one chunk, scored again.
 
         Its poses may depend on each other (batch statistics, one random mask for all), so all are
-        scored again, unless `_may_pick`; and the first time with those alone that count, the
-        gradients of all are computed too, and compared.
+        scored again, unless `_may_pick` allows less. The first time that only some are, all are
+        too, and the gradients are compared.
         """
         chunk = picks.chunk
         if not (picks.are_some and self._may_pick(chunk)):
@@ -281,14 +281,14 @@ class _Tape:
         return whole
 
     def _whole(self, chunk: _Scored, cotangent: Tensor) -> dict[int, Tensor]:
-        """The gradients of a chunk, scored again in the same composition."""
+        """The gradients of a chunk that is scored again as a whole."""
         found, leaves = self._score_again(chunk)
         self._check_same(chunk, found.detach())
         weights = cotangent[chunk.numbers.start : chunk.numbers.stop].clone()
         return self._run.inputs.gradients(found, weights, leaves)
 
     def _may_pick(self, chunk: _Scored) -> bool:
-        """Whether poses of a chunk may be scored without the others."""
+        """Whether some poses of a chunk may be scored without the others."""
         portion = chunk.portion
         if not self._picks or self._run.inputs.is_sharded():
             return False
@@ -299,9 +299,9 @@ class _Tape:
         return self._run.are_apart(portion)
 
     def _picked(self, picks: "Sequence[_Picks]", cotangent: Tensor) -> dict[int, Tensor] | None:
-        """The gradients of some poses of chunks; None if they come to something else by themselves.
+        """The gradients of some poses of chunks; None if they score differently by themselves.
 
-        No chunk drew a random number or wrote to a buffer, so one moment is as good as another.
+        No chunk drew a random number or wrote to a buffer, so any moment will do.
         """
         numbers = [number for own in picks for number in own.numbers]
         with self._run.surroundings.at(picks[0].chunk.moment):
@@ -315,13 +315,13 @@ class _Tape:
         return self._run.inputs.gradients(found, weights, leaves)
 
     def _check_same(self, scored: _Scored, found: Tensor) -> None:
-        """Refuses a replay that was another forward than the first.
+        """Refuses a replay that differs from the first forward.
 
-        The same one on a CPU gives the same bits. If they differ by no more than rounding, a kernel
-        may depend on whether there is a graph; then it gives the same bits without one.
+        On a CPU, the same forward gives the same bits. If they differ only by rounding, a kernel
+        may depend on whether there is a graph; then a forward without one gives the same bits.
 
         Raises:
-            ReplayError: if it was another.
+            ReplayError: if it differs.
         """
         start = self._run.own.start + scored.numbers.start
         chunk = slice(start, start + len(scored.numbers))
@@ -339,10 +339,11 @@ class _Tape:
         raise ReplayError(_replay_message(scored.numbers, expected, found))
 
     def _is_reproducible(self) -> bool:
-        """Whether the same forward gives the same bits, and may be run once more to see.
+        """Whether the same forward gives the same bits, and may be run again to check.
 
-        One of a sharded model is one of all ranks, which this rank cannot ask for. One that writes
-        to parameters finds others the next time: `max_norm` shortens rows anew, by a last bit.
+        In a sharded model all ranks would have to join, which this rank cannot ask for. A forward
+        that writes parameters finds others the next time: `max_norm` shortens rows anew, by a last
+        bit.
         """
         tensors = (tensor for chunk in self._chunks for tensor in chunk.portion.tensors())
         elsewhere = any(tensor.device.type not in ("cpu", "meta") for tensor in tensors)
@@ -370,12 +371,12 @@ def _versions(pose: Pose) -> list[int]:
 
 
 def _sizes(values: Tensor) -> Tensor:
-    """The largest absolute number of each pose, `[m]`."""
+    """The largest absolute value in each prediction, `[m]`."""
     return values.abs().flatten(1).amax(dim=1) if values.ndim > 1 else values.abs()
 
 
 def _agree(found: Mapping[int, Tensor], expected: Mapping[int, Tensor]) -> bool:
-    """Whether gradients, by number of their tensor, are equal up to rounding; none is zero."""
+    """Whether gradients, by number of their tensor, are equal up to rounding, and not all zero."""
     whole = math.hypot(*(float(g.norm()) for g in expected.values()))
     for number in {*found, *expected}:
         own, right = found.get(number), expected.get(number)
@@ -389,7 +390,7 @@ def _agree(found: Mapping[int, Tensor], expected: Mapping[int, Tensor]) -> bool:
 
 
 def _is_alike(found: Tensor, expected: Tensor) -> bool:
-    """Equal up to the rounding of kernels that go by the number of rows, each by its own size."""
+    """Whether they are equal up to rounding between kernels for other numbers of rows."""
     if (found.shape, found.dtype) != (expected.shape, expected.dtype):
         return False
     bound = torch.finfo(expected.dtype).eps ** 0.5 * _sizes(expected)
@@ -397,7 +398,7 @@ def _is_alike(found: Tensor, expected: Tensor) -> bool:
 
 
 def _rounded(found: Tensor, expected: Tensor, sizes: Tensor) -> bool:
-    """Equal up to the rounding of additions in another order; 16-bit numbers have few digits.
+    """Whether they are equal up to the rounding of sums in another order, coarser in 16 bits.
 
     Relative to the whole group: a prediction near zero may be a small difference of large numbers.
     """

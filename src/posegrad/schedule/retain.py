@@ -12,7 +12,7 @@ def retain(run: Run, rule: Combination) -> Combined:
     """Plain autograd: m forwards, then one backward through all m graphs.
 
     Memory: m graphs. Serves any rule, any loss and any order of derivative. Predictions of other
-    ranks have no graph here, so a group that is shared is combined under `torch.no_grad()` only.
+    ranks have no graph here, so a shared group is combined only under `torch.no_grad()`.
     """
     if run.ranks is None:
         per_pose = group_predictions(run.plainly())

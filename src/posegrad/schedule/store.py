@@ -17,15 +17,15 @@ from posegrad.schedule._run import Chunk, Run
 __all__ = ["store"]
 
 Held = dict[int, Block | Tensor]
-"""The rows of one chunk by number of input; for a chunk of one number, its gradient."""
+"""The rows of one chunk by number of input; if it has one number, its gradient."""
 
 
 def store(run: Run, rule: Combination) -> Combined:
-    """Differentiates every pose at once, as mtenn does, and weighs the gradients in backward.
+    """Differentiates every pose at once, as mtenn does, and weights the gradients in backward.
 
-    Memory: the rows of m poses, those of each parameter in their smaller form (times d for
-    predictions of d numbers). Time: one forward for each pose, and a backward to the activations.
-    Serves any rule and any loss of both outputs without scoring a pose twice.
+    Memory: the rows of m poses, each parameter's in the smaller form (times d for predictions of d
+    numbers). Time: one forward for each pose, and a backward to the activations. Serves any rule
+    and any loss of both outputs, and scores no pose twice.
     """
     values: list[Tensor] = []
     rows: list[Held] = []
@@ -40,7 +40,7 @@ def store(run: Run, rule: Combination) -> Combined:
     predictions = run.group(scored)
     saved = tensors_of(rows)
     empty = torch.empty(0, device="cpu")
-    shells = map_tensors(lambda _: empty, rows)  # the tensors themselves are autograd's to free
+    shells = map_tensors(lambda _: empty, rows)  # autograd frees the tensors themselves
     sizes = [value.numel() for value in values]
 
     def pullback(saved: Gradients, cotangents: Gradients) -> Gradients:
@@ -70,7 +70,7 @@ def _add(total: GradientSum, rows: Held, weights: Weights) -> None:
 
 
 def _rows(run: Run, chunk: Chunk) -> Held:
-    """The rows of one chunk's Jacobian, of the inputs it depends on."""
+    """The rows of one chunk's Jacobian, for the inputs it depends on."""
     flat = chunk.predictions.reshape(-1)
     if len(flat) == 1:
         return {**run.inputs.gradients(flat, torch.ones_like(flat), chunk.leaves)}

@@ -1,4 +1,4 @@
-"""Schedule `stream`: differentiate each pose while its graph is there, keep running sums only."""
+"""Schedule `stream`: differentiate each pose while its graph exists; keep only running sums."""
 
 from typing import final
 
@@ -17,7 +17,7 @@ __all__ = ["stream"]
 
 
 def stream(run: Run, rule: Combination) -> Combined:
-    """Combines gradients while the poses pass, as online softmax combines values.
+    """Combines gradients as the poses pass, the way online softmax combines values.
 
     Memory: K sums of parameter size, or K d n for n groups and predictions of d numbers, and one
     graph. Time: m forwards and at most m backwards; a pose whose weight is exactly zero
@@ -74,7 +74,7 @@ def _push(chunk: Chunk, sums: "list[_OnlineSums]", groups: Groups | None) -> Non
 
 
 def _weighted(gradients: Gradients, cotangent: Tensor | None, count: int) -> Gradients:
-    """The vector-Jacobian product of the combined prediction with its d stored gradients."""
+    """The vector-Jacobian product of the combined prediction, from its d stored gradients."""
     totals: list[Tensor | None] = [None] * count
     if cotangent is None:
         return totals
@@ -89,7 +89,7 @@ def _weighted(gradients: Gradients, cotangent: Tensor | None, count: int) -> Gra
 
 @final
 class _OnlineSums:
-    """The running sums S[k][component] of one group; see `combination/_online.py` for the maths."""
+    """The running sums S[k][component] of one group; `combination/_online.py` has the maths."""
 
     def __init__(self, run: Run, form: OnlineForm) -> None:
         self._inputs = run.inputs
@@ -98,12 +98,12 @@ class _OnlineSums:
         self._level: Tensor | None = None
 
     def push(self, chunk: Chunk, places: Tensor, *, last: bool) -> None:
-        """Adds poses of a chunk, re-basing what is there if they raise the level.
+        """Adds poses of a chunk; if they raise the level, the sums are re-based first.
 
         Args:
             chunk: The chunk.
             places: Which of its poses belong to this group, `[c]`.
-            last: Whether nobody needs its graph after this.
+            last: Whether the chunk's graph is not needed afterwards.
         """
         predictions = _on_host(chunk.predictions)[places]  # [c, components]
         self._raise_level(self._form.level(predictions))
@@ -144,7 +144,8 @@ class _OnlineSums:
             self._rebase(component, transfer[:, :, component].tolist())
 
     def _rebase(self, component: int, transfer: list[list[float]]) -> None:
-        # Lower triangular: from the last sum up, each still finds the old ones before it.
+        # Lower triangular: from the last sum up, so that each still finds the earlier ones
+        # unchanged.
         for k in reversed(range(self._form.count)):
             self._sums[k][component].scale(transfer[k][k])
             for j in range(k):
@@ -152,7 +153,7 @@ class _OnlineSums:
                     self._sums[k][component].add(self._sums[j][component], transfer[k][j])
 
     def _push_one(self, chunk: Chunk, features: Tensor) -> None:
-        """A single pose: one backward per component serves all K sums."""
+        """Adds a single pose: one backward for each component serves all K sums."""
         flat = chunk.predictions.reshape(-1)
         factors = features.tolist()  # [K][components]
         live = [i for i in range(len(flat)) if any(row[i] != 0 for row in factors)]
@@ -167,7 +168,7 @@ class _OnlineSums:
                     sums[component].add(gradients, factors[k][component])
 
     def _push_many(self, chunk: Chunk, places: Tensor, features: Tensor, *, last: bool) -> None:
-        """Several poses: one backward per sum, with the features as cotangent."""
+        """Adds several poses: one backward for each sum, with the features as cotangent."""
         predictions = chunk.predictions.reshape(chunk.portion.count, -1)  # [c, components]
         jobs = (features != 0).any(dim=1).nonzero().tolist()
         for k, component in jobs:
@@ -182,7 +183,7 @@ class _OnlineSums:
 
 
 def _with_weight(chunk: Chunk, predictions: Tensor, cotangent: Tensor) -> tuple[Tensor, Tensor]:
-    """Of poses that were scored alone those that count: others are not differentiated."""
+    """Leaves out poses of zero weight that were scored alone: they are not differentiated."""
     if not chunk.rows:
         return predictions, cotangent
     live = (cotangent != 0).any(dim=1).nonzero().flatten().tolist()
