@@ -1,4 +1,4 @@
-"""Which numbers of an output are one pose."""
+"""Which elements of an output belong to one pose."""
 
 from dataclasses import dataclass
 from typing import final
@@ -12,11 +12,12 @@ __all__ = ["Arrangement"]
 @final
 @dataclass(frozen=True)
 class Arrangement:
-    """How an output's elements are numbered: m poses of K components each.
+    """How the elements of an output are numbered: m poses of K components each.
 
     Args:
         shape: The output's shape.
-        dim: The dimension that counts poses; None if every element is a pose of its own, K = 1.
+        dim: The dimension that counts poses; None if every element is a pose of its own, with K =
+            1.
     """
 
     shape: torch.Size
@@ -29,7 +30,7 @@ class Arrangement:
 
     @property
     def components(self) -> int:
-        """The number of components of each."""
+        """The number of components of each pose."""
         return 1 if self.dim is None else self.shape.numel() // self.poses
 
     def split(self, flat: Tensor) -> Tensor:
@@ -40,7 +41,7 @@ class Arrangement:
         return shaped.movedim(self.dim, 0).reshape(self.poses, self.components, *flat.shape[1:])
 
     def picked(self, index: Tensor) -> tuple["Arrangement", Tensor, Tensor]:
-        """How a part of the output is arranged, and which poses and components of each it has.
+        """The arrangement of part of the output, and which poses and components it has.
 
         Args:
             index: Numbers along the output's dimension 0.

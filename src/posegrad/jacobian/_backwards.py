@@ -1,4 +1,4 @@
-"""How many backwards a Jacobian took, what each was for, and what is to blame for more than one."""
+"""How many backwards a Jacobian took, what each was for, and why if more than one."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -11,7 +11,7 @@ __all__ = ["ONE", "TOGETHER", "Backwards", "Purpose"]
 
 
 class Purpose(Enum):
-    """What a backward is for; a row counts as one, unless all are computed together."""
+    """What a backward is for. Each row counts as one, unless all are computed together."""
 
     ACTIVATIONS = "to the activations"
     COMPONENTS = "for the components of the output"
@@ -26,7 +26,7 @@ class Purpose(Enum):
 @final
 @dataclass
 class Backwards:
-    """The backwards of one Jacobian, or of several.
+    """Counts the backwards of one or several Jacobians.
 
     Args:
         counts: By purpose.
@@ -39,7 +39,7 @@ class Backwards:
     alone: list[str] = field(default_factory=list)
 
     def add(self, purpose: Purpose, count: int = 1) -> None:
-        """Counts some more."""
+        """Counts more backwards."""
         self.counts[purpose] = self.counts.get(purpose, 0) + count
 
     def blame(self, lost: Iterable[str] = (), alone: Iterable[str] = ()) -> None:
@@ -48,7 +48,7 @@ class Backwards:
         self.alone += [name for name in dict.fromkeys(alone) if name not in self.alone]
 
     def joined(self, other: "Backwards") -> "Backwards":
-        """Both together."""
+        """The sum of both."""
         both = Backwards(dict(self.counts), [*self.lost], [*self.alone])
         for purpose, count in other.counts.items():
             both.add(purpose, count)
@@ -57,7 +57,7 @@ class Backwards:
 
     @property
     def total(self) -> int:
-        """How many they are."""
+        """The number of backwards."""
         return sum(self.counts.values())
 
     def __str__(self) -> str:
@@ -76,4 +76,4 @@ ONE = Backwards({Purpose.ACTIVATIONS: 1})
 """What most Jacobians take. Never written to."""
 
 TOGETHER = Backwards({Purpose.TOGETHER: 1})
-"""What those of small networks take. Never written to."""
+"""What Jacobians of small networks take. Never written to."""

@@ -1,4 +1,4 @@
-"""A step from the Jacobians of independent batches."""
+"""A step made from the Jacobians of independent batches."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -18,10 +18,10 @@ __all__ = ["step_of_batches"]
 def step_of_batches(
     jacobians: Sequence[Jacobian], rule: Any, scaler: torch.amp.GradScaler | None
 ) -> Tensor:
-    """Adds to `.grad` what a rule makes of two batches, or of two and a third.
+    """Adds the gradient that a rule makes of two batches, or of two and a third, to `.grad`.
 
     Args:
-        jacobians: Of the same tasks' losses, batch by batch.
+        jacobians: Those of the same tasks' losses, batch by batch.
         rule: Makes weights of the product of the first two.
         scaler: As for `Jacobian.backward`.
 

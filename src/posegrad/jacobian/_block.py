@@ -20,18 +20,17 @@ __all__ = ["Block", "join"]
 @final
 @record
 class Block:
-    """The rows `[M, *shape]` of one parameter, as the sum of its uses.
+    """The rows `[M, *shape]` of one parameter, as a sum over its uses.
 
-    All uses of a parameter are parts of one block, so a tied weight has the cross terms that its
-    gradient has.
+    All uses are parts of one block, so a tied weight has the same cross terms as its gradient.
 
     Args:
         shape: The parameter's shape.
         dtype: Its dtype.
         device: Where the parts are.
         count: M, the number of rows.
-        parts: None for a parameter that nothing depends on.
-        uses: In how many places of one graph its rows were read, however they are held now.
+        parts: How the rows are held; None if nothing depends on the parameter.
+        uses: How many places in one graph the rows were read at, however they are held now.
     """
 
     shape: torch.Size
@@ -96,7 +95,7 @@ class Block:
         return total
 
     def picked(self, index: Tensor, inner: int) -> "Block":
-        """Some of the rows, by numbers along the output's dimension 0, of `inner` rows each."""
+        """Some of the rows, by entries of the output's dimension 0 with `inner` rows each."""
         parts: list[Part] = []
         for part in self.parts:
             first = part.start // inner
@@ -133,15 +132,15 @@ class Block:
 
     @property
     def path(self) -> str:
-        """By which ways its rows were read."""
+        """The ways its rows were read."""
         return " + ".join(dict.fromkeys(part.path for part in self.parts))
 
     def bytes(self) -> int:
-        """The size of what is held."""
+        """The size of what it holds."""
         return sum(part.bytes() for part in self.parts)
 
     def dense_bytes(self) -> int:
-        """The size of plain rows."""
+        """The size it would have as plain rows."""
         return self.count * self.shape.numel() * self.dtype.itemsize if self.parts else 0
 
     def dense(self) -> "Block":
@@ -149,14 +148,14 @@ class Block:
         return self.as_rows(self.dtype)
 
     def as_rows(self, dtype: torch.dtype | None = None) -> "Block":
-        """The block as plain rows, in float32 at least, or in another dtype."""
+        """The block as plain rows in a dtype; default: float32 or wider."""
         if not self.parts:
             return self
         rows = self.rows()
         return replace(self, parts=[Rows(self.path, 0, rows if dtype is None else rows.to(dtype))])
 
     def smaller(self) -> "Block":
-        """The block as it is or as plain rows, whichever are less."""
+        """The block as it is or as plain rows, whichever is smaller."""
         return self if self.bytes() <= self.dense_bytes() else self.dense()
 
     def to(self, device: torch.device | str) -> "Block":
@@ -170,14 +169,14 @@ class Block:
         return replace(self, dtype=torch.float64, parts=[part.double() for part in self.parts])
 
     def live(self) -> Tensor:
-        """Which rows can be other than zero, `[M]`."""
+        """Which rows may be other than zero, `[M]`."""
         found = torch.zeros(self.count, dtype=torch.bool, device=self.device)
         for part in self.parts:
             found[part.start : part.start + part.count] |= part.live()
         return found
 
     def as_one(self, joining: Joining) -> "Block":
-        """The block with the uses and chunks joined that can be."""
+        """The block with its uses and chunks joined where possible."""
         return replace(self, parts=joining.of(self.parts, self.count))
 
     def pairs(self, products: Products) -> Tensor | None:
@@ -191,7 +190,7 @@ class Block:
     def _by(
         self, single: Single, several: Callable[[Kinds, Single], Tensor | None]
     ) -> Tensor | None:
-        """What is asked of a single part, or of several kinds together."""
+        """A result from a single part, or from several kinds together."""
         parts = [part for part in self.parts if isinstance(part, Factors)]
         if len(parts) < len(self.parts) or any(part.count != self.count for part in parts):
             return None
@@ -201,17 +200,17 @@ class Block:
         return None if kinds is None else several(kinds, single)
 
     def _zeros(self, *shape: int) -> Tensor:
-        """Something of that shape for each row, in float32 at least."""
+        """Zeros of this shape for each row, in float32 at least."""
         dtype = self.dtype if self.dtype == torch.float64 else torch.float32
         return torch.zeros(self.count, *shape, dtype=dtype, device=self.device)
 
     def _is_whole(self) -> bool:
-        """Whether one part is all there is."""
+        """Whether there is only one part."""
         return len(self.parts) == 1 and self.parts[0].count == self.count
 
 
 def join(blocks: dict[str, Block]) -> None:
-    """Makes one of the uses of each parameter; once, for their factors are kept so."""
+    """Joins the uses of each parameter; once, since their factors are kept joined."""
     joining = Joining()
     for name, block in list(blocks.items()):
         if len(block.parts) > 1:

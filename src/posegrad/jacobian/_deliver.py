@@ -1,4 +1,4 @@
-"""Gradients that were computed elsewhere, handed to parameters as a backward would."""
+"""Hands gradients computed elsewhere to the parameters, as a backward would."""
 
 import sys
 from collections.abc import Mapping, Sequence
@@ -33,10 +33,10 @@ class Gradient(NamedTuple):
     """What a rule makes of a Jacobian, before anything is added to `.grad`.
 
     Args:
-        own: The gradients of the engine's parameters, by name, in a dict that is nobody else's.
-        weights: As of a `Step`.
+        own: The gradients of the engine's parameters by name, in a dict that nobody else holds.
+        weights: As in a `Step`.
         of_rule: The gradients of the rule's own parameters, by name.
-        trained: Those parameters.
+        trained: The rule's own parameters.
     """
 
     own: dict[str, Tensor]
@@ -52,14 +52,14 @@ def gradient_of(
     scaler: torch.amp.GradScaler | None = None,
     or_nan: bool = False,
 ) -> Gradient:
-    """The gradient that a rule makes, also of its own parameters; no `.grad` is touched.
+    """The gradients that a rule makes, including its own parameters'; `.grad` stays untouched.
 
     Args:
         rule: The rule.
         jacobian: The rows.
-        scaler: Multiplies the gradient by the scale that it will divide by. Rows that are nan or
-            infinite are no error to it: it skips the step and goes on with a lower scale.
-        or_nan: Whether such rows give a gradient of nan, without a scaler too.
+        scaler: The gradient is multiplied by its scale. With a scaler, rows that are nan or
+            infinite are no error: it skips the step and goes on with a lower scale.
+        or_nan: Whether such rows give a gradient of nan even without a scaler.
     """
     trained = {name: p for name, p in rule.named_parameters() if p.requires_grad}
     scales = scaler is not None and scaler.is_enabled()
@@ -83,13 +83,13 @@ def _apart(
     """A rule's step, and the gradients of its own parameters, by name."""
     if isinstance(rule, OfPredictions):
         return rule.trained_step(jacobian)
-    with grad_apart(trained) as of_rule:  # whatever a user's own rule adds there
+    with grad_apart(trained) as of_rule:  # catches what a user's own rule adds there
         step = rule.step(jacobian)
     return step, of_rule
 
 
 def _lost(jacobian: Jacobian) -> Step:
-    """A gradient of nan."""
+    """A step whose gradient is nan."""
     weights = torch.full_like(jacobian.predictions, torch.nan)
     shapes = jacobian.shapes
     return Step({n: weights.new_full(shapes[n], torch.nan) for n in jacobian.used}, weights)
@@ -102,7 +102,7 @@ def deliver_step(
     parameters: Mapping[str, Tensor],
     scaler: torch.amp.GradScaler | None,
 ) -> Tensor | None:
-    """Adds what a rule makes of a Jacobian to `.grad`; returns the weights."""
+    """Adds the gradient that a rule makes of a Jacobian to `.grad`; returns the weights."""
     found = gradient_of(rule, jacobian, scaler=scaler)
     deposit(found.own, parameters)
     deposit(found.of_rule, found.trained)
@@ -110,7 +110,7 @@ def deliver_step(
 
 
 def check_delivered(parameters: Mapping[str, Tensor]) -> None:
-    """Refuses tensors that are no parameters, and so have no `.grad` to add to.
+    """Refuses tensors that are no parameters and so have no `.grad` to add to.
 
     Raises:
         TypeError: if there are any.
@@ -125,7 +125,7 @@ def check_delivered(parameters: Mapping[str, Tensor]) -> None:
 
 
 def deposit(gradients: dict[str, Tensor], parameters: Mapping[str, Tensor]) -> None:
-    """Adds gradients to the `.grad` of the parameters of the same names that are still trained.
+    """Adds gradients to the `.grad` of the parameters of these names that still require grad.
 
     Args:
         gradients: By name; the dict is emptied, so that nobody else holds them.
@@ -139,7 +139,7 @@ def deposit(gradients: dict[str, Tensor], parameters: Mapping[str, Tensor]) -> N
 
 
 def owned(gradients: dict[str, Tensor]) -> list[Tensor]:
-    """Some gradients, of which nobody else holds any; the dict is emptied."""
+    """The gradients, each held by nobody else; the dict is emptied."""
     own = [*gradients.values()]
     gradients.clear()
     _part(own)
@@ -147,28 +147,27 @@ def owned(gradients: dict[str, Tensor]) -> list[Tensor]:
 
 
 def _part(gradients: list[Tensor]) -> None:
-    """Copies those that somebody else holds, or whose memory is that of one before.
+    """Copies gradients that somebody else holds, or that share memory with an earlier one.
 
-    A rule may hold on to what it returned, or have returned it, or another view of it, for two
-    parameters.
+    A rule may keep what it returned, or return it (or another view of it) for two parameters.
     """
     seen: set[int] = set()
-    for i in range(len(gradients)):  # by number: a name for a gradient would hold it too
+    for i in range(len(gradients)):  # by number, since a name would hold the gradient too
         memory = memory_of(gradients[i])
         if sys.getrefcount(gradients[i]) > _HELD_BY_A_LIST or memory in seen:
             gradients[i] = gradients[i].clone()
-        if memory > 0:  # what is empty or sparse has none
+        if memory > 0:  # sparse and empty ones have none
             seen.add(memory)
 
 
 def deliver(parameters: Sequence[Tensor], gradients: list[Tensor]) -> None:
-    """Adds gradients to the `.grad` of parameters; their hooks run, once.
+    """Adds gradients to the `.grad` of parameters; their hooks run once.
 
-    `torch.autograd.backward(parameters, gradients)` would do the same, but copy every gradient,
-    because its caller still holds them. Here each one passes through a view of its parameter, whose
-    node hands on a tensor that nobody else holds: where there is no `.grad` yet, autograd keeps it
-    without a copy. Gradients that it could not keep, of another layout or held by the rule, are
-    copied first, so that the original is not alive beside its copy.
+    `torch.autograd.backward(parameters, gradients)` does the same but copies every gradient,
+    because its caller still holds them. Here each passes through a view of its parameter. The
+    view's node hands on a tensor that nobody else holds, which autograd keeps without a copy if
+    there is no `.grad` yet. Gradients that it could not keep (of another layout, or held by the
+    rule) are copied first, so that the original does not stay alive beside its copy.
 
     Args:
         parameters: Leaves that require grad.

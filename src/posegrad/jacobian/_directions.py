@@ -1,4 +1,4 @@
-"""Directions in the space of parameters, as users state them."""
+"""Directions in parameter space, as users state them."""
 
 from collections.abc import Mapping
 from typing import NamedTuple, Self, final
@@ -13,11 +13,11 @@ __all__ = ["Directions"]
 
 @final
 class Directions(NamedTuple):
-    """Some movements of all parameters.
+    """Several directions in which all parameters move.
 
     Args:
         by_name: `[k, *shape]` by parameter.
-        is_one: Whether it was stated as one, without a dimension of its own.
+        is_one: Whether the user stated a single one, without a dimension for k.
     """
 
     by_name: dict[str, Tensor]
@@ -25,17 +25,17 @@ class Directions(NamedTuple):
 
     @property
     def columns(self) -> int:
-        """How many there are, k."""
+        """The number of directions, k."""
         return 1 if self.is_one else len(next(iter(self.by_name.values())))
 
     @classmethod
     def of(cls, stated: object, shapes: Mapping[str, torch.Size]) -> Self:
-        """What was stated: a tensor `[n]` or `[n, k]`, or a dict of tensors by parameter.
+        """The directions in a tensor `[n]` or `[n, k]`, or in a dict of tensors by parameter.
 
         Raises:
-            TypeError: if it is neither, or complex, or a dict of anything else than tensors.
+            TypeError: if it is neither, if it is complex, or if the dict holds other than tensors.
             ShapeMismatchError: if it does not fit the parameters.
-            KeyError: if it names what is none of them.
+            KeyError: if it names an unknown parameter.
         """
         if isinstance(stated, Mapping):
             return cls(_of_mapping(stated, shapes), True)

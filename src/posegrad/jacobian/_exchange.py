@@ -1,4 +1,4 @@
-"""What ranks that share a Jacobian exchange, and what must be alike on all of them."""
+"""What ranks that share a Jacobian exchange, and what they must agree on."""
 
 import math
 import pickle
@@ -29,7 +29,7 @@ __all__ = [
 
 @final
 class grad_apart(Change):  # noqa: N801
-    """What is added to the `.grad` of a rule's parameters meanwhile, which then is as before."""
+    """Collects what is added to the `.grad` of a rule's parameters, then restores `.grad`."""
 
     def __init__(self, parameters: Mapping[str, Tensor]) -> None:
         self._parameters = parameters
@@ -50,7 +50,7 @@ class grad_apart(Change):  # noqa: N801
 
 
 def made_of(rule: object) -> str:
-    """What a rule is; of weights, those of the first rank count anyway."""
+    """Identifies a rule; explicit weights are all alike, since the first rank's count."""
     return "weights" if isinstance(rule, Tensor) else shown(rule)
 
 
@@ -91,21 +91,21 @@ def check_same_directions(sums: Sequence[float], sizes: Sequence[float]) -> None
 
 
 def layers(names: Sequence[str]) -> Iterator[list[str]]:
-    """The names of parameters, module by module: weight and bias have a cotangent in common."""
+    """The names of parameters, module by module: weight and bias share a cotangent."""
     for _, own in groupby(names, key=lambda name: name.rpartition(".")[0]):
         yield list(own)
 
 
 def agreed(ranks: Ranks, numbers: Sequence[int], layouts: Sequence[str]) -> Ranks:
-    """The ranks in a call that all have come to, with what they would differentiate by.
+    """The ranks of a call that all have joined, with the parameters they differentiate by.
 
     Args:
-        ranks: Who share the poses.
-        numbers: Of each, the number it would give the call.
-        layouts: Of each, the fingerprint of its parameters.
+        ranks: Those that share the poses.
+        numbers: The number that each rank would give the call.
+        layouts: The fingerprint of each rank's parameters.
 
     Raises:
-        RankError: if the parameters are not the same on all.
+        RankError: if the parameters differ between ranks.
     """
     if len(set(layouts)) > 1:
         raise RankError(
@@ -118,7 +118,7 @@ def agreed(ranks: Ranks, numbers: Sequence[int], layouts: Sequence[str]) -> Rank
 
 @final
 class _Packer(pickle.Pickler):
-    """Sends of a tensor what it shows, not all of the storage that it is a view of."""
+    """Sends only what a tensor shows, not the whole storage behind a view."""
 
     def reducer_override(self, found: Any) -> Any:
         if isinstance(found, Tensor):
@@ -129,14 +129,14 @@ class _Packer(pickle.Pickler):
 
 
 def packed(blocks: object) -> bytes:
-    """Blocks of a layer as they travel."""
+    """A layer's blocks as they are sent."""
     file = BytesIO()
     _Packer(file, pickle.HIGHEST_PROTOCOL).dump(blocks)
     return file.getvalue()
 
 
 def check_outputs(predictions: Sequence[Tensor]) -> None:
-    """Refuses outputs that are not parts of one.
+    """Refuses outputs that are not parts of one output.
 
     Raises:
         NoPosesError: if no rank has any.

@@ -21,14 +21,14 @@ __all__ = ["ClosedForm", "Factor", "Side"]
 @final
 @record
 class Factor:
-    """A tensor the forward saved, and the version it had then.
+    """A tensor that the forward saved, and its version then.
 
-    It is the user's own: an in-place change after the forward would make every gradient computed
-    from it wrong, so the version is checked at each use.
+    The user may still change it in place, which would make every gradient computed from it wrong.
+    So the version is checked at each use.
 
     Args:
         tensor: The tensor.
-        beside: The name of the parameter it meets, for messages.
+        beside: The name of the parameter that it is multiplied with, for messages.
     """
 
     tensor: Tensor
@@ -67,7 +67,7 @@ class Factor:
         return replace(self)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """A deep copy's tensor has versions of its own."""
+        """Gives the tensor of a deep copy a version of its own."""
         return Factor.of, (self.value, self.beside)
 
     def to(self, device: torch.device | str) -> "Factor":
@@ -75,14 +75,14 @@ class Factor:
         return Factor.of(self.value.to(device), self.beside)
 
     def double(self) -> "Factor":
-        """The factor in float64, if it is no index."""
+        """The factor in float64, unless it is an index."""
         value = self.value
         return Factor.of(value.double(), self.beside) if value.is_floating_point() else self
 
 
 @final
 class Side(NamedTuple):
-    """A cotangent of a use, and whose its rows are."""
+    """A cotangent of a use, and the owners of its rows."""
 
     cotangent: Tensor
     layout: Layout
@@ -90,12 +90,12 @@ class Side(NamedTuple):
 
 @record
 class ClosedForm(ABC):
-    """How a parameter enters one operator, and what that makes of a cotangent.
+    """How a parameter enters one operator, and what follows for a cotangent.
 
     A form holds what the forward saved, never the graph. It states one linear map three times: from
     the cotangent of the operator's output to the gradient of the parameter, summed over all rows
-    (`vjp`), and kept apart by owner (`rows`); and from a change of the parameter to that of the
-    output (`jvp`), its adjoint.
+    (`vjp`) or by owner (`rows`); and the adjoint, from a change of the parameter to that of the
+    output (`jvp`).
 
     *Laws:* for any cotangent B, direction V and layout the form accepts,
     `rows(B, layout)[i] == vjp(layout.only(B, i))`, and
@@ -108,38 +108,38 @@ class ClosedForm(ABC):
     shape: torch.Size
 
     has_small_rows: ClassVar[bool] = False
-    """Whether the rows of all poses take no more than a cotangent, in time and in memory."""
+    """Whether the rows of all poses cost no more time and memory than a cotangent."""
 
     @property
     def positions(self) -> tuple[int, ...]:
-        """The dimensions of every factor and of a cotangent that count positions; () if none do.
+        """The dimensions that count positions in every factor and cotangent; () if none do.
 
-        *Law:* `vjp` is a sum over positions, so the factors and cotangents of several uses,
-        concatenated along the first of these dimensions, are those of the sum of these uses.
+        *Law:* `vjp` is a sum over positions: concatenating the factors and cotangents of several
+        uses along the first of these dimensions gives the sum of these uses.
         """
         return ()
 
     def sums(self, cotangent: torch.Size) -> int:
-        """How many products are added up to one number of `vjp`."""
+        """How many products are summed in each number of `vjp`."""
         return prod(cotangent[dim] for dim in self.positions)
 
     def opened(
         self, cotangents: tuple[Tensor, ...], layout: Layout
     ) -> tuple["ClosedForm", tuple[Tensor, ...], Layout]:
-        """The same use by a form that counts positions, if there is one."""
+        """The same use in a form that counts positions, if there is one."""
         return self, cotangents, layout
 
     def turned(self, cotangent: Tensor) -> tuple["ClosedForm", Tensor] | None:
-        """The same use with the cotangent for a factor and the factor for a cotangent."""
+        """The same use, with cotangent and factor in exchanged roles."""
         return None
 
     @property
     def fixed(self) -> tuple[Any, ...]:
-        """What uses must have in common to be concatenated."""
+        """What uses must agree in to be concatenated."""
         return tuple([value for value in vars(self).values() if not isinstance(value, Factor)])
 
     def of_positions(self, factors: Sequence[Tensor]) -> Self:
-        """The form with other positions, along the first of their dimensions alone."""
+        """The form with other positions, along the first of their dimensions only."""
         tensors = iter(factors)
         return self._with(lambda factor: Factor.of(next(tensors), factor.beside))
 
@@ -153,7 +153,7 @@ class ClosedForm(ABC):
 
         Args:
             direction: The movement.
-            shape: That of a cotangent; the result broadcasts against it.
+            shape: That of the cotangent; the result broadcasts against it.
         """
 
     @abstractmethod
@@ -161,15 +161,15 @@ class ClosedForm(ABC):
         """The gradient of each pose, `[m, *shape]`; `layout.dims` is not empty."""
 
     def write_rows(self, cotangent: Tensor, layout: Layout, into: Tensor) -> None:
-        """`rows` written to a tensor `[m, *shape]`, at best without another of its size."""
+        """Writes `rows` to a tensor `[m, *shape]`, if possible without another one of that size."""
         into.copy_(self.rows(cotangent, layout))
 
     def accepts(self, cotangent: torch.Size, layout: Layout) -> bool:
-        """Whether `rows` can serve a layout; where not, the exact rung below does."""
+        """Whether `rows` serves this layout; if not, the next rung of the ladder does."""
         return True
 
     def prefers_pairs(self, cotangent: torch.Size, layout: Layout, components: int) -> bool:
-        """Whether `inner` is there, and cheaper than products of `rows`."""
+        """Whether `inner` exists and is cheaper than products of `rows`."""
         return False
 
     def inner(
@@ -177,25 +177,26 @@ class ClosedForm(ABC):
     ) -> Tensor | None:
         """The inner products of the poses' gradients under two cotangents, `[m, m]`.
 
-        *Law:* it is `rows(first, layout)` times `rows(second, layout)` transposed; but no gradient
-        is formed. None if the rows of a pose cancel, so that sums of products would lose digits.
+        *Law:* it equals `rows(first, layout)` times `rows(second, layout)` transposed, without
+        forming gradients. None if the rows of a pose cancel, so that sums of products would lose
+        digits.
         """
         raise NotImplementedError
 
     def across(self, own: "Side", other: Self, its: "Side", products: Products) -> Tensor | None:
         """The inner products of the poses' gradients with those of another use, `[m, m']`.
 
-        *Law:* it is `rows(*own)` times `other.rows(*its)` transposed. None if rows are cheaper, or
-        if they cancel, so that sums of products would lose digits.
+        *Law:* it equals `rows(*own)` times `other.rows(*its)` transposed. None if rows are cheaper,
+        or if they cancel, so that sums of products would lose digits.
         """
         return None
 
     def projected(
         self, cotangents: tuple[Tensor, ...], left: Tensor, right: Tensor
     ) -> tuple["ClosedForm", tuple[Tensor, ...]] | None:
-        """The use of the parameter seen as a matrix `[p, d]`, between two projections.
+        """The use with its parameter, as a matrix `[p, d]`, projected from both sides.
 
-        *Law:* the rows of what is returned, under any layout the form accepts, are
+        *Law:* under any layout the form accepts, the rows of the result are
         `left @ rows @ right.mT`.
 
         Args:
@@ -209,14 +210,14 @@ class ClosedForm(ABC):
         return None
 
     def squares(self, cotangent: Tensor, layout: Layout, products: Products) -> Tensor | None:
-        """The squared norms of the poses' gradients `[m]` without these; None if not cheaper.
+        """The squared norms of the poses' gradients `[m]`, without these; None if not cheaper.
 
         *Law:* it is `rows(cotangent, layout).flatten(1).square().sum(1)`.
         """
         return None
 
     def combine(self, cotangent: Tensor, layout: Layout, weights: Tensor) -> Tensor | None:
-        """The sum of the poses' gradients times weights `[m]`; None if there is no shorter way.
+        """The sum of the poses' gradients times weights `[m]`; None if there is no shortcut.
 
         *Law:* it is `vjp(layout.weigh(cotangent, weights))`.
         """

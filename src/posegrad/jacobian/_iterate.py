@@ -1,4 +1,4 @@
-"""Single rows of a Jacobian, and all of them one after another."""
+"""Single rows of a Jacobian, or all of them in turn."""
 
 from collections.abc import Callable, Iterator, Sequence
 from itertools import product
@@ -12,18 +12,18 @@ from torch import Tensor
 __all__ = ["each", "numbers_along", "one_at", "picks_one", "rows_at"]
 
 Pick = Callable[[Any], dict[str, Tensor]]
-"""From an index of one number of the output to its gradient."""
+"""From the index of one number of the output to its gradient."""
 
 
 def each(shape: torch.Size, pick: Pick) -> Iterator[dict[str, Tensor]]:
-    """For each index of the output's first dimension its rows, `[*shape[1:], *parameter.shape]`.
+    """The rows of each entry of the output's first dimension, `[*shape[1:], *parameter.shape]`.
 
     Args:
-        shape: The output's.
+        shape: The output's shape.
         pick: Gives single rows.
 
     Raises:
-        TypeError: if the output has no dimension; at once, and not at the first row.
+        TypeError: at once, and not at the first row, if the output has no dimension.
     """
     if not shape:
         raise TypeError(
@@ -43,17 +43,17 @@ def rows_at(index: int, inner: torch.Size, pick: Pick) -> dict[str, Tensor]:
 
 
 def picks_one(index: Any) -> bool:
-    """Whether an index is that of a row, or a tuple of numbers; else it picks several."""
+    """Whether an index picks one row or is a tuple of numbers; otherwise it picks several rows."""
     if isinstance(index, Tensor):
         return index.ndim == 0 and index.dtype != torch.bool
     return isinstance(index, tuple) or (isinstance(index, Integral) and not isinstance(index, bool))
 
 
 def numbers_along(index: Any, shape: torch.Size) -> Tensor:
-    """The entries of dimension 0 that an index picks, by their numbers, on the CPU.
+    """The entries of dimension 0 that an index picks, as numbers on the CPU.
 
     Raises:
-        IndexError: if it is no slice, mask, or list of numbers, or one is out of range.
+        IndexError: if it is no slice, mask or list of numbers, or out of range.
     """
     if not shape:
         raise IndexError("The output is a number without dimensions: its gradient is J[()].")
@@ -80,7 +80,7 @@ def numbers_along(index: Any, shape: torch.Size) -> Tensor:
 
 
 def one_at(index: Any, predictions: Tensor) -> Tensor:
-    """The weights of which one is 1 and the others 0.
+    """Weights with a single 1, at the index, and zeros elsewhere.
 
     Raises:
         IndexError: if the index is out of range or picks several.

@@ -1,12 +1,12 @@
-r"""Several uses of a parameter as one, and several chunks of poses.
+r"""Joins several uses of a parameter, and several chunks of poses, into one use.
 
-A closed form is a sum over positions, of what its factors and the cotangent hold at each. The
-positions of several uses, one after another, are those of one use:
+A closed form is a sum over positions, of what its factors and cotangent hold at each. Concatenated,
+the positions of several uses are those of one use:
 
 .. math::
     \sum_u \sum_{r \in R_{iu}} b_r a_r^\top = \sum_{r \in \bigcup_u R_{iu}} b_r a_r^\top .
 
-So forms need to know nothing of it: the factors of all uses, concatenated, are those of one.
+So forms need not know about it: the factors of all uses are concatenated.
 """
 
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ from posegrad.jacobian._positions import Positions
 
 __all__ = ["Joining"]
 
-_LATEST = 2  # a weight and its bias have positions in common
+_LATEST = 2  # a weight and its bias share positions
 
 
 @final
@@ -30,7 +30,7 @@ class _Group(NamedTuple):
     Args:
         kind: What they have in common.
         parts: The parts.
-        dims: The dimensions that count the positions of each.
+        dims: The dimensions of each part that count positions.
     """
 
     kind: object
@@ -40,17 +40,17 @@ class _Group(NamedTuple):
 
 @final
 class Joining:
-    """Joins the parts of blocks; what neighbouring blocks have in common is joined once."""
+    """Joins the parts of blocks; what neighbouring blocks share is joined once."""
 
     def __init__(self) -> None:
         self._latest: list[Positions] = []
 
     def of(self, parts: Sequence[Part], count: int) -> Sequence[Part]:
-        """The same rows in as few parts as can be.
+        """The same rows in as few parts as possible.
 
         Args:
-            parts: Of one block.
-            count: M, the number of its rows.
+            parts: The parts of one block.
+            count: M, the number of rows in the block.
         """
         groups: list[_Group] = []
         others: list[Part] = []
@@ -88,7 +88,7 @@ class Joining:
 
 
 def _is_sorted(part: Factors, groups: list[_Group]) -> bool:
-    """Adds a part to the group of its kind, or to a new one; False if it has no positions."""
+    """Adds a part to the group of its kind or to a new one; False if it has no positions."""
     dims = part.form.positions
     if not dims:
         return False
@@ -107,7 +107,7 @@ def _is_sorted(part: Factors, groups: list[_Group]) -> bool:
 
 
 def _kind(part: Factors, dims: tuple[int, ...]) -> object:
-    """What parts have in common that can be joined: all but their numbers and positions."""
+    """What parts must agree in to be joined: all but their sizes and positions."""
     form, b = part.form, part.cotangents[0]
     tensors = [*[factor.tensor for factor in form.factors()], b]
     widths = [[n for dim, n in enumerate(t.shape) if dim not in dims] for t in tensors]
@@ -115,7 +115,7 @@ def _kind(part: Factors, dims: tuple[int, ...]) -> object:
 
 
 def _arrangement(parts: Sequence[Factors], count: int) -> Arrangement | None:
-    """How poses and components of all parts number the rows; None if they disagree."""
+    """The common arrangement of all parts in the rows; None if they disagree."""
     first = parts[0].arrangement
     if all(part.arrangement == first for part in parts) and parts[0].count == count:
         return first

@@ -1,18 +1,19 @@
-r"""A parameter used in two ways: a table of words that is also the weight of the last layer.
+r"""A parameter used in two ways, such as an embedding table tied to the output layer's weight.
 
-Its rows are sums of two kinds, so their inner products have four terms:
+Its rows are sums over two kinds of use, so their inner products have four terms:
 
 .. math::
     \langle E_i + L_i, E_j + L_j \rangle = \langle E_i, E_j \rangle + \langle L_i, L_j \rangle
         + \langle E_i, L_j \rangle + \langle L_i, E_j \rangle .
 
-The first two are those of each kind alone. With :math:`e_s` the cotangent of what was looked up in
-row :math:`v_s` of the table, and :math:`b_r a_r^\top` the products of the weight, the others are
+The first two are those of each kind by itself. Let :math:`e_s` be the cotangent of what was looked
+up in row :math:`v_s` of the table, and :math:`b_r a_r^\top` the products of the weight. Then the
+others are
 
 .. math::
     \langle E_i, L_j \rangle = \sum_{s \in S_i} \sum_{r \in R_j} b_r[v_s] \, (a_r \cdot e_s) ,
 
-and no row has to be formed. Where the sum is far smaller than its terms, it is taken in float64.
+and no row is formed. If the sum is far smaller than its terms, it is taken in float64.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -30,16 +31,16 @@ from posegrad.jacobian.layers import Embedding, Linear
 __all__ = ["Kinds"]
 
 Single = Callable[[Factors], Tensor | None]
-"""From one part to what is asked of it; None if that is cheaper with rows."""
+"""From one part to a product of its rows; None if that is cheaper with rows."""
 
 
 @final
 class Kinds:
-    """Rows that are sums of a table's and a weight's.
+    """Rows that are sums of a lookup in a table and of products with the same weight.
 
     Args:
-        table: The part of what was looked up.
-        weight: The part of the products.
+        table: The part read at the lookup.
+        weight: The part read at the product.
     """
 
     def __init__(self, table: Factors, weight: Factors) -> None:
@@ -47,7 +48,7 @@ class Kinds:
 
     @classmethod
     def of(cls, parts: Sequence[Factors]) -> Self | None:
-        """The parts of a block as such a sum; None if they are not one of each kind."""
+        """The parts of a block as such a sum; None if they are anything else."""
         for table, weight in permutations(parts) if len(parts) == 2 else ():
             met = isinstance(table.form, Embedding) and isinstance(weight.form, Linear)
             alone = all(p.layout.dims and p.arrangement.dim is None for p in parts)
@@ -57,7 +58,7 @@ class Kinds:
         return None
 
     def pairs(self, single: Single) -> Tensor | None:
-        """The Gramian `[m, m]` without rows, if `single` gives that of each part."""
+        """The Gramian `[m, m]` without rows; `single` gives that of each part."""
         total = self._own(single)
         if total is None:
             return None
@@ -72,7 +73,7 @@ class Kinds:
         return self._sure(total, total.diagonal(), size, lambda kinds: kinds.pairs(single))
 
     def squares(self, single: Single) -> Tensor | None:
-        """The squared norms `[m]` without rows, if `single` gives those of each part."""
+        """The squared norms `[m]` without rows; `single` gives those of each part."""
         total = self._own(single)
         if total is None:
             return None
@@ -86,14 +87,14 @@ class Kinds:
         return self._sure(total, total, size, lambda kinds: kinds.squares(single))
 
     def _own(self, single: Single) -> Tensor | None:
-        """What the parts give by themselves, added up."""
+        """The sum of what each part gives by itself."""
         found = [single(part) for part in self._parts]
         return None if found[0] is None or found[1] is None else found[0] + found[1]
 
     def _sure(
         self, found: Tensor, squares: Tensor, size: Tensor, again: Callable[[Self], Tensor | None]
     ) -> Tensor | None:
-        """What was found, or the same in float64 if a row is far smaller than what it sums up."""
+        """The result, recomputed in float64 if a row is far smaller than its terms."""
         if not bool((size * torch.finfo(size.dtype).eps ** 0.25 > squares).any()):
             return found
         if found.dtype == torch.float64:
@@ -103,7 +104,7 @@ class Kinds:
         return None if exact is None else exact.to(found.dtype)
 
     def _looked_up(self) -> tuple[Tensor, Tensor, Layout]:
-        """Row numbers of the table `[S]`, their cotangents `[S, d]`, and whose they are."""
+        """The looked-up rows of the table `[S]`, their cotangents `[S, d]`, and their owners."""
         part, (cotangent,) = self._parts[0], self._parts[0].cotangents
         form = part.form
         assert isinstance(form, Embedding)
@@ -114,7 +115,7 @@ class Kinds:
         return indices % form.shape[0], entries, Layout.along(part.layout.count, 0, owners)
 
     def _products(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """By pose the factors `[T, d]` and `[T, V]` of the gradient of the weight."""
+        """For each pose, the factors `[T, d]` and `[T, V]` of the weight's gradient."""
         part, (cotangent,) = self._parts[1], self._parts[1].cotangents
         form = part.form
         assert isinstance(form, Linear)

@@ -1,4 +1,4 @@
-"""Which pose each row of a tensor belongs to, and where its rows lie."""
+"""Which pose owns each row of a tensor, and along which dimensions the rows lie."""
 
 from collections.abc import Iterator
 from functools import cached_property
@@ -12,29 +12,29 @@ from posegrad.jacobian._record import record
 __all__ = ["NOBODY", "WHOLE", "Layout", "single"]
 
 NOBODY = -1
-"""The owner of a row that no prediction depends on: its cotangent is zero."""
+"""The owner of a row that no prediction depends on; the cotangent of such a row is zero."""
 
 WHOLE = -1
-"""The dimension along which the rows of a tensor lie that is one pose's as a whole."""
+"""Stands for the dimension of rows where one pose owns the whole tensor."""
 
 
 @final
 @record
 class Layout:
-    r"""The owners of the rows of a tensor, and the sums over the rows of each.
+    r"""The owners of a tensor's rows, and sums over the rows of each owner.
 
-    A cotangent in front of a layer has one or more *rows* for each pose: `[m, p]` has one,
+    In front of a layer, a cotangent has one or more *rows* for each pose: `[m, p]` has one,
     `[m, T, p]` and `[T, m, p]` have T along another dimension, `[m T, p]` has T along the same,
-    and a ragged batch of graphs has as many as each pose has atoms. `dims` are the dimensions along
-    which the owner changes; merged into one they count the rows.
+    and a ragged batch of graphs has one for each atom. `dims` are the dimensions along which the
+    owner changes; merged, they count the rows.
 
     Args:
         count: m, the number of poses.
         dims: Dimensions that count rows, in order. `()` if one pose owns the whole tensor.
-        stated: The pose of every row, `[R]`; `NOBODY` where it makes no difference. None if they
+        stated: The owner of every row, `[R]`; `NOBODY` where it does not matter. None if owners
             follow a pattern.
-        pattern: R and `stride`, if that is known.
-        device: That of the owners, if they follow a pattern.
+        pattern: R and `stride`, if known.
+        device: The device of the owners, if they follow a pattern.
     """
 
     count: int
@@ -52,11 +52,11 @@ class Layout:
     def regular(
         cls, count: int, dim: int, size: int, stride: int, device: torch.device | None
     ) -> Self:
-        """The layout of `size` rows along a dimension, `stride` neighbours to a pose in turn."""
+        """A layout of `size` rows along a dimension: poses take turns, `stride` rows at a time."""
         return cls(count, (dim,), None, (size, stride), device)
 
     def owned(self, dim: int, owners: Tensor) -> "Layout":
-        """The layout of the same poses along a dimension, or of a whole tensor, by other owners."""
+        """The layout with other owners of the same poses, along a dimension or whole."""
         return Layout(self.count, () if dim == WHOLE else (dim,), owners)
 
     def moved(self, dim: int) -> "Layout":
@@ -64,7 +64,7 @@ class Layout:
         return Layout(self.count, (dim,), self.stated, self.pattern, self.device)
 
     def patterned(self, size: int, stride: int) -> "Layout":
-        """Other rows along the same dimension, in a pattern."""
+        """A layout of other rows along the same dimension, in a pattern."""
         return Layout(self.count, self.dims, None, (size, stride), self.device)
 
     @property
@@ -74,7 +74,7 @@ class Layout:
 
     @property
     def dim(self) -> int:
-        """The one dimension along which rows lie, or `WHOLE`."""
+        """The single dimension along which rows lie, or `WHOLE`."""
         return self.dims[0] if self.dims else WHOLE
 
     @cached_property
@@ -101,7 +101,7 @@ class Layout:
     def stride(self) -> int | None:
         r"""s, if row r belongs to pose :math:`\lfloor r / s \rfloor \bmod m`; None if irregular.
 
-        Rows nobody owns fit any pattern: their cotangents are zero.
+        Rows without owner fit any pattern: their cotangents are zero.
         """
         if self.pattern is not None:
             return self.pattern[1]
@@ -118,11 +118,11 @@ class Layout:
 
     @cached_property
     def is_one_each(self) -> bool:
-        """Whether row i of a matrix is that of pose i, and there is no other."""
+        """Whether row i of a matrix belongs to pose i, and there are no other rows."""
         return self.dims == (0,) and self.size == self.count and self.stride == 1
 
     def by_pose(self, tensor: Tensor) -> Tensor:
-        """The rows of each pose together, `[m, R / m, ...]`; for regular layouts."""
+        """The rows of each pose together, `[m, R / m, ...]`; only for regular layouts."""
         assert self.stride is not None
         rows = self.front(tensor)
         outer = len(rows) // (self.count * self.stride)
@@ -135,18 +135,18 @@ class Layout:
         return torch.bincount(self._live_owners, minlength=self.count).tolist()
 
     def segments(self, tensor: Tensor) -> tuple[Tensor, ...]:
-        """The rows of each pose, one tensor `[R_i, ...]` a pose."""
+        """The rows of each pose, as one tensor `[R_i, ...]` each."""
         if self.stride is not None:
             return self.by_pose(tensor).unbind(0)
         rows = self.front(tensor)
         return torch.split(rows if self._is_in_order else rows[self._order], self.sizes)
 
     def groups(self, *tensors: Tensor) -> Iterator[tuple[Tensor | slice, list[Tensor]]]:
-        """The rows of each pose together, for poses of like numbers of rows at once.
+        """The rows of each pose together, for poses with about equally many rows at a time.
 
         Yields:
-            The poses, `[k]`, and of each tensor their rows, `[k, T, ...]`: zeros fill up those of
-            poses that have fewer. Poses without rows are left out.
+            The poses, `[k]`, and for each tensor their rows, `[k, T, ...]`, padded with zeros.
+                Poses without rows are left out.
         """
         if self.stride is not None:
             yield slice(None), [self.by_pose(tensor) for tensor in tensors]
@@ -178,11 +178,11 @@ class Layout:
         return total.index_add_(0, self._live_owners, rows)
 
     def dots(self, first: Tensor, second: Tensor) -> Tensor:
-        """The inner products of two tensors over the rows of each pose, `[m]`.
+        """The inner products of two tensors, taken over the rows of each pose, `[m]`.
 
         Args:
             first: A tensor of this layout.
-            second: Another, or one that broadcasts against it.
+            second: Another one, or a tensor that broadcasts against it.
         """
         last = first.ndim - 1
         if second.ndim == 1 and last not in self.dims and len(second) == first.shape[-1]:
@@ -198,7 +198,7 @@ class Layout:
         return total if int(owner) < 0 else total.index_copy_(0, owner, terms.reshape(1))
 
     def spread(self, values: Tensor) -> Tensor:
-        """A value for each pose, `[m]`, as one for each row: `[R]`."""
+        """Repeats the value of each pose, `[m]`, for each of its rows: `[R]`."""
         if self.pattern is None:
             return values[self.owners.clamp(min=0)]
         size, stride = self.pattern
@@ -217,12 +217,12 @@ class Layout:
         return tensor * values.reshape(shape)
 
     def picked(self, poses: Tensor, dim: int, inner: int) -> tuple["Layout", Tensor]:
-        """The layout of some poses alone, and the numbers of their rows in `front`.
+        """The layout of some poses only, and the numbers of their rows in `front`.
 
         Args:
-            poses: Their numbers, in the order they shall have; some may come twice.
+            poses: Their numbers in the wanted order; some may come twice.
             dim: The dimension along which their rows will lie.
-            inner: How many neighbours there each row becomes.
+            inner: How many adjacent rows each row becomes there.
         """
         if self.stride is not None:
             numbers = torch.arange(self.size, device=poses.device)
@@ -244,11 +244,11 @@ class Layout:
 
     @property
     def has_dead_rows(self) -> bool:
-        """Whether some rows are nobody's."""
+        """Whether some rows have no owner."""
         return self.pattern is None and len(self._dead) > 0
 
     def has_strays(self, tensor: Tensor) -> bool:
-        """Whether rows that should be nobody's are not zero: zero times infinity is not."""
+        """Whether rows without owner are not all zero: zero times infinity is not zero."""
         if not self.has_dead_rows:
             return False
         return bool(self.front(tensor)[self._dead].any())
@@ -264,15 +264,15 @@ class Layout:
 
     @cached_property
     def _is_in_order(self) -> bool:
-        """Whether the poses follow each other, as they do in most batches."""
+        """Whether the poses follow each other in order, as in most batches."""
         owners = self.owners
         return bool((owners[1:] >= owners[:-1]).all()) and bool((owners[:1] != NOBODY).all())
 
     @cached_property
     def _groups(self) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """Poses whose sizes differ by less than a factor of two: where their rows are, and are not.
+        """Poses grouped by size, within a factor of two; where their rows are, and where none are.
 
-        So at most half of what is multiplied is zeros, and there are few groups.
+        So at most half of the multiplied numbers are zeros, and there are few groups.
         """
         order = self._order
         sizes = torch.tensor(self.sizes, device=order.device)
@@ -306,5 +306,5 @@ def _divisors(number: int) -> list[int]:
 
 
 def single(tensor: Tensor) -> Layout:
-    """The layout of a tensor that belongs to the only pose there is."""
+    """The layout of a tensor that belongs to a single pose."""
     return Layout(1, (), torch.zeros(1, dtype=torch.long, device=tensor.device))

@@ -1,4 +1,4 @@
-"""Parts of a block: how the rows of one parameter's Jacobian are held."""
+"""Parts of a block: how the rows of one parameter are held."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -29,15 +29,15 @@ __all__ = [
 ]
 
 
-_KEPT = 2  # times the numbers of the factors that rows may have, to be formed for a product
+_KEPT = 2  # rows are formed for a product if at most this many times larger than their factors
 
 
 @record
 class Part(ABC):
-    """Some rows of a block, or a summand of them.
+    """Some rows of a block, or one of several summands of them.
 
     Args:
-        path: How it was found, for `report`.
+        path: How the rows were read, for `report`.
         start: The number of its first row in the whole Jacobian.
     """
 
@@ -67,14 +67,14 @@ class Part(ABC):
 
     @abstractmethod
     def is_live(self) -> bool:
-        """Whether any row can be other than zero."""
+        """Whether any row may be other than zero."""
 
     @abstractmethod
     def held(self) -> list[Tensor]:
-        """The tensors that are held."""
+        """The tensors that it holds."""
 
     def bytes(self) -> int:
-        """Their size."""
+        """The size of these tensors."""
         return sum(tensor.numel() * tensor.element_size() for tensor in self.held())
 
     @abstractmethod
@@ -87,15 +87,15 @@ class Part(ABC):
 
     @abstractmethod
     def live(self) -> Tensor:
-        """Which rows can be other than zero, `[count]`."""
+        """Which rows may be other than zero, `[count]`."""
 
     @abstractmethod
     def picked(self, index: Tensor, inner: int) -> "Part":
         """Some of its rows, as a part that begins at row 0.
 
         Args:
-            index: Numbers along dimension 0 of the output, counted from the part's first row.
-            inner: How many rows each of these has.
+            index: Entries of the output's dimension 0, counted from the part's first row.
+            inner: How many rows each entry has.
         """
 
     def shifted(self, by: int) -> "Part":
@@ -110,7 +110,7 @@ class Part(ABC):
 @final
 @record
 class Rows(Part):
-    """Rows as they are."""
+    """Plain rows."""
 
     values: Tensor
 
@@ -154,11 +154,11 @@ class Factors(Part):
     """A closed form and its cotangents, one for each component of the output.
 
     Args:
-        form: How the parameter enters.
-        layout: Whose the rows of the cotangents are.
+        form: How the parameter enters the operator.
+        layout: The owners of the cotangents' rows.
         arrangement: How poses and components number the output.
         cotangents: K tensors of one shape.
-        pull: From the tensor the form is about back to the parameter, if it was computed from it.
+        pull: From the tensor that the form is for back to the parameter, if computed from it.
     """
 
     form: ClosedForm
@@ -175,7 +175,7 @@ class Factors(Part):
         arrangement: Arrangement,
         cotangents: tuple[Tensor, ...],
     ) -> Part:
-        """The part of a parameter that enters as it is; rows, if they are less than cotangents."""
+        """The part of a parameter that enters directly; as rows, if these are smaller than cotangents."""
         factors = cls(
             f"closed form ({type(form).__name__})", 0, form, layout, arrangement, cotangents
         )
@@ -185,23 +185,23 @@ class Factors(Part):
         return factors
 
     def as_rows(self) -> Rows:
-        """The part with its rows in place of the factors."""
+        """The part with rows in place of factors."""
         return Rows(self.path, self.start, self.rows())
 
     @property
     def keeps_products(self) -> bool:
-        """Whether inner products of the form's gradients are those of the parameter's."""
+        """Whether inner products of the form's gradients equal those of the parameter's."""
         return self.pull is None or self.pull.keeps
 
     def opened(self) -> "Factors":
-        """The part by a form that counts positions, if there is one."""
+        """The part in a form that counts positions, if there is one."""
         form, cotangents, layout = self.form.opened(self.cotangents, self.layout)
         if form is self.form:
             return self
         return replace(self, form=form, cotangents=cotangents, layout=layout)
 
     def turned(self) -> "Factors | None":
-        """The part with the cotangent for a factor, if it has one and the form has such another."""
+        """The part with cotangent and factor in exchanged roles; None if there is no single pair."""
         found = self.form.turned(self.cotangents[0]) if len(self.cotangents) == 1 else None
         return None if found is None else replace(self, form=found[0], cotangents=(found[1],))
 
@@ -255,11 +255,11 @@ class Factors(Part):
         weighed = weights.times_cotangents(self)
         total = self.form.vjp(weighed)
         if total.data_ptr() == weighed.data_ptr():  # nothing was summed
-            total = total.clone()  # for another parameter may have the same
+            total = total.clone()  # another parameter may have the same
         return total if self.pull is None else wide(self.pull.back(total.unsqueeze(0))[0])
 
     def along(self, directions: Tensor) -> Tensor:
-        r"""By the change of the operator's output: no gradient is computed, unless that is cheaper.
+        r"""Uses the change of the operator's output, and no gradient unless that is cheaper.
 
         With :math:`b_r` the cotangent of row r and :math:`y_r` the change, :math:`(J v)_i` is
         :math:`\sum_{r \in R_i} b_r \cdot y_r`.
@@ -274,7 +274,7 @@ class Factors(Part):
         return torch.stack([self._along(direction) for direction in moved], dim=1)
 
     def _along(self, direction: Tensor) -> Tensor:
-        """The rows times one direction of what enters the operator, `[count]`."""
+        """The rows times one direction of the operator's argument, `[count]`."""
         cotangents = [wide(b) for b in self.cotangents]
         b = cotangents[0]
         change = self.form.jvp(direction.to(b.device, b.dtype), b.shape)
@@ -282,7 +282,7 @@ class Factors(Part):
         return self.arrangement.join(torch.stack(columns, dim=1))
 
     def picked(self, index: Tensor, inner: int) -> Part:
-        """By the rows of its factors that belong to these poses, if the form counts positions."""
+        """Picks the factors' rows of these poses, if the form counts positions; otherwise plain rows."""
         part = self.opened()
         dims, layout = part.form.positions, part.layout
         if not dims or not layout.dims:
@@ -313,11 +313,11 @@ class Factors(Part):
     def _with_each(
         self, other: "Factors", met: Callable[[Tensor, Tensor], Tensor | None]
     ) -> Tensor | None:
-        """Products of all components with all of another part, `[M, M']`; None if one has none.
+        """Products of all components with those of another part, `[M, M']`; None if any is missing.
 
         Args:
             other: The part.
-            met: From a cotangent of either to the products of their poses, `[m, m']`.
+            met: From one cotangent of each part to the products of their poses, `[m, m']`.
         """
         grid: list[Tensor] = []
         for b, c in product(self.cotangents, other.cotangents):
@@ -333,7 +333,7 @@ class Factors(Part):
         return other.arrangement.join(joined.permute(1, 2, 0)).mT
 
     def _meets(self, other: "Factors") -> bool:
-        """Whether the forms are about the same tensor, in poses that lie along dimensions."""
+        """Whether both forms are for the same tensor, with poses along dimensions."""
         if not self.layout.dims or not other.layout.dims or self.form.shape != other.form.shape:
             return False
         if self.pull is None or other.pull is None:
@@ -344,7 +344,7 @@ class Factors(Part):
         return places is not None and its is not None and torch.equal(places, its)
 
     def projected(self, projection: Projection) -> "Factors | None":
-        """The part of a projected parameter; None if rows have to be projected."""
+        """The part of a projected parameter; None if its rows must be projected instead."""
         part = self.opened()
         if part.pull is not None or not part.layout.dims or len(part.form.shape) < 2:
             return None
@@ -355,7 +355,7 @@ class Factors(Part):
         return replace(part, form=form, cotangents=cotangents)
 
     def _entering(self, directions: Tensor) -> Tensor | None:
-        """What directions of the parameter are to what enters the operator; None if not known."""
+        """Directions of the parameter as those of the operator's argument; None if unknown."""
         if self.pull is None:
             return directions
         places = self.pull.places(self.form.shape, self.cotangents[0].device)
@@ -376,7 +376,7 @@ class Factors(Part):
         return total
 
     def has_cotangents_of(self, other: "Factors") -> bool:
-        """Whether the parts differ in nothing but the form."""
+        """Whether the parts differ only in their forms."""
         if self.layout is not other.layout or self.start != other.start:
             return False
         return all(map(is_, self.cotangents, other.cotangents))
@@ -399,7 +399,7 @@ class Factors(Part):
         return replace(self)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Deep copies and pickles without the graph that `pull` goes through."""
+        """Makes deep copies and pickles without the graph behind `pull`."""
         if self.pull is not None:
             return Rows, (self.path, self.start, self.rows())
         return Factors, (
@@ -437,7 +437,7 @@ class Factors(Part):
     def _rows(self, cotangent: Tensor) -> Tensor:
         if self.layout.dims:
             return self.form.rows(cotangent, self.layout)
-        gradient = self.form.vjp(cotangent).unsqueeze(0)  # all of it is one pose's
+        gradient = self.form.vjp(cotangent).unsqueeze(0)  # all rows belong to one pose
         if self.layout.count == 1:
             return gradient
         owner = self.layout.owners
@@ -449,8 +449,7 @@ class Factors(Part):
 class Weights:
     """Weights of the rows of a Jacobian.
 
-    What the last cotangents became under them is kept, as a weight and its bias have theirs in
-    common.
+    Caches the latest weighted cotangents, which a weight and its bias share.
 
     Args:
         values: `[M]`.
@@ -461,12 +460,12 @@ class Weights:
         self._last: tuple[Factors, Tensor] | None = None
 
     def of(self, part: Part) -> Tensor:
-        """Those of a part's rows, `[count]`."""
+        """The weights of a part's rows, `[count]`."""
         values, count = self.values, part.count
         return values if count == values.shape[0] else values[part.start : part.start + count]
 
     def times_cotangents(self, part: Factors) -> Tensor:
-        """The cotangents of a part with each row times the weight of its owner."""
+        """The cotangents of a part, with each row times the weight of its owner."""
         if self._last is not None and part.has_cotangents_of(self._last[0]):
             return self._last[1]
         self._last = None  # before there is another one
@@ -479,7 +478,7 @@ def checked_weights(weights: Tensor, shape: torch.Size, of: str = "the output") 
     """Weights without their graph.
 
     Raises:
-        ShapeMismatchError: if there is not one for each number of an output of that shape.
+        ShapeMismatchError: if they are not one for each number of an output of this shape.
         TypeError: if they are complex.
     """
     if weights.is_complex():
@@ -502,5 +501,5 @@ def _weighted_sum(rows: Tensor, weights: Tensor) -> Tensor:
 
 
 def _any_in_row(rows: Tensor) -> Tensor:
-    """Whether rows `[R, ...]` are other than zero, `[R]`; there may be none."""
+    """Whether rows `[R, ...]` are other than zero, `[R]`; R may be 0."""
     return rows.flatten(1).any(1) if rows.ndim > 1 else rows != 0

@@ -1,4 +1,4 @@
-"""The positions of several uses, one after another."""
+"""The positions of several uses of a parameter, joined into one use."""
 
 from collections.abc import Iterable, Sequence
 from functools import cached_property
@@ -13,24 +13,24 @@ from posegrad.jacobian._products import is_same
 
 __all__ = ["Positions"]
 
-_LATEST = 2  # layouts that are remembered: neighbouring uses share theirs
+_LATEST = 2  # joined tensors kept: neighbouring uses share that many
 
 
 @final
 class Positions:
-    """Several uses of a parameter as one: where the positions of each lie in it.
+    """Where the positions of several uses lie in their joint use.
 
-    If all poses have equally many positions, they are sorted by pose. Else the uses follow one
-    another as they are.
+    If all poses have equally many positions, they are sorted by pose; otherwise the uses are simply
+    concatenated.
 
     Attributes:
         key: Equal for uses with the same positions.
 
     Args:
-        layouts: Whose the positions of each use are.
-        starts: The number of the first pose of each.
-        shapes: Those of the cotangents.
-        dims: The dimensions that count positions, of each; the first of them is the same.
+        layouts: The owners of each use's positions.
+        starts: The number of each use's first pose.
+        shapes: The shapes of the cotangents.
+        dims: The dimensions of each use that count positions; the first is the same for all.
         count: How many poses there are.
     """
 
@@ -50,7 +50,7 @@ class Positions:
         self._latest: list[tuple[Sequence[Tensor], Tensor]] = []
 
     def joined(self, tensors: Sequence[Tensor]) -> Tensor:
-        """Factors or cotangents of all uses as one, with the positions along `layout.dims`."""
+        """The factors or cotangents of all uses as one, with positions along `layout.dims`."""
         found = next((one for one in self._latest if all(map(_are_same, one[0], tensors))), None)
         found = (tensors, self._joined(tensors)) if found is None else found
         self._latest = [found, *(one for one in self._latest if one is not found)][:_LATEST]
@@ -58,7 +58,7 @@ class Positions:
 
     @cached_property
     def layout(self) -> Layout:
-        """Whose the positions are."""
+        """The owners of the joined positions."""
         dim, each = self._dim, self._each
         if each is not None:
             device = self._layouts[0].device
@@ -84,13 +84,13 @@ class Positions:
 
     @cached_property
     def _is_one_each(self) -> bool:
-        """Whether every use has one position a pose, in the order of poses."""
+        """Whether every use has one position for each pose, in the order of poses."""
         alike = {layout.is_one_each for layout in self._owned}
         return alike == {True} and {len(dims) for dims in self._dims} == {1}
 
     @cached_property
     def _each(self) -> int | None:
-        """How many positions each pose has, if they follow a pattern and it has some."""
+        """How many positions each pose has, if they follow a pattern and are not zero."""
         if not all(layout.is_regular() for layout in self._owned):
             return None
         end, numbers = 0, set()
@@ -101,11 +101,11 @@ class Positions:
             numbers.add(sum(prod(self._sizes[use]) for use in uses) // count)
         if end != self._count or len(numbers) > 1:
             return None
-        return numbers.pop() or None  # none has any
+        return numbers.pop() or None  # zero if none has any
 
     @cached_property
     def _spans(self) -> dict[tuple[int, int], list[int]]:
-        """The uses of each range of poses."""
+        """The uses for each range of poses."""
         spans: dict[tuple[int, int], list[int]] = {}
         for use, (start, layout) in enumerate(zip(self._starts, self._layouts, strict=True)):
             spans.setdefault((start, layout.count), []).append(use)
@@ -113,17 +113,17 @@ class Positions:
 
     @cached_property
     def _owned(self) -> list[Layout]:
-        """The layouts, along a dimension also where all positions belong to one pose."""
+        """The layouts, all along a dimension, even where one pose owns all positions."""
         pairs = zip(self._layouts, self._sizes, strict=True)
         return [x if x.dims else _of_one(x, self._dim, sizes[0]) for x, sizes in pairs]
 
     @property
     def _dim(self) -> int:
-        """Where the positions are in the end."""
+        """The dimension of the joined positions."""
         return self._dims[0][0]
 
     def _lined_up(self, layout: Layout, dims: tuple[int, ...], tensor: Tensor) -> Tensor:
-        """The positions in front: `[m, T, ...]` if they follow a pattern, else `[R, ...]`."""
+        """Positions in front: `[m, T, ...]` if they follow a pattern, else `[R, ...]`."""
         inner = len(dims) - len(layout.dims)
         if self._each is None:
             return layout.front(tensor).flatten(0, inner)

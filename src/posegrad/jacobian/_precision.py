@@ -1,4 +1,4 @@
-"""The precision that gradients are computed in."""
+"""The precision in which gradients are computed."""
 
 from collections.abc import Callable
 from functools import wraps
@@ -22,7 +22,7 @@ def is_cast() -> bool:
 
 
 def exact(method: Callable[P, T]) -> Callable[P, T]:
-    """A method that multiplies gradients: nothing is cast meanwhile, and no graph is made."""
+    """Runs a method that multiplies gradients without autocast and without a graph."""
 
     @restoring
     @wraps(method)
@@ -41,5 +41,5 @@ def exact(method: Callable[P, T]) -> Callable[P, T]:
 
 
 def wide(tensor: Tensor) -> Tensor:
-    """Half precisions as float32: sums over poses are never taken in less."""
+    """Half precisions as float32: sums over poses are never less precise."""
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor

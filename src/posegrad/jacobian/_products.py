@@ -29,26 +29,26 @@ __all__ = [
     "summed_pairs",
 ]
 
-_PANEL = 64  # rows of a panel
-_KEPT = 2**20  # products beyond two matrices of them: of many rows they are large
+_PANEL = 64  # rows in a panel
+_KEPT = 2**20  # products kept beyond two matrices: with many rows they are large
 
 
 @final
 class Products:
-    """Products of all rows of two tensors, and of each row with itself.
+    """The products of all rows of two tensors, and of each row with itself.
 
-    A weight and a bias have their cotangents in common, projections of one tensor their input. They
-    are neighbours, so the latest products are kept, and taken once.
+    A weight and its bias share cotangents; projections of one tensor share their input. These are
+    neighbours, so the latest products are kept rather than taken again.
     """
 
     def __init__(self) -> None:
         self._known: dict[tuple[int, int], tuple[Tensor, Tensor, Tensor]] = {}
-        self._count = 0  # of the products in it
+        self._count = 0  # how many products are kept
         self._squares: dict[int, tuple[Tensor, Tensor]] = {}
 
     def of(self, first: Tensor, second: Tensor) -> Tensor:
         """The products of the rows `[..., p]`, `[R, R']`, in float32 at least."""
-        key = first.data_ptr(), second.data_ptr()  # their own, as long as they are held here
+        key = first.data_ptr(), second.data_ptr()  # unique while the tensors are held here
         known = self._known.pop(key, None)
         if known is None or not is_same(first, known[0]) or not is_same(second, known[1]):
             alike = key[0] == key[1] and is_same(first, second)
@@ -78,14 +78,14 @@ def as_rows(tensor: Tensor) -> Tensor:
 
 
 def inner_products(rows: Tensor) -> Tensor:
-    """The Gramian `[M, M]` of rows `[M, n]`; on a CPU half of it follows by symmetry."""
+    """The Gramian `[M, M]` of rows `[M, n]`; on a CPU, half of it is copied by symmetry."""
     if rows.device.type == "cpu" and _pays_in_panels(*rows.shape):
         return _by_panels(rows)
     return rows @ rows.mT
 
 
 def _by_panels(rows: Tensor) -> Tensor:
-    """The Gramian of many rows, as activations are: each panel with those before it."""
+    """The Gramian of many rows, as of activations: each panel times those before it."""
     gram = rows.new_empty(len(rows), len(rows))
     for i in range(0, len(rows), _PANEL):
         end = min(i + _PANEL, len(rows))
@@ -101,16 +101,16 @@ def _pays_in_panels(rows: int, width: int) -> bool:
 def multiplied(left: Tensor, right: Tensor) -> Tensor:
     """The product of matrices `[..., p, T]` and `[..., T, d]`.
 
-    With T = 1 these are outer products. Broadcasting takes as long as their numbers take to write;
-    the matrix product a fifth less at best, and on some processors twice to twenty times as long.
+    With T = 1 these are outer products: broadcasting then takes only as long as writing the result.
+    The matrix product is a fifth faster at best, and on some processors 2 to 20 times slower.
     """
     return left * right if right.shape[-2] == 1 else left @ right
 
 
 def added(terms: Iterable[Tensor], device: torch.device) -> Tensor | None:
-    """What parameters contribute, summed in the widest of their dtypes; None if none does."""
+    """The sum over parameters, in the widest of their dtypes; None if there are none."""
     total: Tensor | None = None
-    is_own = False  # to be written to
+    is_own = False  # may be written to
     for term in terms:
         placed = term if term.device == device else term.to(device)
         if total is None:
@@ -142,10 +142,10 @@ def pairs_are_cheaper(
 ) -> bool:
     """Whether products of R rows cost less than gradients `[height, width]` of M numbers.
 
-    R^2 (d + p) multiplications, against R d p for the gradients and M^2 d p for their products. On
-    top of that each of the M d p numbers of the gradients is written and read again, which takes
-    as long as some 32 multiplications. But gradients that are not far larger than their factors
-    are kept, and save the weighted sum its R d p.
+    Products take R^2 (d + p) multiplications; gradients take R d p, and their products M^2 d p.
+    Each of the M d p numbers of the gradients is also written and read, which takes as long as some
+    32 multiplications. But gradients not far larger than their factors are kept, which saves the
+    weighted sum its R d p.
 
     Args:
         rows: R.
@@ -187,8 +187,8 @@ def crossed_pairs_are_cheaper(
 def rows_are_cheaper(rows: int, numbers: int, directions: int) -> bool:
     """Whether products of M gradients with k vectors cost less by gradients than by R rows.
 
-    k R d p multiplications, against R d p for the gradients and k M d p for their products; and as
-    many as 32 M d p, to write the gradients and to read them again.
+    By rows: k R d p multiplications. By gradients: R d p to form them, k M d p for the products,
+    and as many as 32 M d p to write and read the gradients.
     """
     return directions * rows > rows + (32 + directions) * numbers
 
@@ -196,17 +196,16 @@ def rows_are_cheaper(rows: int, numbers: int, directions: int) -> bool:
 def summed_pairs(
     pairs: Tensor, owners: Layout, *, alike: bool, in_double: Callable[[], Tensor]
 ) -> Tensor | None:
-    """Adds up the products `[R, R]` of rows to those of their owners' sums, `[m, m]`.
+    """Sums the products `[R, R]` of rows over their owners, `[m, m]`.
 
     Args:
         pairs: The products.
-        owners: Whose each row is.
+        owners: The owner of each row.
         alike: Whether the rows were multiplied with themselves.
-        in_double: The products in float64, for narrower rows that cancel.
+        in_double: Computes the products in float64, for narrower rows that cancel.
 
     Returns:
-        None if the rows of an owner cancel, so that the sum has lost digits its sum of rows has
-        not.
+        None if the rows of an owner cancel, so that this sum loses digits that a sum of rows keeps.
     """
     total = owners.sum(owners.sum(pairs).mT).mT
     if not alike or len(pairs) == len(total):
@@ -225,16 +224,16 @@ def crossed_pairs(
     lengths: Callable[[], tuple[Tensor, Tensor] | None],
     in_double: Callable[[], Tensor],
 ) -> Tensor | None:
-    """Adds up products `[R, R']` of the rows of two Jacobians to those of their owners, `[m, m']`.
+    """Sums the products `[R, R']` of two Jacobians' rows over their owners, `[m, m']`.
 
     Args:
         pairs: The products.
-        layouts: Whose each row is, of either.
-        lengths: The norms of the owners' gradients, `[m]` and `[m']`; None if they are not known.
-        in_double: The products in float64, for narrower rows that cancel.
+        layouts: The owners of both Jacobians' rows.
+        lengths: The norms of the owners' gradients, `[m]` and `[m']`; None if unknown.
+        in_double: Computes the products in float64, for narrower rows that cancel.
 
     Returns:
-        None if rows cancel, so that sums of products lose digits that sums of rows have not.
+        None if rows cancel, so that sums of products lose digits that sums of rows keep.
     """
     first, second = layouts
 
@@ -255,15 +254,15 @@ def crossed_pairs(
 def squared_sums(a: Tensor, b: Tensor) -> Tensor | None:
     r"""The squared norms :math:`\lVert \sum_r b_r a_r^\top \rVert^2` of k poses.
 
-    They are the sums of :math:`(A A^\top) \circ (B B^\top)`. Where rows cancel, these are taken in
-    float64: it keeps more digits than sums of narrower rows do.
+    They are the sums of :math:`(A A^\top) \circ (B B^\top)`. Where rows cancel, they are taken in
+    float64, which keeps more digits than sums of narrower rows.
 
     Args:
         a: `[k, ..., T, d]`.
         b: `[k, ..., T, p]`.
 
     Returns:
-        `[k]`; None if rows cancel that are float64 already.
+        `[k]`; None if float64 rows cancel.
     """
     pairs = ((a @ a.mT) * (b @ b.mT)).flatten(1)
     squares = pairs.sum(1)
@@ -278,12 +277,12 @@ def squared_sums(a: Tensor, b: Tensor) -> Tensor | None:
 
 
 def cancel(sizes: Tensor, squares: Tensor) -> Tensor:
-    """Which squared norms are far smaller than the sizes that they were added up from."""
+    """Which squared norms are far smaller than the terms they sum up."""
     return sizes.mul(torch.finfo(sizes.dtype).eps ** 0.25) > squares
 
 
 def is_same(first: Tensor, second: Tensor) -> bool:
-    """Whether two tensors that begin at one address are the same numbers."""
+    """Whether two tensors at the same address have the same numbers."""
     alike = first.shape == second.shape and first.stride() == second.stride()
     alike = alike and first.dtype == second.dtype and first.device == second.device
     return alike and first.is_neg() == second.is_neg()  # imaginary parts, conjugated

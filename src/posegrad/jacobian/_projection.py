@@ -1,12 +1,12 @@
 r"""Random projections in factored form.
 
-A parameter is seen as a matrix `[p, d]`, and its gradient g is projected from both sides,
+A parameter is viewed as a matrix `[p, d]`, and its gradient g is projected from both sides,
 
 .. math:: \frac{1}{\sqrt{k l}}\, P g Q^\top, \qquad P \in \{\pm 1\}^{k \times p},
     Q \in \{\pm 1\}^{l \times d},
 
-so that of a sum of outer products only the factors are projected: :math:`\sum_r (P b_r)
-(Q a_r)^\top`. A vector is folded into a matrix, as nearly square as its length allows.
+so that for a sum of outer products only the factors are projected: :math:`\sum_r (P b_r)
+(Q a_r)^\top`. A vector is folded into a matrix, as square as its length allows.
 """
 
 import hashlib
@@ -19,21 +19,21 @@ from torch import Tensor
 
 __all__ = ["Projection"]
 
-_BITS = 8  # signs that are taken of one whole number
+_BITS = 8  # signs taken from each whole number
 
 
 @final
 class Projection:
-    """The signs that belong to one parameter.
+    """The random signs for one parameter.
 
-    They are drawn as whole numbers on the CPU, seeded by the seed and the parameter's name, so that
-    they are alike on every machine, and for any choice of parameters.
+    They come from whole numbers drawn on the CPU, seeded by the seed and the parameter's name. So
+    they are the same on every machine, whatever other parameters there are.
 
     Args:
         width: The number of columns of the projected rows.
         seed: Any whole number.
-        name: The parameter's.
-        like: A tensor of the dtype and on the device that the signs shall have.
+        name: The parameter's name.
+        like: A tensor of the signs' dtype and device.
     """
 
     def __init__(self, width: int, seed: int, name: str, like: Tensor) -> None:
@@ -64,12 +64,12 @@ class Projection:
 
 @cache
 def _signs_of_words() -> Tensor:
-    """The signs that the bits of each whole number stand for, `[2^bits, bits]`."""
+    """The signs that the bits of each whole number encode, `[2^bits, bits]`."""
     bits = (torch.arange(2**_BITS).unsqueeze(1) >> torch.arange(_BITS)) & 1
     return 2.0 * bits - 1.0
 
 
 def factored(width: int) -> tuple[int, int]:
-    """Two factors of a width, as near to each other as can be, the smaller first."""
+    """The two factors of a width that are closest to each other, the smaller first."""
     small = next(k for k in range(isqrt(width), 0, -1) if width % k == 0)
     return small, width // small

@@ -1,4 +1,4 @@
-"""From a tensor that was computed from a parameter back to the parameter."""
+"""The way back from a tensor that was computed from a parameter."""
 
 from collections.abc import Callable
 from typing import final
@@ -10,29 +10,29 @@ from posegrad.jacobian._record import record
 
 __all__ = ["Pull"]
 
-_BASE, _DIGITS = 256, 8  # the whole numbers that every dtype holds, and enough digits of them
+_BASE, _DIGITS = 256, 8  # whole numbers that every dtype holds, and how many digits suffice
 
 
 @final
 @record
 class Pull:
-    """From a tensor that was computed from the parameter to the parameter.
+    """Pulls gradients of a tensor that was computed from a parameter back to the parameter.
 
     Args:
         back: From gradients `[N, ...]` of the tensor to those of the parameter; linear.
-        keeps: Whether it only puts numbers in another order, so that inner products stay.
+        keeps: Whether it only reorders numbers, so that inner products stay.
     """
 
     back: Callable[[Tensor], Tensor]
     keeps: bool
 
     def places(self, shape: torch.Size, device: torch.device) -> Tensor | None:
-        """Where each number of the tensor `shape` lies in the flattened parameter, `[*shape]`.
+        """The place of each number of the tensor `shape` in the flattened parameter, `[*shape]`.
 
-        None if a number of the parameter stands in the tensor more than once, or in a sum.
+        None if a number of the parameter occurs in the tensor more than once, or in a sum.
 
-        `back` is shown ones, which count how often a number stands there, and the digits of each
-        place of the tensor: gradients that are whole numbers arrive where they belong, exactly.
+        `back` is given ones, which count how often each number occurs, and then the digits of each
+        place in the tensor: as whole numbers, they arrive exactly where they belong.
         """
         count = shape.numel()
         numbers = torch.arange(count, device=device)

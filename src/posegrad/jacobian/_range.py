@@ -1,4 +1,4 @@
-"""Products that float32 cannot hold, and factors of which it cannot hold the products."""
+"""Detects products, and factors of products, that exceed the range of float32."""
 
 from collections.abc import Callable, Iterable, Sequence
 
@@ -15,14 +15,14 @@ _LOWEST, _HIGHEST = _LIMITS.tiny / _LIMITS.eps**2, _LIMITS.max
 
 
 def left_range(squares: Tensor, blocks: Iterable[Block]) -> bool:
-    """Whether squared norms overflowed, or underflowed and are not zero, in half or float32.
+    """Whether squared norms, in half or float32, overflowed or underflowed (masked zeros aside).
 
-    A clash of atoms in one pose can give it a gradient of 1e20. A norm is made of products of
-    factors, too: of 1e-21 and 1e18, say, whose squares float32 does not hold.
+    A clash of atoms in one pose may give a gradient of 1e20. Norms are also taken from products of
+    factors, of 1e-21 and 1e18, say, whose squares float32 cannot hold.
 
     Args:
         squares: `[M]`.
-        blocks: The rows that these are the norms of.
+        blocks: The rows of these norms.
     """
     if not squares.numel():
         return False
@@ -46,13 +46,13 @@ def products_left_range(
 ) -> bool:
     """Whether inner products of two Jacobians' rows left the range of float32 on the way.
 
-    A product that is far smaller than those of the factors may be all that is left of one that
-    was not, unless the rows' own norms are as small.
+    A product far smaller than those of the factors may be the remains of one that was not, unless
+    the rows' own norms are as small.
 
     Args:
         products: `[M, M']`.
-        blocks: The rows of either.
-        norms: Those of the rows of either, `[M]` and `[M']`.
+        blocks: The rows of both Jacobians.
+        norms: The norms of both Jacobians' rows, `[M]` and `[M']`.
     """
     if not products.numel():
         return False
@@ -71,12 +71,12 @@ def products_left_range(
 
 
 def _lowest(square: float) -> float:
-    """Below which a sum may have lost digits, of products of factors with squares up to this."""
+    """The bound below which a sum of products of factors with squares up to this may lose digits."""
     return _LOWEST * max(1.0, square)
 
 
 def _peak(blocks: Iterable[Block]) -> float:
-    """The largest magnitude of any factor in half or float32."""
+    """The largest magnitude in any factor of half or float32."""
     parts = [part for block in blocks for part in block.parts if isinstance(part, Factors)]
     held = {id(tensor): tensor for part in parts for tensor in part.held()}
     narrow = [tensor for tensor in held.values() if _is_narrow(tensor) and tensor.numel()]

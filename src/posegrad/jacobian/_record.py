@@ -1,4 +1,4 @@
-"""Plain records, of which a step makes dozens."""
+"""Plain records, of which each step makes dozens."""
 
 from dataclasses import dataclass
 from typing import TypeVar, dataclass_transform
@@ -10,9 +10,8 @@ C = TypeVar("C", bound=type)
 
 @dataclass_transform(frozen_default=True, eq_default=False)
 def record(cls: C) -> C:
-    """A dataclass that is frozen to the type checker alone, and equal to nothing but itself.
+    """A dataclass that only type checkers see as frozen, and that equals only itself.
 
-    Its fields are set once and never again; a check of that at run time takes longer than all else
-    that is done to make one.
+    Its fields are set once. Checking that at run time would take longer than making the record.
     """
     return dataclass(eq=False)(cls)  # type: ignore[return-value]

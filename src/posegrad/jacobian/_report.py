@@ -13,11 +13,11 @@ HEADER = ("parameter", "uses", "held as", "each", "path")
 
 
 def report(count: int, blocks: Mapping[str, Block], backwards: Backwards) -> str:
-    """What J and its matrix take, the backwards, and a line for each parameter or several alike.
+    """The size of J and of its matrix, the backwards, and a line for each parameter or similar group.
 
     Args:
         count: M, the number of rows.
-        blocks: By parameter.
+        blocks: The blocks by parameter.
         backwards: What reading them took.
     """
     numbers = sum(block.shape.numel() for block in blocks.values())
@@ -41,7 +41,7 @@ def _line(name: str, block: Block) -> Line:
 
 
 def kept_bytes(blocks: Mapping[str, Block]) -> int:
-    """The memory that is kept alive: what several parameters have in common counts once."""
+    """The memory kept alive; what several parameters share counts once."""
     storages = {
         (storage.device, storage.data_ptr()): storage.nbytes()
         for block in blocks.values()

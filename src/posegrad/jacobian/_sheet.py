@@ -1,4 +1,4 @@
-"""Rows of several parameters side by side, where each alone is hardly worth a product."""
+"""Puts rows of several parameters side by side, where each alone is hardly worth a product."""
 
 from collections.abc import Collection
 
@@ -10,17 +10,17 @@ from posegrad.jacobian._parts import Rows
 
 __all__ = ["side_by_side"]
 
-_MOST = 2**20  # numbers: they are copied
+_MOST = 2**20  # numbers, since they are copied
 
 
 def side_by_side(blocks: Collection[Block]) -> Tensor | None:
-    """The rows `[M, n]` of all parameters of some blocks.
+    """The rows `[M, n]` of all parameters, side by side.
 
     Args:
-        blocks: Those with parts.
+        blocks: The blocks that have parts.
 
     Returns:
-        None unless each is held as rows, all of one dtype, on one device, and few in all.
+        None unless each is held as rows, all of one dtype and device, and few in total.
     """
     sheets: list[Tensor] = []
     numbers = 0

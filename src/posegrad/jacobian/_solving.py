@@ -1,4 +1,4 @@
-"""Damped systems of equations with a Gramian."""
+"""Solves damped linear systems with a Gramian."""
 
 import math
 
@@ -12,7 +12,7 @@ __all__ = ["checked_damping", "solved"]
 
 
 def checked_damping(damping: float) -> float:
-    """The damping.
+    """Returns the damping, checked.
 
     Raises:
         ValueError: if it is negative or not finite.
@@ -32,12 +32,12 @@ def solved(gramian: Tensor, right: Tensor, damping: float, eps: float) -> Tensor
         gramian: G `[M, M]`, in float64.
         right: r `[M]`.
         damping: :math:`\lambda`.
-        eps: The relative error of the rows that G is the product of. An eigenvalue of G, a squared
-            singular value of J, is rounding error below its square times the largest.
+        eps: The relative error of J's rows. An eigenvalue of G is the square of a singular value of
+            J; below the square of eps times the largest, it is rounding error.
 
     Raises:
         NonFiniteGradientError: if rows are nan or infinite.
-        IllConditionedError: if an eigenvalue of the sum is no more than rounding error.
+        IllConditionedError: if an eigenvalue of the sum is mere rounding error.
     """
     check_finite(gramian.diagonal())
     values, vectors = torch.linalg.eigh(gramian)

@@ -7,18 +7,18 @@ from typing import final
 
 __all__ = ["Line", "size", "table"]
 
-_LAYERS = 4  # fewer equal ones are easier to read line by line
+_LAYERS = 4  # fewer equal layers are easier to read line by line
 
 
 @final
 @dataclass(frozen=True)
 class Line:
-    """What a table says of one parameter, or of several that are alike.
+    """What a table says about one parameter, or several that are alike.
 
     Args:
-        name: Its dotted name; of several, with their numbers in braces.
-        cells: What else there is to say.
-        count: How many parameters.
+        name: Its dotted name; for several, with their numbers in braces.
+        cells: The other columns.
+        count: The number of parameters.
     """
 
     name: str
@@ -27,7 +27,7 @@ class Line:
 
 
 def size(count: float) -> str:
-    """A number of bytes, to three digits."""
+    """A number of bytes to three digits."""
     units = iter(("B", "KiB", "MiB", "GiB"))
     unit = next(units)
     for larger in units:
@@ -38,7 +38,7 @@ def size(count: float) -> str:
 
 
 def table(header: Sequence[str], lines: Iterable[Line]) -> str:
-    """Aligned columns; four or more that differ in one number of their names alone are one line."""
+    """Aligned columns; four or more lines that differ only in one number of the name become one."""
     rows = [tuple(header), *(_row(line) for line in _folded(list(lines)))]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
@@ -69,7 +69,7 @@ def _folded(lines: list[Line]) -> list[Line]:
 
 
 def _alike(line: Line, place: int) -> tuple[object, ...]:
-    """What lines that may be one have in common: all but the number at a place of their names."""
+    """What lines must agree in to be folded: all but the number at one place of the name."""
     parts: list[str | None] = [*line.name.split(".")]
     if place < len(parts) and str(parts[place]).isdecimal():
         parts[place] = None

@@ -1,4 +1,4 @@
-"""Parts that were read under weights, with these divided out."""
+"""Divides the weights out of parts that were read in a weighted backward."""
 
 from collections.abc import Collection
 from dataclasses import replace
@@ -19,16 +19,16 @@ __all__ = ["Unweighted"]
 
 @final
 class Unweighted:
-    r"""Divides the weights out of the rows that somebody else's backward has left.
+    r"""Divides the weights out of rows that were read during somebody else's backward.
 
-    What was heard under the cotangents w is :math:`\operatorname{diag}(w) J`. A cotangent is linear
-    in w: each of its rows is that of J, times the weight of the pose that owns it. So it is divided
-    by that weight. Rows of weight zero tell nothing of J, and are left out.
+    What is heard under the cotangents w is :math:`\operatorname{diag}(w) J`. A cotangent is linear
+    in w: each row is that of J times the weight of its owner, so it is divided by that weight. Rows
+    of weight zero tell nothing about J and are left out.
 
     Args:
         weights: w, in the output's shape.
         arrangement: The poses in the output, of one component each.
-        foreign: The memory that others may write to; what lies there is copied.
+        foreign: The memory that others may write to; parts that lie there are copied.
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class Unweighted:
         self.kept = flat != 0
         self.count = int(torch.count_nonzero(flat))
         self.arrangement = arrangement
-        self._numbers: Tensor | None = None  # of the rows that are left
+        self._numbers: Tensor | None = None  # the rows that are left
         self._foreign = foreign
         self._weights, self._own = flat, flat
         if self.count < len(flat):
@@ -47,11 +47,11 @@ class Unweighted:
             self._numbers = torch.where(self.kept, self.kept.cumsum(0) - 1, NOBODY)
         first = float(self._own[0]) if self.count else 1.0
         self._even = first if bool((self._own == first).all()) else None
-        self._layouts: dict[int, tuple[Layout, Layout]] = {}  # kept, lest a number comes again
+        self._layouts: dict[int, tuple[Layout, Layout]] = {}  # kept alive, so that no id is reused
         self._cotangents: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
 
     def of(self, part: Part) -> Part:
-        """The part of J.
+        """The unweighted part.
 
         Raises:
             NonFiniteGradientError: if rows of weight zero are nan.
@@ -81,7 +81,7 @@ class Unweighted:
 
     def _cotangent(self, cotangent: Tensor, layout: Layout) -> Tensor:
         key = id(cotangent), id(layout)
-        if key not in self._cotangents:  # a weight and its bias have theirs in common
+        if key not in self._cotangents:  # a weight and its bias share it
             self._cotangents[key] = cotangent, self._divided(cotangent, layout)
         return self._cotangents[key][1]
 
@@ -98,6 +98,6 @@ class Unweighted:
             return wide(cotangent) / self._even
         whole = wide(cotangent)
         inverse = torch.where(self.kept, self._weights, 1).double().reciprocal()
-        if bool((inverse.abs() > torch.finfo(whole.dtype).max).any()):  # that of a tiny weight
+        if bool((inverse.abs() > torch.finfo(whole.dtype).max).any()):  # from a tiny weight
             return layout.weigh(whole.double(), inverse).to(whole.dtype)
         return layout.weigh(whole, inverse)

@@ -19,26 +19,26 @@ from posegrad.weighting._rules import AnyRule
 __all__ = ["Jacobian", "Transposed"]
 
 Index = int | tuple[int, ...]
-"""Of one number of the output, or of all that belong to one entry of its dimension 0."""
+"""The index of one number of the output, or of an entry of its dimension 0."""
 
 Indices = slice | list[int] | list[bool] | range | Tensor
-"""Of several entries of dimension 0: a slice, numbers, a mask."""
+"""The index of several entries of dimension 0: a slice, numbers or a mask."""
 
 
 class Jacobian(ABC):
     r"""The rows :math:`\partial \hat y_i / \partial \theta` of a group, as a linear operator.
 
     Row i of the Jacobian J `[M, n]` is the gradient of one number of the output by all n
-    parameters. J is never formed unless asked for: for most layers, their input and the cotangent
-    of their output are held, the *factors*, from which products with J are taken. Each product
-    takes the cheaper of factors and rows.
+    parameters. J is only formed on request: for most layers it holds their input and the cotangent
+    of their output, the *factors*, and takes products with J from these. Each product uses factors
+    or rows, whichever is cheaper.
 
-    Made by `Engine.jacobian` and `Engine.gather`. A `PoseJacobian` holds all rows; of a
-    `SharedJacobian`, whose poses several processes share, each rank holds its own, and all ranks
-    call its methods together, in the same order, each with the same result.
+    Made by `Engine.jacobian` and `Engine.gather`. A `PoseJacobian` holds all rows. In a
+    `SharedJacobian`, whose poses several processes share, each rank holds its own rows; all ranks
+    call its methods together, in the same order, and get the same results.
 
-    Immutable; keeps no graph of the model. What products form on the way, such as rows of a
-    parameter, is kept beside it for the next product.
+    Immutable; keeps no graph of the model. Intermediate results of products, such as a parameter's
+    rows, are kept for the next product.
 
     Attributes:
         predictions: The output, of `output_shape`, detached.
@@ -73,11 +73,11 @@ class Jacobian(ABC):
     @property
     @abstractmethod
     def mixed(self) -> Sequence[str]:
-        """The parameters on whose way to the output poses of this rank may influence each other."""
+        """The parameters whose influence on the output may mix poses of this rank."""
 
     @abstractmethod
     def of(self, names: Sequence[str]) -> Self:
-        """The rows of some parameters alone; it shares what this Jacobian holds."""
+        """The rows of some parameters only; shares what this Jacobian holds."""
 
     @property
     def output(self) -> Tensor:
@@ -91,7 +91,7 @@ class Jacobian(ABC):
 
     @property
     def shape(self) -> torch.Size:
-        """`[M, n]`: the numbers of the output, and those of all parameters."""
+        """`[M, n]`: how many numbers the output and the parameters have."""
         columns = sum(shape.numel() for shape in self.shapes.values())
         return torch.Size([self.predictions.numel(), columns])
 
@@ -110,29 +110,29 @@ class Jacobian(ABC):
 
         Args:
             other: v: a vector `[n]` or a matrix `[n, k]`, in the order of `shapes`; or a dict of
-                tensors by parameter, in which those left out stay where they are. Or `K.T` of a
-                Jacobian K by parameters of the same names and shapes. They may be those of a copy:
-                of the model as it was at another step of its training, say. Columns are met by
-                name, whatever the values.
+                tensors by parameter, in which parameters left out do not move. Or `K.T` of a
+                Jacobian K by parameters of the same names and shapes, e.g. those of a copy of the
+                model at another step of its training: columns are matched by name, whatever the
+                values.
 
         Returns:
-            J v in `output_shape`, with k at the end for `[n, k]`. For `K.T` the inner products of
-            all rows of J with all of K, `output_shape + reversed(K.output_shape)`, as `gramian`:
-            for `[m]` and `[m']` it is `[m, m']`.
+            J v in `output_shape`, with k at the end for `[n, k]`. For `K.T`, the inner products of
+            all rows of J with all of K, shaped `output_shape + reversed(K.output_shape)` as for
+            `gramian`: for `[m]` and `[m']`, `[m, m']`.
 
         Raises:
-            ShapeMismatchError: if v does not fit the parameters, or K has others.
-            KeyError: if v names what is no parameter.
+            ShapeMismatchError: if v does not fit the parameters, or K has other parameters.
+            KeyError: if v names an unknown parameter.
             TypeError: if v is complex, or none of these.
             StaleFactorError: if a tensor the forward saved was changed in place since.
 
         Note:
-            :math:`J v` takes the change of each layer's output along v, one product a layer, and no
-            weight gradient: a third of a plain step. k directions take k times that; or rows are
+            :math:`J v` takes the change of each layer's output along v: one product a layer and no
+            weight gradient, a third of a plain step. k directions take k times that; or rows are
             formed once and multiplied, if that is cheaper and they hold at most twice what the
             factors do.
-            :math:`J K^\top` takes, parameter by parameter, products of factors or of rows,
-            whichever are cheaper, as `gramian` does.
+            :math:`J K^\top` takes products of factors or of rows for each parameter, whichever are
+            cheaper, as `gramian` does.
 
         Example:
             >>> model = nn.Linear(2, 1)
@@ -154,12 +154,12 @@ class Jacobian(ABC):
         r"""The product :math:`w^\top J`: one gradient, shaped and named like the parameters.
 
         Args:
-            weights: Of `output_shape`; w, one weight for each number of the output. Over ranks,
-                those of the first count, should others differ.
+            weights: w, of `output_shape`: one weight for each number of the output. If they differ
+                between ranks, those of the first rank count.
 
         Returns:
-            An entry for every trainable parameter, in the order of `named_parameters()`; zeros for
-            those the output does not depend on.
+            An entry for every trainable parameter, in the order of `named_parameters()`; zeros
+            where the output does not depend on it.
 
         Raises:
             ShapeMismatchError: if the weights have another shape.
@@ -168,7 +168,7 @@ class Jacobian(ABC):
 
         Note:
             Time: half a plain backward, from factors; no graph is needed. Ranks multiply their own
-            rows; the results, of parameter size, are summed once.
+            rows and sum the results, of parameter size, once.
 
         Example:
             >>> model = nn.Linear(2, 1)
@@ -186,10 +186,10 @@ class Jacobian(ABC):
         Args:
             rule: The weights w of `output_shape`, for :math:`w^\top J`; a `Weighting` of the
                 Gramian; an `Aggregation` of the rows, parameter by parameter; a weighting or an
-                aggregator of TorchJD's; or a combination rule h, for which
-                :math:`w = \partial h(\hat y) / \partial \hat y`; its own parameters get theirs.
-            scaler: If `scaler.step` comes next: the gradient is multiplied by the scale that it
-                divides by, and is nan, so that it skips the step, if rows are nan or infinite.
+                aggregator of TorchJD; or a combination rule h, for which :math:`w = \partial h(\hat
+                y) / \partial \hat y`. The rule's own parameters get their gradients too.
+            scaler: A gradient scaler whose `step` comes next. The gradient is multiplied by its
+                scale; if rows are nan or infinite it is nan, so that the scaler skips the step.
 
         Returns:
             w, or None if the rule has no weights; nan where rows are nan or infinite.
@@ -198,12 +198,12 @@ class Jacobian(ABC):
             ShapeMismatchError: if w has another shape, or the rule gives more than one number.
             NonFiniteGradientError: if such rows meet a rule that looks at them, without a scaler.
             StaleFactorError: as for `combine`. No `.grad` is touched by any of these.
-            RankError: if another rank failed, or a rule that draws random numbers of its own made
-                different gradients on different ranks; likewise.
+            RankError: if another rank failed, or a rule that draws its own random numbers made
+                different gradients on different ranks; `.grad` is untouched then too.
 
         Note:
-            Time: what the rule looks at, then `combine`. Hooks on the parameters run, once. Where
-            autograd would leave `.grad` None, so does it.
+            Time: what the rule looks at, then `combine`. Hooks on the parameters run once. `.grad`
+            stays None where autograd would leave it None.
 
         Example:
             >>> model = nn.Linear(2, 1)
@@ -219,8 +219,8 @@ class Jacobian(ABC):
         """The gradient that `backward` would add to `.grad`, and the weights.
 
         Args:
-            rule: As there.
-            or_nan: Whether rows that are nan or infinite give a gradient of nan, not an error.
+            rule: The argument of `backward`.
+            or_nan: Whether nan or infinite rows give a gradient of nan instead of an error.
         """
 
     @overload
@@ -239,7 +239,7 @@ class Jacobian(ABC):
         r"""The inner products of the rows, :math:`G = J J^\top`.
 
         Args:
-            dtype: Of the result and the sums; default: that of the parameters, float32 at least.
+            dtype: That of the result and the sums; default: the parameters', float32 at least.
             per_parameter: Return one Gramian for each parameter instead of their sum.
 
         Returns:
@@ -247,11 +247,11 @@ class Jacobian(ABC):
             dict of those, by parameter.
 
         Note:
-            Time and memory, for R rows of a linear layer of d inputs and p outputs: the lesser of
-            `R^2 (d + p)`, without any gradient, and `(R + M^2) d p`, with rows, as other layers;
-            of rows each of the M d p numbers is also written and read. Kernels likewise, with
-            positions for rows. Over ranks every row travels once, and no rank has the rows of more
-            than one layer.
+            For R rows of a linear layer with d inputs and p outputs, time and memory are the lesser
+            of `R^2 (d + p)`, without any gradient, and `(R + M^2) d p`, by rows, the way of other
+            layers. By rows, each of the M d p numbers is also written and read. The same goes for
+            kernels, with positions for rows. Over ranks, every row travels once, and no rank has
+            the rows of more than one layer.
 
         References:
             Goodfellow, "Efficient per-example gradient computations" (2015), for one row per pose;
@@ -272,12 +272,12 @@ class Jacobian(ABC):
         """The Euclidean norm of every row, in `output_shape`.
 
         Args:
-            per_parameter: Return the norms of each parameter's rows instead, in a dict.
+            per_parameter: Return a dict with the norms of each parameter's rows instead.
 
         Note:
             Time: for a linear layer with T rows per pose, or a kernel with T positions, the lesser
-            of `m T^2 (d + p)`, without any gradient, and of its rows; for tables what was looked
-            up; for other layers their rows.
+            of `m T^2 (d + p)`, without any gradient, and forming its rows. Tables take what was
+            looked up, other layers their rows.
 
         References:
             Goodfellow (2015), as for `gramian`, for T = 1; Li et al., "Large language models can
@@ -286,13 +286,13 @@ class Jacobian(ABC):
         return self._norms_of_each() if per_parameter else self._norms()
 
     def project(self, k: int, seed: int = 0) -> Tensor:
-        r"""Random projections of the rows, whose inner products are those of the rows on average.
+        r"""Random projections of the rows, whose inner products are on average those of the rows.
 
-        Each parameter, as a matrix `[p, d]`, has its rows projected from both sides,
-        :math:`P_l g Q_l^\top / \sqrt k` with matrices :math:`P_l` `[k_1, p]` and :math:`Q_l`
-        `[k_2, d]` of signs, :math:`k = k_1 k_2`; a vector is folded into a matrix. All parameters
-        add up to one projection `[M, k]`, as their signs are independent of each other's. For two
-        rows g and h, over seeds,
+        The rows of each parameter, as matrices `[p, d]`, are projected from both sides, :math:`P_l
+        g Q_l^\top / \sqrt k`, with matrices of signs :math:`P_l` `[k_1, p]` and :math:`Q_l` `[k_2,
+        d]`, :math:`k = k_1 k_2`. A vector is folded into a matrix. The signs of different
+        parameters are independent, so their projections add up to one, `[M, k]`. For two rows g and
+        h, over seeds,
 
         .. math::
             \mathbb E \langle \tilde g, \tilde h \rangle = \langle g, h \rangle, \qquad
@@ -301,11 +301,11 @@ class Jacobian(ABC):
             \lVert g \rVert^2 \lVert h \rVert^2 .
 
         Args:
-            k: The number of columns; :math:`k_1` and :math:`k_2` are the factors of it that are
-                nearest to each other, so that a square number is best.
-            seed: Rows projected with the same seed and k can be compared, be they of one Jacobian
-                or of several. The signs are taken from whole numbers drawn on the CPU for each
-                parameter's name, and are alike on every machine.
+            k: The number of columns; :math:`k_1` and :math:`k_2` are its two closest factors, so a
+                square number is best.
+            seed: Rows projected with the same seed and k can be compared, also across Jacobians.
+                The signs come from whole numbers drawn on the CPU for each parameter's name, the
+                same on every machine.
 
         Returns:
             `[*output_shape, k]`, in float32 at least.
@@ -314,8 +314,8 @@ class Jacobian(ABC):
             ValueError: if k is no positive number.
 
         Note:
-            Time: for R rows of a linear layer `R (d k_2 + p k_1 + k)`, from factors, and no
-            gradient; kernels and tables likewise, others by rows.
+            Time: `R (d k_2 + p k_1 + k)` for R rows of a linear layer, from factors, without a
+            gradient; kernels and tables likewise, other layers by rows.
 
         References:
             Choe et al., "What is your data worth to GPT? LLM-scale data valuation with influence
@@ -334,26 +334,26 @@ class Jacobian(ABC):
     def solve(self, r: Tensor, damping: float = 0.0) -> Tensor:
         r"""The weights w with :math:`(J J^\top + \lambda I)\, w = r`.
 
-        By Woodbury's identity :math:`J^\top w = (J^\top J + \lambda I)^{-1} J^\top r`. So for
+        By Woodbury's identity, :math:`J^\top w = (J^\top J + \lambda I)^{-1} J^\top r`. So for
         residuals r, `J.backward(J.solve(r, damping))` puts a damped Gauss-Newton step into `.grad`,
-        at the price of a system of M equations instead of n.
+        for the price of solving M equations instead of n.
 
         Args:
             r: Of `output_shape`.
             damping: :math:`\lambda`, not negative, in the unit of `gramian`.
 
         Returns:
-            w, of `output_shape`, in the dtype of r; of whole numbers r, in that of the rows.
+            w, of `output_shape`, in the dtype of r; if r has whole numbers, in that of the rows.
 
         Raises:
             ShapeMismatchError: if r has another shape.
             ValueError: if the damping is negative.
-            IllConditionedError: if rows depend on each other so nearly that w would be made of
-                the rounding errors of the parameters' coarsest dtype.
+            IllConditionedError: if rows are so nearly dependent that w would consist of rounding
+                errors of the parameters' coarsest dtype.
             NonFiniteGradientError: if rows are nan or infinite.
 
         Note:
-            G is computed and decomposed in float64, whatever J has: M^3 operations.
+            G is computed and decomposed in float64, whatever J's dtype: M^3 operations.
 
         Example:
             >>> model = nn.Linear(2, 1)
@@ -379,18 +379,18 @@ class Jacobian(ABC):
         """One row, or some of them as a Jacobian.
 
         Args:
-            index: A number, of an entry of the output's dimension 0: its rows, by parameter,
+            index: A number i: the rows of entry i of the output's dimension 0, by parameter,
                 `[*output_shape[1:], *shape]`. A tuple with a number for each dimension: the
-                gradient of that number of the output. A slice, a mask, or numbers of entries, in
-                any order: the Jacobian of these entries.
+                gradient of that number of the output. A slice, a mask or numbers of entries, in any
+                order: the Jacobian of these entries.
 
         Raises:
             IndexError: if it is out of range or none of these.
 
         Note:
-            A Jacobian of some rows copies what it holds of their factors, or, where a layer cannot
-            be taken apart so, rows. Each number that `J[i]` belongs to takes that for one entry,
-            and a `combine` of it; over ranks a `combine` of all rows.
+            A Jacobian of some rows copies their factors or, where a layer does not allow that,
+            rows. `J[i]` copies one entry and takes one `combine` of it for each number; over ranks,
+            a `combine` of all rows.
 
         Example:
             >>> model = nn.Linear(2, 1)
@@ -405,7 +405,7 @@ class Jacobian(ABC):
         return self._picked(numbers_along(index, self.output_shape))
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        """For each entry of dimension 0 its rows, by parameter: `J[0]`, `J[1]`, ..."""
+        """The rows of each entry of dimension 0, by parameter: `J[0]`, `J[1]`, ..."""
         return each(self.output_shape, self._gradient)
 
     def _row(self, index: Any) -> dict[str, Tensor]:
@@ -426,11 +426,11 @@ class Jacobian(ABC):
         """The rows of several Jacobians by the same parameters, one after another.
 
         Args:
-            jacobians: One or more, of one kind. Their outputs agree in all but dimension 0.
+            jacobians: One or more of one kind, whose outputs agree in all but dimension 0.
 
         Raises:
             ValueError: if there is none.
-            TypeError: if some are shared by ranks and some not.
+            TypeError: if some are shared by ranks and others are not.
             ShapeMismatchError: if their outputs or parameters do not agree.
 
         Example:
@@ -462,7 +462,7 @@ class Jacobian(ABC):
 
     @abstractmethod
     def block(self, name: str) -> Tensor:
-        """The rows of one parameter, `[*output_shape, *parameter.shape]`; memory: these numbers.
+        """The rows of one parameter, `[*output_shape, *parameter.shape]`; takes memory for all of them.
 
         Raises:
             KeyError: if no trainable parameter has that name.
@@ -472,7 +472,7 @@ class Jacobian(ABC):
     def matrix(self) -> Tensor:
         """J as a matrix `[M, n]`, columns in the order of `shapes`.
 
-        Memory: M n numbers, once; over ranks on each of them.
+        Memory: M n numbers, once; over ranks, on each of them.
         """
 
     @abstractmethod
@@ -483,9 +483,9 @@ class Jacobian(ABC):
     def report(self) -> str:
         """How many backwards J took, and by which path each parameter's rows came; if slow, why.
 
-        Four or more parameters that differ in the number of their layer and in nothing else are one
-        line. What parameters have in common counts once in the first line, in full for `each`. Over
-        ranks it is about the rows of this one.
+        Four or more parameters that differ only in the number of their layer share one line. What
+        parameters share counts once in the first line, in full under `each`. Over ranks, the report
+        covers this rank's rows.
 
         Example:
             >>> model = nn.Sequential(*(nn.Linear(3, 3) for _ in range(9)), nn.Linear(3, 1))
@@ -501,21 +501,21 @@ class Jacobian(ABC):
 
     @abstractmethod
     def release(self, names: Sequence[str]) -> None:
-        """Lets go of the rows of some parameters; only if nobody else sees this Jacobian."""
+        """Drops the rows of some parameters; only if nobody else holds this Jacobian."""
 
     @abstractmethod
     def consumed(self) -> Self:
-        """The same Jacobian, if nobody else sees it: rows that it forms take the factors' place."""
+        """This Jacobian, if nobody else holds it: rows that it forms replace the factors."""
 
     @property
     def _kind(self) -> torch.dtype:
-        """That of products: the widest of the parameters', float32 at least."""
+        """The dtype of products: the widest of the parameters', float32 at least."""
         return reduce(torch.promote_types, self._dtypes, torch.float32)
 
     @property
     @abstractmethod
     def _dtypes(self) -> Sequence[torch.dtype]:
-        """Those of the parameters."""
+        """The dtypes of the parameters."""
 
     @abstractmethod
     def _moved(self, directions: object) -> Tensor:
@@ -523,7 +523,7 @@ class Jacobian(ABC):
 
     @abstractmethod
     def _met(self, other: "Jacobian") -> Tensor:
-        """The inner products with the rows of another, `[M, M']`."""
+        """The inner products with the rows of another Jacobian, `[M, M']`."""
 
     @abstractmethod
     def _gram(self, dtype: torch.dtype | None) -> Tensor:
@@ -531,11 +531,11 @@ class Jacobian(ABC):
 
     @abstractmethod
     def _grams(self, dtype: torch.dtype | None) -> dict[str, Tensor]:
-        """That of each parameter, each a tensor of its own."""
+        """The Gramian of each parameter, as a tensor of its own."""
 
     @abstractmethod
     def _gram_in_double(self) -> Tensor:
-        """The Gramian `[M, M]`, every product of it in float64."""
+        """The Gramian `[M, M]`, with all products in float64."""
 
     @abstractmethod
     def _norms(self) -> Tensor:
@@ -543,7 +543,7 @@ class Jacobian(ABC):
 
     @abstractmethod
     def _norms_of_each(self) -> dict[str, Tensor]:
-        """Those of each parameter's rows."""
+        """The norms of each parameter's rows."""
 
     @abstractmethod
     def _projected(self, k: int, seed: int) -> Tensor:
@@ -555,7 +555,7 @@ class Jacobian(ABC):
 
     @abstractmethod
     def _followed(self, others: "Sequence[Jacobian]") -> Self:
-        """This one's rows and those of others of its kind, which agree with it."""
+        """Its own rows followed by those of others of its kind, which agree with it."""
 
 
 @final
@@ -589,7 +589,7 @@ class Transposed:
 
 
 def check_columns(one: Jacobian, other: Jacobian, what: str) -> None:
-    """Refuses a Jacobian of another kind, or by other parameters.
+    """Refuses a Jacobian of another kind or by other parameters.
 
     Raises:
         TypeError: if one is shared by ranks and the other is not.

@@ -1,14 +1,14 @@
 r"""The Jacobian of a group whose poses are spread over ranks.
 
-Each rank holds the rows of its own poses. A product with weights is a sum over ranks, a product
-with a direction is each rank's own. The Gramian needs every row beside every other, but one layer
-is enough at a time:
+Each rank holds the rows of its own poses. A product with weights is a sum over ranks; a product
+with a direction is computed by each rank for its own rows. The Gramian needs all rows together,
+but one layer at a time is enough:
 
 .. math::
     G = \sum_l J_l J_l^\top .
 
-So the rows of one layer, in the form they are held in, go to one rank, those of the next layer to
-the next rank, and what each has made of them is added up. No rank ever has the whole of J.
+So the rows of one layer, as they are held, go to one rank, those of the next layer to the next
+rank, and the resulting products are summed. No rank ever has the whole of J.
 """
 
 import pickle
@@ -53,26 +53,26 @@ Grams = dict[str, Tensor]
 
 @final
 class SharedJacobian(Jacobian):
-    r"""The Jacobian of a group that several ranks score.
+    r"""The Jacobian of a group whose poses several ranks score.
 
-    It is to all ranks what `PoseJacobian` is to one process: predictions, weights, norms and
-    Gramians are those of all rows, in the order of the ranks. All ranks call its methods together,
-    in the same order, and each has the same result. A rank without poses calls them too. What is
-    passed to a method, a direction or an index, must be the same on all.
+    To all ranks together it is what `PoseJacobian` is to one process: predictions, weights, norms
+    and Gramians cover all rows, in the order of the ranks. All ranks, also those without poses,
+    call its methods together, in the same order, with the same arguments, and get the same results.
 
     Attributes:
         predictions: Those of all ranks, of `output_shape`, detached.
 
     Args:
         own: The rows of this rank.
-        predictions: Those of all ranks.
+        predictions: The predictions of all ranks.
         parameters: By name.
         used: The parameters that the predictions of any rank depend on.
-        places: For each rank, which entries of the predictions' dimension 0 its rows belong to.
-        ranks: Who share the group.
+        places: For each rank, the entries of dimension 0 of the predictions that its rows belong
+            to.
+        ranks: Those that share the group.
 
     Note:
-        Memory: each rank holds its own rows. What travels is said at each method.
+        Memory: each rank holds its own rows. Each method says what is sent.
 
     Example:
         >>> from torch import distributed as dist
@@ -108,12 +108,12 @@ class SharedJacobian(Jacobian):
         trainable: Callable[[], Mapping[str, Tensor]],
         ranks: Ranks,
     ) -> "SharedJacobian":
-        """What the ranks have read together.
+        """Reads the Jacobian that the ranks share.
 
         Args:
-            make: Makes the rows of this rank by parameters; raises NoPosesError if it has no poses.
+            make: Makes this rank's rows by parameters; raises NoPosesError if it has no poses.
             trainable: Looks up the parameters by name.
-            ranks: Who share the group.
+            ranks: Those that share the group.
 
         Raises:
             NoPosesError: if no rank has poses.
@@ -220,7 +220,7 @@ class SharedJacobian(Jacobian):
         return self._made_by(rule, partial(gradient_of, or_nan=or_nan))
 
     def _made_by(self, rule: Tensor | AnyRule, make: Callable[..., Gradient]) -> Gradient:
-        """What every rank makes of the rows, once all know that it is the same."""
+        """The gradient that every rank makes of the rows, once all agree on it."""
         found: list[Gradient] = []
 
         def applied() -> tuple[str, float, float, Tensor | None, Grams]:
@@ -266,11 +266,11 @@ class SharedJacobian(Jacobian):
         used: Sequence[str],
         places: Sequence[Tensor],
     ) -> "SharedJacobian":
-        """Other rows of the same ranks."""
+        """A Jacobian of other rows on the same ranks."""
         return SharedJacobian(own, predictions, self._parameters, used, places, self._ranks)
 
     def _rows(self, step: str, of_own: Callable[[], Tensor]) -> Tensor:
-        """What each rank has of its own rows `[own, ...]`, in the order of all: `[len, ...]`."""
+        """Collects each rank's `[own, ...]` of its own rows, in the order of all: `[len, ...]`."""
         everyone = self._ranks.together(step, lambda: of_own().cpu())
         pairs = zip(everyone, self._places, strict=True)
         found = [(rows, places) for rows, places in pairs if len(places)]
@@ -282,14 +282,14 @@ class SharedJacobian(Jacobian):
         return whole.to(self.predictions.device)
 
     def _in_order(self, rows: Tensor, dim: int) -> Tensor:
-        """Rows of all ranks, one rank's after another's along `dim`, in the output's order."""
+        """Puts rows of all ranks, concatenated along `dim`, into the output's order."""
         inner = self.output_shape[1:].numel()
         places = torch.cat(self._places).to(rows.device)
         order = places.unsqueeze(1) * inner + torch.arange(inner, device=rows.device)
         return torch.empty_like(rows).index_copy_(dim, order.reshape(-1), rows)
 
     def _both_in_order(self, products: Tensor) -> Tensor:
-        """Products of rows of all ranks with each other, in the output's order both ways."""
+        """Puts products of all ranks' rows with each other into the output's order, both ways."""
         return self._in_order(self._in_order(products, 0), 1)
 
     @restoring
@@ -342,7 +342,7 @@ class SharedJacobian(Jacobian):
     def _grams_here(
         self, names: Sequence[str], dtype: torch.dtype | None, *, in_double: bool = False
     ) -> Grams:
-        """The Gramians of the layers that come to this rank."""
+        """The Gramians of the layers that this rank computes."""
 
         def sent(layer: Sequence[str]) -> bytes:
             return packed(self._to_send(layer))
@@ -416,7 +416,7 @@ class SharedJacobian(Jacobian):
         return {name: self._own.blocks[name].to("cpu") for name in names}
 
     def _whole(self, names: Sequence[str], parts: Sequence[Mapping[str, Block]]) -> PoseJacobian:
-        """The rows of some parameters of all ranks, one rank's after another's."""
+        """The rows of some parameters on all ranks, concatenated."""
         device = self.predictions.device
         blocks = {n: Block.joined([part[n] for part in parts]).to(device) for n in names}
         return PoseJacobian(self.predictions, {n: self._parameters[n] for n in names}, blocks)
@@ -427,12 +427,12 @@ class SharedJacobian(Jacobian):
         sent: Callable[[Sequence[str]], bytes],
         of_layer: Callable[[Sequence[str], Sequence[bytes]], Grams],
     ) -> Grams:
-        """Products of the layers that come to this rank; the others have those of the rest.
+        """Products of the layers that this rank computes; other ranks compute the rest.
 
         Args:
             names: The parameters.
-            sent: What this rank has of a layer.
-            of_layer: From the names of a layer and what all ranks have of it to its products.
+            sent: What this rank sends of a layer.
+            of_layer: From a layer's names and what all ranks sent of it to its products.
         """
         grams: Grams = {}
         failure: Exception | None = None
@@ -440,7 +440,7 @@ class SharedJacobian(Jacobian):
             to = number % self._ranks.count
             try:
                 own = sent(layer)
-            except Exception as error:  # told to the others below: they wait for this one's rows
+            except Exception as error:  # raised for all below: the others wait for this rank's rows
                 own, failure = b"", failure or error
             found = self._ranks.sent(own, to)
             if found and all(found):
@@ -457,7 +457,7 @@ class SharedJacobian(Jacobian):
         return grams
 
     def _added(self, grams: Grams, columns: int, dtype: torch.dtype | None) -> Tensor:
-        """Products of layers, wherever they were computed, added up: `[M, columns]`."""
+        """The sum of the layers' products, wherever they were computed: `[M, columns]`."""
         shape, device = (self.predictions.numel(), columns), self.predictions.device
         total = torch.zeros(shape, dtype=dtype or self._kind, device=device)
         for gram in grams.values():
@@ -467,7 +467,7 @@ class SharedJacobian(Jacobian):
 
 @restoring
 def check_whole(ranks: Ranks | None) -> None:
-    """Refuses parameters that are spread over ranks.
+    """Refuses parameters that are sharded over ranks.
 
     Raises:
         UnsupportedModuleError: if FSDP2 has sharded them.
@@ -486,7 +486,7 @@ def of_all(
     trainable: Callable[[], Mapping[str, Tensor]],
     ranks: Ranks | None,
 ) -> Jacobian:
-    """The Jacobian of all poses, be they of this process or of several ranks.
+    """The Jacobian of all poses, whether of this process or of several ranks.
 
     Raises:
         UnsupportedModuleError: if FSDP2 has sharded the parameters.
