@@ -175,7 +175,7 @@ class Factors(Part):
         arrangement: Arrangement,
         cotangents: tuple[Tensor, ...],
     ) -> Part:
-        """The part of a parameter that enters directly; as rows, if these are smaller than cotangents."""
+        """The part of a parameter that enters directly; as rows where these are the smaller."""
         factors = cls(
             f"closed form ({type(form).__name__})", 0, form, layout, arrangement, cotangents
         )
@@ -201,7 +201,7 @@ class Factors(Part):
         return replace(self, form=form, cotangents=cotangents, layout=layout)
 
     def turned(self) -> "Factors | None":
-        """The part with cotangent and factor in exchanged roles; None if there is no single pair."""
+        """The part with cotangent and factor exchanged; None if there is no single pair."""
         found = self.form.turned(self.cotangents[0]) if len(self.cotangents) == 1 else None
         return None if found is None else replace(self, form=found[0], cotangents=(found[1],))
 
@@ -282,7 +282,7 @@ class Factors(Part):
         return self.arrangement.join(torch.stack(columns, dim=1))
 
     def picked(self, index: Tensor, inner: int) -> Part:
-        """Picks the factors' rows of these poses, if the form counts positions; otherwise plain rows."""
+        """The factors' rows of these poses, if the form counts positions; else plain rows."""
         part = self.opened()
         dims, layout = part.form.positions, part.layout
         if not dims or not layout.dims:

@@ -71,7 +71,7 @@ def products_left_range(
 
 
 def _lowest(square: float) -> float:
-    """The bound below which a sum of products of factors with squares up to this may lose digits."""
+    """The bound below which sums of products of such factors may lose digits."""
     return _LOWEST * max(1.0, square)
 
 

@@ -13,7 +13,7 @@ HEADER = ("parameter", "uses", "held as", "each", "path")
 
 
 def report(count: int, blocks: Mapping[str, Block], backwards: Backwards) -> str:
-    """The size of J and of its matrix, the backwards, and a line for each parameter or similar group.
+    """The size of J and of its matrix, the backwards, and a line for each group of parameters.
 
     Args:
         count: M, the number of rows.

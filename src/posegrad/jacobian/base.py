@@ -462,7 +462,7 @@ class Jacobian(ABC):
 
     @abstractmethod
     def block(self, name: str) -> Tensor:
-        """The rows of one parameter, `[*output_shape, *parameter.shape]`; takes memory for all of them.
+        """The rows of one parameter, `[*output_shape, *parameter.shape]`, all in memory.
 
         Raises:
             KeyError: if no trainable parameter has that name.
