@@ -288,11 +288,11 @@ class Jacobian(ABC):
     def project(self, k: int, seed: int = 0) -> Tensor:
         r"""Random projections of the rows, whose inner products are on average those of the rows.
 
-        The rows of each parameter, as matrices `[p, d]`, are projected from both sides, :math:`P_l
-        g Q_l^\top / \sqrt k`, with matrices of signs :math:`P_l` `[k_1, p]` and :math:`Q_l` `[k_2,
-        d]`, :math:`k = k_1 k_2`. A vector is folded into a matrix. The signs of different
-        parameters are independent, so their projections add up to one, `[M, k]`. For two rows g and
-        h, over seeds,
+        The rows of each parameter, as matrices `[p, d]`, are projected from both sides,
+        :math:`P_l g Q_l^\top / \sqrt k`, with matrices of signs :math:`P_l` `[k_1, p]` and
+        :math:`Q_l` `[k_2, d]`, :math:`k = k_1 k_2`. A vector is folded into a matrix. The signs of
+        different parameters are independent, so their projections add up to one, `[M, k]`. For two
+        rows g and h, over seeds,
 
         .. math::
             \mathbb E \langle \tilde g, \tilde h \rangle = \langle g, h \rangle, \qquad
