@@ -32,8 +32,8 @@ def solved(gramian: Tensor, right: Tensor, damping: float, eps: float) -> Tensor
         gramian: G `[M, M]`, in float64.
         right: r `[M]`.
         damping: :math:`\lambda`.
-        eps: The relative error of J's rows. An eigenvalue of G is the square of a singular value of
-            J; below the square of eps times the largest, it is rounding error.
+        eps: The relative error of J's rows. An eigenvalue of G, a squared singular value of J, is
+            rounding error below `eps**2` times the largest.
 
     Raises:
         NonFiniteGradientError: if rows are nan or infinite.

@@ -73,7 +73,7 @@ class Jacobian(ABC):
     @property
     @abstractmethod
     def mixed(self) -> Sequence[str]:
-        """The parameters whose influence on the output may mix poses of this rank."""
+        """The parameters on whose way to the output poses of this rank may mix."""
 
     @abstractmethod
     def of(self, names: Sequence[str]) -> Self:
@@ -186,8 +186,8 @@ class Jacobian(ABC):
         Args:
             rule: The weights w of `output_shape`, for :math:`w^\top J`; a `Weighting` of the
                 Gramian; an `Aggregation` of the rows, parameter by parameter; a weighting or an
-                aggregator of TorchJD; or a combination rule h, for which :math:`w = \partial h(\hat
-                y) / \partial \hat y`. The rule's own parameters get their gradients too.
+                aggregator of TorchJD; or a combination rule h, whose parameters get their gradients
+                too, for :math:`w = \partial h(\hat y) / \partial \hat y`.
             scaler: A gradient scaler whose `step` comes next. The gradient is multiplied by its
                 scale; if rows are nan or infinite it is nan, so that the scaler skips the step.
 

@@ -1,4 +1,4 @@
-"""The Jacobian of a group whose rows are all here."""
+"""The Jacobian of a group whose rows are all in this process."""
 
 import pickle
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,8 +29,8 @@ from posegrad.weighting._rules import AnyRule, as_gradient_rule
 __all__ = ["PoseJacobian"]
 
 _MIXED = ("poses mix", "a few numbers put together", "no closed form for this layout")
-"""In the path of a parameter's rows: poses influence each other; nobody has looked; or one row of
-an activation has numbers of several poses, as after a sort of each column."""
+"""Marks paths on which poses may mix: poses influence each other; nobody has checked; or one row
+of an activation has numbers of several poses, as after a sort of each column."""
 
 
 @final
@@ -67,12 +67,12 @@ class PoseJacobian(Jacobian):
         self.predictions = predictions
         self._parameters = dict(parameters)
         self._blocks = dict(blocks)
-        self._working = dict(blocks)  # uses joined, rows in place of factors: as products need them
+        self._working = dict(blocks)  # products may join uses here, or replace factors by rows
         self._backwards = backwards
 
     @classmethod
     def empty(cls, output: Tensor, parameters: Mapping[str, Tensor]) -> "PoseJacobian":
-        """The rows of an output that has none; it is like `output` in all but dimension 0."""
+        """The Jacobian of an output without rows; it is like `output` except in dimension 0."""
         blocks = {name: Block.of(p, 0, ()) for name, p in parameters.items()}
         return cls(output.detach()[:0], parameters, blocks)
 
@@ -85,14 +85,14 @@ class PoseJacobian(Jacobian):
             name: Block.joined([jacobian._blocks[name] for jacobian in jacobians])
             for name in first._blocks
         }
-        join(blocks)  # at once, so that what is joined is not held twice
+        join(blocks)  # at once, so that nothing is held twice
         backwards = reduce(Backwards.joined, [jacobian._backwards for jacobian in jacobians])
         return cls(predictions, first._parameters, blocks, backwards)
 
     def beside(
         self, tensors: Mapping[str, Tensor], blocks: Mapping[str, Block], backwards: Backwards
     ) -> "PoseJacobian":
-        """The same rows with more columns, by other tensors."""
+        """The same rows with additional columns, by other tensors."""
         return PoseJacobian(
             self.predictions,
             {**self._parameters, **tensors},
@@ -137,8 +137,8 @@ class PoseJacobian(Jacobian):
     def combine(self, weights: Tensor) -> dict[str, Tensor]:
         join(self._working)
         flat = Weights(checked_weights(weights, self.output_shape).to(self._device).reshape(-1))
-        # Backwards: a bias before its weight, whose product sweeps from the processor's cache the
-        # cotangents that both need.
+        # A bias before its weight: the weight's product sweeps the cotangents that both need out of
+        # the processor's cache.
         found = {name: self._working[name].combine(flat) for name in reversed(self._working)}
         return {name: found[name] for name in self._working}
 
@@ -147,7 +147,7 @@ class PoseJacobian(Jacobian):
         if not weights.ndim:
             return self.combine(weights)
         entry = weights.flatten(1).any(1).nonzero()[0] if weights.ndim > 1 else weights.nonzero()[0]
-        # Its rows alone, for zero times the nan of another pose is nan.
+        # Only its own rows: zero times the nan of another pose is nan.
         return self._picked(entry).combine(weights[entry])
 
     def backward(
@@ -170,7 +170,7 @@ class PoseJacobian(Jacobian):
         rows = self._matrix_of(name).to(self._blocks[name].dtype)
         block = self._working[name]
         if any(_share(rows, held) for part in block.parts for held in part.held()):
-            rows = rows.clone()  # the caller's to write to
+            rows = rows.clone()  # the caller may write to it
         return rows.reshape((*self.output_shape, *block.shape))
 
     @exact
@@ -192,24 +192,24 @@ class PoseJacobian(Jacobian):
         return report(self.predictions.numel(), self._blocks, self._backwards)
 
     def packed(self) -> bytes:
-        """The same rows as they travel to other processes."""
+        """The rows in the form in which they are sent to other processes."""
         return packed((self.predictions.cpu(), {n: b.to("cpu") for n, b in self._blocks.items()}))
 
     @classmethod
     def unpacked(cls, found: bytes, parameters: Mapping[str, Tensor]) -> "PoseJacobian":
-        """What another process packed, by the same parameters here."""
+        """Reads what another process packed, for the same parameters here."""
         predictions, blocks = pickle.loads(found)
         device = next(iter(parameters.values())).device
         return cls(predictions, parameters, blocks).to(device)
 
     @property
     def held_bytes(self) -> int:
-        """The memory that it keeps alive; what parameters have in common counts once."""
+        """The memory that it keeps alive; what parameters share counts once."""
         return kept_bytes(self._blocks)
 
     @property
     def paths(self) -> dict[str, tuple[str, ...]]:
-        """The rungs each parameter's parts came by; empty for unused parameters."""
+        """The paths by which each parameter's rows were read; empty for unused parameters."""
         return {
             name: tuple(part.path for part in block.parts) for name, block in self._blocks.items()
         }
@@ -233,11 +233,11 @@ class PoseJacobian(Jacobian):
         return [block.dtype for block in self._blocks.values()]
 
     def _zeros(self, *shape: int) -> Tensor:
-        """Products with rows of which none depends on a parameter."""
+        """Products with rows that depend on no parameter."""
         return torch.zeros(shape, dtype=self._kind, device=self._device)
 
     def _with(self, predictions: Tensor, blocks: Mapping[str, Block]) -> "PoseJacobian":
-        """Other rows by the same parameters."""
+        """A Jacobian of other rows by the same parameters."""
         return PoseJacobian(predictions, self._parameters, blocks, self._backwards)
 
     def double(self) -> "PoseJacobian":
@@ -299,7 +299,7 @@ class PoseJacobian(Jacobian):
         if sheet is not None:
             return inner_products(sheet if dtype is None else sheet.to(dtype))
         products = Products()
-        # Names alone: where rows take the factors' place, these are freed on the way.
+        # By name, since rows may replace factors, which are then freed on the way.
         grams = (self._gramian_of(name, products, dtype) for name in self.used)
         total = added(grams, self._device)
         if total is not None:
@@ -319,7 +319,7 @@ class PoseJacobian(Jacobian):
             if left_range(gram.diagonal(), [self._working[name]]):
                 found[name] = self.of([name])._gram_in_double().to(gram)
             else:
-                found[name] = gram.clone()  # for some have one in common
+                found[name] = gram.clone()  # several may share one
         return found
 
     def _gram_in_double(self) -> Tensor:
@@ -368,7 +368,7 @@ class PoseJacobian(Jacobian):
         return PoseJacobian.joined(own)
 
     def _gramian_of(self, name: str, products: Products, dtype: torch.dtype | None) -> Tensor:
-        """The inner products of one parameter's rows, `[M, M]`, by the cheaper of two ways."""
+        """The inner products of one parameter's rows, `[M, M]`, the cheaper way."""
         gram = self._working[name].pairs(products)
         if gram is None:
             rows = self._matrix_of(name)
@@ -376,7 +376,7 @@ class PoseJacobian(Jacobian):
         return gram if dtype is None else gram.to(dtype)
 
     def _squares_of(self, name: str, products: Products) -> Tensor:
-        """The squared norms of one parameter's rows, `[M]`, by the cheaper of two ways."""
+        """The squared norms of one parameter's rows, `[M]`, the cheaper way."""
         squares = self._working[name].squares(products)
         if squares is None:
             squares = torch.linalg.vector_norm(self._matrix_of(name), dim=1).square()
@@ -385,8 +385,8 @@ class PoseJacobian(Jacobian):
     def _matrix_of(self, name: str) -> Tensor:
         """One parameter's rows `[M, n]`; kept for other products, unless factors are far smaller.
 
-        A product with rows costs one multiplication for each of their numbers, with factors one
-        for each of them and every row of the activations of a pose.
+        A product takes one multiplication for each number of the rows, or, with factors, for each
+        number and every row of a pose's activations.
         """
         block = self._working[name]
         dense = block.as_rows()

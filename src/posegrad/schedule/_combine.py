@@ -125,7 +125,7 @@ def _informed(request: Request, run: Run) -> Request:
         first = run.first()
         if first is None:
             return 1, False, False  # the poses are on other ranks
-        with torch.enable_grad():  # to a rule that streams, the number of poses is all the same
+        with torch.enable_grad():  # a rule that streams takes any number of poses
             trained = streams and _needs_graph(rule(first.predictions.detach()))
         return first.predictions[0].numel(), trained, run.has_float16
 

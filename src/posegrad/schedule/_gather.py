@@ -34,7 +34,7 @@ def gather(
     keep: Callable[[PoseJacobian], T],
     start: int = 0,
 ) -> list[T]:
-    """Scores chunk after chunk and keeps a Jacobian of each.
+    """Scores chunk after chunk, and keeps of each Jacobian what `keep` returns.
 
     Args:
         gatherer: Reads the rows.

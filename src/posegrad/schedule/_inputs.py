@@ -94,7 +94,8 @@ class Inputs:
     def reached(self, found: Collection[int], leaves: Mapping[int, Tensor]) -> set[int]:
         """The numbers of the inputs among the leaves of a graph.
 
-        found: The `id` of every leaf.
+        Args:
+            found: The `id` of every leaf.
             found: `id` of every leaf.
             leaves: The detached stand-ins for pose tensors in the graph.
         """

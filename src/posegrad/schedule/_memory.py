@@ -34,7 +34,7 @@ _ENOUGH = 20  # a chunk's graphs should take that many times the fixed part
 
 _NODE = 512  # about the size of a node itself
 
-_STEEP = 4  # growth at which poses share this many times what a graph keeps only once
+_STEEP = 4  # times more poses, which share what a graph keeps once: worth a new measurement
 
 
 def checked_memory(memory: Any, modules: Sequence[nn.Module]) -> int:
@@ -84,8 +84,8 @@ class Measure:
     def graph_of(self, pose: float) -> float:
         """The bytes of the graph of a pose of another size.
 
-        Of a smaller pose, proportionally less, as graphs grow at least in proportion. Of a larger
-        one the square, as much as attention takes, until such a pose is measured.
+        In proportion for a smaller pose, which takes no more, as graphs grow at least so; by the
+        square for a larger one, as attention does, until such a pose is measured.
         """
         share = pose / self.pose
         return self.graph * share * max(1.0, share)

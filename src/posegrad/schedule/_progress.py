@@ -25,7 +25,8 @@ class _Bar:
 def bar(total: int, unit: str, *, shown: bool) -> Callable[[], None]:
     """A function to call after each of so many steps.
 
-    total: The number of steps.
+    Args:
+        total: The number of steps.
         total: Their number.
         unit: What a step is.
         shown: Whether to show a bar.

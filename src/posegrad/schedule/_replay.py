@@ -36,8 +36,9 @@ __all__ = [
 class Moment:
     """What the forward of one chunk found, besides its arguments and the parameters.
 
-    random: The random state of every device before the forward. Kept even if it did not change: a
-        model may draw and put the state back, as `torch.random.fork_rng` does.
+    Args:
+        random: The random state of every device before the forward. Whether it drew cannot be told:
+            a model may put the state back itself, as `torch.random.fork_rng` does.
         buffers: The values of the model's buffers before the forward.
     """
 

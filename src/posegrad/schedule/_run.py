@@ -84,7 +84,7 @@ class Run:
     reached: set[int]
     """The numbers of the inputs that graphs reach, or might reach where there was no graph.
 
-    Once `group` has scored all, they include parameters that poses of other ranks reach.
+    Once `group` has scored all, they include parameters that a pose of any rank reaches.
     """
 
     def __init__(self, call: Call, gatherer: Gatherer, chunks: Iterator[Portion]) -> None:

@@ -376,7 +376,7 @@ def _sizes(values: Tensor) -> Tensor:
 
 
 def _agree(found: Mapping[int, Tensor], expected: Mapping[int, Tensor]) -> bool:
-    """Whether gradients, by number of their tensor, are equal up to rounding, and not all zero."""
+    """Whether gradients by number of their tensor, zero where absent, are equal up to rounding."""
     whole = math.hypot(*(float(g.norm()) for g in expected.values()))
     for number in {*found, *expected}:
         own, right = found.get(number), expected.get(number)
