@@ -243,6 +243,28 @@ def test_without_gradients_chunks_are_halved_too(rule: Combination) -> None:
     torch.testing.assert_close(found.per_pose, expected)
 
 
+@pytest.mark.filterwarnings("ignore:[0-9]+ poses ran out of memory together")
+@pytest.mark.parametrize("differentiates", [False, True])
+@pytest.mark.parametrize("rule", [Mean(), Min(1000.0), Boltzmann(1.0)])
+def test_no_pose_is_lost_that_is_too_large_by_itself(
+    rule: Combination, differentiates: bool
+) -> None:
+    """Its neighbours' halves wait when it fails, and must not pass for the whole group."""
+    model, poses = nn.Linear(FEATURES, 1), torch.randn(8, FEATURES)
+    poses[2] = 100
+
+    def predict(model: nn.Module, x: Tensor) -> Tensor:
+        if bool((x == 100).any()):
+            raise torch.OutOfMemoryError("this one is too large")
+        return model(x)
+
+    with (
+        torch.set_grad_enabled(differentiates),
+        pytest.raises(torch.OutOfMemoryError, match="this one is too large"),
+    ):
+        Engine(model, predict=predict).combine(poses, rule)
+
+
 def test_what_an_attempt_drew_and_wrote_is_undone() -> None:
     results = []
     for most in (2, 4):

@@ -20,7 +20,7 @@ from posegrad.schedule._cost import rows
 from posegrad.schedule._plan import Request, choose
 from posegrad.schedule._replay import Start
 from posegrad.schedule._result import Combined
-from posegrad.schedule._run import DETACHED, Run
+from posegrad.schedule._run import DETACHED, HalvedError, Run
 from posegrad.schedule.recompute import recompute
 from posegrad.schedule.retain import retain
 from posegrad.schedule.store import store
@@ -92,13 +92,11 @@ def _attempt(call: Call, gatherer: Gatherer) -> Combined:
 
 def _plain(run: Run, rule: Combination) -> Combined | None:
     """The result of plain autograd; None if its one chunk ran out of memory and was halved."""
-    combined = None
     try:
         combined = retain(run, rule)
-    except torch.OutOfMemoryError:
-        if not run.is_halved:
-            raise
-    if combined is not None and torch.is_grad_enabled() and not combined.per_pose.requires_grad:
+    except HalvedError:
+        return None
+    if torch.is_grad_enabled() and not combined.per_pose.requires_grad:
         _check_needless(run.call)
     return combined
 

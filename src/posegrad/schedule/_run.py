@@ -33,9 +33,14 @@ from posegrad.schedule._replay import (
     without_graph,
 )
 
-__all__ = ["DETACHED", "Chunk", "Run"]
+__all__ = ["DETACHED", "Chunk", "HalvedError", "Run"]
 
 T = TypeVar("T")
+
+
+@final
+class HalvedError(Exception):
+    """All poses in one chunk ran out of memory; its halves wait for a schedule of fewer graphs."""
 
 
 @final
@@ -120,11 +125,6 @@ class Run:
         hooked = self.call.options.is_wary or self.call.has_hooks
         return hooked or has_other_kernels(self.scorer.modules)
 
-    @property
-    def is_halved(self) -> bool:
-        """Whether halves of a chunk that ran out of memory are waiting."""
-        return bool(self._halved)
-
     def are_apart(self, portion: Portion) -> bool:
         """Whether the poses of a chunk stay apart: as seen or, for stated chunks, as proved."""
         division = self.call.division
@@ -138,8 +138,8 @@ class Run:
         Without gradients, a chunk that runs out of memory is halved.
 
         Raises:
-            torch.OutOfMemoryError: if a chunk with its graph did; if it held all poses, it is
-                halved for another schedule.
+            HalvedError: if the chunk held all poses, and ran out of memory with its graph.
+            torch.OutOfMemoryError: if another did that cannot be halved.
         """
         found: list[Tensor] = []
         while (portion := self._next()) is not None:
@@ -147,7 +147,7 @@ class Run:
             if predictions is None:
                 self._halve(portion)
                 if torch.is_grad_enabled():
-                    raise torch.OutOfMemoryError
+                    raise HalvedError
                 continue
             found.append(predictions)
             self._count += portion.count
