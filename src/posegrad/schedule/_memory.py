@@ -34,7 +34,7 @@ _ENOUGH = 20  # a chunk's graphs should take that many times the fixed part
 
 _NODE = 512  # about the size of a node itself
 
-_STEEP = 4  # times more poses, which share what a graph keeps once: worth a new measurement
+_STEEP = 4  # measured anew with this many times more poses, which share a graph's fixed part
 
 
 def checked_memory(memory: Any, modules: Sequence[nn.Module]) -> int:
@@ -84,8 +84,9 @@ class Measure:
     def graph_of(self, pose: float) -> float:
         """The bytes of the graph of a pose of another size.
 
-        In proportion for a smaller pose, which takes no more, as graphs grow at least so; by the
-        square for a larger one, as attention does, until such a pose is measured.
+        A smaller pose is taken to need its share, and needs no more: graphs grow at least in
+        proportion. A larger one is taken to need the square of it, as attention does, until such a
+        pose is measured.
         """
         share = pose / self.pose
         return self.graph * share * max(1.0, share)

@@ -9,7 +9,7 @@ the numbers of its blocks tell by which rank, in equal shares.
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import reduce
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import NamedTuple, final
 
 import torch
@@ -167,17 +167,13 @@ def _sizes(blocks: Blocks) -> list[int]:
 def _listed(sizes_of: Sequence[Sequence[int]]) -> list[_Block]:
     """All blocks, rank by rank."""
     whose = [(rank, number) for rank, sizes in enumerate(sizes_of) for number in range(len(sizes))]
-    stops = accumulate(size for sizes in sizes_of for size in sizes)
-    starts = [0, *accumulate(size for sizes in sizes_of for size in sizes)]
     if not whose:
         raise NoPosesError(
             "No rank has poses, so there are no rows to multiply.\nLeave empty groups out, on all "
             "ranks."
         )
-    return [
-        _Block(*one, slice(start, stop))
-        for one, start, stop in zip(whose, starts, stops, strict=False)
-    ]
+    bounds = accumulate((size for sizes in sizes_of for size in sizes), initial=0)
+    return [_Block(*one, slice(*ends)) for one, ends in zip(whose, pairwise(bounds), strict=True)]
 
 
 def _columns(
