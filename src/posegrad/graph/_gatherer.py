@@ -31,6 +31,7 @@ from posegrad.graph._guard import (
     undisturbed,
 )
 from posegrad.graph._hearing import Route
+from posegrad.graph._inference import Trail
 from posegrad.graph._listening import Outline, check_heard, check_packed, check_static
 from posegrad.graph._outlook import Outlook, foreseen
 from posegrad.graph._reading import Parts, Reading
@@ -114,7 +115,7 @@ class Gatherer:
             registry = _graph_of(output)
         dim = self._dim_of(output)
         known = self._structures.of(registry, used, output, stated=False)
-        subject = Subject(output, registry, used, (), dim, _seeded(), known.steps, {}, self.tensors)
+        subject = Subject(output, registry, used, (), dim, _seeded(), known.trail, {}, self.tensors)
         recipe = known.found.recipe
         is_due = self.check == "always" if recipe is None else self._is_due(recipe, subject)
         with failures_named(), undisturbed():
@@ -163,7 +164,7 @@ class Gatherer:
                 known = self._structures.of(registry, used, output, stated=bool(pose_index))
                 heard = listened_to(output, registry, known.slots)
                 subject = Subject(
-                    output, registry, used, pose_index, dim, self._generator, known.steps,
+                    output, registry, used, pose_index, dim, self._generator, known.trail,
                     known.followed, self.tensors, any(map(is_hooked, heard)), quiet, beside,
                 )  # fmt: skip
                 scale = known.has_float16
@@ -224,8 +225,9 @@ class Gatherer:
         def read(scaled: Tensor) -> Parts:
             own = registry if scaled is output else EdgeRegistry(scaled)
             subject = Subject(
-                scaled, own, {}, pose_index, dim, self._generator, [], {}, self.tensors, quiet=True
-            )
+                scaled, own, {}, pose_index, dim, self._generator, Trail(), {}, self.tensors,
+                quiet=True,
+            )  # fmt: skip
             checked = self.check != "never"
             parts = parts_at(subject, activations, self.block_bytes, checked=checked)
             for purpose, count in subject.backwards.counts.items():
@@ -277,7 +279,7 @@ class Gatherer:
         known = self._structures.of(registry, used, output, stated=False)
         heard = listened_to(output, registry, known.slots)
         subject = Subject(
-            output, registry, used, (), dim, self._generator, known.steps, known.followed,
+            output, registry, used, (), dim, self._generator, known.trail, known.followed,
             self.tensors, any(map(is_hooked, heard)), quiet=True,
         )  # fmt: skip
         check_static(registry)
@@ -366,7 +368,7 @@ class Gatherer:
             stated = bool(subject.pose_index)
             known = self._structures.of(own, subject.parameters, scaled, stated=stated)
             seen = replace(
-                subject, output=scaled, registry=own, steps=known.steps, inferred=known.followed,
+                subject, output=scaled, registry=own, trail=known.trail, inferred=known.followed,
                 beside=None,
             )  # fmt: skip
             parts, backwards = self._parts_of(seen, known, keep_graph=True)

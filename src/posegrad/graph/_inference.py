@@ -8,14 +8,15 @@ mix, nothing is inferred for what lies behind. Behind what belongs to one pose a
 everything, whatever the operators are.
 
 Rows may also be picked by number, as messages between atoms are; then owners follow the numbers
-(`_indexed.py`), and are found anew for each graph.
+(`_indexed.py`), and are found anew for each graph. Only there: what an operator that picks nothing
+made of the same layouts in an earlier graph is known (`Trail`).
 
 A tensor's numbers, in row-major order, are laid out as :math:`a \times m \times b`: number n
 belongs to pose :math:`\lfloor n / b \rfloor \bmod m`. Views keep b, the *stride*; other operators
 move it with their dimensions (`_moves.py`).
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
 from math import prod
@@ -32,7 +33,13 @@ from posegrad.graph._operators import Kind, kind_of
 from posegrad.graph._probing import probed_alone
 from posegrad.jacobian import Arrangement, Layout
 
-__all__ = ["Inferred", "Step", "infer", "steps_of"]
+__all__ = ["Inferred", "Step", "Trail", "infer"]
+
+_MOST_KEPT = 2**16  # owners, from one graph to the next
+
+_Dim = int | None
+_Layouts = Mapping[int, Layout]
+_Moved = Mapping[int, Layout | None]
 
 
 @final
@@ -72,7 +79,46 @@ class Step(NamedTuple):
     is_told: bool
 
 
-def steps_of(registry: EdgeRegistry) -> list[Step]:
+@final
+@dataclass
+class Trail:
+    """What following poses through one graph of a structure tells of the next.
+
+    Where numbers decide, what they say is mostly what they said before. Then the very layouts of
+    the earlier graph are taken: behind them all else is known, and so is what they have worked out.
+
+    Args:
+        steps: The structure's operators.
+        moves: What operators made of layouts, where structure decides, by the output's dimension of
+            poses and by operator.
+        layouts: Where poses lay, by that dimension and by edge.
+    """
+
+    steps: list[Step] = field(default_factory=list)
+    moves: dict[tuple[_Dim, int], tuple[_Layouts, _Moved]] = field(default_factory=dict)
+    layouts: dict[tuple[_Dim, Edge], Layout] = field(default_factory=dict)
+
+    def move(self, dim: _Dim, node: int, layouts: _Layouts) -> _Moved | None:
+        """What an operator makes of its outputs' layouts, if it was given the same before."""
+        before, moved = self.moves.get((dim, node), ({}, None))
+        return moved if all(before.get(i) is own for i, own in layouts.items()) else None
+
+    def known(self, dim: _Dim, edge: Edge, layout: Layout) -> Layout:
+        """The layout of the earlier graph at an edge if it says the same, else this one."""
+        before = self.layouts.get((dim, edge))
+        return layout if before is None or not before.says_as(layout) else before
+
+    def keep(self, dim: _Dim, layouts: Mapping[Edge, Layout], *, is_fixed: bool) -> None:
+        """Keeps layouts for the next graph, unless it needs none of them or they are large."""
+        stated = {id(own.stated): own.size for own in layouts.values() if own.stated is not None}
+        if is_fixed or sum(stated.values()) > _MOST_KEPT:
+            self.moves.clear()
+            self.layouts.clear()
+        else:
+            self.layouts.update({(dim, edge): layout for edge, layout in layouts.items()})
+
+
+def _steps_of(registry: EdgeRegistry) -> list[Step]:
     """The operators of a graph, each after those that take what it computes.
 
     They are those of all graphs of the structure. Nothing lies behind leaves.
@@ -94,7 +140,7 @@ def steps_of(registry: EdgeRegistry) -> list[Step]:
 
 def infer(
     registry: EdgeRegistry,
-    steps: Iterable[Step],
+    trail: Trail,
     arrangement: Arrangement,
     generator: torch.Generator,
 ) -> Inferred:
@@ -102,23 +148,27 @@ def infer(
 
     Args:
         registry: The graph.
-        steps: Its operators, as `steps_of` lists them.
+        trail: What is known of graphs of its structure; more is afterwards.
         arrangement: The poses in the output.
         generator: The engine's own, for operators that are probed alone.
     """
     dim, shape = arrangement.dim, arrangement.shape
     stride = 1 if dim is None else prod(shape[dim + 1 :])
     start = layout_in(shape, stride, arrangement.poses, torch.device("cpu"))
-    layouts = {} if start is None else {registry.root: start}
+    layouts = {} if start is None else {registry.root: trail.known(dim, registry.root, start)}
     lost: dict[Edge, int] = {}  # edges at which poses may mix, and the operators that may mix them
     following = _Following(registry, generator)
     is_fixed = True
-    for step in steps:
+    if not trail.steps:
+        trail.steps = _steps_of(registry)
+    for step in trail.steps:
         known = {i: layout for i, edge in step.outputs if (layout := layouts.get(edge)) is not None}
-        moved: Mapping[int, Layout | None] = {}
-        if len(known) == len(step.outputs):
+        moved = trail.move(dim, step.node, known) if len(known) == len(step.outputs) else {}
+        if moved is None:
             moved, follows = following.moved(step, known)
             is_fixed &= follows
+            if follows:
+                trail.moves[dim, step.node] = known, moved
         for argument, edge in step.arguments:
             if edge in lost:
                 continue
@@ -129,7 +179,8 @@ def infer(
                 before = (lost[output] for _, output in step.outputs if output in lost)
                 lost[edge] = next(before, step.node)
             else:
-                layouts[edge] = layout
+                layouts[edge] = trail.known(dim, edge, layout)
+    trail.keep(dim, layouts, is_fixed=is_fixed)
     return Inferred(layouts, is_fixed, lost, following.alone)
 
 

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from posegrad.graph._edges import EdgeRegistry
 from posegrad.graph._guard import python_contained, undisturbed
+from posegrad.graph._inference import Trail
 from posegrad.graph._recipe import resolve, slow_parameters, uses_of
 from posegrad.graph._subject import Subject
 from posegrad.graph._warnings import modules_of
@@ -74,5 +75,5 @@ def _subject(
         return None
     generator = torch.Generator("cpu").manual_seed(0)
     return Subject(
-        predictions, registry, used, (), 0, generator, [], {}, lambda: tensors, quiet=True
+        predictions, registry, used, (), 0, generator, Trail(), {}, lambda: tensors, quiet=True
     )

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from posegrad.graph._edges import EdgeRegistry
 from posegrad.graph._hearing import Route
-from posegrad.graph._inference import Inferred, Step
+from posegrad.graph._inference import Inferred, Trail
 from posegrad.graph._recipe import Recipe, is_followed, keeps_apart, slow_parameters
 from posegrad.graph._release import Slot, slots_above
 from posegrad.graph._sites import kept_shapes
@@ -72,7 +72,7 @@ class Structure:
         has_float16: Whether gradients pass through float16; None if only the numbers of a function
             written in Python tell.
         slots: Where nodes above the parameters hold saved tensors.
-        steps: Its operators, once poses were followed through them.
+        trail: What following poses through earlier graphs of it told.
         is_fixed: Whether that decides where poses lie, as far as is known: no numbers pick rows.
         inferred: Where poses lie, as far as it follows, by the output's dimension of poses.
         settled: How to read it, once nothing is open.
@@ -84,7 +84,7 @@ class Structure:
     found: Found
     has_float16: bool | None
     slots: list[Slot]
-    steps: list[Step] = field(default_factory=list)
+    trail: Trail = field(default_factory=Trail)
     is_fixed: bool = True
     inferred: dict[int | None, Inferred] = field(default_factory=dict)
     settled: SettledWorklist | None = None

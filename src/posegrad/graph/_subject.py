@@ -11,7 +11,7 @@ from torch import Tensor
 from posegrad._torch import memory_of
 from posegrad.graph._beside import Beside
 from posegrad.graph._edges import Edge, EdgeRegistry, named
-from posegrad.graph._inference import Inferred, Step, infer, steps_of
+from posegrad.graph._inference import Inferred, Trail, infer
 from posegrad.jacobian import Arrangement, Backwards, Layout
 
 __all__ = ["Subject"]
@@ -29,7 +29,7 @@ class Subject:
         pose_index: Owners of rows the caller has stated.
         dim: The output's dimension that counts poses, if the caller has said.
         generator: The engine's own source of random numbers.
-        steps: The operators of graphs of this very structure, once they were followed.
+        trail: What following poses through graphs of this very structure told.
         inferred: What `layouts` found in graphs of this very structure, by the dimension of poses.
         tensors: Lists the modules' parameters and buffers, which are no data.
         is_hooked: Whether activations are seen to have hooks, which may do today what they did not
@@ -44,7 +44,7 @@ class Subject:
     pose_index: Sequence[Tensor]
     dim: int | None
     generator: torch.Generator
-    steps: list[Step]
+    trail: Trail
     inferred: dict[int | None, Inferred]
     tensors: Callable[[], Iterable[Tensor]]
     is_hooked: bool = False
@@ -54,8 +54,7 @@ class Subject:
     def layouts(self, arrangement: Arrangement) -> Mapping[Edge, Layout]:
         """Where poses lie at the edges for which operators tell, one after another."""
         if arrangement.dim not in self.inferred:
-            self.steps.extend(() if self.steps else steps_of(self.registry))
-            found = infer(self.registry, self.steps, arrangement, self.generator)
+            found = infer(self.registry, self.trail, arrangement, self.generator)
             self.inferred[arrangement.dim] = found
         return self.inferred[arrangement.dim].layouts
 

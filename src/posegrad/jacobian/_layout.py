@@ -57,7 +57,7 @@ class Layout:
 
     def owned(self, dim: int, owners: Tensor) -> "Layout":
         """The layout with other owners of the same poses, along a dimension or whole."""
-        return Layout(self.count, () if dim == WHOLE else (dim,), owners)
+        return Layout(self.count, () if dim == WHOLE else (dim,), owners, device=owners.device)
 
     def moved(self, dim: int) -> "Layout":
         """The same rows along another dimension."""
@@ -253,12 +253,21 @@ class Layout:
             return False
         return bool(self.front(tensor)[self._dead].any())
 
+    def says_as(self, other: "Layout") -> bool:
+        """Whether another layout of as many poses is equal, and said in the same way."""
+        if (self.dims, self.pattern, self.device) != (other.dims, other.pattern, other.device):
+            return False
+        one, two = self.stated, other.stated
+        return one is two or (one is not None and two is not None and torch.equal(one, two))
+
     def is_regular(self) -> bool:
         """Whether every pose owns the same number of rows, in a fixed pattern."""
         return self.stride is not None
 
     def to(self, device: torch.device | str) -> Self:
-        """The layout on another device."""
+        """The layout on a device."""
+        if self.device == torch.device(device):
+            return self
         stated = None if self.stated is None else self.stated.to(device)
         return type(self)(self.count, self.dims, stated, self.pattern, torch.device(device))
 
