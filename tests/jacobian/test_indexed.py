@@ -22,7 +22,7 @@ from torch_geometric.nn import GATConv, GCNConv, GraphNorm, SAGEConv
 from torch_geometric.utils import scatter, softmax, to_dense_batch
 
 from posegrad import Engine, StaleFactorError
-from posegrad.graph import _trial
+from posegrad.graph import _inference, _trial
 from tests.jacobian.test_grammar import Step
 from tests.reference import gramian, product, rows, trainable
 
@@ -985,6 +985,19 @@ def test_other_numbers_of_the_same_shape(stated: bool) -> None:
                 _assert_equal(J.matrix(), expected)
 
 
+def test_numbers_that_return_after_others() -> None:
+    """What one graph said holds for the next only if it says it again, in whichever layer."""
+    model = Parts()
+    engines = _engines(model)
+    turn, stay = _cycle(7, 1, OWNER), _cycle(7, 0, OWNER)
+    elsewhere = _cycle(7, 1, OWNER.flip(0))
+    for first, second in [(turn, turn), (turn, turn), (stay, turn), (turn, stay), (turn, turn)]:
+        for b, other in ((first, second), (elsewhere, elsewhere)):
+            h = _block(model, torch.tanh(model.lift(b.atoms)), b)
+            output = _total(b.owner, model.energy(_block(model, h, other)))
+            _assert_exact(engines, model, output)
+
+
 @pytest.mark.parametrize("pick", ["embedding", "a matrix", "gather, expanded"])
 def test_owners_that_are_stated_too(pick: str) -> None:
     """Where numbers tell, and where only the caller does."""
@@ -1087,6 +1100,54 @@ def test_ragged_graphs_need_no_probe(monkeypatch: pytest.MonkeyPatch, spelling: 
     for sizes, share, loops in BATCHES:
         output = network(batch(sizes, share=share, loops=loops))[:, 0]
         _assert_exact(_engines(network), network, output)
+
+
+class Strided(nn.Module):
+    """Poses `[m, 3]`, in memory in one order or the other, read from it by strides."""
+
+    def __init__(self, *, flips: bool, strides: tuple[int, int]) -> None:
+        super().__init__()
+        self.below, self.above = nn.Linear(3, 3), nn.Linear(3, 1)
+        self.flips, self.strides = flips, strides
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.below(x).tanh()
+        if self.flips:
+            h = h.T.contiguous().T
+        scores: Tensor = self.above(h.as_strided((3, 3), self.strides)).squeeze(1)
+        return scores
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("strides", [(3, 1), (1, 3), (0, 1), (2, 1)])
+@pytest.mark.parametrize("flips", [False, True])
+def test_numbers_read_from_memory(
+    monkeypatch: pytest.MonkeyPatch, flips: bool, strides: tuple[int, int], dtype: torch.dtype
+) -> None:
+    """Whether they stay where they are depends on what no graph tells; if so, nothing is probed."""
+    network = Strided(flips=flips, strides=strides).to(dtype)
+    stays = strides == ((1, 3) if flips else (3, 1))
+    if stays:
+        monkeypatch.setattr(_inference, "probed_alone", _no_probe)
+    for _ in range(3):
+        output = network(torch.randn(3, 3, dtype=dtype))
+        expected = rows(output, trainable(network))
+        for engine in _engines(network):
+            with _meeting(not stays):
+                J = engine.jacobian(output, retain_graph=True)
+            error = torch.finfo(dtype).eps
+            torch.testing.assert_close(J.matrix(), expected, rtol=40 * error, atol=40 * error)
+
+
+def test_an_image_pooled_to_a_pixel_is_not_probed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pooling reads its own result by strides if that has one row of pixels."""
+    network = nn.Sequential(
+        nn.Conv1d(2, 3, 1), nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(3, 1)
+    )
+    monkeypatch.setattr(_inference, "probed_alone", _no_probe)
+    x = torch.randn(4, 5, 2, dtype=torch.float64).transpose(1, 2)
+    output = network.double()(x)[:, 0]
+    _assert_exact(_engines(network), network, output)
 
 
 def test_a_product_with_a_matrix_is_probed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,8 +8,7 @@ mix, nothing is inferred for what lies behind. Behind what belongs to one pose a
 everything, whatever the operators are.
 
 Rows may also be picked by number, as messages between atoms are; then owners follow the numbers
-(`_indexed.py`), and are found anew for each graph. Only there: what an operator that picks nothing
-made of the same layouts in an earlier graph is known (`Trail`).
+(`_indexed.py`), and each graph is asked anew, but often says what the one before it said (`Trail`).
 
 A tensor's numbers, in row-major order, are laid out as :math:`a \times m \times b`: number n
 belongs to pose :math:`\lfloor n / b \rfloor \bmod m`. Views keep b, the *stride*; other operators
@@ -38,7 +37,6 @@ __all__ = ["Inferred", "Step", "Trail", "infer"]
 _MOST_KEPT = 2**16  # owners, from one graph to the next
 
 _Dim = int | None
-_Layouts = Mapping[int, Layout]
 _Moved = Mapping[int, Layout | None]
 
 
@@ -80,42 +78,49 @@ class Step(NamedTuple):
 
 
 @final
+class Told(NamedTuple):
+    """What an operator made of layouts, which numbers may change.
+
+    Args:
+        step: The operator.
+        given: The layouts of its outputs.
+        moved: Those of its arguments.
+    """
+
+    step: Step
+    given: Mapping[int, Layout]
+    moved: _Moved
+
+
+@final
 @dataclass
 class Trail:
     """What following poses through one graph of a structure tells of the next.
 
-    Where numbers decide, what they say is mostly what they said before. Then the very layouts of
-    the earlier graph are taken: behind them all else is known, and so is what they have worked out.
+    Where operators look at numbers, these mostly say what they said before. If they all do, so does
+    the rest, and the very layouts of the earlier graph are taken, with what they have worked out.
 
     Args:
         steps: The structure's operators.
-        moves: What operators made of layouts, where structure decides, by the output's dimension of
-            poses and by operator.
-        layouts: Where poses lay, by that dimension and by edge.
+        earlier: What was found in the last graph, and what those operators made of it that look at
+            numbers; by the output's dimension of poses.
     """
 
     steps: list[Step] = field(default_factory=list)
-    moves: dict[tuple[_Dim, int], tuple[_Layouts, _Moved]] = field(default_factory=dict)
-    layouts: dict[tuple[_Dim, Edge], Layout] = field(default_factory=dict)
+    earlier: dict[_Dim, tuple[Inferred, list[Told]]] = field(default_factory=dict)
 
-    def move(self, dim: _Dim, node: int, layouts: _Layouts) -> _Moved | None:
-        """What an operator makes of its outputs' layouts, if it was given the same before."""
-        before, moved = self.moves.get((dim, node), ({}, None))
-        return moved if all(before.get(i) is own for i, own in layouts.items()) else None
+    def again(self, dim: _Dim, following: "_Following") -> Inferred | None:
+        """What was found in the last graph, if it holds for this one too."""
+        found, told = self.earlier.get(dim, (None, ()))
+        return found if all(following.says_again(one) for one in told) else None
 
-    def known(self, dim: _Dim, edge: Edge, layout: Layout) -> Layout:
-        """The layout of the earlier graph at an edge if it says the same, else this one."""
-        before = self.layouts.get((dim, edge))
-        return layout if before is None or not before.says_as(layout) else before
-
-    def keep(self, dim: _Dim, layouts: Mapping[Edge, Layout], *, is_fixed: bool) -> None:
-        """Keeps layouts for the next graph, unless it needs none of them or they are large."""
-        stated = {id(own.stated): own.size for own in layouts.values() if own.stated is not None}
-        if is_fixed or sum(stated.values()) > _MOST_KEPT:
-            self.moves.clear()
-            self.layouts.clear()
-        else:
-            self.layouts.update({(dim, edge): layout for edge, layout in layouts.items()})
+    def keep(self, dim: _Dim, found: Inferred, told: list[Told]) -> None:
+        """Keeps what was found for the next graph, unless it needs that anyway or it is large."""
+        layouts = found.layouts.values()
+        stated = {id(own.stated): own.size for own in layouts if own.stated is not None}
+        self.earlier.pop(dim, None)
+        if not found.is_fixed and sum(stated.values()) <= _MOST_KEPT:
+            self.earlier[dim] = found, told
 
 
 def _steps_of(registry: EdgeRegistry) -> list[Step]:
@@ -152,23 +157,30 @@ def infer(
         arrangement: The poses in the output.
         generator: The engine's own, for operators that are probed alone.
     """
-    dim, shape = arrangement.dim, arrangement.shape
+    dim = arrangement.dim
+    found = trail.again(dim, _Following(registry, generator))
+    if found is None:
+        trail.steps = trail.steps or _steps_of(registry)
+        following = _Following(registry, generator)
+        found = _followed(following, trail.steps, arrangement)
+        trail.keep(dim, found, following.told)
+    return found
+
+
+def _followed(following: "_Following", steps: Sequence[Step], arrangement: Arrangement) -> Inferred:
+    """Where poses lie, from operator to operator."""
+    root, dim, shape = following.registry.root, arrangement.dim, arrangement.shape
     stride = 1 if dim is None else prod(shape[dim + 1 :])
     start = layout_in(shape, stride, arrangement.poses, torch.device("cpu"))
-    layouts = {} if start is None else {registry.root: trail.known(dim, registry.root, start)}
+    layouts = {} if start is None else {root: start}
     lost: dict[Edge, int] = {}  # edges at which poses may mix, and the operators that may mix them
-    following = _Following(registry, generator)
-    is_fixed = True
-    if not trail.steps:
-        trail.steps = _steps_of(registry)
-    for step in trail.steps:
+    for step in steps:
         known = {i: layout for i, edge in step.outputs if (layout := layouts.get(edge)) is not None}
-        moved = trail.move(dim, step.node, known) if len(known) == len(step.outputs) else {}
-        if moved is None:
+        moved: _Moved = {}
+        if len(known) == len(step.outputs):
             moved, follows = following.moved(step, known)
-            is_fixed &= follows
-            if follows:
-                trail.moves[dim, step.node] = known, moved
+            if not follows:
+                following.told.append(Told(step, known, moved))
         for argument, edge in step.arguments:
             if edge in lost:
                 continue
@@ -179,9 +191,8 @@ def infer(
                 before = (lost[output] for _, output in step.outputs if output in lost)
                 lost[edge] = next(before, step.node)
             else:
-                layouts[edge] = trail.known(dim, edge, layout)
-    trail.keep(dim, layouts, is_fixed=is_fixed)
-    return Inferred(layouts, is_fixed, lost, following.alone)
+                layouts[edge] = layout
+    return Inferred(layouts, not following.told, lost, following.alone)
 
 
 @final
@@ -193,13 +204,23 @@ class _Following:
         registry: The graph.
         generator: The engine's own.
         memo: What was found for numbers.
+        told: What operators said that look at numbers.
         alone: The operators that were probed alone.
     """
 
     registry: EdgeRegistry
     generator: torch.Generator
     memo: Memo = field(default_factory=dict)
+    told: list[Told] = field(default_factory=list)
     alone: list[int] = field(default_factory=list)
+
+    def says_again(self, told: Told) -> bool:
+        """Whether an operator makes of layouts what it made of them in an earlier graph."""
+        moved, _ = self.moved(told.step, told.given)
+        return moved.keys() == told.moved.keys() and all(
+            own is before or (own is not None and before is not None and own.says_as(before))
+            for own, before in zip(moved.values(), told.moved.values(), strict=True)
+        )
 
     def moved(
         self, step: Step, layouts: Mapping[int, Layout]

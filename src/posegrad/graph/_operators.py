@@ -95,6 +95,7 @@ from posegrad.graph._recurrent import (
     recurrent,
     state_weight,
 )
+from posegrad.graph._strided import restrided
 
 __all__ = ["OPERATORS", "UNKNOWN", "Kind", "kind_of"]
 
@@ -231,6 +232,8 @@ OPERATORS: dict[str, Kind] = {
     "IndexBackward0": Kind(picks=picked, forms={0: numbered}, looks_up=True),
     "IndexSelectBackward0": Kind(picks=picked, forms={0: numbered}, looks_up=True),
     "GatherBackward0": Kind(picks=picked_each),
+    "AsStridedBackward0": Kind(picks=restrided),
+    "AsStridedBackward1": Kind(picks=restrided),
     **_all("IndexAdd IndexCopy IndexFill IndexPut IndexPutImpl IndexReduce", Kind(picks=added)),
     **_all("Scatter Scatter/1 ScatterAdd ScatterReduce", Kind(picks=added_each)),
     "EmbeddingBackward0": Kind(forms={0: table}, looks_up=True),
