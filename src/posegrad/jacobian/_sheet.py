@@ -1,6 +1,6 @@
 """Puts rows of several parameters side by side, where each alone is hardly worth a product."""
 
-from collections.abc import Collection
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -11,28 +11,32 @@ from posegrad.jacobian._parts import Rows
 __all__ = ["side_by_side"]
 
 _MOST = 2**20  # numbers, since they are copied
+_MOST_OF_ONE = 2**16  # beyond, a product takes longer than the call
 
 
-def side_by_side(blocks: Collection[Block]) -> Tensor | None:
-    """The rows `[M, n]` of all parameters, side by side.
+def side_by_side(blocks: Mapping[str, Block]) -> tuple[Tensor | None, list[str]]:
+    """The rows `[M, n]` of small parameters, side by side.
 
     Args:
         blocks: The blocks that have parts.
 
     Returns:
-        None unless each is held as rows, all of one dtype and device, and few in total.
+        None unless there are several, held as rows, of one dtype and device; and the names of all
+        other parameters.
     """
-    sheets: list[Tensor] = []
+    found: dict[str, Tensor] = {}
     numbers = 0
-    for block in blocks:
+    for name, block in blocks.items():
         part = block.parts[0]
         if not isinstance(part, Rows) or part.count != block.count or len(block.parts) > 1:
-            return None
-        sheets.append(part.rows())
-        numbers += sheets[-1].numel()
-        if numbers > _MOST:
-            return None
-    first = sheets[0] if len(sheets) > 1 else None
-    if first is None or any(s.dtype != first.dtype or s.device != first.device for s in sheets):
-        return None
-    return torch.cat([sheet.reshape(len(sheet), -1) for sheet in sheets], dim=1)
+            continue
+        rows = part.rows()
+        first = next(iter(found.values()), rows)
+        alike = (rows.dtype, rows.device) == (first.dtype, first.device)
+        if alike and rows.numel() <= _MOST_OF_ONE and numbers + rows.numel() <= _MOST:
+            found[name] = rows
+            numbers += rows.numel()
+    if len(found) < 2:
+        return None, [*blocks]
+    sheet = torch.cat([rows.reshape(len(rows), -1) for rows in found.values()], dim=1)
+    return sheet, [name for name in blocks if name not in found]

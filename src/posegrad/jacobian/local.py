@@ -4,6 +4,7 @@ import pickle
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import reduce
+from itertools import chain
 from typing import Any, final
 
 import torch
@@ -295,13 +296,12 @@ class PoseJacobian(Jacobian):
     @exact
     def _gram(self, dtype: torch.dtype | None) -> Tensor:
         join(self._working)
-        sheet = side_by_side([self._working[name] for name in self.used])
-        if sheet is not None:
-            return inner_products(sheet if dtype is None else sheet.to(dtype))
+        sheet, names = side_by_side({name: self._working[name] for name in self.used})
+        small = [] if sheet is None else [sheet if dtype is None else sheet.to(dtype)]
         products = Products()
         # By name, since rows may replace factors, which are then freed on the way.
-        grams = (self._gramian_of(name, products, dtype) for name in self.used)
-        total = added(grams, self._device)
+        grams = (self._gramian_of(name, products, dtype) for name in names)
+        total = added(chain(grams, map(inner_products, small)), self._device)
         if total is not None:
             if left_range(total.diagonal(), self._working.values()):
                 return self._gram_in_double().to(total)
@@ -329,11 +329,10 @@ class PoseJacobian(Jacobian):
     def _norms(self) -> Tensor:
         join(self._working)
         products = Products()
-        sheet = side_by_side([self._working[name] for name in self.used])
-        if sheet is not None:
-            total: Tensor | None = torch.linalg.vector_norm(sheet, dim=1).square()
-        else:
-            total = added((self._squares_of(name, products) for name in self.used), self._device)
+        sheet, names = side_by_side({name: self._working[name] for name in self.used})
+        squares = (self._squares_of(name, products) for name in names)
+        small = [] if sheet is None else [torch.linalg.vector_norm(sheet, dim=1).square()]
+        total = added(chain(squares, small), self._device)
         if total is None:
             return self._zeros(*self.output_shape)
         if left_range(total, self._working.values()):

@@ -89,10 +89,11 @@ class Linear(ClosedForm):
     def rows(self, cotangent: Tensor, layout: Layout) -> Tensor:
         if layout.is_regular():
             return self._scaled(multiplied(*self._sides(*self._by_pose(cotangent, layout))))
-        inputs = self.input.like(cotangent)
-        pairs = zip(layout.segments(inputs), layout.segments(cotangent), strict=True)
-        sides = [self._sides(a.flatten(0, -2), b.flatten(0, -2)) for a, b in pairs]
-        return self._scaled(torch.stack([left @ right for left, right in sides]))
+        rows = cotangent.new_empty(layout.count, *self.shape)
+        inputs = layout.segments(self.input.like(cotangent))
+        for a, b, row in zip(inputs, layout.segments(cotangent), rows.unbind(), strict=True):
+            torch.mm(*self._sides(a.flatten(0, -2), b.flatten(0, -2)), out=row)
+        return self._scaled(rows)
 
     def write_rows(self, cotangent: Tensor, layout: Layout, into: Tensor) -> None:
         if layout.is_regular() and into.dtype == cotangent.dtype:
