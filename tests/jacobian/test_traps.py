@@ -679,6 +679,43 @@ def test_functions_of_python_with_other_arguments(grad: bool) -> None:
     torch.testing.assert_close(Engine(model, check="never").jacobian(output).matrix(), expected)
 
 
+class Silent(torch.autograd.Function):
+    """Returns nothing for a gradient of zeros, as a function may."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor | None:  # type: ignore[override]
+        return 2 * grad if bool(grad.any()) else None
+
+
+class OwnWeights(nn.Module):
+    """A weight for each pose, behind a function of its own."""
+
+    def __init__(self, poses: int) -> None:
+        super().__init__()
+        self.own = nn.ModuleList([nn.Linear(3, 1) for _ in range(poses)])
+        self.shared = nn.Linear(3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        each = [Silent.apply(layer(pose)) for layer, pose in zip(self.own, x, strict=True)]
+        return torch.cat(each) + self.shared(x).squeeze(1)
+
+
+@pytest.mark.parametrize("memory", [1, 8 * 700, 2**20])
+@pytest.mark.parametrize("batch_dim", ["auto", None])
+def test_functions_of_python_that_return_nothing_for_some_rows(batch_dim: Any, memory: int) -> None:
+    """Whichever row comes first, by whichever backward: nothing stands for zeros."""
+    model = OwnWeights(4).double()
+    engine = Engine(model, batch_dim=batch_dim, memory=memory, check="never")
+    for _ in range(3):
+        output = model(torch.randn(4, 3, dtype=torch.float64))
+        expected = rows(output, trainable(model))
+        torch.testing.assert_close(engine.jacobian(output).matrix(), expected)
+
+
 class Offset(nn.Module):
     """Two parameters that are added up before they meet a pose, and so have one cotangent."""
 

@@ -311,7 +311,7 @@ class Gatherer:
                     subject.backwards.add(purpose, count)
             known.heard, recipe = None, known.found.recipe
         if known.heard is None and recipe is not None:
-            known.heard = SettledWorklist.of(subject, recipe, known.slots, ())
+            known.heard = SettledWorklist.of(subject, recipe, known.slots)
         settled = known.heard
         if settled is not None and _is_followed(subject, settled):
             check_heard(subject, settled.work)
@@ -355,7 +355,7 @@ class Gatherer:
             subject.is_fixed or not slow_parameters(recipe)
         )
         if is_usual and not special and not self._is_due(recipe, subject):
-            known.settled = SettledWorklist.of(subject, recipe, known.slots, reading.declined)
+            known.settle(subject, recipe, reading.declined)
         return parts, subject.backwards
 
     def _parts_in_float16(

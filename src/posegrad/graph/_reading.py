@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from math import prod
 from typing import final
 
@@ -469,7 +470,7 @@ class Reading:
 
         def units(start: int, stop: int) -> list[Tensor]:
             cotangents = output.new_zeros(stop - start, output.numel())
-            cotangents[range(stop - start), range(start, stop)] = 1
+            cotangents.diagonal(start).fill_(1)
             return [cotangents.reshape(-1, *output.shape)]
 
         self.subject.backwards.add(Purpose.ROWS, output.numel())
@@ -513,7 +514,7 @@ class Reading:
     def _target(self, name: str) -> tuple[Tensor | GradientEdge, Embedding | None]:
         """By what rows of the whole graph are taken, and the table if it is what was looked up."""
         registry, parameter = self.registry, self.subject.parameters[name]
-        if not registry.is_nested:
+        if self._looks_up:
             uses = [*uses_of(self.subject, name)]
             if len(uses) == 1 and looks_up(registry, uses[0]):
                 operator = operator_at(registry, uses[0].node)
@@ -521,6 +522,12 @@ class Reading:
                 (edge,) = registry.at([(uses[0].node, 0)])
                 return (parameter if table is None else edge), table
         return parameter, None
+
+    @cached_property
+    def _looks_up(self) -> bool:
+        """Whether there may be tables in which rows are looked up."""
+        names = set(self.registry.names)
+        return not self.registry.is_nested and any(kind_of(name).looks_up for name in names)
 
     def _at_once(self, names: Sequence[str]) -> int:
         """How many rows of the whole graph to take at once.

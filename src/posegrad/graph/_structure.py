@@ -1,6 +1,6 @@
 """What is remembered of graphs, and for which others it holds."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, final
 
@@ -11,8 +11,9 @@ from posegrad.graph._hearing import Route
 from posegrad.graph._inference import Inferred, Trail
 from posegrad.graph._recipe import Recipe, is_followed, keeps_apart, slow_parameters
 from posegrad.graph._release import Slot, slots_above
-from posegrad.graph._sites import kept_shapes
+from posegrad.graph._sites import Site, kept_shapes
 from posegrad.graph._subject import Subject
+from posegrad.graph._together import pays_together
 from posegrad.graph._worklist import SettledWorklist
 
 __all__ = ["Found", "Structure", "Structures"]
@@ -79,6 +80,7 @@ class Structure:
         heard: How to hear it, once somebody listened: where poses lie follows without numbers that
             flow, but nothing is known of how the backward's own reading would go.
         route: Where to listen.
+        together: Whether all rows together take less time than use by use; None if not yet known.
     """
 
     found: Found
@@ -90,6 +92,15 @@ class Structure:
     settled: SettledWorklist | None = None
     heard: SettledWorklist | None = None
     route: Route | None = None
+    together: bool | None = None
+
+    def settle(self, subject: Subject, recipe: Recipe, declined: Collection[Site]) -> None:
+        """Settles how graphs of the structure are read, if nothing is open."""
+        if self.together is None:
+            self.together = pays_together(subject)
+        self.settled = SettledWorklist.of(
+            subject, recipe, self.slots, declined, together=self.together
+        )
 
     @property
     def followed(self) -> dict[int | None, Inferred]:

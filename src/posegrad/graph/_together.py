@@ -18,7 +18,7 @@ __all__ = ["pays_together"]
 
 _OPERATOR = 2**13  # the price of one batched operator, in numbers that are computed in that time
 
-_USE = 2**17  # the price of reading one use, likewise
+_USE = 2**16  # the price of reading one use, likewise
 
 
 def pays_together(subject: Subject) -> bool:

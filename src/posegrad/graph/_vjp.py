@@ -130,35 +130,43 @@ def rows_of_graph(
     Returns:
         `[count, *shape]` for each source, None where nothing flows.
     """
-    found: list[Tensor | None] = []
+    found: list[Tensor | None] = [None] * len(sources)
     leaves = [source for source in sources if isinstance(source, Tensor)]
     with leaf_hooks_off(leaves), _thawed(leaves), ordinary_mode():
         for start in range(0, count, most):
-            batches = cotangents(start, min(start + most, count))
-            group = _graph_group(list(outputs), batches, list(sources), is_sure=is_sure)
-            found = _with_more(found, group, start, count)
+            stop = min(start + most, count)
+            group = _graph_group(
+                list(outputs), cotangents(start, stop), list(sources), is_sure=is_sure
+            )
+            _put(group, found, start, stop, count)
     return found
 
 
-def _with_more(
-    found: list[Tensor | None], rows: list[Tensor | None], start: int, count: int
-) -> list[Tensor | None]:
-    """The rows of each source so far and some more of them.
+def _put(
+    rows: Sequence[Tensor | None], found: list[Tensor | None], start: int, stop: int, count: int
+) -> None:
+    """Puts some rows where all of a source will be.
+
+    A function of Python may return nothing for one cotangent and a gradient for the next.
 
     Args:
-        found: Room for all, `[count, *shape]`; nothing yet before the first rows come.
-        rows: Some, from number `start` on.
-        start: The number of the first of them.
+        rows: Rows `[stop - start, *shape]` of each source; None for zeros.
+        found: `[count, *shape]` for each source, None if all of its rows were zeros so far.
+        start: The number of the first of these rows.
+        stop: The number after their last.
         count: How many there will be.
     """
-    if not found:
-        if all(own is None or len(own) == count for own in rows):
-            return rows
-        found = [None if own is None else own.new_empty(count, *own.shape[1:]) for own in rows]
-    for total, own in zip(found, rows, strict=True):
-        if total is not None and own is not None:
-            total[start : start + len(own)] = own
-    return found
+    for i, own in enumerate(rows):
+        total = found[i]
+        if total is None and own is not None:
+            if stop - start == count:
+                found[i] = own
+                continue
+            total = found[i] = own.new_empty(count, *own.shape[1:])
+            total[:start].zero_()
+        if total is not None:
+            place = total[start:stop]
+            place.zero_() if own is None else place.copy_(own)
 
 
 def rows_together(
@@ -251,11 +259,11 @@ def _graph_group(
         together = _batched(outputs, batches, sources, is_sure=is_sure)
         if together is not None:
             return together
-    found: list[Tensor | None] = []
+    found: list[Tensor | None] = [None] * len(sources)
     for i in range(count):
         row = _grad(outputs, [batch[i] for batch in batches], sources, batched=False)
         own = [None if g is None else dense(g).unsqueeze(0) for g in row]
-        found = _with_more(found, own, i, count)
+        _put(own, found, i, i + 1, count)
     return found
 
 

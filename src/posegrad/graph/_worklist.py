@@ -14,7 +14,6 @@ from posegrad.graph._recurrent import Opening
 from posegrad.graph._release import Slot
 from posegrad.graph._sites import Site
 from posegrad.graph._subject import Subject
-from posegrad.graph._together import pays_together
 from posegrad.jacobian import Arrangement, Layout, Purpose
 
 __all__ = ["SettledWorklist", "Use", "Worklist", "entry_of", "operator_at"]
@@ -115,13 +114,18 @@ class SettledWorklist:
 
     @classmethod
     def of(
-        cls, subject: Subject, recipe: Recipe, slots: list[Slot], declined: Collection[Site]
+        cls,
+        subject: Subject,
+        recipe: Recipe,
+        slots: list[Slot],
+        declined: Collection[Site] = (),
+        *,
+        together: bool = False,
     ) -> Self | None:
         """The worklist for graphs like this one; None if something is open."""
         registry = subject.registry
         if registry.has_python():
             return None
-        together = pays_together(subject)
         arrangement = Arrangement(subject.output.shape, recipe.dim)
         several = arrangement.poses > 1
         is_open = bool(recipe.by_rows) or not recipe.sites

@@ -152,7 +152,15 @@ class Block:
         if not self.parts:
             return self
         rows = self.rows()
-        return replace(self, parts=[Rows(self.path, 0, rows if dtype is None else rows.to(dtype))])
+        return self.held_as(rows if dtype is None else rows.to(dtype))
+
+    def held_as(self, rows: Tensor) -> "Block":
+        """The block as these rows `[M, *shape]`, which are its own."""
+        return replace(self, parts=[Rows(self.path, 0, rows)])
+
+    def is_factored(self) -> bool:
+        """Whether it is held otherwise than as plain rows."""
+        return len(self.parts) > 1 or any(isinstance(part, Factors) for part in self.parts)
 
     def smaller(self) -> "Block":
         """The block as it is or as plain rows, whichever is smaller."""

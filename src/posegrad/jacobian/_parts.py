@@ -116,7 +116,7 @@ class Rows(Part):
 
     @property
     def count(self) -> int:
-        return len(self.values)
+        return self.values.shape[0]
 
     def rows(self) -> Tensor:
         return wide(self.values)
@@ -496,7 +496,7 @@ def checked_weights(weights: Tensor, shape: torch.Size, of: str = "the output") 
 
 
 def _weighted_sum(rows: Tensor, weights: Tensor) -> Tensor:
-    total = weights.to(rows.device, rows.dtype) @ rows.reshape(len(rows), -1)
+    total = weights.to(rows.device, rows.dtype) @ rows.reshape(rows.shape[0], -1)
     return total.reshape(rows.shape[1:])
 
 

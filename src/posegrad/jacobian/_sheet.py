@@ -38,5 +38,7 @@ def side_by_side(blocks: Mapping[str, Block]) -> tuple[Tensor | None, list[str]]
             numbers += rows.numel()
     if len(found) < 2:
         return None, [*blocks]
-    sheet = torch.cat([rows.reshape(len(rows), -1) for rows in found.values()], dim=1)
+    sheet = torch.cat(
+        [rows.flatten(1) if rows.ndim > 1 else rows.unsqueeze(1) for rows in found.values()], dim=1
+    )
     return sheet, [name for name in blocks if name not in found]

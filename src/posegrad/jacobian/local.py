@@ -388,10 +388,10 @@ class PoseJacobian(Jacobian):
         number and every row of a pose's activations.
         """
         block = self._working[name]
-        dense = block.as_rows()
-        if dense.bytes() <= 2 * block.bytes():
-            self._working[name] = dense
-        return dense.matrix()
+        rows = block.rows()
+        if block.is_factored() and rows.numel() * rows.element_size() <= 2 * block.bytes():
+            self._working[name] = block.held_as(rows)
+        return rows.reshape(block.count, block.shape.numel())
 
 
 def _share(first: Tensor, second: Tensor) -> bool:
