@@ -5,7 +5,6 @@ Reading nodes instead of hooking modules finds every use alike, whatever Python 
 """
 
 from collections.abc import Callable
-from functools import cache
 from typing import Any, NamedTuple, final
 
 import torch
@@ -163,12 +162,8 @@ def _elementwise(op: Operator, entry: Entry, factor: Factor | float) -> ClosedFo
 def aligned_to(op: Operator, entry: Entry) -> torch.Size | None:
     """The parameter's shape against that of what it is broadcast to; None if it is transposed."""
     missing = len(op.sizes) - len(entry.shape)
-    return None if entry.transposed or missing < 0 else _aligned(entry.shape, missing)
-
-
-@cache
-def _aligned(shape: torch.Size, missing: int) -> torch.Size:
-    return torch.Size((1,) * missing + shape)
+    fits = not entry.transposed and missing >= 0
+    return torch.Size((1,) * missing + entry.shape) if fits else None
 
 
 def kernel(op: Operator, entry: Entry) -> ClosedForm | None:

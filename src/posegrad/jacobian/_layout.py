@@ -116,7 +116,7 @@ class Layout:
                 return stride
         return None
 
-    @cached_property
+    @property
     def is_one_each(self) -> bool:
         """Whether row i of a matrix belongs to pose i, and there are no other rows."""
         return self.dims == (0,) and self.size == self.count and self.stride == 1
@@ -173,7 +173,7 @@ class Layout:
                 return rows
             return rows.reshape(outer, self.count, self.stride, *rows.shape[1:]).sum((0, 2))
         total = rows.new_zeros(self.count, *rows.shape[1:])
-        if len(self._live_owners) < len(self.owners):
+        if self.has_dead_rows:
             rows = rows[self.owners != NOBODY]
         return total.index_add_(0, self._live_owners, rows)
 
@@ -242,16 +242,16 @@ class Layout:
         shape = [size if dim in self.dims else 1 for dim, size in enumerate(tensor.shape)]
         return torch.where((self.owners == pose).reshape(shape), tensor, 0)
 
-    @property
+    @cached_property
     def has_dead_rows(self) -> bool:
         """Whether some rows have no owner."""
-        return self.pattern is None and len(self._dead) > 0
+        return self.pattern is None and not bool((self.owners != NOBODY).all())
 
     def has_strays(self, tensor: Tensor) -> bool:
         """Whether rows without owner are not all zero: zero times infinity is not zero."""
         if not self.has_dead_rows:
             return False
-        return bool(self.front(tensor)[self._dead].any())
+        return bool(self.front(tensor)[self.owners == NOBODY].any())
 
     def says_as(self, other: "Layout") -> bool:
         """Whether another layout of as many poses is equal, and said in the same way."""
@@ -275,7 +275,7 @@ class Layout:
     def _is_in_order(self) -> bool:
         """Whether the poses follow each other in order, as in most batches."""
         owners = self.owners
-        return bool((owners[1:] >= owners[:-1]).all()) and bool((owners[:1] != NOBODY).all())
+        return not self.has_dead_rows and bool((owners[1:] >= owners[:-1]).all())
 
     @cached_property
     def _groups(self) -> list[tuple[Tensor, Tensor, Tensor]]:
@@ -301,12 +301,8 @@ class Layout:
         return order[len(order) - len(self._live_owners) :]  # NOBODY sorts first
 
     @cached_property
-    def _dead(self) -> Tensor:
-        return (self.owners == NOBODY).nonzero().squeeze(1)
-
-    @cached_property
     def _live_owners(self) -> Tensor:
-        return self.owners[self.owners != NOBODY]
+        return self.owners[self.owners != NOBODY] if self.has_dead_rows else self.owners
 
 
 def _divisors(number: int) -> list[int]:

@@ -1,7 +1,6 @@
 """Convolutions, transposed ones included."""
 
 from collections.abc import Sequence
-from functools import lru_cache
 from math import prod
 from typing import Any, Self, final
 
@@ -268,7 +267,6 @@ class Convolution(ClosedForm):
         return gradient
 
 
-@lru_cache(maxsize=1024)
 def _windows(
     kernel: torch.Size,
     positions: torch.Size,
