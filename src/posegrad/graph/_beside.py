@@ -49,7 +49,7 @@ def leaves_beside(registry: EdgeRegistry, own: Collection[int]) -> list[Tensor]:
     """
     nodes = [registry.nodes[number] for key, number in registry.leaves.items() if key not in own]
     leaves: list[Tensor] = [node.variable for node in nodes]  # type: ignore[attr-defined]
-    return [leaf for leaf in leaves if leaf.requires_grad]  # others have been frozen since
+    return [leaf for leaf in leaves if leaf.requires_grad]  # others were frozen since
 
 
 def gradients_of_sum(

@@ -67,7 +67,7 @@ def joined(cut: Cut, layout: Layout) -> tuple[Layout | None, bool]:
     before = cut.arguments[: cut.argument]
     if any(sizes is not None and len(sizes) < len(out) for sizes in cut.arguments):
         return None, True  # torch lets tensors of shape [0] stand beside any others
-    # The sizes of constants are unknown: we count from the side on which none stands, if there is.
+    # The sizes of constants are unknown, so we count from a side that has none, if there is one.
     if None not in before:
         start = sum(sizes[cut.dim] for sizes in before if sizes is not None)
     elif None not in (behind := cut.arguments[cut.argument :]):

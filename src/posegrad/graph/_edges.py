@@ -58,7 +58,8 @@ class EdgeRegistry:
 
     Args:
         output: The tensor whose graph is walked. The walk takes about 2 us for each node and is
-            most of what a Jacobian costs beyond its arithmetic, so no node is asked twice.
+            most of what a Jacobian costs beyond its arithmetic, so no node is asked for the same
+            thing twice.
 
     Raises:
         ReentrantCheckpointError: if a reentrant checkpoint is in it.
@@ -107,7 +108,7 @@ class EdgeRegistry:
         return self._consumers.get(source, [])
 
     def used(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The parameters that the output depends on, of some; an empty one has no rows."""
+        """Those of some parameters that the output depends on; empty ones have no row."""
         leaves = self.leaves
         return {name: p for name, p in parameters.items() if id(p) in leaves and p.numel()}
 
@@ -221,7 +222,7 @@ def walk(root: Node) -> Iterator[Node]:
 
 
 def _reachable(root: Node) -> tuple[list[Node], list[tuple[Edge | None, ...]]]:
-    """All nodes, and the edges that each was computed from; edges number nodes by this order."""
+    """All nodes, and the edges that each was computed from, with nodes numbered in this order."""
     nodes, places = [root], {root: 0}
     found: list[tuple[Edge | None, ...]] = []
     for node in nodes:  # grows on the way

@@ -420,8 +420,8 @@ class Gatherer:
     def _waiting(self, recipe: Recipe, subject: Subject) -> frozenset[str]:
         """The parameters whose rows are compared as soon as they are not zero.
 
-        So far they were, which agrees with a gradient of zero; but a gate may open. As long as no
-        cotangent comes to where a parameter enters, its rows are zero by any reading.
+        They have been zero, which agrees with a gradient of zero; but a gate may open. As long as
+        no cotangent comes to where a parameter enters, its rows are zero by any reading.
         """
         if self.check == "never" or subject.is_hooked:
             return frozenset()

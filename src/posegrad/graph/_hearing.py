@@ -24,13 +24,13 @@ __all__ = ["Hearing", "Hooks", "Route", "versions_count"]
 @final
 @dataclass(frozen=True)
 class Route:
-    """The way of cotangents from an output to where parameters enter; only structure decides it.
+    """The way of cotangents from an output to where parameters enter, which the structure tells.
 
     Args:
         work: What is read there.
-        early: For each operator whose cotangents must be seen before it runs, which of them are
-            read: the number of the output, and its place in the worklist. Such operators are the
-            first one, those that are read, and those that may write to what they are handed.
+        early: For each operator whose cotangents must be seen before it runs, those that are read:
+            the number of the operator's output, and the place in the worklist. Such operators are
+            the first one, those that are read, and those that may write to what they are handed.
         sends: For each operator on the way, the arguments that lie on the way, too, and their
             edges.
         uses: For each operator that is read, the numbers of the uses there, and a worklist of
@@ -80,7 +80,7 @@ class Route:
 
 
 def _read(registry: EdgeRegistry, work: Worklist) -> set[int]:
-    """The operators whose saved tensors are read, by forms or in a backward to the parameters."""
+    """The operators whose saved tensors are read: by forms, or by backwards of computed weights."""
     nodes = {*work.operators, *(use.site.node for use in work.uses)}
     far = {s.source[0] for s in work.recipe.sites if not (s.direct or s.light)}
     return nodes.union(*map(registry.below, far))
@@ -100,9 +100,9 @@ class Hearing:
     All cotangents must enter through the output. So what arrives at an operator must be the sum of
     what the operators between it and the output have sent it; a loss that enters from the side
     would add to that. A cotangent that was sent alone arrives as the same tensor. Of several,
-    autograd makes a new tensor and adds to it in place, so its version counts them
-    (`versions_count`). If the version is another, the sum is taken again, as autograd takes it, and
-    compared bit by bit.
+    autograd adds two into a new tensor and the others to that in place, so its version counts them
+    (`versions_count`). If the version does not fit, the sum is taken again, as autograd takes it,
+    and compared bit by bit.
 
     Attributes:
         weights: The cotangent of the output; None if none came.
@@ -224,7 +224,7 @@ class Hearing:
             )
 
     def _fail(self, error: Exception) -> None:
-        self.failure = error.with_traceback(None)  # whose frames hold the graph
+        self.failure = error.with_traceback(None)  # a traceback's frames hold the graph
         self.columns = [None] * len(self.columns)
         self.parts.clear()
         self._sent.clear()

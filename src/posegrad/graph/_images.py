@@ -39,7 +39,7 @@ def convolved(
         if arg == 1 and layout.pattern is not None:
             stride = layout.pattern[1]
             if each % (stride * layout.count) == 0:
-                return layout.patterned(each, stride)  # every group has the same
+                return layout.patterned(each, stride)  # the same in every group
         group = _coarser(layout, each)
         dim = 1 - arg
         return None if group is None else _finer(group, inside[dim] // groups).moved(dim)

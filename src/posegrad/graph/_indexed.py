@@ -117,7 +117,11 @@ def _along(
     out: torch.Size,
     inside: torch.Size,
 ) -> Layout | None:
-    """What an index with a number for each element does: it moves poses along its dimension."""
+    """What an index with a number for each element does to poses; along other dimensions they stay.
+
+    Returns:
+        None if poses may mix.
+    """
     if dim != layout.dim:
         return layout if inside[layout.dim] == out[layout.dim] else None
     vector = _vector(index, dim)

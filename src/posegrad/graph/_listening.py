@@ -148,7 +148,7 @@ class Listening:
             try:
                 self._settle()
             except Exception as error:
-                self._failure = error.with_traceback(None)  # whose frames hold the graph
+                self._failure = error.with_traceback(None)  # a traceback's frames hold the graph
             self._outline = None
             self._hooks.heard = None
 

@@ -65,7 +65,7 @@ def viewed(
 
 
 def _viewed_owners(owners: Tensor, behind: int, size: int, after: int) -> Tensor | None:
-    """Owners along a dimension of another view of the same numbers; None if it does not tell them.
+    """Owners along a dimension of another view of the same numbers; None if poses lie otherwise.
 
     Args:
         owners: Those along a dimension, `[n]`.
@@ -78,7 +78,7 @@ def _viewed_owners(owners: Tensor, behind: int, size: int, after: int) -> Tensor
         return owners
     if not (count and behind and size and after):
         return None
-    if behind % after == 0 and size * after % (count * behind) == 0:  # within the other
+    if behind % after == 0 and size * after % (count * behind) == 0:  # it lies in the other
         each = owners.repeat_interleave(behind // after)
         return each.repeat(size // len(each))
     if size > 1 and after % behind == 0 and count * behind % (size * after) == 0:

@@ -1,4 +1,4 @@
-r"""Finds whose each row of a cotangent is, by probing with powers of two.
+r"""Finds the owner of each row of a cotangent, by probing with powers of two.
 
 Backward is linear, and scaling by a power of two is exact in floating point. Take a backward once
 with cotangent 1 for every pose and once with :math:`2^{k_i}` for pose i, the :math:`k_i` distinct.
@@ -43,8 +43,8 @@ _SETS, _SETS_IF_NARROW = 2, 3
 _SMALL, _TINY = 2.0**-60, {torch.float64: 2.0**-900}
 _DEFAULT_TINY = 2.0**-112
 
-# How far an element may be off where sums have one order, relative to itself. Elsewhere it is
-# `_TOLERANCE`, relative to the largest element of its row.
+# How far an element may be off, relative to itself, where sums have one order (on a CPU). Elsewhere
+# it is `_TOLERANCE`, relative to the largest element of its row.
 _ROUNDING = 2.0**-50
 
 # Cotangents are faint if they are smaller than the largest by half of their binary digits, or by

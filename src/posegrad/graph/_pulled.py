@@ -39,7 +39,7 @@ class Far(NamedTuple):
 
 
 def lifted(operator: Operator, parameter: Tensor, site: Site) -> Embedding | None:
-    """A parameter as the table in which an operator looked up rows; None if that has no form."""
+    """A parameter as the table in which an operator looked up rows; None if no form can be read."""
     reader = kind_of(operator.node.name()).forms[0]
     form = form_of(reader, operator, Entry(parameter.shape, False, site.parameter))
     return form if isinstance(form, Embedding) else None
@@ -54,15 +54,15 @@ def pulled(
 ) -> Iterator[tuple[str, Part]]:
     """The parts of the parameters.
 
-    Rows are pulled back to what was looked up in a table, not to the table: looking up is a closed
+    Rows are pulled back to what was looked up in a table, not to the table: looking up has a closed
     form of its own, in which every row of the Jacobian has the same indices.
 
     Args:
         subject: What is differentiated; its graph is kept.
         far: The sites, and the rows of what enters at each.
-        tables: The tables that rows were looked up in, by operator; None for one without a form.
+        tables: The tables that rows were looked up in, by operator; None if no form can be read.
         arrangement: The poses in the output.
-        most: From the numbers of a row to how many such rows may be in memory at once.
+        most: From the size of a row to how many such rows may be in memory at once.
     """
     rows = {_use(site): one for site, one in far}
     read = {node for node, table in tables.items() if table is not None}
@@ -89,7 +89,7 @@ def pulls(subject: Subject, sites: Sequence[Site]) -> int:
 
 _Use = tuple[int, int, bool, bool]
 """A use of one tensor: operator, argument, transposed, closed. Sites of several parameters may
-share it, and then its rows."""
+share a use, and then share its rows."""
 
 
 @final

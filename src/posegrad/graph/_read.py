@@ -205,7 +205,10 @@ def vector(op: Operator, entry: Entry) -> ClosedForm | None:
 
 
 def middle(op: Operator, entry: Entry) -> ClosedForm | None:
-    """The weight of `F.bilinear`: a sum over two dimensions of a product of three tensors."""
+    """The form of the weight of `F.bilinear`.
+
+    The operator is a sum over two dimensions of a product of three tensors.
+    """
     told = tuple(op.saved(name) for name in ("expand1", "expand2", "expand3", "sumdim"))
     first, second = op.saved("i1"), op.saved("i3")
     tensors = isinstance(first, Tensor) and isinstance(second, Tensor)

@@ -53,7 +53,7 @@ Forms = list[ClosedForm | None]
 """The closed form of each use of a worklist."""
 
 Tables = Mapping[int, Embedding | None]
-"""The tables that rows were looked up in, by operator; None for one without a form."""
+"""The tables that rows were looked up in, by operator; None if no form can be read."""
 
 
 @final

@@ -186,7 +186,7 @@ def _is_told(subject: Subject, arrangement: Arrangement, sites: Sequence[Site]) 
 
 
 def pose_dimensions(shape: torch.Size) -> list[int | None]:
-    """Ways to number poses, the most likely first: every number is one, or one dimension counts."""
+    """Ways to number poses, likeliest first: every number is one, or one dimension counts them."""
     several = [dim for dim, size in enumerate(shape) if 1 < size < shape.numel()]
     alone = [0] if len(shape) > 1 and shape[0] == 1 < shape.numel() else []
     return [None, *alone, *several]
@@ -202,7 +202,7 @@ def slow_parameters(recipe: Recipe) -> list[str]:
 def _settled(
     registry: EdgeRegistry, sites: Sequence[Site], trial: Trial, lost: dict[str, str]
 ) -> list[Site]:
-    """The sites nearest to parameters at which all rows have owners; adds the others to `lost`."""
+    """The nearest sites at which all rows have owners; parameters without such go to `lost`."""
     settled: dict[Site, None] = {}
     seen: set[Site] = set()  # a site is reached by many paths, in a deep network by 2^depth
     pending = list(sites)

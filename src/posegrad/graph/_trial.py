@@ -130,7 +130,7 @@ def known_layout(
 
 
 def _shared(layout: Layout, known: list[Layout]) -> Layout:
-    """An equal layout that is known, with what it has worked out; else this one, known from now."""
+    """A known layout that is equal, for what it has worked out; else this one, now known too."""
     for other in known:
         if layout.dims == other.dims and (
             layout.stated is other.stated or torch.equal(layout.owners, other.owners)

@@ -291,8 +291,8 @@ def _checked(
         is_sure: Whether to spare the comparison.
 
     Returns:
-        The rows of each source; None if they are wrong, or if an operator takes cotangents only
-        one by one, as all can.
+        The rows of each source; None if they are wrong, or if an operator takes no batch: every
+        operator takes cotangents one by one.
     """
     try:
         with _quiet():

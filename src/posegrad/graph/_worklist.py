@@ -94,8 +94,8 @@ class SettledWorklist:
 
     Args:
         work: The worklist.
-        layouts: Whose the rows of the cotangents are; None if each graph has to be asked anew: for
-            the numbers that pick rows, or whether nobody's rows are zero, as they should be.
+        layouts: Whose the rows of the cotangents are; None if each graph is looked at anew: for the
+            numbers that pick rows, or for whether nobody's rows are zero, as they should be.
         packable: One slot of each operator that is read, to see whether a checkpoint holds it.
         left: The slots that the backward does not free.
         declined: The sites whose closed form does not serve these cotangents.
