@@ -602,7 +602,7 @@ def test_copies_of_a_jacobian(copied: Callable[[PoseJacobian], PoseJacobian]) ->
 @pytest.mark.parametrize("index", [torch.tensor(3), torch.zeros(2, 2), torch.zeros(4)])
 def test_an_index_is_one_number_for_each_row(index: Tensor) -> None:
     model = nn.Linear(3, 1)
-    with pytest.raises(ShapeMismatchError, match="number of a pose for each row"):
+    with pytest.raises(ShapeMismatchError, match="for each row of a kind, the number of its pose"):
         Engine(model).jacobian(model(torch.ones(4, 3)).squeeze(1), pose_index=index)
 
 

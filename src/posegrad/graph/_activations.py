@@ -1,8 +1,8 @@
 """The Jacobian by tensors that the forward computed: activations, inputs that require grad.
 
-Where poses stay apart, the cotangent at such a tensor holds all there is to know: each of its rows
-is the gradient of one pose. Where they mix, as the losses of several tasks do in what these share,
-there is a backward for each number of the output, down to the tensors and no further.
+Where poses stay apart, the cotangent at such a tensor is all that is needed: each of its rows is
+the gradient of one pose. Where they mix, as the losses of several tasks do in the layers they
+share, each number of the output takes a backward of its own, down to the tensors and no further.
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,11 +23,11 @@ from posegrad.jacobian.layers import Activation
 
 __all__ = ["edges_of", "parts_at"]
 
-_TOLERANCE = 64  # square roots of a rounding error that sums of rows may differ by from autograd's
+_TOLERANCE = 64  # how far sums of rows may be from autograd's, in square roots of its rounding
 
 
 def edges_of(registry: EdgeRegistry, activations: Mapping[str, Tensor]) -> dict[str, Edge]:
-    """Where tensors stand in a graph.
+    """The edge of each tensor in a graph.
 
     Raises:
         NotDifferentiableError: if one is not in it.
@@ -39,7 +39,8 @@ def edges_of(registry: EdgeRegistry, activations: Mapping[str, Tensor]) -> dict[
         if tensor.is_complex():
             raise UnsupportedModuleError(
                 f"{name} is {tensor.dtype} {list(tensor.shape)}: a Jacobian of real rows has no "
-                f"entry for it.\nPass torch.view_as_real(...) of it, and go on from there."
+                f"entry for it.\nTake torch.view_as_real(...) of it, compute the output from that, "
+                f"and pass that."
             )
         leaf, node = registry.leaves.get(id(tensor)), tensor.grad_fn
         place = leaf if node is None else places.get(node)
@@ -56,7 +57,7 @@ def edges_of(registry: EdgeRegistry, activations: Mapping[str, Tensor]) -> dict[
 def parts_at(
     subject: Subject, activations: Mapping[str, Tensor], most: int, *, checked: bool
 ) -> Parts:
-    """The rows by some tensors of a graph, which is kept.
+    """The rows of the Jacobian by some tensors of a graph; the graph is kept.
 
     Args:
         subject: What is differentiated.
@@ -84,7 +85,7 @@ def parts_at(
 
 
 def _site(name: str, edge: Edge) -> Site:
-    """A tensor itself, as a place to read rows at."""
+    """A tensor of the graph as a site: its own cotangent is what is read."""
     return Site(
         name, edge, direct=True, light=True, node=edge[0], argument=0, transposed=False,
         closed=True, edges=(edge,),
@@ -94,7 +95,7 @@ def _site(name: str, edge: Edge) -> Site:
 def _cotangents(
     subject: Subject, arrangement: Arrangement, trial: Trial, edges: Sequence[Edge]
 ) -> dict[Edge, tuple[Tensor, ...] | None]:
-    """Those of each component of the output, at the edges; None where nothing flows."""
+    """The cotangents at the edges, one for each component of the output; None if nothing flows."""
     if arrangement.components == 1:
         return {e: None if (b := trial.cotangents[e]) is None else (b,) for e in edges}
     found: dict[Edge, list[Tensor | None]] = {edge: [] for edge in edges}

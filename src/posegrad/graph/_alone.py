@@ -1,4 +1,4 @@
-"""What is called by itself: one operator's backward, and a backward around a function."""
+"""Calls one operator's backward by itself, or a function inside a backward of its own."""
 
 from collections.abc import Callable
 
@@ -14,13 +14,13 @@ __all__ = ["apply_node", "in_backward"]
 def apply_node(node: Node, cotangents: list[Tensor | None]) -> tuple[Tensor | None, ...]:
     """One operator's vector-Jacobian product: a gradient for each of its arguments.
 
-    No hook runs, and nothing beyond the operator.
+    No hook runs, and no other operator.
     """
     if not is_python(node):
         result = node(*cotangents)  # type: ignore[operator]
         return result if isinstance(result, tuple) else (result,)
-    # A function of Python answers for all its arguments, tensors or not, and its node has edges for
-    # the tensors alone; those that need a gradient stand in the same order in both.
+    # A Python function returns something for every argument, tensor or not, but its node has edges
+    # for tensors only. Those that need a gradient stand in the same order in both.
     places = zip(shape_of(node), dtype_of(node), strict=True)
     filled = [
         torch.zeros(shape, dtype=dtype, device=device_of(node)) if b is None else b
@@ -39,8 +39,8 @@ def apply_node(node: Node, cotangents: list[Tensor | None]) -> tuple[Tensor | No
 def in_backward(function: Callable[[], None]) -> None:
     """Calls a function inside a backward of its own.
 
-    Saved tensors of a checkpoint are recomputed once for each backward they are read in; outside
-    of any, once for each tensor.
+    A checkpoint recomputes its saved tensors once for each backward in which they are read; outside
+    of a backward it does so again for each tensor.
     """
     with torch.enable_grad():
         start = torch.zeros((), requires_grad=True, device="cpu")

@@ -1,4 +1,4 @@
-"""What an output depends on beside the engine's parameters, and its gradient there."""
+"""Leaves that an output depends on beside the engine's parameters, and its gradients by them."""
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,7 +22,7 @@ from posegrad.jacobian import wide
 
 __all__ = ["Beside", "gradients_of_sum", "leaves_beside"]
 
-_STEP = 8  # powers of two by which a scale is lowered that float16 cannot hold
+_STEP = 8  # powers of two by which a scale is lowered if gradients overflow float16
 _LEAST = -24
 
 
@@ -33,7 +33,7 @@ class Beside:
 
     Args:
         leaves: The leaves.
-        gradients: Those of the output's sum there, once they are known.
+        gradients: The gradients of the output's sum by these leaves, once they are known.
     """
 
     leaves: list[Tensor] = field(default_factory=list)
@@ -41,11 +41,11 @@ class Beside:
 
 
 def leaves_beside(registry: EdgeRegistry, own: Collection[int]) -> list[Tensor]:
-    """The leaves of a graph that require grad, without some.
+    """The leaves of a graph that require grad, except some.
 
     Args:
         registry: The graph.
-        own: Those that are left out, by `id`.
+        own: The leaves to leave out, by `id`.
     """
     nodes = [registry.nodes[number] for key, number in registry.leaves.items() if key not in own]
     leaves: list[Tensor] = [node.variable for node in nodes]  # type: ignore[attr-defined]
@@ -65,9 +65,9 @@ def gradients_of_sum(
         output: The output.
         registry: Its graph.
         leaves: The leaves.
-        parameters: Others that the graph leads to, by name.
+        parameters: The engine's parameters, by name, whose `.grad` must stay as it is, too.
         exponent: The power of two by which the output is scaled meanwhile, so that float16 holds
-            its gradients; lowered where it does not. None for no scale.
+            its gradients; it is lowered while they overflow. None for no scale.
     """
     if not leaves:
         return []

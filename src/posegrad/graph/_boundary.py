@@ -10,7 +10,7 @@ __all__ = ["check_dimension", "check_index", "check_output", "unrelated_message"
 
 
 def check_output(output: Tensor) -> None:
-    """Refuses what is no tensor, has no number, or complex ones."""
+    """Refuses what is not a tensor, an empty tensor and a complex one."""
     if not isinstance(output, Tensor):
         raise TypeError(
             f"The output is a {type(output).__name__}, but a Jacobian has the rows of one tensor. "
@@ -34,8 +34,9 @@ def check_index(pose_index: Sequence[Tensor]) -> None:
     for index in pose_index:
         if index.ndim != 1 or index.is_floating_point():
             raise ShapeMismatchError(
-                f"A pose_index has {index.dtype} {list(index.shape)}, but it holds the number of a "
-                f"pose for each row of a kind, [R].\nPass batch.batch, or a list of such tensors."
+                f"A pose_index is {index.dtype} {list(index.shape)}, but it must hold integers, "
+                f"[R]: for each row of a kind, the number of its pose.\n"
+                f"Pass batch.batch, or a list of such tensors."
             )
 
 

@@ -1,7 +1,8 @@
 """Operators that put tensors together along the poses, or cut them out.
 
-Losses that are stacked, two half batches that are concatenated, one pose of a batch: what is cut
-out belongs to the poses it was cut from, and what has only one pose belongs to it as a whole.
+Examples are losses that are stacked, two half batches that are concatenated, one pose taken out of
+a batch. What is cut out belongs to the poses it was cut from; a tensor of only one pose belongs to
+it as a whole.
 """
 
 from collections.abc import Callable, Sequence
@@ -26,11 +27,11 @@ class Cut(NamedTuple):
 
     Args:
         node: The operator.
-        dim: The dimension it is told, counted from 0.
+        dim: The dimension along which it joins or cuts, counted from 0.
         argument: The number of the argument.
         output: The number of the output, whose poses are known.
-        arguments: The sizes of all arguments; None of those without a graph.
-        outputs: The sizes of all outputs.
+        arguments: The sizes of each argument; None for one without a graph.
+        outputs: The sizes of each output.
     """
 
     node: Node
@@ -42,30 +43,31 @@ class Cut(NamedTuple):
 
     @property
     def size(self) -> int:
-        """That of the argument along the dimension."""
+        """The size of the argument along that dimension."""
         own = self.arguments[self.argument]
         assert own is not None
         return own[self.dim]
 
 
 CutMove = Callable[[Cut, Layout], tuple[Layout | None, bool]]
-"""From a cut and the layout of its output to that of its argument, and whether structure tells."""
+"""From a cut and the layout of its output to the layout of its argument, and whether the structure
+alone tells it."""
 
 
 def piled(cut: Cut, layout: Layout) -> tuple[Layout | None, bool]:
-    """`torch.stack`: an entry of the new dimension each."""
+    """`torch.stack`: each argument becomes one entry of the new dimension."""
     return layout if layout.is_whole else _entry(layout, cut.argument), True
 
 
 def joined(cut: Cut, layout: Layout) -> tuple[Layout | None, bool]:
-    """`torch.cat`: some entries each."""
+    """`torch.cat`: each argument becomes some entries of the dimension."""
     if layout.is_whole:
         return layout, True
     (out,) = cut.outputs
     before = cut.arguments[: cut.argument]
     if any(sizes is not None and len(sizes) < len(out) for sizes in cut.arguments):
         return None, True  # torch lets tensors of shape [0] stand beside any others
-    # The sizes of constants are not told, unless all of them stand on one side.
+    # The sizes of constants are unknown, so we count from a side that has none, if there is one.
     if None not in before:
         start = sum(sizes[cut.dim] for sizes in before if sizes is not None)
     elif None not in (behind := cut.arguments[cut.argument :]):
@@ -83,7 +85,7 @@ def parted(cut: Cut, layout: Layout) -> tuple[Layout | None, bool]:
 
 
 def unbound(cut: Cut, layout: Layout) -> tuple[Layout | None, bool]:
-    """`torch.unbind`: an entry of the argument each."""
+    """`torch.unbind`: each output is one entry of the argument."""
     return _within(cut, layout, slice(cut.output, cut.output + 1)), True
 
 
@@ -113,7 +115,7 @@ def _entry(layout: Layout, place: int) -> Layout:
 
 
 def _within(cut: Cut, layout: Layout, places: slice) -> Layout:
-    """The layout of the tensor that such entries were cut out of; the rest is nobody's."""
+    """The layout of a tensor from which these entries were cut; the rest of it is nobody's."""
     owners = torch.full((cut.size,), NOBODY, device="cpu")
     owners[places] = _owners(layout)
     return layout.owned(cut.dim, owners)

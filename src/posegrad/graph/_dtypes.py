@@ -19,8 +19,9 @@ __all__ = ["carries_float16", "dtypes_passed"]
 def dtypes_passed(node: Node) -> set[torch.dtype]:
     """The dtypes in which a gradient passes a node.
 
-    One node can stand for many operators: a compiled graph, a custom function. What such a node
-    saved tells what it computes in; it is not unpacked for that, as a checkpoint would run again.
+    One node can stand for many operators: a compiled graph, a custom function. The tensors that
+    such a node saved tell in which dtypes it computes. They are looked at as they were packed:
+    unpacking them would make a checkpoint run again.
     """
     dtypes = {*outputs_of(node)[1]}
     if is_python(node):

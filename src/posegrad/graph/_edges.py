@@ -1,7 +1,7 @@
 """The graph as the registry: nodes, edges, and where each parameter enters.
 
-Its edges are where cotangents are asked for, by a backward of ours, and where hooks stand while
-somebody else's backward is listened to.
+At its edges a backward of ours asks for cotangents, or hooks hear them in a backward that somebody
+else runs.
 """
 
 import re
@@ -57,8 +57,9 @@ class EdgeRegistry:
     graph holds for the next of the same structure.
 
     Args:
-        output: The tensor whose graph is walked, about 2 us a node. It is most of what a Jacobian
-            costs beyond its arithmetic, so a node is asked for nothing twice.
+        output: The tensor whose graph is walked. The walk takes about 2 us for each node and is
+            most of what a Jacobian costs beyond its arithmetic, so no node is asked for the same
+            thing twice.
 
     Raises:
         ReentrantCheckpointError: if a reentrant checkpoint is in it.
@@ -71,7 +72,7 @@ class EdgeRegistry:
         self.root: Edge = (0, output.output_nr)
         self.nodes, self.sources = _reachable(root)
         self.names = [_NAMES.get(type(node)) or _name(node) for node in self.nodes]
-        self.sizes: list[Sizes] = []  # as `torch.Size` when one asks for a shape
+        self.sizes: list[Sizes] = []  # `shape` makes a `torch.Size` of them
         self.dtypes: list[Dtypes] = []
         self.facts: list[Facts] = []
         self.leaves: dict[int, int] = {}
@@ -107,7 +108,7 @@ class EdgeRegistry:
         return self._consumers.get(source, [])
 
     def used(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Those of some parameters that the output depends on; one of no number has no row."""
+        """Those of some parameters that the output depends on; empty ones have no row."""
         leaves = self.leaves
         return {name: p for name, p in parameters.items() if id(p) in leaves and p.numel()}
 
@@ -172,7 +173,7 @@ class EdgeRegistry:
 
     @cached_property
     def dtypes_passed(self) -> list[set[torch.dtype]]:
-        """For each node the dtypes that gradients pass on their way to it, as real ones."""
+        """For each node the dtypes of gradients on their way to it; complex64 counts as float32."""
         passed: list[set[torch.dtype]] = [set() for _ in self.nodes]
         for number in self.in_order():
             node = self.nodes[number]
@@ -209,7 +210,7 @@ def walk(root: Node) -> Iterator[Node]:
     Raises:
         ReentrantCheckpointError: if a reentrant checkpoint is among them.
     """
-    nodes, found = [root], {root}  # as `_reachable`, but for the edges, a fifth of its time
+    nodes, found = [root], {root}  # as in `_reachable`, without edges: a fifth of the time
     for node in nodes:  # grows on the way
         if type(node) not in _NAMES:
             _name(node)
@@ -221,7 +222,7 @@ def walk(root: Node) -> Iterator[Node]:
 
 
 def _reachable(root: Node) -> tuple[list[Node], list[tuple[Edge | None, ...]]]:
-    """Nodes, and the edges each was computed from, by the places of nodes in this order."""
+    """All nodes, and the edges that each was computed from, with nodes numbered in this order."""
     nodes, places = [root], {root: 0}
     found: list[tuple[Edge | None, ...]] = []
     for node in nodes:  # grows on the way
@@ -238,7 +239,7 @@ def _reachable(root: Node) -> tuple[list[Node], list[tuple[Edge | None, ...]]]:
     return nodes, found
 
 
-_NAMES: dict[type, str] = {LEAF: LEAF_NAME}  # of kinds of node that have one name
+_NAMES: dict[type, str] = {LEAF: LEAF_NAME}  # of the kinds of node that always have the same name
 
 
 def _name(node: Node) -> str:

@@ -3,7 +3,7 @@
 float16 reaches from 6e-8 to 65504. A training step scales its loss so that gradients lie in
 between, and divides afterwards. A Jacobian is read before there is a loss to scale, so the reader
 does it: the output is multiplied by a power of two, and what was read is divided by it in float32,
-which is exact. The power is the largest that no gradient overflows under, but for some headroom.
+which is exact. It is the largest power under which no gradient overflows, less some headroom.
 """
 
 from collections.abc import Callable, Mapping
@@ -20,8 +20,8 @@ from posegrad.jacobian import Backwards, Factors, Part, Purpose, Rows, wide
 __all__ = ["Scaling"]
 
 _EXPONENTS = range(-24, 41)
-_HEADROOM = 9  # for random weights (5 are 2.3 bits), for probes, and for the next batch
-_LOW = 2.0**-4  # the largest gradient may fall this far without a loss of digits that count
+_HEADROOM = 9  # for random weights (up to 5, so 2.3 bits), for probes, and for the next batch
+_LOW = 2.0**-4  # the largest gradient may be this small before digits that count are lost
 
 
 @final
@@ -30,7 +30,7 @@ class Scaling:
     """The power of two an engine scales its outputs by.
 
     Args:
-        exponent: The power, once one was needed.
+        exponent: The power; None until one was needed.
         level: The largest gradient that was read when it was found.
     """
 
@@ -47,14 +47,15 @@ class Scaling:
         """What `read` finds for an output, with gradients that neither underflow nor overflow.
 
         Args:
-            output: Its graph is kept.
+            output: The output; its graph is kept.
             leaves: The parameters, by name.
             read: Reads the parts of an output's Jacobian.
-            backwards: Where those beside the reader's are counted.
+            backwards: Counts the backwards that are not the reader's.
 
         Note:
-            Time: one reading; where the size of the gradients has changed much, as at first, seven
-            plain backwards to find the power, and another reading.
+            Time: one reading. The first takes seven or eight plain backwards more, to find the
+            power; where the size of the gradients has changed much since, these are taken again,
+            and then another reading.
         """
         if self.exponent is not None:
             parts = read(self.scaled(output))
@@ -68,7 +69,7 @@ class Scaling:
         return _divided(parts, exponent)
 
     def scaled(self, output: Tensor) -> Tensor:
-        """The output as it is read."""
+        """The output as it is read: times the power."""
         return _times(output, self.exponent or 0)
 
     def _serves(self, largest: float) -> bool:
@@ -81,7 +82,11 @@ def _times(output: Tensor, exponent: int) -> Tensor:
 
 
 def _greatest_finite(output: Tensor, leaves: list[Tensor], backwards: Backwards) -> int | None:
-    """The greatest power of two, as a cotangent of every number, that nothing overflows under."""
+    """The greatest k with which nothing overflows if every number of the output has cotangent 2^k.
+
+    Returns:
+        None if something overflows, or is nan, even with the least.
+    """
     low, high = _EXPONENTS.start, _EXPONENTS.stop
     if not _is_finite(output, leaves, low, backwards):
         return None
@@ -124,7 +129,7 @@ def _gradients(part: Part) -> tuple[Tensor, ...]:
 def _divided(parts: Parts, exponent: int) -> Parts:
     """The parts of the output itself, in float32 at least."""
     factor = 2.0**-exponent
-    done: dict[int, Tensor] = {}  # a weight and its bias have their cotangents in common
+    done: dict[int, Tensor] = {}  # a weight and its bias share cotangents
 
     def divided(cotangent: Tensor) -> Tensor:
         if id(cotangent) not in done:

@@ -11,7 +11,7 @@ from posegrad.graph._edges import walk
 
 __all__ = ["footprint", "storages"]
 
-_NOWHERE = 0  # the storage of what has none, and is counted each time
+_NOWHERE = 0  # stands for the storage of a tensor that has none, and is counted each time
 
 
 def footprint(output: Tensor, other: Collection[int]) -> tuple[int, int] | None:

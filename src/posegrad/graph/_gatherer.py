@@ -81,7 +81,8 @@ class Gatherer:
         batch_dim: The output's dimension that counts poses, `"auto"`, or None for rows only.
         block_bytes: About how much memory rows that have no closed form may take at once.
         tensors: Lists the parameters and buffers of the modules.
-        is_shared: Whether all ranks make the same of the rows, so that no DDP need sum it.
+        is_shared: Whether all ranks make the same gradients of the rows, so that no DDP need sum
+            them.
     """
 
     check: str
@@ -205,7 +206,7 @@ class Gatherer:
             activations: Tensors that the output was computed from, by name.
             parameters: Leaves, by name.
             pose_index: As for `read`.
-            keep_graph: Likewise.
+            keep_graph: As for `read`.
 
         Raises:
             NotDifferentiableError: if the output does not depend on one of the tensors, or on none
@@ -261,8 +262,8 @@ class Gatherer:
     def listen(self, output: Tensor, parameters: Mapping[str, Tensor]) -> Outline:
         """All that is needed to hear the Jacobian of `output` in a backward of somebody else's.
 
-        A structure that was not met before is read, and compared, as by `read`; the graph is
-        kept. So is one in which some rows have not said anything yet.
+        A structure that was not met before, or of which some rows were only zeros so far, is read
+        and compared, as by `read`; the graph is kept.
 
         Raises:
             NoPosesError: if the output is empty.
@@ -417,10 +418,10 @@ class Gatherer:
         return self.check != "never"
 
     def _waiting(self, recipe: Recipe, subject: Subject) -> frozenset[str]:
-        """The parameters whose rows are compared once they say something.
+        """The parameters whose rows are compared as soon as they are not zero.
 
-        They were zero, which agrees with a gradient of zero, but a gate may open. As long as no
-        cotangent comes through where they enter, theirs is zero by any reading.
+        They have been zero, which agrees with a gradient of zero; but a gate may open. As long as
+        no cotangent comes to where a parameter enters, its rows are zero by any reading.
         """
         if self.check == "never" or subject.is_hooked:
             return frozenset()
@@ -479,7 +480,7 @@ def _why_slow(slow: Sequence[str], subject: Subject, *, is_lasting: bool) -> str
 
 
 def _live(parts: Parts, names: Iterable[str]) -> frozenset[str]:
-    """Those of some parameters whose rows say something, as zeros do not."""
+    """Those of some parameters that have rows other than zero."""
     return frozenset(name for name in names if any(part.is_live() for part in parts[name]))
 
 

@@ -31,7 +31,7 @@ Guard = AbstractContextManager[Any]
 
 @final
 class _Turn:
-    """Whose turn it is, of the threads of a process, to set `.grad` aside."""
+    """The turn that the threads of a process take to set `.grad` aside."""
 
     lock = RLock()
 
@@ -47,7 +47,8 @@ if hasattr(os, "register_at_fork"):
 def alone() -> Guard:
     """The lock to hold around `grad_set_aside`.
 
-    In the `with` itself, where nothing comes between taking it and the promise to release it.
+    Take it in the `with` itself, where nothing comes between taking it and the promise to release
+    it.
     """
     return _Turn.lock
 
@@ -65,7 +66,7 @@ class grad_set_aside(Change):  # noqa: N801
         self._held: dict[str, Tensor] | None = None
 
     def make(self) -> None:
-        # Noted here, for another thread may have had them set aside until it was this one's turn.
+        # Noted only here: until it was this thread's turn, another may have had them set aside.
         held = {name: p.grad for name, p in self._parameters.items() if p.grad is not None}
         self._held = held
         for name in held:
@@ -92,7 +93,7 @@ class grad_set_aside(Change):  # noqa: N801
 def python_contained(
     registry: EdgeRegistry, parameters: Mapping[str, Tensor]
 ) -> tuple[Guard, Guard, Guard]:
-    """Guards against what functions written in Python may do in a backward, all to be entered.
+    """Guards against what functions written in Python may do in a backward; enter all three.
 
     They may deposit gradients and write to cotangents. torch's own functions do neither.
     """
@@ -104,7 +105,8 @@ def python_contained(
 def listened_to(output: Tensor, registry: EdgeRegistry, slots: Iterable[Slot]) -> list[Tensor]:
     """The activations whose gradients somebody wants to see or change: by hooks, `retain_grad`.
 
-    Those that a node has saved, that is; torch alone knows of the others, and of hooks on nodes.
+    Only the output and what a node has saved are looked at; torch alone knows of other activations,
+    and of hooks on nodes.
 
     Args:
         output: The output of a graph.
@@ -121,7 +123,7 @@ def listened_to(output: Tensor, registry: EdgeRegistry, slots: Iterable[Slot]) -
 class retained_set_aside(Change):  # noqa: N801
     """Leaves the `.grad` of activations as it is.
 
-    torch fills it in every backward that passes; here it would be a sum of probes.
+    torch fills it in every backward that passes; ours would leave a sum of probes there.
     """
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
@@ -138,7 +140,7 @@ class retained_set_aside(Change):  # noqa: N801
 
 @final
 class undisturbed(Change):  # noqa: N801
-    """No graph is made, and nothing is cast."""
+    """Inside it no graph is made, and nothing is cast."""
 
     def make(self) -> None:
         for change in (ordinary_mode, no_graph, no_autocast):
@@ -152,7 +154,7 @@ class undisturbed(Change):  # noqa: N801
 class cotangents_copied(Change):  # noqa: N801
     """Hands functions written in Python copies of their cotangents.
 
-    Some write to what they are handed, and that is what a reader holds, or a view of it.
+    Some write to the cotangents they are handed, and a reader may hold these, or views of them.
     """
 
     def __init__(self, registry: EdgeRegistry) -> None:
@@ -161,7 +163,7 @@ class cotangents_copied(Change):  # noqa: N801
 
     def make(self) -> None:
         for node in self._nodes:
-            # No step of Python's between the two, at which the handle could be lost.
+            # In one call: between two steps of Python an interrupt could lose the handle.
             self._handles.extend(map(node.register_prehook, (_copies,)))
 
     def undo(self) -> None:
@@ -175,7 +177,7 @@ def _copies(cotangents: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
 
 @final
 class failures_named:  # noqa: N801
-    """Gives torch's own failures of a backward a name, and says what to do.
+    """Turns torch's own errors in a backward into named ones, which say what to do.
 
     Raises:
         StaleFactorError: if a saved tensor was changed in place.
@@ -192,18 +194,18 @@ class failures_named:  # noqa: N801
         if "modified by an inplace operation" in str(error):
             raise StaleFactorError(
                 f"A tensor saved in the forward was changed in place before its Jacobian was read; "
-                f"a plain backward would fail likewise.\n{error}\nChange a clone."
+                f"a plain backward would fail, too.\n{error}\nChange a clone."
             ) from error
         if "donated buffer" in str(error):
             raise UnsupportedModuleError(
-                "A part of the model was compiled so that its graph can be used only once, and "
-                "this needs it more often.\nSet torch._functorch.config.donated_buffer = False "
+                "A part of the model was compiled so that its graph can be used only once, but "
+                "here it is needed more often.\nSet torch._functorch.config.donated_buffer = False "
                 "before the model is compiled."
             ) from error
         if "under selective activation checkpoint" in str(error):
             raise UnsupportedModuleError(
                 "A part of the model was run under a selective activation checkpoint, which can be "
-                "recomputed only once, and this needs it more often.\n"
+                "recomputed only once, but here it is needed more often.\n"
                 "Use checkpoint(..., use_reentrant=False) without context_fn=; or combine() with a "
                 "rule of the predictions, which recomputes each pose once."
             ) from error

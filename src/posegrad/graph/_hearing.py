@@ -24,20 +24,19 @@ __all__ = ["Hearing", "Hooks", "Route", "versions_count"]
 @final
 @dataclass(frozen=True)
 class Route:
-    """The way of cotangents from an output to where parameters enter, by the structure alone.
+    """The way of cotangents from an output to where parameters enter, which the structure tells.
 
     Args:
         work: What is read there.
-        early: The operators on the way whose cotangents have to be seen before they run, by
-            number: the first one, those that are read, and those that may write to what they are
-            handed. And which of their cotangents are read: the numbers of outputs, and places in
-            the worklist.
-        sends: For each operator on the way the arguments whose gradients stay on it, and their
+        early: For each operator whose cotangents must be seen before it runs, those that are read:
+            the number of the operator's output, and the place in the worklist. Such operators are
+            the first one, those that are read, and those that may write to what they are handed.
+        sends: For each operator on the way, the arguments that lie on the way, too, and their
             edges.
-        uses: For each operator that is read the numbers of the uses there, and these as a
-            worklist by itself.
-        packable: For each operator whose saved tensors are read one of them, to see whether a
-            checkpoint holds it.
+        uses: For each operator that is read, the numbers of the uses there, and a worklist of
+            these alone.
+        packable: For each operator whose saved tensors are read, one of its slots, to see whether
+            a checkpoint holds it.
         names: What the operators are called.
         root: The output.
     """
@@ -52,7 +51,7 @@ class Route:
 
     @classmethod
     def of(cls, registry: EdgeRegistry, work: Worklist, slots: Sequence[Slot]) -> "Route":
-        """The way to all that is read in a graph that holds saved tensors in some slots."""
+        """The way to all that a worklist reads in a graph; `slots` hold its saved tensors."""
         uses: dict[int, list[int]] = {}
         for number, use in enumerate(work.uses):
             uses.setdefault(use.site.node, []).append(number)
@@ -81,14 +80,14 @@ class Route:
 
 
 def _read(registry: EdgeRegistry, work: Worklist) -> set[int]:
-    """The operators whose saved tensors are read: by forms, or below what parameters make."""
+    """The operators whose saved tensors are read: by forms, or by backwards of computed weights."""
     nodes = {*work.operators, *(use.site.node for use in work.uses)}
     far = {s.source[0] for s in work.recipe.sites if not (s.direct or s.light)}
     return nodes.union(*map(registry.below, far))
 
 
 Take = WeakMethod[Callable[["Hearing", int], None]]
-"""Called when all cotangents of an operator that is read are there, before it runs."""
+"""Called when an operator that is read has all its cotangents, before it runs."""
 
 Begin = WeakMethod[Callable[[], "Hearing | None"]]
 """Makes a hearing for a backward that starts."""
@@ -96,19 +95,20 @@ Begin = WeakMethod[Callable[[], "Hearing | None"]]
 
 @final
 class Hearing:
-    """One backward, as far as it was heard; it knows no node, for the nodes' hooks know it.
+    """One backward, as far as it was heard; it holds no node, since the nodes' hooks hold it.
 
-    All cotangents must enter through the output. So each operator's must be what those that took
-    its result have sent it, as far as they lie between it and the output: a loss that enters from
-    the side adds to that. One that was sent alone arrives as the same tensor. Of several autograd
-    makes a new tensor, and adds to that in place: its version counts them (`versions_count`). If
-    it tells otherwise, the sum is taken again, as autograd takes it, and compared bit by bit.
+    All cotangents must enter through the output. So what arrives at an operator must be the sum of
+    what the operators between it and the output have sent it; a loss that enters from the side
+    would add to that. A cotangent that was sent alone arrives as the same tensor. Of several,
+    autograd adds two into a new tensor and the others to that in place, so its version counts them
+    (`versions_count`). If the version does not fit, the sum is taken again, as autograd takes it,
+    and compared bit by bit.
 
     Attributes:
         weights: The cotangent of the output; None if none came.
         columns: The cotangents by their place in the worklist.
         parts: What was read of them, by parameter.
-        failure: The first error, which is not raised before the backward is over.
+        failure: The first error; it is raised only once the backward is over.
     """
 
     def __init__(self, route: Route, take: Take, *, copies: bool, counts: bool) -> None:
@@ -124,13 +124,13 @@ class Hearing:
         self._counts = counts and not torch.is_grad_enabled()
         self._waiting = set(route.sends)
         self._running: set[int] = set()
-        self._is_taking = False  # which runs backwards of its own through the graph below
+        self._is_taking = False  # taking may run backwards of its own below
         self._sent: dict[Edge, list[Tensor]] = {}
 
     def arrive(self, node: int, cotangents: Sequence[Tensor | None]) -> None:
         """Notes the cotangents of an operator that is about to run."""
         if self.failure is not None or self._is_taking or node not in self._waiting:
-            return  # each runs once in a backward; this is another, which began elsewhere
+            return  # an operator runs once in a backward; this is another, which began elsewhere
         try:
             self._compare(node, cotangents)
             self._running.add(node)
@@ -149,7 +149,7 @@ class Hearing:
     def leave(
         self, node: int, gradients: Sequence[Tensor | None], cotangents: Sequence[Tensor | None]
     ) -> None:
-        """Notes what an operator that has run was handed, and sends on."""
+        """Notes what an operator that has run sends on; compares what it was handed, if not yet."""
         if self.failure is not None or self._is_taking:
             return
         try:
@@ -224,7 +224,7 @@ class Hearing:
             )
 
     def _fail(self, error: Exception) -> None:
-        self.failure = error.with_traceback(None)  # whose frames hold the graph
+        self.failure = error.with_traceback(None)  # a traceback's frames hold the graph
         self.columns = [None] * len(self.columns)
         self.parts.clear()
         self._sent.clear()
@@ -234,8 +234,8 @@ class Hearing:
 class Hooks:
     """The hooks on the operators of a route, and what they have heard last.
 
-    They know whoever listens by weak references alone. For the graph knows them, and whoever
-    listens the graph: a circle through torch's own nodes, which no collector finds.
+    They know whoever listens only by weak references. The graph holds them, and whoever listens
+    holds the graph: that would be a cycle through torch's own nodes, which no collector finds.
 
     Attributes:
         heard: The last backward.
@@ -251,7 +251,7 @@ class Hooks:
         try:
             for node in route.sends:
                 at = registry.nodes[node]
-                # No step of Python's between the two, at which the handle could be lost.
+                # In one call: between two steps of Python an interrupt could lose the handle.
                 if node in route.early:
                     before = self._first if node == route.root[0] else self._arrive
                     self._handles.extend(map(at.register_prehook, (partial(before, node),)))
@@ -295,8 +295,8 @@ class Hooks:
 def _is_sum(arrived: Tensor | None, sent: Sequence[Tensor]) -> bool:
     """Whether what arrived is autograd's sum of what was sent, as far as its version tells.
 
-    Autograd makes a new tensor of the first two and adds the others in place, which counts up the
-    version. The parts are all held here, so it is none of them.
+    Autograd makes a new tensor of the first two and adds the others to it in place, each of which
+    raises its version by one. All parts are held here, so it reuses none of them.
     """
     if type(arrived) is not Tensor or any(arrived is one for one in sent):
         return False
@@ -308,7 +308,8 @@ def versions_count() -> bool:
     """Whether versions count the gradients that are added up, which torch does not promise.
 
     The sum of two gradients that somebody holds is a new tensor; each further one is added to it in
-    place. One that nobody holds counts one more, be it the first, the second or the last.
+    place. A gradient that nobody holds must show in the version, too, be it the first, the second
+    or the last.
     """
     held = [_version_of_sum(3, unheld) for unheld in range(3)]
     return _version_of_sum(2) == 0 and _version_of_sum(3) == 1 and 0 not in held

@@ -39,7 +39,7 @@ def convolved(
         if arg == 1 and layout.pattern is not None:
             stride = layout.pattern[1]
             if each % (stride * layout.count) == 0:
-                return layout.patterned(each, stride)  # as in every group
+                return layout.patterned(each, stride)  # the same in every group
         group = _coarser(layout, each)
         dim = 1 - arg
         return None if group is None else _finer(group, inside[dim] // groups).moved(dim)
@@ -47,7 +47,7 @@ def convolved(
         return None
     if layout.dim > 1 and _at(padding, layout.dim - 2):
         return None
-    return layout  # of the same size without padding, so the kernel's and the stride are one
+    return layout  # the same size without padding: kernel and stride are of size one
 
 
 def group_norm(
@@ -62,7 +62,7 @@ def group_norm(
 
 
 def pooled(count: int) -> Move:
-    """Pools along the last dimensions, so many, with a kernel of a size for each."""
+    """Pools along some last dimensions, with a kernel size for each."""
 
     def move(
         facts: Facts, arg: int, layout: Layout, out: torch.Size, inside: torch.Size
@@ -116,11 +116,12 @@ def spread_pixels(
 
 
 Grain = Callable[[Layout, int], Layout | None]
-"""From a layout and how many neighbours one becomes, or become one, to the layout of those."""
+"""From the layout of a dimension and a factor to the layout after each entry has become so many
+neighbours, or so many neighbours have become one; None if these belong to different poses."""
 
 
 def _at(values: tuple[int, ...], place: int) -> int:
-    """The value for one of the last dimensions; one alone is that of all."""
+    """The value for one of the last dimensions; a single value serves them all."""
     return values[place] if len(values) > 1 else values[0]
 
 
@@ -135,7 +136,7 @@ def _if_kept(layout: Layout, out: torch.Size, inside: torch.Size) -> Layout | No
 def _spread(
     channels: Grain, pixels: Grain, facts: Facts, layout: Layout, out: torch.Size
 ) -> Layout | None:
-    """Where the factor is squared among channels `[..., C, H, W]`, and plain among pixels."""
+    """In `[..., C, H, W]`, one grain along C, by the factor squared, and another along H and W."""
     (factor,) = facts
     if layout.dim == len(out) - 3:
         return channels(layout, factor**2)

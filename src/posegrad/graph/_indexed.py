@@ -2,8 +2,8 @@ r"""Operators that pick or add up rows by number: the owners follow the numbers.
 
 In a graph network, messages take the rows of their atoms and atoms add up their messages. If
 message e is row :math:`s_e` of the atoms, the cotangent of atom a is the sum of those of its
-messages, so it belongs to their owner if they have only one; and that is seen from the numbers
-alone, whatever values flow.
+messages, so it belongs to their owner if they have only one. The numbers alone show that, whatever
+values flow.
 """
 
 from collections.abc import Callable, Hashable
@@ -22,7 +22,7 @@ NumberMove = Callable[[Layout, Tensor, int], Layout | None]
 """From an output's layout, the numbers `[E]` and the argument's size to the argument's layout."""
 
 Memo = dict[Hashable, tuple[Layout, Tensor, Layout | None]]
-"""What was found for layouts and indices of one graph: layers of a network share theirs."""
+"""What was found for layouts and indices of one graph; the layers of a network share them."""
 
 IndexMove = Callable[[Node, int, Layout, torch.Size, torch.Size, Memo], Layout | None]
 """As `_layouts.Move`, but it looks at the numbers the operator saved.
@@ -48,7 +48,7 @@ def picked(
 def _picked_by_several(
     node: Node, layout: Layout, out: torch.Size, inside: torch.Size
 ) -> Layout | None:
-    """`x[i, j]`, and `x[mask]`: by a number for each of several neighbouring dimensions."""
+    """`x[i, j]`, and `x[mask]`: picked by one number for each of some neighbouring dimensions."""
     indices: tuple[Tensor | None, ...] = saved(node, "indices") if holds(node, "indices") else ()
     mask = indices[0] if len(indices) == 1 else None
     if mask is not None and mask.dtype == torch.bool:
@@ -117,7 +117,11 @@ def _along(
     out: torch.Size,
     inside: torch.Size,
 ) -> Layout | None:
-    """What an index of a number for each element does to poses along its dimension, or another."""
+    """What an index with a number for each element does to poses; along other dimensions they stay.
+
+    Returns:
+        None if poses may mix.
+    """
     if dim != layout.dim:
         return layout if inside[layout.dim] == out[layout.dim] else None
     vector = _vector(index, dim)
@@ -171,7 +175,7 @@ def _known(memo: Memo, move: NumberMove, layout: Layout, index: Tensor, size: in
     key = move, place, layout.count, layout.dims, layout.pattern, id(layout.stated), size
     if key not in memo:
         moved = move(layout, index, size)
-        memo[key] = layout, index, moved  # held, so that no other takes its place
+        memo[key] = layout, index, moved  # held, so that no other gets its address
     return memo[key][2]
 
 

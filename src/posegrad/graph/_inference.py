@@ -4,8 +4,8 @@ Probing finds the owners of any row and costs a backward. Most graphs need no pr
 `[m]` is a sum over T of `[m, T]`, and that a product of `[m, T, d]` with a weight, the dimension of
 poses can be followed from operator to operator by what each operator *is*, whatever numbers flow.
 An operator that is not in the table is probed alone, by its own vjp (`_probing.py`). Where poses
-mix, nothing is inferred for what lies behind. Behind what belongs to one pose as a whole, so does
-everything, whatever the operators are.
+mix, nothing is inferred for what lies behind. Everything behind a tensor that belongs to one pose
+as a whole belongs to that pose, whatever the operators are.
 
 Rows may also be picked by number, as messages between atoms are; then owners follow the numbers
 (`_indexed.py`), and each graph is asked anew, but often says what the one before it said (`Trail`).
@@ -102,8 +102,8 @@ class Trail:
 
     Args:
         steps: The structure's operators.
-        earlier: What was found in the last graph, and what those operators made of it that look at
-            numbers; by the output's dimension of poses.
+        earlier: What was found in the last graph, and what the operators that look at numbers made
+            of layouts there; by the output's dimension of poses.
     """
 
     steps: list[Step] = field(default_factory=list)
@@ -115,7 +115,7 @@ class Trail:
         return found if all(following.says_again(one) for one in told) else None
 
     def keep(self, dim: _Dim, found: Inferred, told: list[Told]) -> None:
-        """Keeps what was found for the next graph, unless it needs that anyway or it is large."""
+        """Keeps what was found for the next graph, unless it is kept anyway or is large."""
         layouts = found.layouts.values()
         stated = {id(own.stated): own.size for own in layouts if own.stated is not None}
         self.earlier.pop(dim, None)

@@ -1,4 +1,4 @@
-"""Where the poses of a tensor in a graph lie: in one dimension, or it is one pose's as a whole."""
+"""Where the poses of a tensor lie: along one dimension, or it belongs to one pose as a whole."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,11 +11,12 @@ __all__ = ["Facts", "Move", "agreed", "dim_of", "layout_in"]
 
 
 Facts = tuple[Any, ...]
-"""What an operator was told beside tensors: dimensions, paddings; in the order of its kind."""
+"""What an operator was told beside tensors, as dimensions and paddings; in the order of its kind's
+`told`."""
 
 Move = Callable[[Facts, int, Layout, torch.Size, torch.Size], Layout | None]
 """From an operator's facts, the number of an argument, the layout of the output, and the shapes of
-output and argument to the layout of the argument. None if poses may mix there, or all meet there.
+output and argument to the layout of the argument. None if poses may mix in it, or all share it.
 
 A move sees no tensor, so what it says holds for every graph of the same structure.
 """
@@ -24,7 +25,14 @@ A move sees no tensor, so what it says holds for every graph of the same structu
 def layout_in(
     shape: torch.Size, stride: int, count: int, device: torch.device | None
 ) -> Layout | None:
-    """The layout of a shape whose poses have that stride; None if no one dimension holds them."""
+    """The layout of a shape whose poses have a stride; None if they do not lie along one dimension.
+
+    Args:
+        shape: The shape.
+        stride: How many neighbouring numbers belong to one pose.
+        count: How many poses there are.
+        device: Where the layout is to lie.
+    """
     step = 1
     if 0 in shape:
         return None

@@ -1,4 +1,4 @@
-"""The Jacobian that a backward of somebody else's leaves behind."""
+"""Reads a Jacobian out of a backward that somebody else runs."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -33,22 +33,22 @@ from posegrad.jacobian import (
 __all__ = ["Listening", "Outline", "check_heard", "check_packed", "check_static"]
 
 Finish = Callable[[Callable[[Mapping[str, Tensor]], PoseJacobian]], Jacobian]
-"""From what makes this process's Jacobian to that of all ranks."""
+"""From the function that makes this process's Jacobian to the Jacobian of all ranks."""
 
 
 @final
 @dataclass(frozen=True)
 class Outline:
-    """All that is known of a Jacobian before the backward that it is heard in.
+    """All that is known of a Jacobian before the backward in which it is heard.
 
     Args:
         reading: The reading.
         route: What is read, and where hooks go.
         forms: The closed form of each use.
-        tables: Those that rows were looked up in.
+        tables: The tables that rows were looked up in.
         layouts: By place; None where the numbers of the cotangent have to be seen.
-        parameters: Those of the Jacobian, by name.
-        backwards: Those that it took to find all this out.
+        parameters: The parameters of the Jacobian, by name.
+        backwards: The backwards that it took to find all this out.
         is_watched: Whether somebody else may keep the cotangents and write to them.
     """
 
@@ -77,8 +77,8 @@ class Listening:
     r"""Hears the Jacobian of an output in a backward that somebody else runs.
 
     Made by `Engine.listen`. While it listens, hooks stand on the edges of the graph between the
-    output and where parameters enter. The backward brings each pose's cotangent of the output,
-    :math:`w_i`, to these edges, times what a Jacobian needs; `jacobian` divides it out again.
+    output and where parameters enter. What the backward brings there is what a Jacobian needs,
+    times each pose's cotangent of the output, :math:`w_i`; `jacobian` divides that out again.
 
     Use it in a `with`, or by `start()` and `stop()`, where a trainer calls the backward.
 
@@ -97,7 +97,7 @@ class Listening:
         self._outline = outline if isinstance(outline, Outline) else None
         self._nothing = None if isinstance(outline, Outline) else outline
         self._finish = finish
-        # A hook may hand on a tensor of its own.
+        # A hook may hand on a tensor of its own, whose version counts nothing.
         self._counts = versions_count() and not (self._outline and self._outline.is_watched)
         self._hooks = Hooks(WeakMethod(self._begin))
         self._shared: list[Layout] = []
@@ -107,7 +107,7 @@ class Listening:
 
     @classmethod
     def of(cls, outlined: Callable[[], Outline], finish: Finish, *, is_shared: bool) -> Self:
-        """One that waits for a backward.
+        """A listening that waits for a backward.
 
         Args:
             outlined: Looks at the graph; raises NoPosesError if the output is empty, as it may be
@@ -148,7 +148,7 @@ class Listening:
             try:
                 self._settle()
             except Exception as error:
-                self._failure = error.with_traceback(None)  # whose frames hold the graph
+                self._failure = error.with_traceback(None)  # a traceback's frames hold the graph
             self._outline = None
             self._hooks.heard = None
 
@@ -162,8 +162,8 @@ class Listening:
     def jacobian(self) -> Jacobian:
         """J of the output, of the rows whose cotangent is not zero, by the last backward.
 
-        Its output is the one that was listened to; if some rows are absent, those that are not,
-        `[M]`.
+        Its output is the one that was listened to; if some rows are absent, only the numbers that
+        have a row, `[M]`.
 
         Raises:
             ListeningError: if no backward came, or not all of one.
@@ -227,7 +227,7 @@ class Listening:
                     )
             numbers, work = outline.route.uses[node]
             forms = [outline.forms[i] for i in numbers]
-            looked = Looked([[*hearing.columns]], layouts)  # which is emptied
+            looked = Looked([[*hearing.columns]], layouts)  # a copy, as it is emptied
             found = outline.reading.multiplied(work, forms, outline.tables, looked)
         for name, parts in found.items():
             hearing.parts.setdefault(name, []).extend(parts)
@@ -255,7 +255,7 @@ class Listening:
 
 
 def _at_ease() -> AbstractContextManager[object]:
-    """No graph, nothing cast: as in most backwards anyway."""
+    """Inside it no graph is made and nothing is cast, as in most backwards anyway."""
     is_ordinary = not (torch.is_grad_enabled() or torch.is_inference_mode_enabled() or is_cast())
     return nullcontext() if is_ordinary else undisturbed()
 
@@ -263,7 +263,7 @@ def _at_ease() -> AbstractContextManager[object]:
 def check_packed(registry: EdgeRegistry, slots: Iterable[Slot]) -> None:
     """Refuses operators whose saved tensors have been packed.
 
-    A checkpoint unpacks each once in a backward, and that is for the operator itself.
+    A checkpoint unpacks each tensor once in a backward, and the operator itself needs that.
 
     Raises:
         ListeningError: if one is.
@@ -281,7 +281,7 @@ def check_packed(registry: EdgeRegistry, slots: Iterable[Slot]) -> None:
 
 
 def check_static(registry: EdgeRegistry) -> None:
-    """Refuses graphs through a DDP whose first backward counts, and which any other would disturb.
+    """Refuses graphs through a DDP with `static_graph=True`: no backward may pass before yours.
 
     Raises:
         ListeningError: if this is one.
@@ -298,8 +298,8 @@ def check_static(registry: EdgeRegistry) -> None:
 def check_heard(subject: Subject, work: Worklist) -> None:
     """Refuses rows that one backward does not tell.
 
-    Those of a function written in Python take its backward for each row, which may free, as that of
-    a compiled part does, what it needs when its turn comes.
+    The rows of a function written in Python take its backward once for each row. That may free, as
+    the backward of a compiled part does, what the function needs when its own turn comes.
 
     Raises:
         ListeningError: if there are any.

@@ -40,13 +40,13 @@ def product(left: int, right: int) -> Move:
 def matrices(
     facts: Facts, arg: int, layout: Layout, out: torch.Size, inside: torch.Size
 ) -> Layout | None:
-    """An operator on one matrix, or several as long, `[..., n, k]`, each by itself."""
+    """An operator on a batch of matrices `[..., n, k]`, on each by itself."""
     apart = layout.dim < len(inside) - 2 and layout.dim < len(out)
     return layout if apart and inside[layout.dim] == out[layout.dim] else None
 
 
 def system(right_side: int) -> Move:
-    """Systems of linear equations, whose right side is that argument, in batches that broadcast.
+    """Systems of linear equations, in batches that broadcast; one argument is their right side.
 
     Columns of the right side keep apart, or its rows if the operator was told that the matrix
     stands on the right.
@@ -77,7 +77,7 @@ def system_or_vectors(
 def reflected(
     facts: Facts, arg: int, layout: Layout, out: torch.Size, inside: torch.Size
 ) -> Layout | None:
-    """`ormqr`: a product with reflections, which are two arguments."""
+    """`ormqr`: a product with reflections, which two arguments describe."""
     if arg == 2:
         return system(2)(facts, arg, layout, out, inside)
     return matrices(facts, arg, layout, out, inside)
@@ -104,14 +104,14 @@ def times_vector(
 def plus_vector(
     facts: Facts, arg: int, layout: Layout, out: torch.Size, inside: torch.Size
 ) -> Layout | None:
-    """A matrix times a vector, added to another."""
+    """A matrix times a vector, added to another vector."""
     return aligned(facts, arg, layout, out, inside) if arg == 0 else layout if arg == 1 else None
 
 
 def rows_alone(
     facts: Facts, arg: int, layout: Layout, out: torch.Size, inside: torch.Size
 ) -> Layout | None:
-    """A matrix `[R, d]` whose rows are multiplied by this weight or by that."""
+    """A matrix `[R, d]`, each row of which is multiplied by one of several weights."""
     matrices = len(out) == len(inside) == 2
     return layout if arg == 0 and matrices and layout.dim == 0 and inside[0] == out[0] else None
 
@@ -128,7 +128,7 @@ def outer(
 def summed_products(
     facts: Facts, arg: int, layout: Layout, out: torch.Size, inside: torch.Size
 ) -> Layout | None:
-    """Products of a batch of matrices, added up, and to a matrix."""
+    """The sum of a batch of matrix products, added to a matrix."""
     if arg == 0:
         return aligned(facts, arg, layout, out, inside)
     return layout.moved(arg) if layout.dim == arg - 1 else None

@@ -1,4 +1,4 @@
-"""Whether the poses of a graph stay apart, by its operators; where they mix, for a message."""
+"""Whether the poses of a graph stay apart, as its operators tell, and which modules mix them."""
 
 from collections.abc import Iterable, Mapping
 
@@ -21,7 +21,8 @@ def keep_apart(
 ) -> bool:
     """Whether operators tell, one after another, that each row of a graph belongs to one pose.
 
-    At every place where a parameter enters. What data is made of, no graph tells.
+    They must tell it at every place where a parameter enters. No graph shows whether poses were
+    mixed in the data before.
 
     Args:
         predictions: `[c, ...]`, one row for each pose, with their graph, which is kept.
@@ -44,9 +45,9 @@ def keep_apart(
 def mixing_modules(
     predictions: Tensor, parameters: Mapping[str, Tensor], tensors: Iterable[Tensor]
 ) -> str:
-    """The modules whose activations do not belong, row by row, to single poses, and the operators.
+    """The modules with activations whose rows belong to no single pose, and the operators to blame.
 
-    Empty if all do.
+    Empty if there are none.
 
     Args:
         predictions: `[c, ...]`, one row for each pose, with their graph, which is kept.
@@ -66,7 +67,7 @@ def mixing_modules(
 def _subject(
     predictions: Tensor, parameters: Mapping[str, Tensor], tensors: Iterable[Tensor]
 ) -> Subject | None:
-    """What is asked of such a graph; None if there is nothing to ask."""
+    """The predictions' graph, and what is asked of it; None if there is nothing to ask."""
     if not predictions.requires_grad:
         return None
     registry = EdgeRegistry(predictions)

@@ -65,7 +65,7 @@ def viewed(
 
 
 def _viewed_owners(owners: Tensor, behind: int, size: int, after: int) -> Tensor | None:
-    """Owners along another dimension of the same numbers; None if more than it decides.
+    """Owners along a dimension of another view of the same numbers; None if poses lie otherwise.
 
     Args:
         owners: Those along a dimension, `[n]`.
@@ -78,7 +78,7 @@ def _viewed_owners(owners: Tensor, behind: int, size: int, after: int) -> Tensor
         return owners
     if not (count and behind and size and after):
         return None
-    if behind % after == 0 and size * after % (count * behind) == 0:  # it is part of the other
+    if behind % after == 0 and size * after % (count * behind) == 0:  # it lies in the other
         each = owners.repeat_interleave(behind // after)
         return each.repeat(size // len(each))
     if size > 1 and after % behind == 0 and count * behind % (size * after) == 0:
@@ -134,7 +134,7 @@ def along(
 def rotated(
     facts: Facts, arg: int, layout: Layout, out: torch.Size, inside: torch.Size
 ) -> Layout | None:
-    """`rot90`: of the two dimensions one becomes the other, and that one backwards the first."""
+    """`rot90`: two dimensions change places, one of them backwards."""
     dims, times = facts
     first, second = (dim_of(dim, len(out)) for dim in dims)
     if layout.dim not in (first, second) or times % 4 == 0:
@@ -158,7 +158,7 @@ def repeated(
 def selected(
     facts: Facts, arg: int, layout: Layout, out: torch.Size, inside: torch.Size
 ) -> Layout | None:
-    """One entry of a dimension that is gone; also each output of unbind."""
+    """One entry of a dimension, which is gone in the output; also each output of unbind."""
     return layout.moved(layout.dim + (layout.dim >= dim_of(facts[0], len(inside))))
 
 
@@ -173,7 +173,7 @@ def stacked(
 def padded(
     facts: Facts, arg: int, layout: Layout, out: torch.Size, inside: torch.Size
 ) -> Layout | None:
-    """Numbers are added before and behind; not along the poses."""
+    """Numbers are added before and behind, along other dimensions than that of poses."""
     (pads,) = facts  # two for each dimension, the last one first
     own = 2 * (len(out) - 1 - layout.dim)
     return None if any(pads[own : own + 2]) else layout
@@ -191,7 +191,7 @@ def layer_norm(
 def layer_norm_backward(
     facts: Facts, arg: int, layout: Layout, out: torch.Size, inside: torch.Size
 ) -> Layout | None:
-    """The gradient of what was normalised, from that of the output and from what was normalised."""
+    """The backward of a layer norm: from its input and its output's gradient to its input's."""
     return layout if out == inside and layout.dim < len(out) - len(facts[0]) else None
 
 
@@ -233,7 +233,7 @@ def along_each(
 
 
 def within_last(count: int) -> Move:
-    """An operator that mixes the last dimensions, so many: pools, resizes and pads images."""
+    """An operator that mixes some last dimensions, as one that pools or resizes images."""
 
     def move(
         facts: Facts, arg: int, layout: Layout, out: torch.Size, inside: torch.Size
@@ -271,7 +271,7 @@ def sequences(
 def same_front(
     facts: Facts, arg: int, layout: Layout, out: torch.Size, inside: torch.Size
 ) -> Layout | None:
-    """What lies in the last dimension comes or goes: complex numbers as pairs, windows."""
+    """A last dimension comes or goes, as that of complex numbers seen as pairs."""
     kept = layout.dim < min(len(out), len(inside)) and inside[layout.dim] == out[layout.dim]
     return layout if kept else None
 
@@ -292,5 +292,5 @@ def diagonal(
     kept = [dim for dim in range(len(inside)) if dim not in gone]
     if layout.dim < len(kept):
         return layout.moved(kept[layout.dim])
-    whole = [dim for dim in gone if inside[dim] == layout.size]  # so it starts with the first entry
+    whole = [dim for dim in gone if inside[dim] == layout.size]  # so it starts at entry 0
     return layout.moved(whole[0]) if whole else None

@@ -1,8 +1,8 @@
 """The table of operators: all that is known of one by its name.
 
 A row says how poses move through an operator, where a parameter may enter and how its closed form
-is read there, and whether the operator only rearranges. An operator without a row is exact too, but
-slower: it is probed, alone, and rows of a parameter that enters it take its own vjp.
+is read there, and whether the operator only rearranges. An operator without a row is read exactly
+too, but slower: it is probed, alone, and rows of a parameter that enters it take its own vjp.
 """
 
 from collections.abc import Mapping
@@ -107,13 +107,13 @@ class Kind(NamedTuple):
     Args:
         moves: How poses move from its output to its arguments; None if nothing is known.
         told: The names under which it saved what `moves` looks at.
-        picks: In place of `moves`, where numbers tell that the operator saved.
+        picks: In place of `moves`, where that depends on numbers that the operator saved.
         cuts: In addition to `moves`, where tensors are put together along the poses or cut out.
         forms: By argument, how the closed form of a parameter there is read.
         opens: How to get at a product inside the operator, if the forms are of that product.
         rearranges: Whether it only rearranges: what it makes of a parameter is read in its place.
         keeps: Whether it keeps the order of numbers, so that it does nothing if the shape stays.
-        is_transparent: Whether the gradient behind it is the same numbers: a transpose, a cast.
+        is_transparent: Whether gradients keep their numbers as they pass it: a transpose, a cast.
         casts: Whether it is a cast.
         multiplies: Whether data meets a parameter in it; an argument without a graph is data.
         looks_up: Whether it looks up rows of its first argument by number.
@@ -137,7 +137,7 @@ class Kind(NamedTuple):
 
     @property
     def is_surely_batched(self) -> bool:
-        """Whether torch's rule for that is known to be right: it is put together of simple ones."""
+        """Whether torch's rule for its batches is known to be right: it is made of simple ones."""
         return self.rearranges or self.moves in (aligned, repeated, _MATRICES)
 
 
@@ -182,7 +182,7 @@ _POINTWISE = """
 """
 
 OPERATORS: dict[str, Kind] = {
-    # Element by element; losses too, unless they are reduced, to a number that is no pose.
+    # Element by element; losses too, unless they are reduced to one number, which is no pose
     **_elementwise(_POINTWISE),
     "AddBackward0": Kind(aligned, forms={0: summand(), 1: summand(name="alpha")}),
     "SubBackward0": Kind(aligned, forms={0: summand(), 1: summand(name="alpha", sign=-1.0)}),

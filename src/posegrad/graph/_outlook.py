@@ -24,7 +24,8 @@ class Outlook(NamedTuple):
 
     Args:
         paths: For each parameter how the rows of each use are read, unless poses mix.
-        backwards: How many a call takes, unless poses mix that have to be probed for.
+        backwards: The backwards that a call takes; more if poses that are probed for turn out to
+            mix.
         is_known: Whether a graph like this one was read before.
         may_mix: Whether poses may mix, as far as is known.
     """
@@ -43,14 +44,14 @@ def foreseen(
     *,
     is_due: bool,
 ) -> Outlook:
-    """What reading takes; nothing is read, and no backward is run but of operators alone.
+    """What reading would take; nothing is read, and only backwards of single operators are run.
 
     Args:
-        subject: The output.
+        subject: The output and its graph.
         parameters: All there are, by name; the output depends on some.
-        recipe: That of the structure, if graphs like this one were read before.
+        recipe: The structure's recipe, if graphs like this one were read before.
         work: Its worklist, if nothing in it is open.
-        is_due: Whether a comparison with plain autograd is.
+        is_due: Whether a comparison with plain autograd is due.
     """
     own = {name: [*uses_of(subject, name)] for name in subject.parameters}
     paths = {name: _paths(subject, own.get(name, ())) for name in parameters}

@@ -1,9 +1,10 @@
 r"""Operators that act element by element, and their derivatives.
 
 The Jacobian of such an operator is diagonal, so its backward is a product with the derivative, and
-of ones it makes the derivative itself: no formula has to be written twice. Two kinds of zero have
-to be told apart. Beside a number, an infinite cotangent times zero is nan; where an operator picks
-something else, as `torch.where` does, nothing flows, whatever the cotangent is.
+given ones it returns the derivative itself: no formula has to be written twice. Two kinds of zero
+have to be told apart. Where the derivative happens to be zero, an infinite cotangent becomes nan;
+where an operator picks something else, as `torch.where` does, nothing flows, whatever the cotangent
+is.
 """
 
 import torch

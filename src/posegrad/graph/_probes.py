@@ -1,4 +1,4 @@
-r"""Whose is each row of a cotangent? Found by probing with powers of two.
+r"""Finds the owner of each row of a cotangent, by probing with powers of two.
 
 Backward is linear, and scaling by a power of two is exact in floating point. Take a backward once
 with cotangent 1 for every pose and once with :math:`2^{k_i}` for pose i, the :math:`k_i` distinct.
@@ -43,12 +43,13 @@ _SETS, _SETS_IF_NARROW = 2, 3
 _SMALL, _TINY = 2.0**-60, {torch.float64: 2.0**-900}
 _DEFAULT_TINY = 2.0**-112
 
-# What an element may be off beside itself where sums have one order, and elsewhere, where they
-# do not, beside the largest of its row.
+# How far an element may be off, relative to itself, where sums have one order (on a CPU). Elsewhere
+# it is `_TOLERANCE`, relative to the largest element of its row.
 _ROUNDING = 2.0**-50
 
-# Cotangents are faint from half of their binary digits below the largest on, and of one class
-# within as many, but no fewer than these. What hides in rounding is small beside their own then.
+# Cotangents are faint if they are smaller than the largest by half of their binary digits, or by
+# this many if that is more; those of one class differ by no more. So what hides in the rounding of
+# one is small beside the others of its class.
 _NARROWEST = 4
 
 _TOLERANCE = {torch.float16: 2.0**-5, torch.bfloat16: 2.0**-4}
@@ -62,9 +63,9 @@ class Probes:
 
     Args:
         exponents: k, `[P, m]`: one row for each probe.
-        tables: For each probe the digit each exponent stands for, by exponent - `lowest`.
-        places: For each probe the value of its digit.
-        sets: Number of the set each probe belongs to.
+        tables: For each probe, the digit that each exponent stands for, by exponent - `lowest`.
+        places: For each probe, what a one in its digit is worth.
+        sets: For each probe, the number of the set it belongs to.
         lowest: The smallest exponent.
         digits: The number of exponents.
     """
@@ -86,7 +87,7 @@ def make_probes(count: int, dtype: torch.dtype, generator: torch.Generator) -> P
 
     Args:
         count: m.
-        dtype: The narrowest of the cotangents'.
+        dtype: The narrowest dtype of the cotangents.
         generator: The engine's own.
     """
     lowest, digits = _RANGE[dtype]
@@ -119,7 +120,7 @@ def find_layout(
         count: m.
     """
     ndim = base.ndim
-    if not any(bool(found.any()) for found in (base, *probed)):  # so any layout would do
+    if not any(bool(found.any()) for found in (base, *probed)):  # all zero: any layout would do
         return Layout(count, (), torch.full((1,), NOBODY, device=base.device))
     if base.is_complex():
         base, probed = torch.view_as_real(base), [torch.view_as_real(b) for b in probed]
@@ -149,7 +150,7 @@ def _owners(
         return torch.full((len(rows),), NOBODY, device=base.device)
     rows = rows.reshape(len(rows), -1)
     size = rows.abs().amax(1)  # [R]
-    # Written so that nan is alive, and then belongs to no single pose.
+    # Written so that a row of nan counts as alive; it is then found to belong to no single pose.
     tiny = _TINY.get(base.dtype, _DEFAULT_TINY)
     alive = ~(size <= min(tiny, _SMALL * float(size.max()))) & (size != 0)
     answers = [torch.zeros(len(rows), dtype=torch.long, device=base.device)] * (probes.sets[-1] + 1)
@@ -186,14 +187,14 @@ def _digit(
 
 
 def _is_same(found: Tensor, expected: Tensor, scale: Tensor) -> Tensor:
-    """Which elements of rows `[R, ...]` are what they should be, nan never.
+    """Which elements of rows `[R, ...]` are what they should be; nan never is.
 
-    Each is judged by itself: beside a row that is 1e16 times larger, any other would pass.
+    Each row is judged by itself: beside one that is 1e16 times larger, any other would pass.
 
     Args:
         found: The rows.
         expected: What they should be.
-        scale: How much larger rows are than those of cotangent one, `[R]`.
+        scale: How much larger each row is than under cotangent one, `[R]`.
     """
     error, size = (found - expected).abs(), expected.abs()
     if found.device.type == "cpu":  # one order of summation, so equal to the last bit
@@ -210,8 +211,8 @@ def faint_poses(found: Sequence[tuple[Tensor, Layout]], count: int) -> list[Tens
         count: m.
 
     Returns:
-        Flags `[m]`, for each set of poses that are about equally small somewhere; none if all are
-        about equal everywhere, and no more than there are poses.
+        Flags `[m]` for each set of poses that are about equally small somewhere; none if all are
+        about equal everywhere. If there are more sets than poses, each such pose is a set instead.
     """
     sets: dict[tuple[bool, ...], None] = {}
     for cotangent, layout in found:
@@ -243,10 +244,10 @@ def is_scaled(found: Tensor, base: Tensor, layout: Layout, scales: Tensor) -> bo
     """Whether a cotangent is another with each row multiplied by the number of its owner.
 
     Args:
-        found: The cotangent under these numbers, zero or powers of two, as those of poses.
+        found: The cotangent when the poses' own are these numbers.
         base: The same cotangent under ones.
         layout: Whose its rows are.
-        scales: The numbers, `[m]`.
+        scales: The numbers, `[m]`: zero or powers of two.
     """
     if base.is_complex():
         found, base = torch.view_as_real(found), torch.view_as_real(base)

@@ -1,4 +1,4 @@
-"""Owners of rows by probing: of cotangents that a network, or one operator alone, hands on."""
+"""Finds the owners of rows by probing a network, or one operator alone."""
 
 from collections.abc import Callable, Iterable, Mapping
 from typing import TypeVar
@@ -31,10 +31,10 @@ def probed(
     """Whose the rows of some cotangents are; None where poses mix.
 
     Args:
-        answer: What the cotangents become if those of poses are multiplied by numbers.
-        base: What they are.
+        answer: What the cotangents become if the poses' own are multiplied by numbers.
+        base: The cotangents as they are.
         count: m.
-        dtype: The narrowest that they pass.
+        dtype: The narrowest dtype that they pass.
         generator: The engine's own.
     """
     probes = make_probes(count, dtype, generator)
@@ -63,7 +63,7 @@ def disproved(
 ) -> list[Place]:
     """The places whose owners, found under other cotangents, are wrong under these.
 
-    A row that is nothing but rounding may be one pose's under one cotangent, another's under the
+    A row that is nothing but rounding may seem one pose's under one cotangent, another's under the
     next. The arguments are those of `probed`.
     """
     base = answer(torch.ones(count, device="cpu"))
@@ -86,13 +86,14 @@ def probed_alone(
 ) -> dict[int, Layout | None]:
     """Where the poses of an operator's arguments lie, found by its own vjp.
 
-    It costs a few backwards of this one operator. Its cotangents are drawn, so that what is found
-    holds for any; but for these numbers only, as an operator that is not known may look at them.
+    It costs a few backwards of this one operator. Its cotangents are drawn at random, so that what
+    is found holds for all cotangents; but it holds for this graph only, as an operator that is not
+    known may look at the numbers that it saved.
 
     Args:
         registry: The graph.
         node: The number of the operator.
-        given: Where those of its outputs lie, by their number.
+        given: Where the poses of its outputs lie, by the number of the output.
         generator: The engine's own.
     """
     operator = registry.nodes[node]
@@ -120,7 +121,7 @@ def probed_alone(
 
 
 def narrowest(dtypes: Iterable[torch.dtype]) -> torch.dtype:
-    """That of the fewest digits, and of the smallest range."""
+    """The dtype with the fewest digits; of those, the one with the smallest range."""
     real = [dtype.to_real() for dtype in dtypes]
     return min(real, key=lambda dtype: (-torch.finfo(dtype).eps, torch.finfo(dtype).max))
 
@@ -140,7 +141,7 @@ def _drawn(
 
 
 def _along_one(layout: Layout) -> Layout | None:
-    """A layout, by its pattern if it has one; None if owners do not change along one dimension."""
+    """A layout, by its pattern if it has one; None unless owners change along one dimension."""
     if len(layout.dims) != 1:
         return None
     (dim,), size, count, owners = layout.dims, layout.size, layout.count, layout.owners

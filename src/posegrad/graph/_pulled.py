@@ -1,7 +1,8 @@
 """From rows of a tensor that was computed from parameters to rows of the parameters.
 
-Learned positions, weights under a norm or a low-rank update, biases looked up by distance: poses
-share such a tensor, so their rows are read where it meets the poses, and pulled back from there.
+Such tensors are learned positions, weights under a norm or a low-rank update, biases looked up by
+distance. Poses share them, so their rows are read where they meet the poses, and pulled back to the
+parameters from there.
 """
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -38,7 +39,7 @@ class Far(NamedTuple):
 
 
 def lifted(operator: Operator, parameter: Tensor, site: Site) -> Embedding | None:
-    """The table that a parameter is to an operator that looked up rows of it."""
+    """A parameter as the table in which an operator looked up rows; None if no form can be read."""
     reader = kind_of(operator.node.name()).forms[0]
     form = form_of(reader, operator, Entry(parameter.shape, False, site.parameter))
     return form if isinstance(form, Embedding) else None
@@ -53,15 +54,15 @@ def pulled(
 ) -> Iterator[tuple[str, Part]]:
     """The parts of the parameters.
 
-    A table is not pulled back to: that rows were looked up in it is a closed form of its own, in
-    which every row of the Jacobian has the same indices.
+    Rows are pulled back to what was looked up in a table, not to the table: looking up has a closed
+    form of its own, in which every row of the Jacobian has the same indices.
 
     Args:
         subject: What is differentiated; its graph is kept.
         far: The sites, and the rows of what enters at each.
-        tables: Those that rows were looked up in, by operator.
+        tables: The tables that rows were looked up in, by operator; None if no form can be read.
         arrangement: The poses in the output.
-        most: How many rows of so many numbers may be in memory at once.
+        most: From the size of a row to how many such rows may be in memory at once.
     """
     rows = {_use(site): one for site, one in far}
     read = {node for node, table in tables.items() if table is not None}
@@ -87,7 +88,8 @@ def pulls(subject: Subject, sites: Sequence[Site]) -> int:
 
 
 _Use = tuple[int, int, bool, bool]
-"""What tells sites apart that read the rows of one tensor."""
+"""A use of one tensor: operator, argument, transposed, closed. Sites of several parameters may
+share a use, and then share its rows."""
 
 
 @final
@@ -96,9 +98,9 @@ class _Goal(NamedTuple):
 
     Args:
         name: The parameter that it is, or of which it is some rows.
-        table: The operator that looked these up.
+        table: The operator that looked these rows up; None if it is the parameter.
         edge: The tensor.
-        uses: Where rows are read that are pulled back to it, and of which tensor each.
+        uses: The uses whose rows are pulled back to it, and the tensor that each is a use of.
     """
 
     name: str
@@ -136,7 +138,7 @@ def _goals(subject: Subject, far: Sequence[Site], tables: Collection[int]) -> li
 
 
 def _together(registry: EdgeRegistry, goals: Sequence[_Goal]) -> list[list[_Goal]]:
-    """The goals that are reached by one backward, from all their tensors at once.
+    """The goals in groups, each reached by one backward from all tensors of the group at once.
 
     A goal may not lie behind a tensor whose rows it does not take: it has taken them at a nearer
     tensor, and would count them twice.
@@ -163,7 +165,7 @@ def _together(registry: EdgeRegistry, goals: Sequence[_Goal]) -> list[list[_Goal
 
 
 def _beyond(group: Sequence[_Goal]) -> dict[_Use, Edge]:
-    """The uses from which there is a way to go; some tensors are goals themselves."""
+    """The uses from which a backward has a way to go: those of tensors that are no goals."""
     ends = {goal.edge for goal in group}
     return {u: edge for goal in group for u, edge in goal.uses.items() if edge not in ends}
 
@@ -173,7 +175,7 @@ def entries(path: str, table: Embedding, rows: Tensor, arrangement: Arrangement)
 
     Args:
         path: How they were found.
-        table: How it was looked up: alike for all rows.
+        table: How it was looked up, which is the same for all rows.
         rows: The rows.
         arrangement: The poses in the output.
     """
@@ -222,7 +224,7 @@ def _back(
 
 
 def _is_sure(registry: EdgeRegistry, far: Iterable[Edge], goals: Sequence[Edge]) -> bool:
-    """Whether what lies between is known to run on a batch as on each of it."""
+    """Whether all that lies between is known to treat a batch as it treats each entry of it."""
     between = set[int]().union(*(registry.below(source[0]) for source in far))
     beyond = set[int]().union(*(registry.below(goal[0]) for goal in goals))
     return all(kind_of(registry.names[node]).is_surely_batched for node in between - beyond)

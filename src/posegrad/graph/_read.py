@@ -65,8 +65,9 @@ class Operator(NamedTuple):
 
     Args:
         node: The node.
-        sizes: Those of what it computed first, and `dtype`, its dtype.
-        read: What was read of it, by name: a checkpoint hands out each tensor but once.
+        sizes: The sizes of its first output.
+        dtype: The dtype of its first output.
+        read: What was read of it so far, by name: a checkpoint hands out each tensor only once.
     """
 
     node: Node
@@ -160,7 +161,7 @@ def _elementwise(op: Operator, entry: Entry, factor: Factor | float) -> ClosedFo
 
 
 def aligned_to(op: Operator, entry: Entry) -> torch.Size | None:
-    """The parameter's shape against that of what it is broadcast to; None if it is transposed."""
+    """The parameter's shape with ones in front; None if it is transposed or has more dimensions."""
     missing = len(op.sizes) - len(entry.shape)
     fits = not entry.transposed and missing >= 0
     return torch.Size((1,) * missing + entry.shape) if fits else None
@@ -199,7 +200,10 @@ def vector(op: Operator, entry: Entry) -> ClosedForm | None:
 
 
 def middle(op: Operator, entry: Entry) -> ClosedForm | None:
-    """Of `F.bilinear`, which is a sum over two dimensions of a product of three tensors."""
+    """The form of the weight of `F.bilinear`.
+
+    The operator is a sum over two dimensions of a product of three tensors.
+    """
     told = tuple(op.saved(name) for name in ("expand1", "expand2", "expand3", "sumdim"))
     first, second = op.saved("i1"), op.saved("i3")
     tensors = isinstance(first, Tensor) and isinstance(second, Tensor)
@@ -222,7 +226,7 @@ def distances_to(argument: str, other: str, *, on_left: bool, by_products: bool 
 
 
 def experts(op: Operator, entry: Entry) -> ClosedForm | None:
-    """Of weights of which each serves some rows, those that end where the next one's begin."""
+    """A stack of weights: each serves the rows from where the one before it ends to its own end."""
     x, ends = op.saved("self"), op.saved("offs")
     tensors = isinstance(x, Tensor) and isinstance(ends, Tensor)
     if entry.transposed or not tensors or x.ndim != 2 or len(entry.shape) != 3:
@@ -231,7 +235,7 @@ def experts(op: Operator, entry: Entry) -> ClosedForm | None:
 
 
 def slope(op: Operator, entry: Entry) -> ClosedForm | None:
-    """Of PReLU, for numbers below zero."""
+    """The slope of PReLU, by which it multiplies numbers below zero."""
     x = op.saved("self")
     if not isinstance(x, Tensor):
         return None
@@ -334,7 +338,7 @@ def batch_scale(op: Operator, entry: Entry) -> ClosedForm | None:
     if train:
         mean, rho = op.saved("result1"), op.saved("result2")
     else:
-        mean = op.saved("running_mean").clone()  # updated without a new version
+        mean = op.saved("running_mean").clone()  # torch updates it without a new version
         rho = (op.saved("running_var") + op.saved("eps")).rsqrt()
     aligned = torch.Size([1, *entry.shape, *[1] * (x.ndim - 2)])
     mean, rho = mean.reshape(aligned), rho.reshape(aligned)

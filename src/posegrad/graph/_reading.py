@@ -54,7 +54,7 @@ Forms = list[ClosedForm | None]
 """The closed form of each use of a worklist."""
 
 Tables = Mapping[int, Embedding | None]
-"""Those that rows were looked up in, by operator."""
+"""The tables that rows were looked up in, by operator; None if no form can be read."""
 
 
 @final
@@ -512,7 +512,7 @@ class Reading:
         return [None if edge is None else next(edges) for edge in sources]
 
     def _target(self, name: str) -> tuple[Tensor | GradientEdge, Embedding | None]:
-        """By what rows of the whole graph are taken, and the table if it is what was looked up."""
+        """By which tensor rows of the whole graph are taken; its table too, if it was looked up."""
         registry, parameter = self.registry, self.subject.parameters[name]
         if self._looks_up:
             uses = [*uses_of(self.subject, name)]

@@ -37,10 +37,10 @@ _MOST_CLIMBED = 512  # sites beyond a parameter's own that are looked at togethe
 _LARGEST_CLIMBED = 4  # times the parameter's size: what is larger is no weight
 
 
-_FEW = 8  # rows that are not worth a search for owners
+_FEW = 8  # so few rows are not worth a search for owners
 
 FEW_ROWS = "a few numbers put together"
-"""Why rows are taken one by one, where nothing is slow about it."""
+"""The reason for taking rows one by one where that is not slow."""
 
 
 @final
@@ -52,7 +52,8 @@ class Recipe:
         dim: The output's dimension that counts poses, None if every number is a pose.
         sites: Where rows are read.
         by_rows: Parameters that take a backward through the whole graph for each row, and why.
-        activations: Numbers of nodes that rows are pulled back from and that data flows through.
+        activations: The nodes, by number, that rows are pulled back from although they were
+            computed from data too.
         lost: Operators through which poses could not be followed to where parameters enter.
         verified: Parameters whose rows were compared with autograd's gradient.
     """
@@ -103,7 +104,7 @@ def resolve(subject: Subject) -> tuple[Recipe, Trial]:
 
 
 def of_rows(subject: Subject) -> Recipe | None:
-    """The recipe of rows of the whole graph, where no other is worth a look; else None."""
+    """The recipe that takes all rows of the whole graph, if no other is worth a look; else None."""
     if subject.registry.is_nested:
         why = "tensors are nested"
     elif _is_few_losses(subject):
@@ -156,25 +157,28 @@ def first_look(subject: Subject, sites: Sequence[Site]) -> tuple[Arrangement, Tr
 
 
 def is_followed(subject: Subject, recipe: Recipe) -> bool:
-    """Whether poses are followed to all that a recipe reads."""
+    """Whether operators tell where poses lie at every edge that a recipe reads."""
     layouts = subject.layouts(Arrangement(subject.output.shape, recipe.dim))
     return all(edge in layouts for site in recipe.sites for edge in site.edges)
 
 
 def keeps_apart(subject: Subject, recipe: Recipe) -> bool:
-    """Whether numbers keep poses apart this time, in every use of every parameter."""
+    """Whether the numbers that pick rows keep poses apart this time, at all uses of parameters."""
     if subject.registry.is_nested:
         return False
     arrangement = Arrangement(subject.output.shape, recipe.dim)
     layouts = subject.layouts(arrangement)
     if subject.is_fixed:
-        return False  # there are no such numbers
+        return False  # no numbers pick rows
     sites = (site for name in subject.parameters for site in uses_of(subject, name))
     return all(edge in layouts for site in sites for edge in site.edges)
 
 
 def _is_told(subject: Subject, arrangement: Arrangement, sites: Sequence[Site]) -> bool:
-    """Whether operators tell of all poses, and a backward a component costs less than probes."""
+    """Whether operators tell whose all rows are, and poses have few enough components.
+
+    A backward for each component then costs less than probes.
+    """
     if arrangement.components > _FEW:
         return False
     layouts = subject.layouts(arrangement)
@@ -182,7 +186,7 @@ def _is_told(subject: Subject, arrangement: Arrangement, sites: Sequence[Site]) 
 
 
 def pose_dimensions(shape: torch.Size) -> list[int | None]:
-    """Ways to number poses, the most likely first: every number one, or one dimension."""
+    """Ways to number poses, likeliest first: every number is one, or one dimension counts them."""
     several = [dim for dim, size in enumerate(shape) if 1 < size < shape.numel()]
     alone = [0] if len(shape) > 1 and shape[0] == 1 < shape.numel() else []
     return [None, *alone, *several]
@@ -198,9 +202,9 @@ def slow_parameters(recipe: Recipe) -> list[str]:
 def _settled(
     registry: EdgeRegistry, sites: Sequence[Site], trial: Trial, lost: dict[str, str]
 ) -> list[Site]:
-    """The nearest sites to the parameters whose rows have owners; the rest is added to `lost`."""
+    """The nearest sites at which all rows have owners; parameters without such go to `lost`."""
     settled: dict[Site, None] = {}
-    seen: set[Site] = set()  # a site is reached by many paths, of a deep network by 2^depth
+    seen: set[Site] = set()  # a site is reached by many paths, in a deep network by 2^depth
     pending = list(sites)
     while pending:
         site = pending.pop()
@@ -236,7 +240,8 @@ def _further(
             told = all(edge in layouts for edge in site.edges)
             size = registry.shape(site.source).numel()
             small = size <= _LARGEST_CLIMBED * max(parameters[site.parameter].numel(), 64)
-            # What a weight enters may be of any size, as a network on the edges of all poses.
+            # The size is that of the weight: the operator that it enters may be of any size, as in
+            # a network on the edges of all poses.
             if told or small or not has_data(site) or may_be_shared(registry, site, own):
                 found[site] = None
                 pending += [] if told else [site]

@@ -42,7 +42,7 @@ def recurrent(
     facts: Facts, arg: int, layout: Layout, out: torch.Size, inside: torch.Size
 ) -> Layout | None:
     """From an input `[T, B, d]` and states `[B, H]` to outputs of the same kinds."""
-    batch = len(out) - 2  # where poses lie in the output, and in the argument
+    batch = len(out) - 2  # the output's dimension of poses
     if arg in _WEIGHTS or layout.dim != batch or inside[len(inside) - 2] != out[batch]:
         return None
     return layout.moved(len(inside) - 2)
@@ -73,8 +73,8 @@ def gate_bias(op: Operator, entry: Entry) -> ClosedForm | None:
 def gates_layout(layouts: Mapping[int, Layout | None]) -> Layout | None:
     """Whose the rows of the gates' cotangents `[T, B, 4 H]` are; None if poses mix in them.
 
-    A gate is met by the states of all later steps, so these must be one pose's: poses lie along B,
-    and lie alike in all outputs.
+    The cotangents of all later states reach a gate, so these must be one pose's: poses lie along B,
+    and in the same way in all outputs.
 
     Args:
         layouts: Of the cotangents of the outputs, by number; None where poses mix.
@@ -160,7 +160,7 @@ def _before(op: Operator) -> Tensor:
 
 
 def _of(op: Operator, name: str) -> Tensor:
-    """What it saved, in float32 at least."""
+    """What the operator saved under a name, in float32 at least."""
     tensor: Tensor = op.saved(name)
     return wide(tensor.detach())
 

@@ -16,7 +16,7 @@ Slot = tuple[int, str]
 
 @final
 class KeptGraph:
-    """A graph that was read, and that other losses may still be differentiated through.
+    """A graph that was read, and through which other losses may still be differentiated.
 
     Args:
         registry: The graph; None if there is none.
@@ -26,7 +26,7 @@ class KeptGraph:
         self._registry = registry
 
     def free_after_backward(self) -> None:
-        """Frees it when the backward that is running ends, as that would do with its own graph."""
+        """Frees it when the backward that is running ends, as that backward does with its own."""
         after_backward(self._free)
 
     def _free(self) -> None:
@@ -49,7 +49,7 @@ def release(
     Args:
         registry: The graph.
         slots: Where tensors may be saved.
-        gone: Raises what whoever uses the graph again is told.
+        gone: Raises the error for whoever uses the graph again.
     """
     for number, name in slots:
         for slot in slots_of(registry.nodes[number], name):
@@ -60,7 +60,7 @@ def release(
 
 
 def slots_above(registry: EdgeRegistry, leaves: Iterable[int]) -> list[Slot]:
-    """Where everything that was computed from some leaves saved something."""
+    """The slots in which the nodes that were computed from some leaves hold something."""
     return [
         (number, name)
         for number in registry.above(leaves)

@@ -16,7 +16,7 @@ __all__ = ["Sinks"]
 class Sinks(Change):
     """Where DDP notices, in the graph of its outputs, that a backward passes.
 
-    Within, a backward passes unnoticed: it reads rows, and gradients come later.
+    Inside, a backward passes unnoticed: it reads rows, and gradients come later.
 
     Args:
         registry: The graph; None if there is none.
@@ -37,7 +37,7 @@ class Sinks(Change):
                 self.awaited |= {key for key, node in registry.leaves.items() if node in below}
 
     def check_delivered(self) -> None:
-        """Refuses rows whose gradient would come to no DDP's notice.
+        """Refuses rows whose gradient no DDP would notice.
 
         Raises:
             UnsupportedModuleError: if a DDP waits for the first backward through its outputs.
@@ -46,8 +46,8 @@ class Sinks(Change):
             raise UnsupportedModuleError(
                 "The output was computed by a DistributedDataParallel with static_graph=True, "
                 "which sums gradients over processes only once a first backward has passed its "
-                "outputs. Rows that are read are no such backward: gradients made of them would "
-                "stay local, in silence.\n"
+                "outputs. Reading rows is no such backward: gradients made of them would stay "
+                "local, in silence.\n"
                 "Use engine.loss(losses, rule).backward(), which passes; or leave static_graph out."
             )
 

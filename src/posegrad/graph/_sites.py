@@ -40,7 +40,8 @@ class Site:
         light: Whether what lies between only rearranges, and so needs no saved tensor.
         looked_up: The operator that looked up rows of the parameter, if nothing but that and
             rearrangements lies between.
-        node: The number of the operator that takes it, and `argument`, as which argument.
+        node: The number of the operator that takes it.
+        argument: As which argument the operator takes it.
         transposed: Whether a transpose lies between.
         closed: Whether a closed form is to be read; else the operator's own vjp is used.
         edges: The operator's outputs, whose cotangents are needed.
@@ -140,9 +141,9 @@ def carries_data(
 ) -> bool:
     """Whether what enters was computed from data too, and so is an activation and no weight.
 
-    Data enters a product as an operand without a graph, and a table as the rows to look up; unless
-    these are the modules' own, as buffers are. Rows that are looked up and then are broadcast along
-    the poses are alike for all of them: positions, distances.
+    Data enters a product as an operand without a graph, and a table as the numbers of the rows to
+    look up. What belongs to the modules, as buffers do, is no data. Rows that are looked up and
+    then broadcast along the poses are the same for all of them: positions, distances.
 
     Args:
         registry: The graph.
@@ -160,7 +161,7 @@ def carries_data(
 
 
 def may_be_shared(registry: EdgeRegistry, site: Site, own: frozenset[int]) -> bool:
-    """Whether one has to look further on, to tell data from what is broadcast along the poses.
+    """Whether one has to look further on to tell data from what is broadcast along the poses.
 
     The arguments are those of `carries_data`.
     """
@@ -170,7 +171,7 @@ def may_be_shared(registry: EdgeRegistry, site: Site, own: frozenset[int]) -> bo
 
 
 def _kinds_below(registry: EdgeRegistry, site: Site) -> dict[int, Kind]:
-    """All that what enters was computed by."""
+    """All operators by which what enters was computed."""
     return {node: kind_of(registry.names[node]) for node in registry.below(site.source[0])}
 
 
@@ -194,7 +195,7 @@ def _keeps_rows(registry: EdgeRegistry, kinds: Mapping[int, Kind]) -> bool:
 
 
 def _has_only(registry: EdgeRegistry, node: int, own: frozenset[int]) -> bool:
-    """Whether an operator saved only the modules' own tensors and unit matrices, as far as seen."""
+    """Whether an operator is seen to have saved only the modules' tensors and unit matrices."""
     tensors = saved_tensors(registry.nodes[node])
     return tensors is not None and all(memory_of(t) in own or _is_unit(t) for t in tensors)
 
@@ -225,7 +226,7 @@ def _keeps_shape(registry: EdgeRegistry, node: int) -> bool:
 
 
 def _is_turned(registry: EdgeRegistry, node: int) -> bool:
-    """Whether an operator turns a matrix, by any of its ways, for products alone."""
+    """Whether an operator transposes a matrix, by `transpose` or `permute`, for products alone."""
     kind, facts = kind_of(registry.names[node]), registry.facts[node]
     if len(registry.sizes[node][0]) != 2 or None in facts:
         return False
@@ -238,7 +239,7 @@ def _is_turned(registry: EdgeRegistry, node: int) -> bool:
 
 
 def _is_transparent(registry: EdgeRegistry, edge: Edge, node: int) -> bool:
-    """A cast on one device between floating types; a transpose always is."""
+    """Whether it stays on one device and among floating types: not every cast does."""
     before, after = registry.nodes[edge[0]], registry.nodes[node]
     dtypes = (*dtype_of(before), *dtype_of(after))
     return device_of(before) == device_of(after) and all(d.is_floating_point for d in dtypes)

@@ -1,8 +1,8 @@
-"""Where poses lie before `as_strided`, which its own backward tells.
+"""Where poses lie before `as_strided`, as its own backward tells.
 
 Numbers are read from memory by strides. Where they lay in the argument depends on its strides, and
-no graph tells those. Pooling an image to one pixel leaves such an operator behind, with numbers all
-where they were.
+no graph tells those. Pooling an image to one pixel leaves such an operator in the graph, one that
+leaves all numbers where they were.
 """
 
 import torch
@@ -21,15 +21,15 @@ def restrided(
 ) -> Layout | None:
     """`out = x.as_strided(size, stride)`, if every number stays where it is.
 
-    Then owners come back as they are sent. None was lost or added to another on the way: there are
-    as many numbers before the operator as behind it and each comes from one place, so a place that
-    gets two leaves another with a zero.
+    Owners are sent through its backward. If they come back as they were sent, none was lost or
+    added to another on the way: there are as many numbers before the operator as behind it, and
+    each comes from one place, so a place that gets two leaves another with a zero.
     """
     device, dtype = device_of(node), dtype_of(node)[0]
     if out != inside or layout.is_whole or layout.has_dead_rows:
         return None
     if not dtype.is_floating_point or layout.count > 1 / torch.finfo(dtype).eps:
-        return None  # some number is not to be told from the next
+        return None  # the dtype cannot tell every number from the next
     shape = [size if dim == layout.dim else 1 for dim, size in enumerate(out)]
     sent = (layout.to(device).owners + 1).to(dtype).reshape(shape).expand(out).contiguous()
     (back,) = apply_node(node, [sent])

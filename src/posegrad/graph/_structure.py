@@ -22,8 +22,8 @@ _MOST = 256  # structures that are remembered
 _MOST_NODES = 2**18  # of all of them together: some 100 MB
 
 _Key = tuple[Any, ...]
-"""All that decisions looked at, and never only its hash: those of -4 and of 2**64 - 4, as which a
-negative dimension is saved, are one."""
+"""All that decisions looked at, never only its hash: 4 and 2**64 - 4, as which the dimension -4 is
+saved, have the same hash."""
 
 
 @final
@@ -74,11 +74,12 @@ class Structure:
             written in Python tell.
         slots: Where nodes above the parameters hold saved tensors.
         trail: What following poses through earlier graphs of it told.
-        is_fixed: Whether that decides where poses lie, as far as is known: no numbers pick rows.
+        is_fixed: Whether the structure alone decides where poses lie, as far as is known: no
+            numbers pick rows.
         inferred: Where poses lie, as far as it follows, by the output's dimension of poses.
         settled: How to read it, once nothing is open.
-        heard: How to hear it, once somebody listened: where poses lie follows without numbers that
-            flow, but nothing is known of how the backward's own reading would go.
+        heard: How to hear it, once somebody listened. As in `settled`, where poses lie follows
+            without numbers that flow; but no reading has shown which closed forms do not serve.
         route: Where to listen.
         together: Whether all rows together take less time than use by use; None if not yet known.
     """

@@ -1,4 +1,4 @@
-"""What is asked of a graph."""
+"""An output, and what is asked of its graph."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ class Subject:
         output: The predictions, with their graph.
         registry: That graph.
         parameters: Those that the output depends on, by name.
-        pose_index: Owners of rows the caller has stated.
+        pose_index: Owners of rows, as the caller has stated them.
         dim: The output's dimension that counts poses, if the caller has said.
         generator: The engine's own source of random numbers.
         trail: What following poses through graphs of this very structure told.
@@ -35,7 +35,8 @@ class Subject:
         is_hooked: Whether activations are seen to have hooks, which may do today what they did not
             when rows were last compared with autograd.
         quiet: Whether not to warn of slow ways.
-        beside: Leaves that are no parameters, if the gradient of the sum there is wanted too.
+        beside: Leaves that are no parameters, if the gradient of the output's sum by them is wanted
+            too.
     """
 
     output: Tensor
@@ -60,7 +61,7 @@ class Subject:
 
     @cached_property
     def backwards(self) -> Backwards:
-        """Those that it took so far; the plainest reading counts none."""
+        """The backwards that it took so far; a reading by just one does not count it here."""
         return Backwards()
 
     def own(self) -> frozenset[int]:
@@ -74,7 +75,7 @@ class Subject:
         return self._names(lost[edge] for edge in edges if edge in lost)
 
     def blame(self, arrangement: Arrangement, edges: Iterable[Edge]) -> None:
-        """Names what is to blame for what it takes to look at some edges."""
+        """Notes the operators to blame for the backwards that it takes to look at some edges."""
         found = self.inferred.get(arrangement.dim)
         if found is None:
             return
@@ -87,5 +88,5 @@ class Subject:
 
     @property
     def is_fixed(self) -> bool:
-        """Whether that holds for all graphs of this structure."""
+        """Whether what is inferred holds for all graphs of this structure, as far as is known."""
         return all(found.is_fixed for found in self.inferred.values())

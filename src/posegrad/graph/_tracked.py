@@ -72,11 +72,11 @@ def check_tracked(output: Tensor, known: Collection[int], since: int) -> Tracked
     Args:
         output: Predictions with their graph.
         known: `id` of every leaf that is allowed to appear.
-        since: That of the `graph_clock()` around the forward; older nodes were computed elsewhere.
+        since: The stamp of the `graph_clock()` around the forward; older nodes were made elsewhere.
 
     Raises:
         UntrackedTensorError: if another leaf, or a node older than the forward, is reached.
-        ReentrantCheckpointError: if a reentrant checkpoint is.
+        ReentrantCheckpointError: if a reentrant checkpoint is reached.
     """
     narrow, leaves = False, set()
     for node in walk(get_gradient_edge(output).node):
@@ -97,7 +97,7 @@ def is_slice_of_leaf(tensor: Tensor) -> bool:
 
 
 def leaf_of_slice(tensor: Tensor) -> Tensor | None:
-    """The stacked leaf that a tensor is a row or a slice of; None if it is none."""
+    """The stacked leaf that a tensor is a row or a slice of; None if it is neither."""
     node = tensor.grad_fn
     if node is None or kind_of(node.name()).cuts not in (unbound, parted):
         return None

@@ -24,7 +24,7 @@ class Trial:
     """Cotangents at edges and their layouts.
 
     Args:
-        cotangents: Under ones, by edge; None where nothing flows.
+        cotangents: By edge, if every pose has cotangent one; None where nothing flows.
         layouts: By edge; None where poses mix.
     """
 
@@ -50,7 +50,7 @@ class Trial:
 
 
 def attempt(subject: Subject, arrangement: Arrangement, sites: Sequence[Site]) -> Trial:
-    """One backward for the cotangents, and probes for what is not known without.
+    """One backward for the cotangents, and probes for owners that are not known without them.
 
     Args:
         subject: What is differentiated.
@@ -60,7 +60,7 @@ def attempt(subject: Subject, arrangement: Arrangement, sites: Sequence[Site]) -
     output = subject.output
     edges = list(dict.fromkeys(edge for site in sites for edge in site.edges))
     count, parts = arrangement.poses, arrangement.components
-    mix = torch.ones(parts, dtype=torch.float64, device="cpu")  # of the components of a pose
+    mix = torch.ones(parts, dtype=torch.float64, device="cpu")  # cotangents of a pose's components
     if parts > 1:
         mix = 0.5 + torch.rand(
             parts, dtype=torch.float64, device="cpu", generator=subject.generator
@@ -110,7 +110,7 @@ def known_layout(
     cotangent: Tensor | None,
     shared: list[Layout],
 ) -> Layout | None:
-    """The layout that needs no probe: of one pose, of nothing, inferred, or stated."""
+    """The layout if it needs no probe: of one pose, where nothing flows, inferred, or stated."""
     count = arrangement.poses
     if cotangent is None:
         nobody = torch.full((1,), -1, dtype=torch.long, device=subject.output.device)
@@ -130,7 +130,7 @@ def known_layout(
 
 
 def _shared(layout: Layout, known: list[Layout]) -> Layout:
-    """The layout that is known already, for what it has worked out; or it is from now on."""
+    """A known layout that is equal, for what it has worked out; else this one, now known too."""
     for other in known:
         if layout.dims == other.dims and (
             layout.stated is other.stated or torch.equal(layout.owners, other.owners)
@@ -145,8 +145,9 @@ def _stated(
 ) -> Layout | None:
     """The layout the caller's owners give, None if none of them fits, or several do.
 
-    Edges may be as many as atoms, or atoms as poses: where one number fits two kinds of rows, it is
-    probed. So it is where the output has several dimensions that may be those the owners count.
+    There may be as many edges as atoms, or as many atoms as poses: where one number fits two kinds
+    of rows, the cotangent is probed. So it is where the owners may count several dimensions of the
+    output.
     """
     count = arrangement.poses
     fitting = [

@@ -21,7 +21,7 @@ _TOLERANCE = {
     torch.bfloat16: 1e-1,
 }
 
-_ROUNDINGS = 8  # how far rows may differ from a gradient that is nothing but rounding
+_ROUNDINGS = 8  # how many of autograd's own rounding errors rows may be off by
 
 
 @final
@@ -63,10 +63,10 @@ class Reference:
             and infinite gradients nothing can be said.
 
         The tolerance is that of the narrowest dtype which the gradient passes. It is relative to
-        the larger of the two results and of the result with the signs
-        of w dropped, so that a cancellation is not taken for an error; and below some rounding
-        errors of the whole gradient nothing is an error, for there are parameters whose gradient is
-        zero but for rounding (the bias of attention's keys).
+        the largest of the two results and of the result with the signs of w dropped, so that a
+        cancellation is not taken for an error. What is below some rounding errors of the whole
+        gradient is no error: some parameters have a gradient that is zero but for rounding (the
+        bias of attention's keys).
         """
         registry, parameters = subject.registry, subject.parameters
         flat = self.weights.reshape(-1)
@@ -96,7 +96,7 @@ class Reference:
         return frozenset(wrong | self._no_rounding(subject, faint)), frozenset(sure)
 
     def _no_rounding(self, subject: Subject, errors: Mapping[str, Tensor]) -> set[str]:
-        """Those of some small errors that are no rounding: far above autograd's own.
+        """The parameters whose small error is more than rounding: far above autograd's own.
 
         A gradient is linear in w, so what the gradients of two parts of w add up to differs from
         that of w by rounding alone.

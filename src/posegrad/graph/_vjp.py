@@ -233,7 +233,7 @@ def _one(edge: GradientEdge) -> Tensor:
 
 @final
 class _thawed(Change):  # noqa: N801
-    """Lets leaves be differentiated by that were frozen since the forward."""
+    """Lets leaves that were frozen since the forward be differentiated by."""
 
     def __init__(self, sources: Sequence[Tensor]) -> None:
         self._frozen = [source for source in sources if not source.requires_grad]
@@ -274,7 +274,7 @@ def _batched(
     *,
     is_sure: bool,
 ) -> list[Tensor | None] | None:
-    """Rows by one backward; None as of `_checked`."""
+    """Rows by one backward; None as for `_checked`."""
     return _checked(
         lambda cotangents: _grad(outputs, cotangents, sources, batched=True),
         lambda cotangents: _grad(outputs, cotangents, sources, batched=False),
@@ -299,8 +299,8 @@ def _checked(
         is_sure: Whether to spare the comparison.
 
     Returns:
-        The rows of each source; None if they are wrong, or if an operator takes no batch, as one
-        by one all do.
+        The rows of each source; None if they are wrong, or if an operator takes no batch: every
+        operator takes cotangents one by one.
     """
     try:
         with _quiet():
@@ -333,7 +333,7 @@ def _grad(
 
 
 def dense(tensor: Tensor) -> Tensor:
-    """A gradient as an ordinary tensor: embeddings make sparse ones, `conj` one that waits."""
+    """A gradient as an ordinary tensor: embeddings make sparse ones, `conj` makes lazy ones."""
     if tensor.is_sparse:
         tensor = tensor.to_dense()
     return tensor.resolve_conj().resolve_neg() if tensor.is_complex() else tensor
@@ -345,7 +345,7 @@ def _even_weights(found: Sequence[Tensor]) -> Tensor:
     Args:
         found: Rows `[k, ...]` of several sources.
 
-    They are drawn alike each time, and no global random number is.
+    They are the same each time, and no global random number is drawn.
     """
     flat = [rows.detach().reshape(len(rows), rows[0].numel()) for rows in found]
     norms = [torch.linalg.vector_norm(r, dim=1, dtype=_wide_of(r)).cpu().double() for r in flat]
@@ -398,7 +398,7 @@ def _wide_of(tensor: Tensor) -> torch.dtype:
 
 @final
 class _quiet(Change):  # noqa: N801
-    """Without vmap's remarks on operators it takes one by one."""
+    """Silences vmap's remarks on operators that it takes one by one."""
 
     def __init__(self) -> None:
         self._caught = warnings.catch_warnings()

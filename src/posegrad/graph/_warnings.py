@@ -57,5 +57,5 @@ def nested_message() -> str:
     return (
         "Nested tensors are in the graph of this output, and no pose can be followed through "
         "them. The per-pose gradients are exact, but take one backward through the graph for each "
-        "number of the output. Padded tensors with a mask, or ragged ones, are read in one."
+        "number of the output. Padded tensors with a mask, or ragged ones, take only one."
     )

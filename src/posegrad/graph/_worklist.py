@@ -93,14 +93,15 @@ class SettledWorklist:
 
     Args:
         work: The worklist.
-        layouts: Whose the rows of the cotangents are; None if numbers tell, for each graph anew:
-            those that picked the rows, or of cotangents that should be zero, as nobody's are.
+        layouts: Whose the rows of the cotangents are; None if each graph is looked at anew: for the
+            numbers that pick rows, or for whether nobody's rows are zero, as they should be.
         packable: One slot of each operator that is read, to see whether a checkpoint holds it.
         left: The slots that the backward does not free.
         declined: The sites whose closed form does not serve these cotangents.
         together: Whether all rows are taken together.
-        is_open: Whether there is no other way, as poses mix in front of all parameters.
-        is_sure: Whether that was seen to be right.
+        is_open: Whether rows taken together are the only way, as poses mix in front of all
+            parameters.
+        is_sure: Whether rows taken together were seen to be right.
     """
 
     work: Worklist
