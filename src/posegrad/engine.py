@@ -72,7 +72,7 @@ class Engine:
         batch_dim: `"auto"` finds out which dimension of an output counts poses; a number is trusted
             to be it, as in TorchJD. None takes a backward for every row.
         process_group: A `torch.distributed` group of processes with copies of the model that share
-            every group of poses: a call takes the poses of this one, its result is that of all.
+            every group of poses: a call takes the poses of this process, its result is that of all.
             Default: that of a DistributedDataParallel or `fully_shard` model; else none.
 
     Raises:
@@ -136,7 +136,7 @@ class Engine:
                 of the groups' sizes. The prediction then is `[n, ...]`; a loss may couple groups.
             schedule: `"retain"`, `"store"`, `"stream"`, `"recompute"`; `"auto"` takes the one of
                 least time that fits into `memory`. All give the same numbers; see `plan`.
-            skip_below: Leave poses out of the gradient whose weight is below this share of the
+            skip_below: Leave out of the gradient poses whose weight is below this share of the
                 largest of their group. The error is at most `skip_below * max|w|` times the sum of
                 the norms of the gradients left out; 0 is exact.
 
@@ -306,8 +306,8 @@ class Engine:
         Note:
             Time: hooks on the operators behind the output, some 6 us each; for a structure that was
             not met before, one `jacobian`; an activation-only backward each time where owners do
-            not follow from the graph. Memory: the layers' inputs, which a backward frees as it
-            goes, and the cotangents of their outputs are held until J is dropped.
+            not follow from the graph. Memory: until J is dropped, the layers' inputs, which
+            a backward would free as it goes, and the cotangents of their outputs.
 
         Example:
             >>> model = nn.Linear(3, 1)

@@ -29,7 +29,7 @@ class Block:
         dtype: Its dtype.
         device: Where the parts are.
         count: M, the number of rows.
-        parts: How the rows are held; None if nothing depends on the parameter.
+        parts: How the rows are held; empty if nothing depends on the parameter.
         uses: How many places in one graph the rows were read at, however they are held now.
     """
 
@@ -111,7 +111,7 @@ class Block:
         return replace(self, count=len(index) * inner, parts=parts)
 
     def across(self, other: "Block", products: Products) -> Tensor | None:
-        """The inner products with the rows of another block `[M, M']` without rows, or None."""
+        """The inner products with the rows of another block `[M, M']`; None if that takes rows."""
         parts = [*self.parts, *other.parts]
         whole = self._is_whole() and other._is_whole()
         if not whole or not all(isinstance(part, Factors) for part in parts):

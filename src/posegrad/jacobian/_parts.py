@@ -300,7 +300,7 @@ class Factors(Part):
         return Factors(self.path, 0, form, chosen, arrangement, cotangents, self.pull)
 
     def across(self, other: "Factors", products: Products) -> Tensor | None:
-        """The inner products with the rows of another part `[M, M']` without the rows, or None."""
+        """The inner products with the rows of another part `[M, M']`; None if that takes rows."""
         if type(self.form) is not type(other.form) or not self._meets(other):
             return None
 
@@ -468,7 +468,7 @@ class Weights:
         """The cotangents of a part, with each row times the weight of its owner."""
         if self._last is not None and part.has_cotangents_of(self._last[0]):
             return self._last[1]
-        self._last = None  # before there is another one
+        self._last = None  # freed before the next one is made
         weighed = part.weighed(self.of(part))
         self._last = part, weighed
         return weighed

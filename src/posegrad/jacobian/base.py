@@ -196,7 +196,8 @@ class Jacobian(ABC):
 
         Raises:
             ShapeMismatchError: if w has another shape, or the rule gives more than one number.
-            NonFiniteGradientError: if such rows meet a rule that looks at them, without a scaler.
+            NonFiniteGradientError: if rows are nan or infinite, a rule looks at them, and there is no
+                scaler.
             StaleFactorError: as for `combine`. No `.grad` is touched by any of these.
             RankError: if another rank failed, or a rule that draws its own random numbers made
                 different gradients on different ranks; `.grad` is untouched then too.
@@ -248,10 +249,10 @@ class Jacobian(ABC):
 
         Note:
             For R rows of a linear layer with d inputs and p outputs, time and memory are the lesser
-            of `R^2 (d + p)`, without any gradient, and `(R + M^2) d p`, by rows, the way of other
-            layers. By rows, each of the M d p numbers is also written and read. The same goes for
-            kernels, with positions for rows. Over ranks, every row travels once, and no rank has
-            the rows of more than one layer.
+            of `R^2 (d + p)`, without any gradient, and `(R + M^2) d p`, by rows. By rows, each of
+            the M d p numbers is also written and read. Kernels are the same, with positions for R;
+            other layers go by rows. Over ranks, every row travels once, and no rank has the rows of
+            more than one layer.
 
         References:
             Goodfellow, "Efficient per-example gradient computations" (2015), for one row per pose;

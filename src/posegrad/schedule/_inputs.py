@@ -96,7 +96,6 @@ class Inputs:
 
         Args:
             found: The `id` of every leaf.
-            found: `id` of every leaf.
             leaves: The detached stand-ins for pose tensors in the graph.
         """
         numbers = self._index | {id(leaf): number for number, leaf in leaves.items()}

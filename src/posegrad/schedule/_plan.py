@@ -246,7 +246,8 @@ class Plan:
         backwards: Backwards in all; a range likewise.
         graphs: How many chunks' graphs are alive at once.
         holds: What else is kept between combine and backward.
-        bytes_held: The size of that for scalar predictions; None for graphs: the model decides.
+        bytes_held: The size of that for scalar predictions; None under `retain`, which keeps graphs
+            alone.
         costs: Of each schedule the time, in forwards of a pose, and the bytes it keeps.
 
     Example:

@@ -262,8 +262,8 @@ class _Tape:
         """The gradients of one chunk, scored again.
 
         Its poses may depend on each other (batch statistics, one random mask for all), so all are
-        scored again, unless `_may_pick` allows less. The first time that only some are, all are
-        too, and the gradients are compared.
+        scored again, unless `_may_pick` allows less. The first time that some are scored again by
+        themselves, all are too, and the gradients are compared.
         """
         chunk = picks.chunk
         if not (picks.are_some and self._may_pick(chunk)):
