@@ -423,9 +423,9 @@ class Engine:
         """How often `gramian` would gather poses, and what it would hold.
 
         Args:
-            poses: As there; a generator is used up.
-            other: Likewise.
-            loss: Likewise.
+            poses: As for `gramian`; a generator is used up.
+            other: As for `gramian`; a generator is used up.
+            loss: As for `gramian`.
 
         Returns:
             Something to print.
@@ -470,7 +470,7 @@ class Engine:
         Args:
             poses: As for `combine`.
             k: As for `Jacobian.project`, which tells what a projection is and how exact.
-            seed: Likewise.
+            seed: As for `Jacobian.project`.
             loss: As for `gather`.
 
         Returns:
@@ -528,7 +528,7 @@ class Engine:
                 of :math:`J_1 J_2^\top`; the gradient is that of the mean of both batches.
                 With a third batch, it is that of the third.
             rule: As for `Jacobian.backward`.
-            scaler: Likewise.
+            scaler: As for `Jacobian.backward`.
 
         Returns:
             The weights, in the output's shape; None if the rule has none.
@@ -612,8 +612,8 @@ class Engine:
                 at gradients, or if it has one number per row; otherwise its rows are poses.
             rule: As for `combine` or `backward`.
             groups: As for `combine`; refused (ValueError) for an output.
-            schedule: Likewise.
-            skip_below: Likewise.
+            schedule: As for `combine`; refused for an output, too.
+            skip_below: As for `combine`; refused for an output, too.
 
         Returns:
             Something to print. It supposes that a pose's prediction is one number.

@@ -177,10 +177,10 @@ class Ranks:
         """The sums over ranks of some gradients, bucket by bucket.
 
         Args:
-            gradients: In the same order on every rank; the list is emptied. None counts as zeros,
-                unless it is None everywhere; then so is the sum.
+            gradients: In the same order on every rank; they are dropped from the list once they are
+                sent. None counts as zeros, unless it is None everywhere; then so is the sum.
             has: Rank by rank, which of them are not None.
-            like: What they are gradients of, whose shapes, dtypes and devices they have.
+            like: What they are gradients of, with the shapes, dtypes and devices of the sums.
 
         Memory: the sums, and one bucket. Half precisions are summed in float32.
         """

@@ -100,7 +100,7 @@ def agreed(ranks: Ranks, numbers: Sequence[int], layouts: Sequence[str]) -> Rank
     """The ranks, once they agree on a call and on the parameters they differentiate by.
 
     Args:
-        ranks: Those that share the poses.
+        ranks: The ranks that share the poses.
         numbers: The number that each rank would give the call.
         layouts: The fingerprint of each rank's parameters.
 

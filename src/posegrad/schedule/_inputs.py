@@ -24,7 +24,7 @@ class Inputs:
 
     Args:
         parameters: By name.
-        ranks: Those that sum the gradients of parameters, if several do.
+        ranks: The ranks that sum the gradients of parameters, if several do.
         modules: All modules of the models.
         call: What was called, for messages.
     """

@@ -115,10 +115,10 @@ class Surroundings:
 
 @final
 class Start:
-    """Random state and buffers before a forward that may run out of memory.
+    """Random state and buffers before forwards that may have to be undone.
 
     Args:
-        parameters: The parameters, which tell the devices.
+        parameters: The parameters; the random state of their devices is noted.
         parts: All modules of the models.
     """
 

@@ -51,7 +51,7 @@ def gramian_of_ranks(
         other: This rank's other poses; None on all ranks if poses meet each other.
         gathering: Makes the Jacobian of some poses.
         parameters: What to differentiate by.
-        ranks: Those that share the poses.
+        ranks: The ranks that share the poses.
         shown: Called with the number of blocks that come by; returns a function to call after each.
 
     Raises:

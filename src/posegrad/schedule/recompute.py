@@ -131,7 +131,7 @@ class _Tape:
     """What the first pass leaves on this rank: poses, predictions, moments, no graph."""
 
     predictions: Tensor
-    """Those of all ranks, `[m, ...]`."""
+    """The predictions of all ranks, `[m, ...]`."""
 
     def __init__(self, run: Run, rule: Combination) -> None:
         self._run = run
