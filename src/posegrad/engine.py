@@ -136,7 +136,7 @@ class Engine:
                 of the groups' sizes. The prediction then is `[n, ...]`; a loss may couple groups.
             schedule: `"retain"`, `"store"`, `"stream"`, `"recompute"`; `"auto"` takes the one of
                 least time that fits into `memory`. All give the same numbers; see `plan`.
-            skip_below: Leave out of the gradient poses whose weight is below this share of the
+            skip_below: Leave out of the gradient the poses whose weight is below this share of the
                 largest of their group. The error is at most `skip_below * max|w|` times the sum of
                 the norms of the gradients left out; 0 is exact.
 

@@ -177,7 +177,7 @@ class Ranks:
         """The sums over ranks of some gradients, bucket by bucket.
 
         Args:
-            gradients: In the same order on every rank; they are dropped from the list once they are
+            gradients: In the same order on every rank; they are dropped from the list as they are
                 sent. None counts as zeros, unless it is None everywhere; then so is the sum.
             has: Rank by rank, which of them are not None.
             like: What they are gradients of, with the shapes, dtypes and devices of the sums.

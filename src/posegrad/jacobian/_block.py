@@ -111,7 +111,7 @@ class Block:
         return replace(self, count=len(index) * inner, parts=parts)
 
     def across(self, other: "Block", products: Products) -> Tensor | None:
-        """The inner products with the rows of another block `[M, M']`; None if that takes rows."""
+        """The inner products with the rows of another block `[M, M']` without rows, or None."""
         parts = [*self.parts, *other.parts]
         whole = self._is_whole() and other._is_whole()
         if not whole or not all(isinstance(part, Factors) for part in parts):

@@ -300,7 +300,7 @@ class Factors(Part):
         return Factors(self.path, 0, form, chosen, arrangement, cotangents, self.pull)
 
     def across(self, other: "Factors", products: Products) -> Tensor | None:
-        """The inner products with the rows of another part `[M, M']`; None if that takes rows."""
+        """The inner products with the rows of another part `[M, M']` without the rows, or None."""
         if type(self.form) is not type(other.form) or not self._meets(other):
             return None
 

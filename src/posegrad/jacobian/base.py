@@ -250,9 +250,9 @@ class Jacobian(ABC):
         Note:
             For R rows of a linear layer with d inputs and p outputs, time and memory are the lesser
             of `R^2 (d + p)`, without any gradient, and `(R + M^2) d p`, by rows. By rows, each of
-            the M d p numbers is also written and read. Kernels are the same, with positions for R;
-            other layers go by rows. Over ranks, every row travels once, and no rank has the rows of
-            more than one layer.
+            the M d p numbers is also written and read. The same goes for kernels, with positions
+            for rows; most other layers go by rows. Over ranks, every row travels once, and no
+            rank has the rows of more than one layer.
 
         References:
             Goodfellow, "Efficient per-example gradient computations" (2015), for one row per pose;
