@@ -1,12 +1,13 @@
-"""What a call changes for a while is as before when the call ends, wherever it is cut short.
+"""Temporary changes, undone when the call that made them ends, wherever it is cut short.
 
-Ctrl-C strikes after any function returns: between a change and the `try` that would undo it, within
-a `finally`, within torch's own context managers. So a `Change` is entered in a journal before it is
-made, and the public doors (`@restoring`) undo what is left in it when an exception passes, and put
-back torch's flags; twice, for the first time may be cut short too.
+Ctrl-C may strike after any function returns: between a change and the `try` that would undo it,
+within a `finally`, within torch's own context managers. So a `Change` is entered in a journal
+before it is made. When an exception passes a public door (`@restoring`), the door undoes what is
+left in the journal and puts back torch's flags. It does so twice, as the first time may be cut
+short too.
 
-None of this is a generator: one that was cut off at its `yield` goes on when it is collected, and
-would undo a second time, later, what somebody else has set meanwhile.
+None of this is a generator. A generator that was cut off at its `yield` goes on when it is
+collected: it would undo its change once more, over what somebody else has set meanwhile.
 """
 
 from abc import ABC, abstractmethod
@@ -40,7 +41,7 @@ _JOURNAL = _Journal()
 
 
 def _undo_from(depth: int) -> None:
-    """Undoes the changes from the last one down to one; may be cut short, and called again."""
+    """Undoes changes, the last one first, until `depth` are left; if cut short, call it again."""
     changes = _JOURNAL.open
     while len(changes) > depth:
         changes[-1].undo()
@@ -58,11 +59,11 @@ class Change(ABC):
 
     @abstractmethod
     def make(self) -> Any:
-        """Changes it; returns what follows `as`."""
+        """Makes the change; returns what `with ... as` binds."""
 
     @abstractmethod
     def undo(self) -> None:
-        """Puts it back: also when it was changed in part or not at all, and when called twice."""
+        """Undoes the change, even if it was made in part or not at all, or is undone already."""
 
     def __enter__(self) -> Any:
         self._depth = len(_JOURNAL.open)
@@ -74,7 +75,7 @@ class Change(ABC):
 
 
 def restoring(function: Callable[P, T]) -> Callable[P, T]:
-    """A public door: an exception that passes it leaves nothing changed for good."""
+    """Makes a function a public door: an exception that passes it leaves no change behind."""
 
     @wraps(function)
     def door(*args: P.args, **kwargs: P.kwargs) -> T:
@@ -99,7 +100,7 @@ def _restore(depth: int, state: ThreadState) -> None:
 
 @final
 class no_graph(Change):  # noqa: N801
-    """`torch.no_grad()`, undone as a change."""
+    """`torch.no_grad()` as a `Change`."""
 
     def __init__(self) -> None:
         self._before = torch.is_grad_enabled()
@@ -113,7 +114,7 @@ class no_graph(Change):  # noqa: N801
 
 @final
 class ordinary_mode(Change):  # noqa: N801
-    """Inference mode off. Left to the collector, torch's own guard would undo it at any time."""
+    """Turns inference mode off; holds torch's guard, which undoes that whenever it is collected."""
 
     def __init__(self) -> None:
         self._guard: AbstractContextManager[Any] | None = None

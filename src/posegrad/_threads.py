@@ -1,4 +1,4 @@
-"""What torch's context managers set for a thread, read and put back."""
+"""Reads, and puts back, what torch's context managers set for a thread."""
 
 from functools import cache
 from operator import call
@@ -31,7 +31,7 @@ class ThreadState(NamedTuple):
 
 
 def thread_state() -> ThreadState:
-    """That of this thread, in a microsecond or two."""
+    """The state of this thread, read in a microsecond or two."""
     return ThreadState(
         torch.is_grad_enabled(),
         multithreading(),
@@ -46,7 +46,7 @@ def thread_state() -> ThreadState:
 
 
 def put_back(state: ThreadState) -> None:
-    """Makes it that of this thread again; harmless if nothing has changed."""
+    """Puts this thread back into a state; harmless if nothing has changed."""
     depth, pop = mode_stack()
     while depth() > state.modes:  # default devices are such modes
         pop()
@@ -64,8 +64,8 @@ def put_back(state: ThreadState) -> None:
 def _nesting() -> int:
     """How many autocasts this thread is in.
 
-    torch tells only while it counts up or down. Both calls are made by `map`, between which no
-    signal is looked for.
+    torch tells the number only when it counts up or down. `map` makes both calls, since Python
+    looks for no signal between them.
     """
     up, _ = map(call, (torch.autocast_increment_nesting, torch.autocast_decrement_nesting))
     return up - 1

@@ -1,7 +1,7 @@
 """The only place that uses names PyTorch does not promise to keep.
 
-Where a release of torch lacks one, an exact way does without it: a public function, or a slower
-look at the numbers themselves. A test renames one after the other.
+If a release of torch lacks one, something else that is exact takes its place: a public function, or
+a slower look at the numbers themselves. A test renames one after the other.
 """
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -43,7 +43,7 @@ def _found(look: Callable[[], Any], otherwise: Any) -> Any:
 
 
 TorchDispatchMode: Any = _found(lambda: torch.utils._python_dispatch.TorchDispatchMode, object)
-"""What sees every operator; without it memory cannot be measured."""
+"""Sees every operator that runs; without it, memory cannot be measured."""
 
 
 def add_each(totals: list[Tensor], terms: list[Tensor], factor: float) -> None:
@@ -83,12 +83,12 @@ def backward_into_leaves(outputs: tuple[Tensor, ...], cotangents: tuple[Tensor, 
 
 
 def after_backward(work: Callable[[], None]) -> None:
-    """Has the backward that is running do some work at its end, if this torch can."""
+    """Makes the backward that is running do some work at its end, if this torch can."""
     _found(lambda: Variable._execution_engine.queue_callback, bool)(work)
 
 
 def keeps_graph() -> bool:
-    """Whether the backward that is running keeps its graph; so it may, if it is not told."""
+    """Whether the backward that is running keeps its graph; True if torch does not tell."""
     told = _found(lambda: torch._C._autograd._get_current_graph_task_keep_graph, None)
     return True if told is None else bool(told())
 
@@ -101,7 +101,7 @@ def distances_backward(b: Tensor, points: Tensor, x: Tensor, p: float, distances
         points: The points.
         x: `[..., T, d]`.
         p: The order of the norm.
-        distances: Theirs, `[..., k, T]`.
+        distances: The distances of the points to x, `[..., k, T]`.
     """
     pull = _found(lambda: torch.ops.aten._cdist_backward, _distances_backward_again)
     pulled: Tensor = pull(b.contiguous(), points, x, p, distances.contiguous())
@@ -120,23 +120,23 @@ def _distances_backward_again(
 
 def hooks_of(leaf: Tensor) -> dict[int, Any] | None:
     """The table of a tensor's `register_hook` hooks, to be written to; None if it never had one."""
-    # Hooks that are not seen run more often than in a plain backward.
+    # If torch does not show the table, hooks run more often than in a plain backward.
     return _found(lambda: leaf._backward_hooks, None)  # type: ignore[no-any-return]
 
 
 def set_grad(enabled: bool) -> None:
-    """Whether this thread makes graphs."""
+    """Sets whether this thread makes graphs."""
     _found(lambda: torch._C._set_grad_enabled, torch.set_grad_enabled)(enabled)
 
 
 def set_multithreading(enabled: bool) -> None:
-    """Whether backwards that this thread starts may run on others."""
+    """Sets whether backwards that this thread starts may run on other threads."""
     public = torch.autograd.set_multithreading_enabled
     _found(lambda: torch._C._set_multithreading_enabled, public)(enabled)
 
 
 def multithreading() -> bool:
-    """Whether they may; as by default if it is not told."""
+    """Whether backwards may run on other threads; True, the default, if torch does not tell."""
     try:
         return torch._C._is_multithreading_enabled()
     except AttributeError:
@@ -144,7 +144,7 @@ def multithreading() -> bool:
 
 
 def mode_stack() -> tuple[Callable[[], int], Callable[[], Any]]:
-    """How many modes see torch's functions, if it is told, and what takes the last one away."""
+    """Functions that count the modes torch's functions go through, and that remove the last."""
     try:
         return torch._C._len_torch_function_stack, torch._C._pop_torch_function_stack
     except AttributeError:
@@ -163,7 +163,7 @@ def _entered(inference: bool) -> AbstractContextManager[Any]:
 
 def has_hooks(tensor: Tensor) -> bool:
     """Whether functions of the user's run on a tensor's gradient, before or after it is added."""
-    # What is done for hooks is exact without them, too.
+    # True if torch does not tell: what is done for hooks is exact without them, too.
     return bool(_found(lambda: tensor._backward_hooks or tensor._post_accumulate_grad_hooks, True))
 
 
@@ -185,8 +185,9 @@ def device_of(node: Node) -> torch.device:
 def outputs_of(node: Node) -> tuple[tuple[tuple[int, ...], ...], tuple[torch.dtype, ...]]:
     """The sizes and the dtypes of a node's outputs.
 
-    Where they are not told, no number stands for a size, as for a nested tensor: rows take
-    backwards through the whole graph. The dtype is the one that takes most care.
+    If torch does not tell, or a nested tensor has no shape, something that is no number stands for
+    the sizes, so that rows take backwards through the whole graph. A dtype that torch does not tell
+    counts as float16, which takes most care.
     """
     try:
         data = node._input_metadata
@@ -199,7 +200,7 @@ def outputs_of(node: Node) -> tuple[tuple[tuple[int, ...], ...], tuple[torch.dty
         return (_NO_SIZE,) * len(data), tuple([d.dtype for d in data])
 
 
-_NO_SIZE: Any = (None,)  # what stands for the sizes of such a tensor: no number
+_NO_SIZE: Any = (None,)  # stands for sizes that are not known; it is no number
 
 
 def facts_of(node: Node, names: Iterable[str]) -> tuple[Any, ...]:
@@ -209,7 +210,7 @@ def facts_of(node: Node, names: Iterable[str]) -> tuple[Any, ...]:
 
 
 def is_python(node: Node) -> bool:
-    """Whether a node is of a function written in Python, of any name."""
+    """Whether a node is that of a function written in Python, whatever its name."""
     return isinstance(node, BackwardCFunction)
 
 
@@ -262,7 +263,7 @@ def free_memory(device: torch.device) -> int | None:
 
 
 def memory_of(tensor: Tensor) -> int:
-    """The place in memory where a tensor, or what it is a view of, lies; -1 if in no single one."""
+    """The address of the memory that a tensor or its base lies in; -1 if there is no single one."""
     try:
         return tensor.untyped_storage().data_ptr()
     except (NotImplementedError, RuntimeError):  # sparse, or of no real memory
@@ -276,12 +277,12 @@ def slots_of(node: Node, name: str) -> Sequence[Any]:
 
 
 def is_packed(node: Node) -> bool:
-    """Whether a saved tensor has to be unpacked first: by a checkpoint, which recomputes it."""
+    """Whether a saved tensor has to be unpacked first, as by a checkpoint, which recomputes it."""
     return any(is_packed_at(node, name) for name in slot_names(node)) or not tells_slots()
 
 
 def is_packed_at(node: Node, name: str) -> bool:
-    """Whether the tensor saved under one name has to be."""
+    """Whether a tensor saved under one name has to be unpacked first."""
     value = getattr(node, name)
     try:
         if not isinstance(value, _SEVERAL):  # nearly always
@@ -317,7 +318,7 @@ _SLOTS: dict[type, list[str]] = {}
 
 
 def made_at(node: Node) -> int:
-    """The number of a node in the order in which its thread made them; always 0 if not told."""
+    """The number of a node in the order in which its thread made them; 0 if torch does not tell."""
     try:
         return node._sequence_nr()
     except AttributeError:
@@ -325,16 +326,16 @@ def made_at(node: Node) -> int:
 
 
 def version_of(tensor: Tensor) -> int:
-    """A number that is another one after every change in place."""
+    """A number that is a new one after every change in place."""
     try:
         return tensor._version
     except AttributeError:
-        return hash(str(tensor.tolist()))  # other numbers
+        return hash(str(tensor.tolist()))  # changes with the numbers
 
 
 def address_of(storage: UntypedStorage) -> int:
     """A number that no other storage has while this one lives."""
-    # Empty ones have the same one there, and count for nothing.
+    # All empty storages have the same `data_ptr`, but they hold nothing anyway.
     return int(_found(lambda: storage._cdata, None) or storage.data_ptr())
 
 
@@ -377,7 +378,7 @@ def inside_compiled(module: nn.Module) -> nn.Module | None:
 
 
 def calls_by(module: nn.Module, function: Callable[..., Any]) -> None:
-    """Has a module run a function in place of its forward, if this torch looks for one."""
+    """Makes a module run a function in place of its forward, if this torch looks for one."""
     module._compiled_call_impl = function
 
 
@@ -410,21 +411,21 @@ def _active_ddp() -> DistributedDataParallel | None:
 
 
 def ddp_sinks(nodes: Iterable[Node]) -> list[Any]:
-    """Where a DDP with `static_graph` or `find_unused_parameters` notices a backward."""
+    """The nodes where a DDP with `static_graph` or `find_unused_parameters` notices a backward."""
     return [node for node in nodes if type(node).__name__ == "_DDPSinkBackward"]
 
 
 def is_first_of_static(sink: Any) -> bool:
-    """Whether a sink has its DDP sum gradients at the end of the next backward that passes it."""
+    """Whether the next backward that passes a sink makes its DDP sum gradients at the end."""
     ddp = sink.ddp_weakref()
     return bool(ddp.static_graph and not ddp._static_graph_delay_allreduce_enqueued)
 
 
 def have_noticed(sink: Any, noticed: bool) -> None:
-    """Says to the DDP of a sink whether its first backward has been seen."""
+    """Tells the DDP of a sink whether its first backward has been seen."""
     sink.ddp_weakref()._static_graph_delay_allreduce_enqueued = noticed
 
 
 def pass_sink(sink: Any) -> None:
-    """Does, in the backward that is running, what passing a sink would do."""
+    """Does what happens when a backward passes a sink, within the one that is running."""
     sink._forward_cls.backward(sink)

@@ -70,9 +70,9 @@ class Engine:
             structure of graph, `"always"`, or `"never"`. Parameters whose rows disagree are read
             again by slower ways.
         batch_dim: `"auto"` finds out which dimension of an output counts poses; a number is trusted
-            to be it, as TorchJD's. None takes a backward for every row.
+            to be it, as in TorchJD. None takes a backward for every row.
         process_group: A `torch.distributed` group of processes with copies of the model that share
-            every group of poses: a call takes the poses of this one, its result is that of all.
+            every group of poses: a call takes the poses of this process, its result is that of all.
             Default: that of a DistributedDataParallel or `fully_shard` model; else none.
 
     Raises:
@@ -136,7 +136,7 @@ class Engine:
                 of the groups' sizes. The prediction then is `[n, ...]`; a loss may couple groups.
             schedule: `"retain"`, `"store"`, `"stream"`, `"recompute"`; `"auto"` takes the one of
                 least time that fits into `memory`. All give the same numbers; see `plan`.
-            skip_below: Leave poses out of the gradient whose weight is below this share of the
+            skip_below: Leave out of the gradient the poses whose weight is below this share of the
                 largest of their group. The error is at most `skip_below * max|w|` times the sum of
                 the norms of the gradients left out; 0 is exact.
 
@@ -248,7 +248,8 @@ class Engine:
             ReentrantCheckpointError: if a reentrant checkpoint is in its graph.
             StaleFactorError: if a tensor the forward saved was changed in place.
             ValueError: if `params` names what is not there.
-            UnsupportedModuleError: if it has activations, and several processes share the poses.
+            UnsupportedModuleError: if `params` has activations, and several processes share the
+                poses.
 
         Warns:
             UserWarning: once for every structure in which poses depend on each other; if gradients
@@ -305,8 +306,8 @@ class Engine:
         Note:
             Time: hooks on the operators behind the output, some 6 us each; for a structure that was
             not met before, one `jacobian`; an activation-only backward each time where owners do
-            not follow from the graph. Memory: the layers' inputs, which a backward frees as it
-            goes, and the cotangents of their outputs are held until J is dropped.
+            not follow from the graph. Memory: until J is dropped, the layers' inputs, which
+            a backward would free as it goes, and the cotangents of their outputs.
 
         Example:
             >>> model = nn.Linear(3, 1)
@@ -366,15 +367,15 @@ class Engine:
         loss: Loss | None = None,
         progress: bool = False,
     ) -> Tensor:
-        r"""The Gramian of more poses than fit, or their inner products with those of others.
+        r"""The Gramian of more poses than fit, or inner products with the rows of other poses.
 
         The poses are divided into blocks that hold an eighth of `memory`, and gathered block by
-        block: a tile of the Gramian is the product of two blocks. Tiles below the diagonal are
+        block: a tile of the Gramian is the product of two blocks. Tiles below the diagonal mirror
         those above it.
 
         Args:
             poses: As for `combine`. What has a length and can be indexed is fetched pose by pose,
-                once for every tile; a generator is listed.
+                each time that a block is gathered; a generator is turned into a list.
             other: Poses to take inner products with, in place of the first ones.
             loss: As for `gather`. The numbers of `other` follow those of the poses, so that one
                 tensor may hold the targets of both.
@@ -422,9 +423,9 @@ class Engine:
         """How often `gramian` would gather poses, and what it would hold.
 
         Args:
-            poses: As there; a generator is used up.
-            other: Likewise.
-            loss: Likewise.
+            poses: As for `gramian`; a generator is used up.
+            other: As for `gramian`; a generator is used up.
+            loss: As for `gramian`.
 
         Returns:
             Something to print.
@@ -469,7 +470,7 @@ class Engine:
         Args:
             poses: As for `combine`.
             k: As for `Jacobian.project`, which tells what a projection is and how exact.
-            seed: Likewise.
+            seed: As for `Jacobian.project`.
             loss: As for `gather`.
 
         Returns:
@@ -523,11 +524,11 @@ class Engine:
         Args:
             output: As for `jacobian`; not scaled, if there is a scaler. If it has no rows, a rule
                 with noise gives noise alone. For TorchJD's `MoDoWeighting` and `SDMGradWeighting`,
-                a tuple: the losses `[m]` of m tasks on two independent batches, whose weights are
-                made of :math:`J_1 J_2^\top`; the gradient is that of the mean of both batches.
+                a tuple: the losses `[m]` of m tasks on two independent batches. Weights are made
+                of :math:`J_1 J_2^\top`; the gradient is that of the mean of both batches.
                 With a third batch, it is that of the third.
             rule: As for `Jacobian.backward`.
-            scaler: Likewise.
+            scaler: As for `Jacobian.backward`.
 
         Returns:
             The weights, in the output's shape; None if the rule has none.
@@ -609,10 +610,10 @@ class Engine:
             poses_or_output: Poses as for `combine`, with a length; or an output with its graph.
                 A tensor that was computed from the parameters counts as an output if the rule looks
                 at gradients, or if it has one number per row; otherwise its rows are poses.
-            rule: As for those.
+            rule: As for `combine` or `backward`.
             groups: As for `combine`; refused (ValueError) for an output.
-            schedule: Likewise.
-            skip_below: Likewise.
+            schedule: As for `combine`; refused for an output, too.
+            skip_below: As for `combine`; refused for an output, too.
 
         Returns:
             Something to print. It supposes that a pose's prediction is one number.

@@ -152,7 +152,7 @@ class ReplayError(PosegradError, RuntimeError):
 class StaleParametersError(PosegradError, RuntimeError):
     """A parameter changed between `combine`, or `Engine.loss`, and `backward`.
 
-    Raised in backward, by the version that autograd counts; names the parameters.
+    Raised in backward, which compares the versions that autograd counts; names the parameters.
     """
 
 
@@ -169,7 +169,7 @@ class UntrackedTensorError(PosegradError, RuntimeError):
     """A tensor that requires grad is neither a parameter of the engine nor part of a pose.
 
     Raised by `Engine.combine`, because its gradient would be lost. Raised by `Engine.loss` with
-    `outside="error"`, and for rules with noise, because its gradient would have none.
+    `outside="error"`; and for rules with noise, because its gradient would get no noise.
     """
 
 
@@ -180,7 +180,8 @@ class RankError(PosegradError, RuntimeError):
     Raised by every call that ranks make together, and in its backward; names the ranks.
 
     Attributes:
-        known_at: The step at which the other process failed; later steps know nothing of it.
+        known_at: The step at which the other process failed. That process is past it, so no rank
+            exchanges anything for it again.
     """
 
     known_at: str | None = None

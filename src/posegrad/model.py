@@ -28,7 +28,7 @@ def check_modules(modules: tuple[nn.Module, ...]) -> None:
     Raises:
         TypeError: if a module is not an `nn.Module`.
         ValueError: if there is none.
-        UnsupportedModuleError: for the other two.
+        UnsupportedModuleError: if one is wrapped, or inside another.
     """
     if not modules:
         raise ValueError("The engine has no module. Pass the model: Engine(model).")
@@ -55,9 +55,9 @@ def _check_not_wrapped(name: str, module: nn.Module) -> None:
             f"{name} is wrapped by {found[0]}, which averages gradients over processes when its "
             f"own forward runs with a graph. The engine scores poses without one, so the gradients "
             f"would silently stay local.\n"
-            f"Wrap the whole: Engine(DistributedDataParallel(model)), where all processes share a "
-            f"group of poses, or DistributedDataParallel(MultiPose(model, rule)), where each has "
-            f"groups of its own. Or shard the model by fully_shard."
+            f"Wrap the whole model: Engine(DistributedDataParallel(model)), where all processes "
+            f"share a group of poses, or DistributedDataParallel(MultiPose(model, rule)), where "
+            f"each has groups of its own. Or shard the model by fully_shard."
         )
 
 
@@ -67,7 +67,7 @@ class Roster:
 
     Args:
         modules: As `check_modules` lets them pass.
-        sharded: Whether FSDP2 has sharded them, whose forward may leave others in their place.
+        sharded: Whether FSDP2 has sharded them; its forward may leave others in their place.
     """
 
     def __init__(self, modules: Sequence[nn.Module], *, sharded: bool = False) -> None:
@@ -75,9 +75,9 @@ class Roster:
         self._sharded = sharded
         self._named: dict[str, nn.Parameter] = {}
         self._within: list[nn.Module] = []  # all modules inside
-        self._within_lists = False  # whether all of these list what they hold
-        self._held: list[object] = []  # what these held when they were looked through
-        self._kinds: list[object] | None = None  # their dtypes, False for frozen ones
+        self._within_lists = False  # whether they list parameters as `nn.Module` does
+        self._held: list[object] = []  # what these modules held when they were looked through
+        self._kinds: list[object] | None = None  # the dtypes of parameters, False for frozen ones
         self._trainable: dict[str, nn.Parameter] = {}
         self._complex: list[str] = []
 
@@ -108,7 +108,7 @@ class Roster:
 
         Args:
             wanted: Names or parameters, or None for all.
-            real: Whether complex ones will not do.
+            real: Whether complex ones are refused.
 
         Raises:
             ValueError: if one that is wanted is not there or not trainable.
@@ -126,7 +126,7 @@ class Roster:
         return found
 
     def parted(self, wanted: Wanted) -> tuple[Wanted, dict[str, Tensor]]:
-        """What is wanted of the modules, and other tensors that require grad, by their places."""
+        """What is wanted of the modules; and other tensors that require grad, by their places."""
         if wanted is None or isinstance(wanted, str):
             return wanted, {}
         listed = list(wanted)
@@ -159,7 +159,7 @@ class Roster:
 
 
 def _lists_all(module: nn.Module) -> bool:
-    """Whether it names its parameters as every module does, and so by what it holds."""
+    """Whether a module lists its parameters as `nn.Module` does, that is, by what it holds."""
     kind, own = type(module), vars(module)
     theirs = kind.named_parameters is _NAMED_PARAMETERS and kind.named_modules is _NAMED_MODULES
     return theirs and "named_parameters" not in own and "named_modules" not in own
@@ -210,7 +210,7 @@ def _complex_message(names: Sequence[str]) -> str:
 
 
 def is_wrapper(module: nn.Module, name: str) -> bool:
-    """Whether a module is of a class of torch's of some name, or of one made of it."""
+    """Whether a module is of a class of torch's of some name, or of one derived from it."""
     own = type(module).__mro__
     return any(kind.__name__ == name and kind.__module__.startswith("torch.") for kind in own)
 
@@ -226,7 +226,7 @@ def unwrapped(
 
     Raises:
         ValueError: if this process is not in the group, or wrappers have another one.
-        TypeError: if the group is none.
+        TypeError: if the group is no process group.
         UnsupportedModuleError: if `fully_shard` has sharded parts of a model only, or has
             replicated it too.
     """
@@ -249,8 +249,8 @@ def unwrapped(
 def check_no_talk(modules: Sequence[nn.Module], *, sharded: bool) -> None:
     """Refuses a forward in which processes wait for each other.
 
-    Each scores and differentiates as many poses as its own weights ask for, so that one process's
-    statistics would be joined with those of another's other poses, or waited for in vain.
+    Each process scores and differentiates as many poses as its own weights ask for. So its
+    statistics would be joined with those of other poses elsewhere, or waited for in vain.
 
     Args:
         modules: The engine's.
@@ -266,15 +266,15 @@ def check_no_talk(modules: Sequence[nn.Module], *, sharded: bool) -> None:
             if isinstance(part, nn.SyncBatchNorm) and part.training:
                 raise UnsupportedModuleError(
                     f"{name or f'module {i}'} is a SyncBatchNorm in training: its forward and "
-                    f"backward wait for all processes, and each of these scores and differentiates "
-                    f"another number of poses.\n"
+                    f"backward wait for all processes, and these score and differentiate different "
+                    f"numbers of poses.\n"
                     f"Call .eval() on it, use a BatchNorm or a LayerNorm, or use "
                     f"schedule='retain' with equally many chunks of poses in every process."
                 )
             if not sharded and is_wrapper(part, _FULLY_SHARD):
                 raise UnsupportedModuleError(
                     f"{name or f'module {i}'} was sharded by fully_shard after the engine was "
-                    f"made, which so does not know that processes wait for each other.\n"
+                    f"made, so the engine does not know that processes wait for each other.\n"
                     f"Call fully_shard(model) first, then Engine(model) or MultiPose(model, rule)."
                 )
 

@@ -66,10 +66,10 @@ class MultiPose(nn.Module):
 
         Args:
             poses: As for `Engine.combine`.
-            groups: Likewise.
+            groups: As for `Engine.combine`.
 
         Returns:
-            `(prediction, per_pose)`, of the shapes there; errors and cost are those there too.
+            `(prediction, per_pose)`; shapes, errors and cost are those of `Engine.combine`.
         """
         if self.engine.given != (self.model,):  # another model was put in its place
             self.engine = Engine(self.model, **self.engine_options)
@@ -78,7 +78,7 @@ class MultiPose(nn.Module):
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the engine, which holds what was learnt of graphs and is made anew."""
+        """Without the engine, which holds what was learnt of graphs; a copy makes a new one."""
         return {name: value for name, value in self.__dict__.items() if name != "engine"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

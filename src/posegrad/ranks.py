@@ -27,7 +27,7 @@ BUCKET = 25 * 2**20  # bytes that travel in one message, as many as DistributedD
 
 
 _CALLS: defaultdict[str, Iterator[int]] = defaultdict(count)
-"""The steps that this process has come to in each process group, counted."""
+"""Counts the steps that this process has come to, in each process group."""
 
 _CALLS_AGREED: defaultdict[str, int] = defaultdict(int)
 """The number of the last call that the ranks of a process group made together."""
@@ -52,10 +52,10 @@ class _Told(NamedTuple):
 
 @final
 class Fingerprint:
-    """What ranks that sum gradients must have in common of their parameters, in a few characters.
+    """Tells in a few characters whether ranks that sum gradients have the same parameters.
 
-    Names, shapes and dtypes of the trained ones in every call; in an engine's first one, whose cost
-    is a pass over them, the values of all, to the last bit.
+    In every call, it covers the names, shapes and dtypes of the trained ones. In an engine's first
+    call, it also covers the values of all, to the last bit, which takes a pass over them.
     """
 
     def __init__(self) -> None:
@@ -81,7 +81,7 @@ def shown(rule: object) -> str:
 
 
 def _byte_sum(parameter: Tensor) -> int:
-    """A sum that no order of addition changes; that of a sharded parameter is each rank's own."""
+    """The sum of a parameter's bytes, the same in any order; 0 for a sharded one."""
     if hasattr(parameter, "device_mesh"):
         return 0
     return int(parameter.detach().reshape(-1).contiguous().view(torch.uint8).sum())
@@ -124,7 +124,7 @@ class Ranks:
         return _CALLS_AGREED[self.group.group_name] + 1
 
     def in_call(self, numbers: Iterable[int]) -> Self:
-        """The ranks in the call that each would have given a number; from now on they agree."""
+        """The ranks in a call, given the number that each would give it; from now on they agree."""
         number = max(numbers)
         self.fingerprint.agreed()
         _CALLS_AGREED[self.group.group_name] = number
@@ -177,10 +177,10 @@ class Ranks:
         """The sums over ranks of some gradients, bucket by bucket.
 
         Args:
-            gradients: In the same order on every rank; the list is emptied. None counts as zeros,
-                unless it is None everywhere; then so is the sum.
+            gradients: In the same order on every rank; they are dropped from the list as they are
+                sent. None counts as zeros, unless it is None everywhere; then so is the sum.
             has: Rank by rank, which of them are not None.
-            like: What they are gradients of, whose shapes, dtypes and devices they have.
+            like: What they are gradients of, with the shapes, dtypes and devices of the sums.
 
         Memory: the sums, and one bucket. Half precisions are summed in float32.
         """
@@ -200,19 +200,19 @@ class Ranks:
         return sums
 
     def added(self, values: Tensor) -> Tensor:
-        """The sum over ranks of a tensor that all of them have, in the same shape; in its place."""
+        """The sum over ranks, in place, of a tensor that has the same shape on all of them."""
         dist.all_reduce(values, group=self.group)
         return values
 
     def sent(self, value: T, to: int) -> list[T]:
-        """What all ranks have for one of them, in their order; there only, elsewhere nothing."""
+        """Sends what each rank has to one: there in the order of ranks, elsewhere an empty list."""
         mine = self.own == to
         everyone: list[Any] | None = [None] * self.count if mine else None
         dist.gather_object(value, everyone, group=self.group, group_dst=to)
         return everyone or []
 
     def shared(self, value: T | None, of: int) -> T:
-        """What one of the ranks has, on all of them."""
+        """Sends what one of the ranks has to all of them."""
         held: list[Any] = [value]
         dist.broadcast_object_list(held, group=self.group, group_src=of)
         found: T = held[0]
@@ -242,7 +242,7 @@ class Ranks:
                 return -1, "not seen yet"
             call, _, step = store.get(key).decode().partition(" ")
         except RuntimeError:  # who keeps the store is gone
-            return -1, "not to be asked"
+            return -1, "last step unknown"
         return int(call), f"last seen at {step!r}"
 
 
@@ -283,7 +283,7 @@ def _failed_message(step: str, own: int, failed: Sequence[tuple[int, str]], shar
     what = "\n".join(f"Rank {i}: {failure}" for i, failure in failed)
     return (
         f"Rank {own} stops at the step {step!r}, since others failed there.\n{what}\n"
-        f"{_WRITTEN if sharded else _NOT_WRITTEN} Mend what they report."
+        f"{_WRITTEN if sharded else _NOT_WRITTEN} Fix what they report."
     )
 
 

@@ -316,7 +316,7 @@ def test_directions_that_differ_from_rank_to_rank_are_refused() -> None:
     own = torch.full((shared.shape[1],), float(1 + dist.get_rank()), dtype=torch.float64)
     with pytest.raises(RankError, match="along different directions"):
         shared @ own
-    with pytest.raises(TypeError, match="do not meet those that ranks share"):
+    with pytest.raises(TypeError, match="rows that ranks share do not go together"):
         shared @ alone.T
 
 

@@ -16,8 +16,7 @@ class Arrangement:
 
     Args:
         shape: The output's shape.
-        dim: The dimension that counts poses; None if every element is a pose of its own, with K =
-            1.
+        dim: The dimension that counts poses; None if every element is a pose of its own (K = 1).
     """
 
     shape: torch.Size

@@ -29,7 +29,7 @@ class Block:
         dtype: Its dtype.
         device: Where the parts are.
         count: M, the number of rows.
-        parts: How the rows are held; None if nothing depends on the parameter.
+        parts: How the rows are held; empty if nothing depends on the parameter.
         uses: How many places in one graph the rows were read at, however they are held now.
     """
 

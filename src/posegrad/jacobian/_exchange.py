@@ -50,7 +50,7 @@ class grad_apart(Change):  # noqa: N801
 
 
 def made_of(rule: object) -> str:
-    """Identifies a rule; explicit weights are all alike, since the first rank's count."""
+    """Identifies a rule. Explicit weights count as one rule: those of the first rank are used."""
     return "weights" if isinstance(rule, Tensor) else shown(rule)
 
 
@@ -97,10 +97,10 @@ def layers(names: Sequence[str]) -> Iterator[list[str]]:
 
 
 def agreed(ranks: Ranks, numbers: Sequence[int], layouts: Sequence[str]) -> Ranks:
-    """The ranks of a call that all have joined, with the parameters they differentiate by.
+    """The ranks, once they agree on a call and on the parameters they differentiate by.
 
     Args:
-        ranks: Those that share the poses.
+        ranks: The ranks that share the poses.
         numbers: The number that each rank would give the call.
         layouts: The fingerprint of each rank's parameters.
 

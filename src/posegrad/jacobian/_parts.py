@@ -468,7 +468,7 @@ class Weights:
         """The cotangents of a part, with each row times the weight of its owner."""
         if self._last is not None and part.has_cotangents_of(self._last[0]):
             return self._last[1]
-        self._last = None  # before there is another one
+        self._last = None  # freed before the next one is made
         weighed = part.weighed(self.of(part))
         self._last = part, weighed
         return weighed

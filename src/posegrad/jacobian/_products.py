@@ -205,7 +205,8 @@ def summed_pairs(
         in_double: Computes the products in float64, for narrower rows that cancel.
 
     Returns:
-        None if the rows of an owner cancel, so that this sum loses digits that a sum of rows keeps.
+        None if the rows of an owner cancel in float64 already, so that this sum loses digits that a
+        sum of rows keeps.
     """
     total = owners.sum(owners.sum(pairs).mT).mT
     if not alike or len(pairs) == len(total):
@@ -233,7 +234,8 @@ def crossed_pairs(
         in_double: Computes the products in float64, for narrower rows that cancel.
 
     Returns:
-        None if rows cancel, so that sums of products lose digits that sums of rows keep.
+        None if rows cancel in float64 already, so that sums of products lose digits that sums of
+        rows keep; or if the norms, which tell, are unknown.
     """
     first, second = layouts
 

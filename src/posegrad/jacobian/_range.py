@@ -46,8 +46,8 @@ def products_left_range(
 ) -> bool:
     """Whether inner products of two Jacobians' rows left the range of float32 on the way.
 
-    A product far smaller than those of the factors may be the remains of one that was not, unless
-    the rows' own norms are as small.
+    A tiny product alone does not tell: large rows have one, too, if they are nearly orthogonal. So
+    it counts only if the product of the rows' norms is tiny as well.
 
     Args:
         products: `[M, M']`.

@@ -196,7 +196,8 @@ class Jacobian(ABC):
 
         Raises:
             ShapeMismatchError: if w has another shape, or the rule gives more than one number.
-            NonFiniteGradientError: if such rows meet a rule that looks at them, without a scaler.
+            NonFiniteGradientError: if nan or infinite rows meet a rule that looks at them, without
+                a scaler.
             StaleFactorError: as for `combine`. No `.grad` is touched by any of these.
             RankError: if another rank failed, or a rule that draws its own random numbers made
                 different gradients on different ranks; `.grad` is untouched then too.
@@ -248,10 +249,10 @@ class Jacobian(ABC):
 
         Note:
             For R rows of a linear layer with d inputs and p outputs, time and memory are the lesser
-            of `R^2 (d + p)`, without any gradient, and `(R + M^2) d p`, by rows, the way of other
-            layers. By rows, each of the M d p numbers is also written and read. The same goes for
-            kernels, with positions for rows. Over ranks, every row travels once, and no rank has
-            the rows of more than one layer.
+            of `R^2 (d + p)`, without any gradient, and `(R + M^2) d p`, by rows. By rows, each of
+            the M d p numbers is also written and read. The same goes for kernels, with positions
+            for rows; most other layers go by rows. Over ranks, every row travels once, and no
+            rank has the rows of more than one layer.
 
         References:
             Goodfellow, "Efficient per-example gradient computations" (2015), for one row per pose;
@@ -555,7 +556,7 @@ class Jacobian(ABC):
 
     @abstractmethod
     def _followed(self, others: "Sequence[Jacobian]") -> Self:
-        """Its own rows followed by those of others of its kind, which agree with it."""
+        """Its own rows, followed by those of others, which `cat` has found to agree with it."""
 
 
 @final
@@ -597,8 +598,9 @@ def check_columns(one: Jacobian, other: Jacobian, what: str) -> None:
     """
     if type(one) is not type(other):
         raise TypeError(
-            f"{what} is a {type(other).__name__}, the first a {type(one).__name__}: rows of one "
-            f"process do not meet those that ranks share.\nGather both by engines of one kind."
+            f"{what} is a {type(other).__name__}, the first a {type(one).__name__}: rows that one "
+            f"process holds and rows that ranks share do not go together.\n"
+            f"Gather both by engines of one kind."
         )
     if one.shapes != other.shapes:
         apart = sorted({name for name, _ in one.shapes.items() ^ other.shapes.items()})

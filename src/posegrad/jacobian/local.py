@@ -30,8 +30,8 @@ from posegrad.weighting._rules import AnyRule, as_gradient_rule
 __all__ = ["PoseJacobian"]
 
 _MIXED = ("poses mix", "a few numbers put together", "no closed form for this layout")
-"""Marks paths on which poses may mix: poses influence each other; nobody has checked; or one row
-of an activation has numbers of several poses, as after a sort of each column."""
+"""Parts of the paths on which poses may mix. In this order: poses influence each other; nobody has
+checked; one row of an activation has numbers of several poses, as after a sort of each column."""
 
 
 @final

@@ -69,7 +69,7 @@ class SharedJacobian(Jacobian):
         used: The parameters that the predictions of any rank depend on.
         places: For each rank, the entries of dimension 0 of the predictions that its rows belong
             to.
-        ranks: Those that share the group.
+        ranks: The ranks that share the group.
 
     Note:
         Memory: each rank holds its own rows. Each method says what is sent.
@@ -113,7 +113,7 @@ class SharedJacobian(Jacobian):
         Args:
             make: Makes this rank's rows by parameters; raises NoPosesError if it has no poses.
             trainable: Looks up the parameters by name.
-            ranks: Those that share the group.
+            ranks: The ranks that share the group.
 
         Raises:
             NoPosesError: if no rank has poses.

@@ -200,7 +200,7 @@ class _Pair:
         rows = [numbers.index(a), len(numbers) - 1]
         among = _Look.at(self.scored(*numbers), rows, inputs)
         if not bool(among.predictions.isfinite().all()):
-            self.is_telling = False  # the error for it names the pose
+            self.is_telling = False  # a later error names the pose
             return True
         # Predictions may be mere rounding, e.g. a sum over the output of a layer norm.
         largest = max((_size(p.detach()) for p in self._parameters()), default=0.0)
@@ -362,9 +362,10 @@ def _message(where: str) -> str:
         f"The prediction of a pose depends on the poses that are scored together with "
         f"it{through}.\n"
         f"A batch is divided into slices as memory allows, and each way to divide it would give "
-        f"another result. Batch statistics do that, a mean over dimension 0, its length, a place "
-        f"in it, padding without a mask, or a layer that takes dimension 0 for a sequence.\n"
+        f"another result. The cause may be batch statistics, a mean over dimension 0, its "
+        f"length, a place in it, padding without a mask, or a layer that takes dimension 0 for a "
+        f"sequence.\n"
         f"Let dimension 0 count poses (batch_first=True), call model.eval() where statistics are "
         f"to be fixed, pass list(poses) to score them one by one, or set "
-        f"Engine(..., chunk_size=...): poses then are scored together as that says."
+        f"Engine(..., chunk_size=...), which says how many poses are scored together."
     )

@@ -84,7 +84,7 @@ class _Stacked(Batch):
         return map_tensors(lambda tensor: tensor[number], self.poses)
 
     def extents(self) -> Sequence[float] | None:
-        """Those of the longest nested tensor."""
+        """The sizes of the poses in the first nested tensor; None if there is none."""
         nested = next((t for t in tensors_of(self.poses) if t.is_nested), None)
         return None if nested is None else [float(row.numel()) for row in nested.unbind()]
 
@@ -181,7 +181,7 @@ def joined_by_pyg(poses: Sequence[Pose]) -> Pose:
         raise ValueError(
             f"The poses come one by one, each a {kind}, and several are to be scored together, so "
             f"the engine must know how to join them. Pass Engine(..., collate=torch.stack), or the "
-            f"poses as a batch: a stacked tensor, or a mapping of such."
+            f"poses as a batch: a stacked tensor, or a mapping of stacked tensors."
         )
     return sys.modules["torch_geometric.data"].Batch.from_data_list(list(poses))
 

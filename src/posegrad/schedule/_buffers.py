@@ -194,7 +194,7 @@ def _aliases(buffers: Iterable[Tensor]) -> list[list[Tensor]]:
 
 
 def _with_aliases(places: set[Place], own: Values) -> set[Place]:
-    """Places, with those of buffers that share memory with theirs."""
+    """The places, and those of all buffers that share memory with a buffer there."""
     if not places:
         return places
     distinct = {id(buffer): buffer for buffer in own.values() if buffer is not None}

@@ -15,7 +15,7 @@ __all__ = ["Ahead", "Division", "Sliced", "Walked", "sliced"]
 
 _GUESSED = 2**12  # bytes of a graph for each byte of a pose, assumed until measured
 
-_AT_MOST = 2**16  # such bytes at most: a batch that fits even so is scored whole, unmeasured
+_AT_MOST = 2**16  # the most of these bytes: a batch that fits even so is scored whole, unmeasured
 
 _LIGHT = 2**17  # bytes of the graphs in one chunk of poses that are walked alone
 

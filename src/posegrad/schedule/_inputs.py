@@ -24,7 +24,7 @@ class Inputs:
 
     Args:
         parameters: By name.
-        ranks: Those that sum the gradients of parameters, if several do.
+        ranks: The ranks that sum the gradients of parameters, if several do.
         modules: All modules of the models.
         call: What was called, for messages.
     """
@@ -96,7 +96,6 @@ class Inputs:
 
         Args:
             found: The `id` of every leaf.
-            found: `id` of every leaf.
             leaves: The detached stand-ins for pose tensors in the graph.
         """
         numbers = self._index | {id(leaf): number for number, leaf in leaves.items()}

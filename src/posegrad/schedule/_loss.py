@@ -35,9 +35,9 @@ class LossCall:
     """One call of `Engine.loss`.
 
     Args:
-        losses: The argument of `Engine.loss`.
-        rule: Likewise.
-        outside: Likewise.
+        losses: As for `Engine.loss`.
+        rule: As for `Engine.loss`.
+        outside: As for `Engine.loss`.
         gatherer: Reads the rows.
         parameters: All parameters of the engine's modules, by name.
         modules: All modules of the engine, submodules included.

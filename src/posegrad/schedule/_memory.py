@@ -25,16 +25,16 @@ _UNITS = {"b": 1} | {
     for suffix, base in (("b", 1000), ("ib", 1024))
 }
 
-# The fixed part of the work, in bytes read and written: calling one operator, and what this
-# library does for a chunk, some 5 and 400 us.
+# The fixed part of the work, as the bytes that could be read and written meanwhile: of calling one
+# operator, some 5 us, and of what this library does for a chunk, some 400 us.
 OPERATOR = 2**13
 CHUNK = 80 * OPERATOR
 
-_ENOUGH = 20  # a chunk's graphs should take that many times the fixed part
+_ENOUGH = 20  # a chunk's graphs should take that many times its fixed part
 
 _NODE = 512  # about the size of a node itself
 
-_STEEP = 4  # measured anew with this many times more poses, which share a graph's fixed part
+_STEEP = 4  # measured anew with so many times more poses, since they share a graph's fixed part
 
 
 def checked_memory(memory: Any, modules: Sequence[nn.Module]) -> int:

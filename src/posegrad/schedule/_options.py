@@ -31,7 +31,7 @@ class Options:
         collate: Joins poses into what `predict` takes.
         chunk_size: How many poses are joined.
         memory: The bytes that graphs may take together.
-        ranks: Those that share every group of poses, if several do.
+        ranks: The ranks that share every group of poses, if several do.
         roster: The parameters and submodules of the models.
 
     Attributes:

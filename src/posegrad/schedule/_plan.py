@@ -243,10 +243,11 @@ class Plan:
         poses: m; `chunks`: the number of forwards that score them.
         counting: How many poses carry weight, as far as can be told beforehand, and the source.
         forwards: Forwards in all; a range where it depends on the weights.
-        backwards: Backwards in all; a range likewise.
+        backwards: The same for backwards.
         graphs: How many chunks' graphs are alive at once.
         holds: What else is kept between combine and backward.
-        bytes_held: The size of that for scalar predictions; None for graphs: the model decides.
+        bytes_held: The size of that for scalar predictions; None under `retain`, which keeps graphs
+            alone.
         costs: Of each schedule the time, in forwards of a pose, and the bytes it keeps.
 
     Example:

@@ -50,7 +50,7 @@ def shared_predictions(
     """The predictions of all ranks, on the CPU; which are this rank's; and the notes of all ranks.
 
     Args:
-        ranks: Those that share the group.
+        ranks: The ranks that share the group.
         groups: The groups of this rank's poses, if there are several.
         score: Scores this rank's poses.
         note: What the ranks tell each other afterwards.

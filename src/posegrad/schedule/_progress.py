@@ -27,7 +27,6 @@ def bar(total: int, unit: str, *, shown: bool) -> Callable[[], None]:
 
     Args:
         total: The number of steps.
-        total: Their number.
         unit: What a step is.
         shown: Whether to show a bar.
 

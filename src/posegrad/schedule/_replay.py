@@ -37,8 +37,8 @@ class Moment:
     """What the forward of one chunk found, besides its arguments and the parameters.
 
     Args:
-        random: The random state of every device before the forward. Whether it drew cannot be told:
-            a model may put the state back itself, as `torch.random.fork_rng` does.
+        random: The random state of every device before the forward. Whether the forward drew
+            cannot be told: a model may put the state back itself, as `torch.random.fork_rng` does.
         buffers: The values of the model's buffers before the forward.
     """
 
@@ -115,10 +115,10 @@ class Surroundings:
 
 @final
 class Start:
-    """Random state and buffers before a forward that may run out of memory.
+    """Random state and buffers before forwards that may have to be undone.
 
     Args:
-        parameters: The parameters, which tell the devices.
+        parameters: The parameters; the random state of their devices is noted.
         parts: All modules of the models.
     """
 

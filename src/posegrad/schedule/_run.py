@@ -40,7 +40,7 @@ T = TypeVar("T")
 
 @final
 class HalvedError(Exception):
-    """All poses in one chunk ran out of memory; its halves wait for a schedule of fewer graphs."""
+    """All poses in one chunk ran out of memory; its halves are for a schedule with fewer graphs."""
 
 
 @final
@@ -139,7 +139,7 @@ class Run:
 
         Raises:
             HalvedError: if the chunk held all poses, and ran out of memory with its graph.
-            torch.OutOfMemoryError: if another did that cannot be halved.
+            torch.OutOfMemoryError: if another chunk ran out of memory and cannot be halved.
         """
         found: list[Tensor] = []
         while (portion := self._next()) is not None:

@@ -3,8 +3,8 @@ r"""The Gramian of more rows than fit, for poses that several ranks share.
 Each rank gathers its own poses, block by block. It holds one of its blocks while the blocks of all
 ranks come by: the owner of the next one gathers it and sends it to all. So with B blocks on each
 of P ranks, each rank gathers some :math:`B^2`, a part of what one process would, and computes its
-share of the tiles. Tiles across the diagonal mirror each other, and one of the two is computed;
-the numbers of its blocks tell by which rank, in equal shares.
+share of the tiles. Tiles across the diagonal mirror each other, so only one of the two is computed;
+which one follows from the numbers of its blocks, so that ranks have equal shares.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -51,7 +51,7 @@ def gramian_of_ranks(
         other: This rank's other poses; None on all ranks if poses meet each other.
         gathering: Makes the Jacobian of some poses.
         parameters: What to differentiate by.
-        ranks: Those that share the poses.
+        ranks: The ranks that share the poses.
         shown: Called with the number of blocks that come by; returns a function to call after each.
 
     Raises:

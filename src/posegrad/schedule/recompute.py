@@ -131,7 +131,7 @@ class _Tape:
     """What the first pass leaves on this rank: poses, predictions, moments, no graph."""
 
     predictions: Tensor
-    """Those of all ranks, `[m, ...]`."""
+    """The predictions of all ranks, `[m, ...]`."""
 
     def __init__(self, run: Run, rule: Combination) -> None:
         self._run = run
@@ -262,8 +262,8 @@ class _Tape:
         """The gradients of one chunk, scored again.
 
         Its poses may depend on each other (batch statistics, one random mask for all), so all are
-        scored again, unless `_may_pick` allows less. The first time that only some are, all are
-        too, and the gradients are compared.
+        scored again, unless `_may_pick` allows less. The first time that some are scored again by
+        themselves, all are too, and the gradients are compared.
         """
         chunk = picks.chunk
         if not (picks.are_some and self._may_pick(chunk)):

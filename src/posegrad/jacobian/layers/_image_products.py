@@ -1,4 +1,4 @@
-"""Inner products of kernels' gradients, from products of positions."""
+"""Inner products of the gradients of convolution kernels, from products of positions."""
 
 from functools import lru_cache
 from math import prod
@@ -14,9 +14,9 @@ from posegrad.jacobian.layers._windows import Windows
 __all__ = ["Images", "Way"]
 
 _PANEL = 128  # rows of a panel of products
-_AT_ONCE = 2**17  # products of squared norms: half a MiB
+_AT_ONCE = 2**17  # products taken at once for squared norms: half a MiB
 
-# What a number takes, in multiplications, and a call.
+# Costs in multiplications: of adding, multiplying and copying a number, and of a call.
 _ADDED, _MULTIPLIED, _COPIED, _CALLED = 5, 32, 32, 2**22
 
 
@@ -25,8 +25,8 @@ class Way(NamedTuple):
     """How products of positions are taken.
 
     Args:
-        windows: What is summed.
-        gathers: Whether what each window meets is put together first.
+        windows: The windows over which products of places are summed.
+        gathers: Whether all that a window meets is first copied together, into a place of its own.
         once: Multiplications for each image.
         each: Multiplications for each pair of images.
         held: Numbers of each image that are held.
@@ -43,15 +43,15 @@ class Way(NamedTuple):
     def of(cls, windows: Windows, width: int, height: int) -> "Way":
         """The cheaper way for a kernel `[height, width, ...]`.
 
-        At a stride of one, neighbours have most places in common, and products of places are the
-        fewer; else, of what each window meets.
+        At a stride of one, neighbouring windows share most of their places, so it is cheaper to
+        multiply places. At larger strides, it is cheaper to gather what each window meets.
         """
         ways = [cls.by(windows, False, width, height), cls.by(windows, True, width, height)]
         return min(ways, key=lambda way: way.once + way.each)
 
     @classmethod
     def by(cls, windows: Windows, gathers: bool, width: int, height: int) -> Self:
-        """One of the two ways."""
+        """The way that gathers, or the one that does not, with its costs."""
         positions, once = prod(windows.positions), 0
         if gathers:
             width *= prod(windows.kernel)
@@ -67,14 +67,14 @@ class Way(NamedTuple):
         return prod(self.windows.extent)
 
     def of_norms(self, count: int, images: int) -> tuple[int, int]:
-        """For poses that have so many images each: multiplications, and numbers held."""
+        """Squared norms of poses with so many images each: multiplications, and numbers held."""
         squares = (images * self.places) ** 2
         work = _CALLED + count * images * (self.once + images * self.each)
         products = min(count, max(1, _AT_ONCE // squares)) * squares
         return work, count * images * self.held + 3 * products
 
     def of_gramian(self, images: int, components: int) -> tuple[int, int]:
-        """For so many images and kinds of cotangents: multiplications, and numbers held."""
+        """The same for products of all images, with so many components of the output."""
         rows, panel = images * self.places, max(_PANEL, self.places)
         pairs = images * (images + 1) // 2 if components == 1 else images**2 * components**2
         calls = components**2 * (1 + rows // panel)
@@ -82,7 +82,7 @@ class Way(NamedTuple):
         return work, images * self.held + 3 * min(rows, panel) * rows
 
     def of_crossed(self, left: int, right: int) -> tuple[int, int]:
-        """For two rows of so many images: multiplications, and numbers held."""
+        """The same for products of two sets of so many images."""
         rows, others, panel = left * self.places, right * self.places, max(_PANEL, self.places)
         calls = 1 + rows // panel
         work = (left + right) * self.once + left * right * self.each + calls * _CALLED
@@ -96,8 +96,8 @@ class Images:
 
     Args:
         windows: Where the kernel lies.
-        places: What it meets, `[N, S, F]`.
-        cotangents: Those of its positions, `[N, P, O]`.
+        places: The places that it meets, `[N, S, F]`: S of them, with F numbers each.
+        cotangents: The cotangents of its positions, `[N, P, O]`.
     """
 
     windows: Windows
@@ -106,7 +106,7 @@ class Images:
 
     @classmethod
     def of(cls, way: Way, windows: Windows, images: Tensor, cotangents: Tensor) -> Self:
-        """Of images `[N, C, ...]` and cotangents `[N, O, ...]`."""
+        """Made of images `[N, C, ...]` and cotangents `[N, O, ...]`."""
         places = windows.places(images)
         if way.gathers:
             places = windows.gathered(places)
@@ -120,7 +120,7 @@ class Images:
         """The squared norms of poses that have so many images each, one after another.
 
         Returns:
-            None if products cancel that are float64 already.
+            `[m]`; None if products cancel and are in float64 already.
         """
         places, cotangents = (
             tensor.reshape(len(tensor) // images, -1, tensor.shape[-1])
@@ -139,7 +139,8 @@ class Images:
         """The inner products of all images with others, `[N, N]`.
 
         Returns:
-            Them, and if the others are the same, the sizes that the squared norms are sums of.
+            The products; and, if the others are the same images, the sum of the magnitudes of the
+            terms in each squared norm.
         """
         alike, count = other is self, len(self.places)
         gram = self.cotangents.new_zeros(count, count)
@@ -158,7 +159,7 @@ class Images:
         return (gram.tril() + gram.tril(-1).mT if alike else gram), sizes
 
     def crossed(self, other: "Images") -> tuple[Tensor, Tensor]:
-        """The inner products of all images with others, `[N, N']`, and the sizes they sum up."""
+        """As `gramian`, `[N, N']`; and the sum of the magnitudes of the terms in each product."""
         gram = self.cotangents.new_zeros(len(self.places), len(other.places))
         sizes = torch.empty_like(gram)
         left, right = self._in_order(), other._in_order()
@@ -187,7 +188,7 @@ class Images:
         return pairs.view(left, positions, right, positions)
 
     def _squares(self, places: Tensor, cotangents: Tensor, images: int) -> tuple[Tensor, Tensor]:
-        """The squared norms of poses, and the sizes they are sums of."""
+        """The squared norms of poses, and the sums of the magnitudes of their terms."""
         found = []
         step = max(1, _AT_ONCE // places.shape[1] ** 2)
         for a, b in zip(torch.split(places, step), torch.split(cotangents, step), strict=True):

@@ -13,16 +13,16 @@ __all__ = ["Windows"]
 class Windows(NamedTuple):
     r"""Where a kernel lies on an image, for an image and a kernel of any dimension.
 
-    At position p its entry a meets the place :math:`s p + d a` of the padded image. So windows at p
-    and q meet, entry by entry, the products of places
+    At position p its entry a meets the place :math:`s p + d a` of the padded image. So the product
+    of what is met at p and q,
 
     .. math:: u_p \cdot u_q = \sum_a x_{s p + d a} \cdot x_{s q + d a},
 
-    which are sums along diagonals of the products of all places. With places numbered one after
-    another, a step along a diagonal is always the same step in memory.
+    is a sum along a diagonal of the products of all places. With places numbered one after another,
+    a step along a diagonal is always the same step in memory.
 
     Args:
-        positions: How many there are, along each dimension.
+        positions: How many positions there are, along each dimension.
         kernel: The size of the kernel.
         stride: s.
         dilation: d.
@@ -37,12 +37,12 @@ class Windows(NamedTuple):
 
     @property
     def extent(self) -> tuple[int, ...]:
-        """How much of the padded image is met."""
+        """The size of the part of the padded image that is met."""
         sides = zip(self.positions, self.kernel, self.stride, self.dilation, strict=True)
         return tuple([(p - 1) * s + (k - 1) * d + 1 for p, k, s, d in sides])
 
     def unfolded(self) -> "Windows":
-        """The positions themselves, each a place with all that its window meets."""
+        """Windows of one place each, for `gathered` places, which hold all that a window meets."""
         one = (1,) * len(self.positions)
         return Windows(self.positions, one, one, one, (0,) * len(one))
 
@@ -76,9 +76,9 @@ class Windows(NamedTuple):
         """From products of places to those of windows.
 
         Args:
-            products: Of the places of two rows of images, `[k, left S, right S]`, contiguous.
-            left: How many images the first has.
-            right: How many the second.
+            products: Of the places of two sets of images, `[k, left S, right S]`, contiguous.
+            left: How many images the first set has.
+            right: How many the second has.
 
         Returns:
             `[k, left, *positions, right, *positions]`.

@@ -1,4 +1,4 @@
-"""A tensor that the forward computed, as that which an output is differentiated by."""
+"""A tensor of the forward that an output is differentiated by, as by a parameter."""
 
 from typing import Self, final
 
@@ -19,7 +19,7 @@ class Activation(ClosedForm):
     r"""The tensor H itself, whose gradient is its cotangent.
 
     The gradient of pose i is the cotangent's rows :math:`R_i`, and zero elsewhere. No two poses
-    have a row in common, so that the Gramian is diagonal, and nothing is formed for it.
+    have a row in common, so the Gramian is diagonal, and no gradient is formed for it.
     """
 
     def vjp(self, cotangent: Tensor) -> Tensor:
@@ -41,7 +41,7 @@ class Activation(ClosedForm):
         return layout.dots(cotangent, cotangent)
 
     def across(self, own: Side, other: Self, its: Side, products: Products) -> Tensor | None:
-        """Of rows that lie in the same place: R products, each of which has two owners."""
+        """Multiplies only rows that lie in the same place: R products, each with two owners."""
         if self.shape != other.shape or own.layout.dims != its.layout.dims:
             return None
         left, right = own.layout.front(own.cotangent), its.layout.front(its.cotangent)

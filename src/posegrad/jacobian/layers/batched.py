@@ -23,7 +23,7 @@ __all__ = ["BatchedLinear"]
 @final
 @record
 class BatchedLinear(ClosedForm):
-    r"""The weights W of :math:`Y_e = A_e W_e` for e of an ensemble, poses in the rows of A and Y.
+    r"""The weights W of :math:`Y_e = A_e W_e` for each e of an ensemble; poses own rows of A and Y.
 
     .. math::
         \frac{\partial \hat y_i}{\partial W_e} = \sum_{r \in R_i} a_{er} b_{er}^\top, \qquad
@@ -32,7 +32,7 @@ class BatchedLinear(ClosedForm):
 
     Args:
         input: A, `[E, R, d]`.
-        on_left: Whether the operator was :math:`Y_e = W_e A_e`, poses in the columns, so that A is
+        on_left: Whether the operator was :math:`Y_e = W_e A_e`. Then poses own columns, A is
             `[E, d, R]` and Y `[E, p, R]`.
         scale: A number the product was multiplied by.
     """

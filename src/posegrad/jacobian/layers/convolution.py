@@ -18,7 +18,7 @@ from posegrad.jacobian.layers.linear import Linear
 
 __all__ = ["Convolution"]
 
-_AS_LONG_AS = 32  # multiplications, to write a number of a gradient and to read it again
+_AS_LONG_AS = 32  # so many multiplications take as long as to write and read a number of a gradient
 
 
 @final
@@ -35,11 +35,11 @@ class Convolution(ClosedForm):
 
     with p over the positions of pose i and q over those of pose j. The second needs no gradient,
     and is the cheaper where kernels are large and positions few. A transposed convolution is the
-    same with images and cotangents changed over.
+    same with images and cotangents exchanged.
 
-    Gradients are those of one convolution in which every image is a group of channels:
-    `[1, N C, ...]`. It costs little more than the one call of a plain backward, 1.1 to 1.4 times on
-    a CPU, but for few positions: those are products of matrices.
+    The gradients of all images come from one convolution in which every image is a group of
+    channels: `[1, N C, ...]`. On a CPU, it takes 1.1 to 1.4 times as long as the one call of a
+    plain backward. Where positions are few, gradients are products of matrices instead.
 
     Args:
         input: The images.
@@ -149,7 +149,7 @@ class Convolution(ClosedForm):
     def projected(
         self, cotangents: tuple[Tensor, ...], left: Tensor, right: Tensor
     ) -> tuple[ClosedForm, tuple[Tensor, ...]] | None:
-        """As a weight behind what each window meets; projections of that are a convolution."""
+        """As the weight of a linear layer on what windows meet; a convolution projects that."""
         if self._groups > 1 or self._is_transposed:
             return None
         kernels = right.reshape(len(right), *self.shape[1:])
@@ -179,9 +179,10 @@ class Convolution(ClosedForm):
         return self._images(cotangent, layout).squares(each)
 
     def _cost_of_rows(self, cotangent: torch.Size, numbers: int, components: int) -> int:
-        """Multiplications that rows take.
+        """The multiplications that rows take.
 
-        Rows that are not far larger than their factors are kept, and save the weighted sum.
+        Rows that are not far larger than their factors are kept. That saves the weighted sum, which
+        takes as long as forming them, so forming them counts as free.
         """
         size, images = self.shape.numel(), self.input.tensor.numel()
         kept = numbers * size <= 2 * (images + components * cotangent.numel())
@@ -193,7 +194,7 @@ class Convolution(ClosedForm):
         return Way.of(self.windows(cotangent), width, height)
 
     def _images(self, cotangent: Tensor, layout: Layout | None = None) -> Images:
-        """What products need, with the images of a pose one after another if there is a layout."""
+        """What products need; with a layout, the images of each pose come one after another."""
         b = wide(cotangent)
         images = self.input.like(b)
         if layout is not None:
@@ -237,16 +238,20 @@ class Convolution(ClosedForm):
         return self._of(*one, len(images)).reshape(len(images), *self.shape)
 
     def _is_product(self, cotangent: torch.Size) -> bool:
-        """Whether rows are products of matrices; what these are made of is less than the rows."""
+        """Whether rows are computed as products of matrices.
+
+        That is for kernels of size one, and where positions are so few that what windows meet takes
+        at most half the memory of the rows.
+        """
         windows = self.windows(cotangent)
         few = prod(windows.kernel) == 1 or 2 * prod(windows.positions) <= self.shape[0]
         return self._groups == 1 and few
 
     def _is_slow_at_once(self, cotangent: torch.Size) -> bool:
-        """Whether images one by one, with channels last, are the faster.
+        """Whether it is faster to take images one by one, with channels last.
 
-        For large kernels of single channels a CPU's library has no fast way but that, 2 to 3 times
-        as fast as all images as groups.
+        For large kernels of single channels, a CPU's library has no other fast way: this one is 2
+        to 3 times as fast as taking all images as groups.
         """
         on_cpu = self.input.tensor.device.type == "cpu"
         single = self._groups > 1 and self.shape[:2] == (self._groups, 1)
@@ -274,7 +279,7 @@ def _windows(
     padding: tuple[int, ...],
     dilation: tuple[int, ...],
 ) -> Windows:
-    """Options may be one number for all dimensions."""
+    """Where a kernel lies; options may be one number for all dimensions."""
     each = [own * (len(kernel) // len(own)) for own in (stride, dilation, padding)]
     return Windows(tuple(positions), tuple(kernel), *each)
 

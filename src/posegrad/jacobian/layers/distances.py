@@ -15,7 +15,7 @@ from posegrad.jacobian._record import record
 
 __all__ = ["Distances"]
 
-_SLOPES = 2**20  # numbers of derivatives at a time
+_SLOPES = 2**20  # numbers in the derivatives computed at a time
 
 
 @final
@@ -33,11 +33,11 @@ class Distances(ClosedForm):
 
     Args:
         input: X, `[..., R, d]`.
-        points: A copy of C, which the next step changes.
-        distances: Y, as the operator has it.
+        points: A copy of C, since the next step changes C.
+        distances: Y, as the operator saved it.
         p: The order of the norm.
         on_left: Whether the points came first, so that Y is `[..., k, R]`.
-        by_products: Whether Y was taken from products of X and C, as its backward is then.
+        by_products: Whether Y was computed from products of X and C; then its backward is, too.
     """
 
     input: Factor
@@ -73,7 +73,7 @@ class Distances(ClosedForm):
             return None
         b, x, y = self._standing(wide(cotangent))
         ratio = _ratio(b, y)
-        if self.by_products:  # no more exact than these are, where points are near
+        if self.by_products:  # inexact where points are near, so Y is computed anew
             mode = "donot_use_mm_for_euclid_dist"
             y = torch.cdist(x, self.points.like(b), compute_mode=mode)
         return ratio.mul_(y).square_().sum(1)
@@ -109,5 +109,5 @@ class Distances(ClosedForm):
 
 
 def _ratio(b: Tensor, y: Tensor) -> Tensor:
-    """Cotangents over distances, and nothing where there is none: not even what is infinite."""
+    """Cotangents over distances; zero where the distance is, even for an infinite cotangent."""
     return (b / y).masked_fill_(y == 0, 0)

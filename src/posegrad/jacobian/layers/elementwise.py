@@ -18,7 +18,7 @@ __all__ = ["Broadcast", "Elementwise"]
 
 @record
 class Broadcast(ClosedForm):
-    r"""A parameter :math:`\theta` broadcast over Y, where it acts element by element.
+    r"""A parameter :math:`\theta` that is broadcast over Y and acts element by element.
 
     .. math::
         \frac{\partial \hat y_i}{\partial \theta} = \sum_{r \in R_i} b_r \circ
@@ -69,7 +69,7 @@ class Elementwise(Broadcast):
 
     Args:
         factor: The derivative of Y: a number, or a tensor that broadcasts against Y.
-        stops: Where Y is something else, and nothing flows: not even what is infinite.
+        stops: Where Y does not depend on the parameter; even infinite cotangents give zero there.
     """
 
     factor: Factor | float
@@ -77,7 +77,7 @@ class Elementwise(Broadcast):
 
     @property
     def positions(self) -> tuple[int, ...]:
-        """Those of a bias of features, which stand last: it has its cotangent with a weight."""
+        """For a bias of features, all dimensions but the last; it shares a weight's cotangent."""
         is_bias = isinstance(self.factor, float) and self.aligned[-1:] == self.shape
         last = len(self.aligned) - 1
         return tuple(range(last)) if is_bias and self.aligned[:last].numel() == 1 else ()

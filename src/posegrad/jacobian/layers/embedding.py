@@ -45,7 +45,7 @@ class Table(ClosedForm):
         return rows.masked_fill_(beside, 0)
 
     def _meet(self, indices: Tensor, count: int, components: int) -> bool:
-        """Whether fewer products of entries are to be taken than there are rows in the tables."""
+        """Whether the products of entries in the same row are fewer than the rows of the tables."""
         if self.padding is not None:
             indices = indices[indices != self.padding]
         times = torch.bincount(indices % self.shape[0])
@@ -73,7 +73,7 @@ class Table(ClosedForm):
     def _squares(
         self, indices: Tensor, entries: Tensor, owners: Tensor, count: int
     ) -> Tensor | None:
-        """The squared norms of tables, if they have more rows than there are entries."""
+        """The squared norms of tables; None if there are more entries than rows of tables."""
         if len(indices) > count * self.shape[0]:
             return None
         _, owners, (sums,) = self._sums(indices, [entries], owners)
@@ -82,12 +82,12 @@ class Table(ClosedForm):
     def _inner(
         self, indices: Tensor, sides: Sequence[Tensor], owners: Tensor, count: int
     ) -> Tensor:
-        r"""The inner products of tables from the entries that meet in a row of them.
+        r"""The inner products of tables, from the entries that lie in the same row.
 
         .. math:: \langle g_i, g_j \rangle = \sum_{r \in R_i,\, s \in R_j} [v_r = v_s]\,
             b_r \cdot b_s
 
-        Sorted by index, the entries of one index lie together, and each meets all of them.
+        Sorted by index, the entries of one index lie together; each is multiplied with all of them.
         """
         indices, owners, sums = self._sums(indices, sides, owners)
         order = torch.argsort(indices)
@@ -104,14 +104,14 @@ class Table(ClosedForm):
     def _crossed(
         self, own: tuple[Tensor, Tensor, Tensor], its: tuple[Tensor, Tensor, Tensor]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The inner products of entries that meet in a row of the table.
+        """The inner products of entries that lie in the same row of the table.
 
         Args:
             own: Indices, owners and values of the entries of one table, each `[U, ...]`.
             its: Those of the other.
 
         Returns:
-            The owners of either, and the products.
+            For each pair of such entries, the owner of either and the product.
         """
         indices, owners, sums = own
         order = torch.argsort(its[0])
@@ -176,7 +176,7 @@ class Embedding(Table):
     def projected(
         self, cotangents: tuple[Tensor, ...], left: Tensor, right: Tensor
     ) -> tuple[ClosedForm, tuple[Tensor, ...]]:
-        """As a weight behind vectors of zeros and a one, which pick columns of the projection."""
+        """As a linear layer's weight on one-hot vectors; projected, these are columns of `left`."""
         indices = self.indices.value
         picked = self._picked(left.mT, indices)  # [..., k]
         input, shape = Factor.of(picked, self.indices.beside), torch.Size([len(left), len(right)])
@@ -247,7 +247,7 @@ class EmbeddingBag(Table):
     def opened(
         self, cotangents: tuple[Tensor, ...], layout: Layout
     ) -> tuple[ClosedForm, tuple[Tensor, ...], Layout]:
-        """A table of which every row is looked up by itself."""
+        """The same use as a plain lookup: every row that was looked up has its own cotangent."""
         owners = layout.owners.expand(len(cotangents[0]))[self.bags.value]
         entries = tuple(map(self._entries, cotangents))
         form = Embedding(self.shape, self.padding, self.indices)

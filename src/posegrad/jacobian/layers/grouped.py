@@ -1,4 +1,4 @@
-"""Products of rows with one of several weights each: mixtures of experts."""
+"""Products of each row with one of several weights: mixtures of experts."""
 
 from functools import partial
 from typing import final
@@ -24,11 +24,11 @@ class GroupedLinear(ClosedForm):
     .. math::
         \frac{\partial \hat y_i}{\partial W_e} = \sum_{r \in R_i,\, e(r) = e} a_r b_r^\top
 
-    It is that of a linear layer whose poses are the pairs (i, e).
+    This is the gradient of a linear layer whose poses are the pairs (i, e).
 
     Args:
         input: A, `[R, d]`.
-        ends: Where the rows of each expert end, `[E]`. Rows behind the last belong to none.
+        ends: Where the rows of each expert end, `[E]`. Rows behind the last end belong to none.
     """
 
     input: Factor
@@ -58,7 +58,7 @@ class GroupedLinear(ClosedForm):
         return None if found is None else found.reshape(layout.count, -1).sum(1)
 
     def prefers_pairs(self, cotangent: torch.Size, layout: Layout, components: int) -> bool:
-        """Only rows of one expert meet, as if there were fewer."""
+        """As for `Linear`, but with fewer rows, since only those of one expert are multiplied."""
         experts, d, p = self.shape
         rows = int(components * layout.size / experts**0.5)
         return pairs_are_cheaper(rows, components * layout.count, experts * d, p)
@@ -81,11 +81,11 @@ class GroupedLinear(ClosedForm):
 
     @property
     def _linear(self) -> Linear:
-        """One expert's."""
+        """The form of one expert's weight."""
         return Linear(self.shape[1:], self.input, flipped=True, on_left=False, scale=1.0)
 
     def _by_expert(self, layout: Layout) -> Layout:
-        """Whose rows are, if every pair of a pose and an expert is one: `[m E]`."""
+        """The layout in which every pair of a pose and an expert counts as a pose, m E in all."""
         owners, ends = layout.owners, self.ends.value.long()
         places = torch.arange(len(owners), device=owners.device)
         experts = torch.searchsorted(ends, places, right=True)

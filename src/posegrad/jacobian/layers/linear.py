@@ -25,8 +25,8 @@ from posegrad.jacobian._record import record
 
 __all__ = ["Linear"]
 
-_FEW, _SMALL = 16, 2**17  # poses and numbers of rows that take no longer than to sort them does
-_AS_LONG_AS = 64  # multiplications, to pick a number by pose: to read it, and to write it
+_FEW, _SMALL = 16, 2**17  # with so few poses and numbers, rows take no longer than sorting does
+_AS_LONG_AS = 64  # so many multiplications take as long as to pick a number by pose: read and write
 
 
 @final
@@ -72,7 +72,7 @@ class Linear(ClosedForm):
         return replace(self, input=a, on_left=False), tuple(b.mT for b in cotangents), rows
 
     def turned(self, cotangent: Tensor) -> tuple[ClosedForm, Tensor]:
-        """As is met beside its transpose, in tied autoencoders and in a second backward."""
+        """For a weight beside its transpose, as in tied autoencoders and in a second backward."""
         b = Factor.of(cotangent, self.input.beside)
         return replace(self, input=b, flipped=not self.flipped), self.input.value
 
@@ -148,7 +148,7 @@ class Linear(ClosedForm):
         return crossed_pairs(pairs, layouts, lengths, in_double)
 
     def _standing(self, cotangent: Tensor) -> tuple[Tensor, Tensor]:
-        """What stands along the parameter's dimensions, row by row: `[..., shape[0 or 1]]`."""
+        """The factors along the parameter's dimensions: `[..., shape[0]]` and `[..., shape[1]]`."""
         sides = self.input.value, cotangent
         a, b = (side.mT for side in sides) if self.on_left else sides
         return (a, b) if self.flipped else (b, a)
@@ -160,7 +160,7 @@ class Linear(ClosedForm):
     def projected(
         self, cotangents: tuple[Tensor, ...], left: Tensor, right: Tensor
     ) -> tuple[ClosedForm, tuple[Tensor, ...]] | None:
-        """As LoGra does: by the factors, so that gradients are formed of `[k, l]` alone."""
+        """As LoGra does: projects the factors, so that only gradients `[k, l]` are formed."""
         if self.on_left:
             return None
         of_input, of_cotangent = (left, right) if self.flipped else (right, left)
@@ -176,7 +176,7 @@ class Linear(ClosedForm):
         rows = self._count(cotangent.shape)
         inner = rows // max(layout.size, 1)
         if layout.is_regular() and are_kept(rows, layout.count, *self.shape):
-            return None  # formed once, for the weighted sum too
+            return None  # rows are formed once, for the weighted sum too
         if not layout.is_regular():
             if layout.count <= _FEW and layout.count * self.shape.numel() <= _SMALL:
                 return None

@@ -1,4 +1,4 @@
-"""The scale of a normalisation: layer, group, batch; also in the backward of a layer's."""
+"""The scale of a layer, group or batch norm; also in the backward of a layer norm."""
 
 from typing import final
 
@@ -20,7 +20,7 @@ class NormScale(Broadcast):
         input: x.
         mean: The means, with a 1 for each normalised dimension. They are held fixed: how they
             depend on other parameters is in those parameters' cotangents.
-        inverse_deviation: The inverse deviations, likewise.
+        inverse_deviation: The inverse deviations, held fixed too.
     """
 
     input: Factor
@@ -41,9 +41,9 @@ class NormScale(Broadcast):
 @final
 @record
 class NormScaleBackward(Broadcast):
-    r"""The scale in the backward of a layer's normalisation, as models of forces have it.
+    r"""The scale in the backward of a layer norm, as in models that compute forces.
 
-    With :math:`\hat x = (x - \mu)\,\rho` and means over the normalised dimensions, that is
+    With :math:`\hat x = (x - \mu)\,\rho` and means over the normalised dimensions, that backward is
 
     .. math::
         y = \rho\, P (\gamma \circ g), \qquad

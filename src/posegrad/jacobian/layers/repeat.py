@@ -1,4 +1,4 @@
-"""Parameters that are laid out several times, as instance normalisation does for its images."""
+"""Parameters that are repeated, as instance normalisation does for every image."""
 
 from dataclasses import replace
 from typing import final
@@ -16,16 +16,17 @@ __all__ = ["Repeat"]
 @final
 @record
 class Repeat(ClosedForm):
-    """A parameter whose copies stand behind each other: `y = theta.repeat(...)`.
+    """A parameter whose copies follow one another: `y = theta.repeat(...)`.
 
     Args:
-        repeats: How often along each dimension of y; there may be more than the parameter has.
+        repeats: How many copies lie along each dimension of y, which may have more dimensions than
+            the parameter.
     """
 
     repeats: tuple[int, ...]
 
     def accepts(self, cotangent: torch.Size, layout: Layout) -> bool:
-        """Whether every copy along the dimension of poses belongs to one of them."""
+        """Whether every copy along the dimension of poses belongs to one pose."""
         if len(layout.dims) != 1:
             return False
         size = self._sizes[layout.dims[0]]
@@ -46,7 +47,7 @@ class Repeat(ClosedForm):
         return self._owners(layout, len(copies)).sum(copies).reshape(layout.count, *self.shape)
 
     def _owners(self, layout: Layout, copies: int) -> Layout:
-        """Whose each copy along the dimension of poses is."""
+        """The owners of the copies along the dimension of poses."""
         size = self._sizes[layout.dims[0]]
         if size == 1:
             return replace(layout, dims=(0,))
@@ -55,7 +56,7 @@ class Repeat(ClosedForm):
 
     @property
     def _sizes(self) -> list[int]:
-        """The parameter's, with a 1 for each dimension it has not."""
+        """The parameter's sizes, with a 1 for each dimension that only y has."""
         return [1] * (len(self.repeats) - len(self.shape)) + list(self.shape)
 
     def _grid(self, cotangent: Tensor) -> Tensor:
