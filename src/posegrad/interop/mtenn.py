@@ -265,11 +265,10 @@ def grouped(
         engine_options: As for `Engine`: `chunk_size`, `collate`, ...
 
     Returns:
-        A module whose forward takes a list of poses and returns `(combined, per pose)`. A model of
-        mtenn's keeps its class, and its parts and parameters their names; any other model is the
-        part `model`. `combination`, `readout` and `comb_readout` are as in a GroupedModel. What is
-        given is left as it is, and parts are shared. Hooks on a model of mtenn's run once for the
-        group.
+        A module that takes a list of poses and returns `(combined, per pose)`. A model of mtenn's
+        keeps its class and the names of its parts and parameters; any other is the part `model`.
+        `combination`, `readout` and `comb_readout` are as in a GroupedModel. What is given is left
+        as it is, and parts are shared. Hooks on a model of mtenn's run once for the group.
 
     Raises:
         TypeError: if the model is no module, the forward of one of mtenn's was compiled or
@@ -277,8 +276,7 @@ def grouped(
         ValueError: if the model has a readout of its own where another one is given.
 
     Warns:
-        UserWarning: if the first readout turns the order of predictions around, so that the
-            combination picks the worst pose.
+        UserWarning: if the first readout turns predictions around, so that the worst pose counts.
 
     Example:
         >>> from posegrad.interop.mtenn import MaxCombination, grouped
@@ -412,8 +410,7 @@ def _warn_of_the_worst(readout: Any, rule: Combination) -> None:
     if is_worst:
         warn(
             f"{type(readout).__name__} acts on the prediction of each pose and turns their order "
-            f"around, and the combination prefers low numbers: it picks the pose that the model "
-            f"finds worst.\n"
+            f"around, so that the combination, which prefers low numbers, picks the worst pose.\n"
             f"Apply it to the combined prediction, comb_readout= (and set model.readout = None if "
             f"it is the model's own), or combine with MaxCombination(negate_preds=False)."
         )
