@@ -83,6 +83,15 @@ def test_any_rule_without_parameters_can_be_wrapped(rule: Any) -> None:
     close(stepped(model, RuleCombination(rule)(*model.handed_over())), expected)
 
 
+def test_a_pose_without_weight_counts_for_nothing_whatever_its_gradient() -> None:
+    model = Scores(2)
+    predictions, gradients, *rest = model.handed_over()
+    best, worst = sorted(range(2), key=lambda i: predictions[i])
+    gradients["weight"][worst].fill_(torch.inf)
+    RuleCombination(Best())(predictions, gradients, *rest)[0].backward()
+    close(model.weight.grad, gradients["weight"][best])
+
+
 @pytest.mark.parametrize("name", COMBINATIONS)
 def test_an_existing_grouped_model_takes_them(name: str) -> None:
     make, _, theirs = COMBINATIONS[name]
