@@ -17,7 +17,7 @@ finds w, and no rule needs a gradient by hand.
 import copy
 from abc import ABC
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import cache
+from functools import cache, cached_property
 from typing import Any, final
 
 import torch
@@ -25,13 +25,9 @@ from torch import Tensor, nn
 
 from posegrad._warn import warn
 from posegrad.combination import Boltzmann, Combination, Max, Mean, Min
-from posegrad.combination._base import Rule, flush_denormals, outcome
+from posegrad.combination._base import Rule, as_combination, flush_denormals, outcome
 from posegrad.engine import Engine
-from posegrad.errors import (
-    NonFinitePredictionError,
-    ShapeMismatchError,
-    UnsupportedModuleError,
-)
+from posegrad.errors import NonFinitePredictionError, ShapeMismatchError, UnsupportedModuleError
 from posegrad.schedule._attach import Gradients, attach
 from posegrad.schedule._gradients import GradientSum
 from posegrad.schedule._inputs import Inputs
@@ -82,8 +78,7 @@ class _WithRule(nn.Module, ABC):
         if names := [name for name, _ in self.rule.named_parameters()]:
             raise UnsupportedModuleError(
                 f"The rule has parameters: {', '.join(names)}. mtenn's GroupedModel differentiates "
-                f"each pose before it combines them, and fails on a parameter that gets no "
-                f"gradient from that.\n"
+                f"each pose before it combines them, and fails on those, which get no gradient.\n"
                 f"Use posegrad.interop.mtenn.grouped(model, rule), which trains them."
             )
 
@@ -132,13 +127,9 @@ class RuleCombination(_WithRule):
 
     Example:
         >>> from posegrad.interop.mtenn import RuleCombination
-        >>> weight = nn.Parameter(torch.tensor([2.0]))
-        >>> gradients = {"weight": [torch.tensor([-9.0]), torch.tensor([-8.0])]}
-        >>> predictions = [torch.tensor(-18.0), torch.tensor(-16.0)]
-        >>> best, _ = RuleCombination(Best())(predictions, gradients, ["weight"], weight)
-        >>> best.backward()
-        >>> weight.grad
-        tensor([-9.])
+        >>> combination = RuleCombination(Best())  # for GroupedModel(representation, strategy, ...)
+        >>> combination.rule(torch.tensor([-9.0, -8.0, -4.0]))
+        tensor(-9.)
     """
 
 
@@ -152,13 +143,7 @@ class MeanCombination(_WithRule):
 
 @final
 class MaxCombination(_WithRule):
-    """`Min(pred_scale)`, or `Max` without `negate_preds`, as mtenn's (equations 5 to 9 there).
-
-    Example:
-        >>> from posegrad.interop.mtenn import MaxCombination
-        >>> MaxCombination(pred_scale=1.0).rule(torch.tensor([-9.0, -8.0, -4.0]))
-        tensor(-9.3182)
-    """
+    """`Min(pred_scale)`, or `Max` without `negate_preds`, as mtenn's (equations 5 to 9 there)."""
 
     def __init__(self, negate_preds: bool = True, pred_scale: float = 1000.0) -> None:
         super().__init__((Min if negate_preds else Max)(scale=pred_scale))
@@ -175,12 +160,11 @@ class BoltzmannCombination(_WithRule):
 
 def _joined(pred_list: Sequence[Tensor]) -> Tensor:
     """The predictions as `[N]`."""
-    shapes = {i: list(p.shape) for i, p in enumerate(pred_list) if p.numel() != 1}
-    if shapes:
-        shown = ", ".join(f"that of pose {i} has shape {shape}" for i, shape in shapes.items())
+    odd = [f"pose {i} has shape {[*p.shape]}" for i, p in enumerate(pred_list) if p.numel() != 1]
+    if odd:
         raise ShapeMismatchError(
-            f"A prediction is one number here, but {shown}.\n"
-            f"GroupedModel differentiates each prediction by itself, which needs one number.\n"
+            f"A prediction is one number here, which GroupedModel can differentiate, but that of "
+            f"{', that of '.join(odd)}.\n"
             f"Use posegrad.interop.mtenn.grouped(model, rule), which takes vectors."
         )
     try:
@@ -193,24 +177,66 @@ def _joined(pred_list: Sequence[Tensor]) -> Tensor:
 def _check_gradients(
     grad_dict: GradDict, names: Sequence[str], parameters: Sequence[Tensor], count: int
 ) -> None:
-    needed = {name: [p.shape] * count for name, p in zip(names, parameters, strict=False)}
-    found = {name: [g.shape for g in rows] for name, rows in grad_dict.items()}
-    wrong = [name for name in needed | found if found.get(name) != needed.get(name)]
+    pairs = zip(names, parameters, strict=False)
+    needed = {name: f"{count} of {list(parameter.shape)}" for name, parameter in pairs}
+    found = {name: _shapes(rows) for name, rows in grad_dict.items()}
+    wrong = [
+        f"{name} has {found.get(name, 'no entry')}, needs {needed.get(name, 'no entry')}"
+        for name in needed | found
+        if found.get(name) != needed.get(name)
+    ]
     if wrong or len(names) != len(parameters):
-        shown = [f"{n} has {_shown(found.get(n))}, needs {_shown(needed.get(n))}" for n in wrong]
         raise ShapeMismatchError(
             f"There are {count} predictions, {len(names)} param_names and {len(parameters)} "
-            f"parameters. In grad_dict: {'; '.join(shown) or 'one entry a name'}.\n"
+            f"parameters. In grad_dict: {'; '.join(wrong) or 'one entry a name'}.\n"
             f"Each parameter gets the weighted sum of its own gradients, one for each prediction.\n"
             f"Make all three from the same model.named_parameters()."
         )
 
 
-def _shown(shapes: Sequence[torch.Size] | None) -> str:
-    kinds = dict.fromkeys(str(list(shape)) for shape in shapes or [])
-    return (
-        "no entry" if shapes is None else f"{len(shapes)} of {' and '.join(kinds) or 'any shape'}"
-    )
+def _shapes(rows: Sequence[Tensor]) -> str:
+    kinds = dict.fromkeys(str(list(row.shape)) for row in rows)
+    return f"{len(rows)} of {' and '.join(kinds) or 'any shape'}"
+
+
+class Grouped(nn.Module, ABC):
+    """What `grouped` makes, with the model's own class behind this one.
+
+    So each parameter, part and key of `state_dict` has the name that it has there.
+    """
+
+    combination: Combination
+    readout: Readout | None
+    comb_readout: Readout | None
+    schedule: str
+    engine_options: dict[str, Any]
+
+    def forward(self, input_list: Iterable[Pose] | Tensor) -> tuple[Tensor, Tensor]:
+        """The combined prediction of a list of poses, and their predictions `[N, ...]`.
+
+        Raises and accumulates as `Engine.combine`; `comb_readout` has acted on the first.
+        """
+        found = self._engine.combine(input_list, self.combination, schedule=self.schedule)
+        return _read(found, self.comb_readout), found.per_pose
+
+    def score(self, pose: Pose) -> Tensor:
+        """The prediction of one pose, as the combination gets it."""
+        kinds = type(self).__mro__  # that of a GroupedModel takes a list: what is behind it, a pose
+        taking_lists: Any = next((k for k in kinds if k.__name__ == "GroupedModel"), Grouped)
+        return _read(super(taking_lists, self).forward(pose))
+
+    def extra_repr(self) -> str:
+        """What printing shows beside the parts."""
+        return f"schedule={self.schedule!r}"
+
+    @cached_property
+    def _engine(self) -> Engine:
+        # Of the whole module, not of its parts: a part that is replaced is seen.
+        return Engine(self, predict=Grouped.score, **self.engine_options)
+
+    def __reduce_ex__(self, _: object) -> tuple[Any, ...]:
+        state = {name: value for name, value in vars(self).items() if name != "_engine"}
+        return _blank, (type(self).__bases__[1],), state
 
 
 def grouped(
@@ -221,7 +247,7 @@ def grouped(
     *,
     schedule: str = "recompute",
     **engine_options: Any,
-) -> "Grouped":
+) -> Grouped:
     r"""Makes a model of one pose into a model of a group of poses, like mtenn's GroupedModel.
 
     .. math::
@@ -239,11 +265,10 @@ def grouped(
         engine_options: As for `Engine`: `chunk_size`, `collate`, ...
 
     Returns:
-        A module whose forward takes a list of poses and returns `(combined, per pose)`. A model of
-        mtenn's keeps its class, and its parts and parameters their names; any other model is the
-        part `model`. `combination`, `readout` and `comb_readout` are as in a GroupedModel. What is
-        given is left as it is, and parts are shared. Hooks on a model of mtenn's run once for the
-        group.
+        A module that takes a list of poses and returns `(combined, per pose)`. A model of mtenn's
+        keeps its class and the names of its parts and parameters; any other is the part `model`.
+        `combination`, `readout` and `comb_readout` are as in a GroupedModel. What is given is left
+        as it is, and parts are shared. Hooks on a model of mtenn's run once for the group.
 
     Raises:
         TypeError: if the model is no module, the forward of one of mtenn's was compiled or
@@ -251,8 +276,7 @@ def grouped(
         ValueError: if the model has a readout of its own where another one is given.
 
     Warns:
-        UserWarning: if the first readout turns the order of predictions around, so that the
-            combination picks the worst pose.
+        UserWarning: if the first readout turns predictions around, so that the worst pose counts.
 
     Example:
         >>> from posegrad.interop.mtenn import MaxCombination, grouped
@@ -273,17 +297,15 @@ def grouped(
             f"Group the model first, or compile its parts: model.representation.compile()."
         )
     network = _twin(model if is_of_mtenn else _Single(model))
-    combination = getattr(network, "combination", None) if combination is None else combination
-    if combination is None:
+    rule = getattr(network, "combination", None) if combination is None else combination
+    if rule is None:
         raise TypeError(
             f"There is no combination, and {type(model).__name__} is no GroupedModel that has one. "
             f"Pass MeanCombination(), MaxCombination(), ..., or a rule."
         )
-    network.combination = _rule_of(combination)
-    for option, name, given in (
-        ("pred_readout", "readout", pred_readout),
-        ("comb_readout", "comb_readout", comb_readout),
-    ):
+    network.combination = _rule_of(rule)
+    for option, given in {"pred_readout": pred_readout, "comb_readout": comb_readout}.items():
+        name = option.removeprefix("pred_")  # where a GroupedModel keeps it
         own = getattr(network, name, None)
         if own is not None and given is not None:
             raise ValueError(
@@ -292,55 +314,9 @@ def grouped(
             )
         setattr(network, name, own if given is None else given)
     network.schedule, network.engine_options = schedule, engine_options
-    network._engine = network._new_engine()
-    _warn_of_the_worst(network)
+    _ = network._engine  # made now, so that options which are wrong are refused here
+    _warn_of_the_worst(network.readout, network.combination)
     return network
-
-
-class Grouped(nn.Module, ABC):
-    """What `grouped` makes, with the model's own class behind this one.
-
-    So each parameter, part and key of `state_dict` has the name that it has there.
-    """
-
-    combination: Combination
-    readout: Readout | None
-    comb_readout: Readout | None
-    schedule: str
-    engine_options: dict[str, Any]
-    _engine: Engine
-
-    def forward(self, input_list: Iterable[Pose] | Tensor) -> tuple[Tensor, Tensor]:
-        """The combined prediction of a list of poses, and their predictions `[N, ...]`.
-
-        Raises and accumulates as `Engine.combine`; `comb_readout` has acted on the first.
-        """
-        combined, per_pose = self._engine.combine(
-            input_list, self.combination, schedule=self.schedule
-        )
-        return _through(self.comb_readout, combined), per_pose
-
-    def score(self, pose: Pose) -> Tensor:
-        """The prediction of one pose, as the combination gets it."""
-        kinds = type(self).__mro__  # that of a GroupedModel takes a list: what is behind it, a pose
-        taking_lists: Any = next((k for k in kinds if k.__name__ == "GroupedModel"), Grouped)
-        return _first(super(taking_lists, self).forward(pose))
-
-    def extra_repr(self) -> str:
-        """What printing shows beside the parts."""
-        return f"schedule={self.schedule!r}"
-
-    def _new_engine(self) -> Engine:
-        # Of the whole module, not of its parts: a part that is replaced is seen.
-        return Engine(self, predict=Grouped.score, **self.engine_options)
-
-    def __reduce_ex__(self, _: object) -> tuple[Any, ...]:
-        state = {name: value for name, value in vars(self).items() if name != "_engine"}
-        return _blank, (type(self).__bases__[1],), state
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self._engine = self._new_engine()
 
 
 @final
@@ -354,15 +330,12 @@ class _Single(nn.Module):
 
     def forward(self, pose: Pose) -> Tensor:
         """The prediction of one pose."""
-        return _through(self.readout, _first(self.model(pose)))
+        return _read(self.model(pose), self.readout)
 
 
-def _first(output: Any) -> Tensor:
+def _read(output: Any, readout: Readout | None = None) -> Tensor:
+    """The prediction that an output is, or as a tuple begins with, through a readout."""
     prediction: Tensor = output[0] if isinstance(output, tuple) else output
-    return prediction
-
-
-def _through(readout: Readout | None, prediction: Tensor) -> Tensor:
     return prediction if readout is None else readout(prediction)
 
 
@@ -373,8 +346,7 @@ def _kind(base: Any) -> type[Grouped]:
 
 def _blank(base: Any) -> Grouped:
     """An object without attributes yet, of the class of groups for a model's class."""
-    kind = _kind(base)
-    return kind.__new__(kind)
+    return _kind(base).__new__(_kind(base))
 
 
 def _twin(model: nn.Module) -> Grouped:
@@ -383,10 +355,9 @@ def _twin(model: nn.Module) -> Grouped:
     A parameter or buffer of its own that is replaced in either is replaced in both.
     """
     twin = _blank(type(model))
-    vars(twin).update(vars(model))
-    shared = {"_parameters", "_buffers", "_non_persistent_buffers_set"}
-    for name in vars(nn.Module()).keys() - shared:
-        vars(twin)[name] = copy.copy(vars(twin)[name])  # hooks and parts are each one's own
+    own = vars(nn.Module()).keys() - {"_parameters", "_buffers", "_non_persistent_buffers_set"}
+    for name, value in vars(model).items():
+        vars(twin)[name] = copy.copy(value) if name in own else value
     return twin
 
 
@@ -421,38 +392,25 @@ class _ByHand(Combination):
 
     def forward(self, predictions: Tensor) -> Tensor:
         """Combines predictions `[N]`."""
-        unit = torch.eye(len(predictions), dtype=predictions.dtype, device=predictions.device)
-        gradients = {"predictions": list(unit)}
-        return _first(
-            self.combination(list(predictions.detach()), gradients, ["predictions"], predictions)
-        )
+        unit = {"predictions": [*torch.eye(len(predictions)).to(predictions)]}
+        return _read(self.combination([*predictions.detach()], unit, [*unit], predictions))
 
 
-def _warn_of_the_worst(network: Grouped) -> None:
-    readout = network.readout
-    if readout is not None and _picks_the_worst(readout, network.combination):
+def _warn_of_the_worst(readout: Any, rule: Combination) -> None:
+    """Warns if a readout turns energies around and a rule prefers low numbers, tried on some."""
+    energies = torch.arange(-32.0, 33.0, device="cpu")  # symmetric: Mean and Sum give 0
+    try:
+        trial = copy.deepcopy(nn.ModuleList([as_combination(readout), rule]))  # buffers may change
+        first, last = trial.cpu().float().eval()
+        with torch.no_grad():
+            steps, combined = first(energies[:, None]).flatten().diff(), last(energies)
+        is_worst = bool(combined < 0 and steps.max() <= 0 and steps.min() < 0)
+    except Exception:  # they do not take these numbers, so nothing is known
+        return
+    if is_worst:
         warn(
             f"{type(readout).__name__} acts on the prediction of each pose and turns their order "
-            f"around, and the combination prefers low numbers: it picks the pose that the model "
-            f"finds worst.\n"
+            f"around, so that the combination, which prefers low numbers, picks the worst pose.\n"
             f"Apply it to the combined prediction, comb_readout= (and set model.readout = None if "
             f"it is the model's own), or combine with MaxCombination(negate_preds=False)."
         )
-
-
-def _picks_the_worst(readout: Readout, rule: Combination) -> bool:
-    """Whether a readout turns energies around and the rule prefers low numbers, tried on some."""
-    energies = torch.arange(-32.0, 33.0, device="cpu")  # symmetric: Mean and Sum give 0
-    try:
-        with torch.no_grad():
-            steps = _trial(readout)(energies[:, None]).flatten().diff()
-            combined = _trial(rule)(energies)
-        return bool(combined < 0) and bool((steps <= 0).all()) and bool((steps < 0).any())
-    except Exception:  # they do not take these numbers, so nothing is known
-        return False
-
-
-def _trial(function: Readout) -> Readout:
-    """A copy to be tried out: its buffers may change, and it draws nothing."""
-    twin = copy.deepcopy(function)
-    return twin.cpu().float().eval() if isinstance(twin, nn.Module) else twin
