@@ -477,3 +477,11 @@ def test_no_directions_move_nothing(name: str) -> None:
     found = J @ torch.ones(J.shape[1], 0, dtype=F64)
     assert found.shape == (4, 0)
     assert found.dtype == F64
+
+
+@pytest.mark.parametrize("v", [torch.zeros(0), torch.zeros(0, 2), torch.zeros(0, 0), {}])
+def test_no_parameters_move_in_any_direction(v: Tensor | dict[str, Tensor]) -> None:
+    J = _gathered(next(iter(MODELS)), 4, 0)[1].of([])
+    found = J @ v
+    assert found.shape == (4, *(v.shape[1:] if isinstance(v, Tensor) else ()))
+    assert not found.any()

@@ -17,16 +17,13 @@ class Directions(NamedTuple):
 
     Args:
         by_name: `[k, *shape]` by parameter.
+        columns: The number of directions, k.
         is_one: Whether the user stated a single one, without a dimension for k.
     """
 
     by_name: dict[str, Tensor]
+    columns: int
     is_one: bool
-
-    @property
-    def columns(self) -> int:
-        """The number of directions, k."""
-        return 1 if self.is_one else len(next(iter(self.by_name.values())))
 
     @classmethod
     def of(cls, stated: object, shapes: Mapping[str, torch.Size]) -> Self:
@@ -38,9 +35,10 @@ class Directions(NamedTuple):
             KeyError: if it names an unknown parameter.
         """
         if isinstance(stated, Mapping):
-            return cls(_of_mapping(stated, shapes), True)
+            return cls(_of_mapping(stated, shapes), 1, True)
         if isinstance(stated, Tensor):
-            return cls(_of_tensor(stated, shapes), stated.ndim == 1)
+            by_name = _of_tensor(stated, shapes)
+            return cls(by_name, stated.shape[1] if stated.ndim == 2 else 1, stated.ndim == 1)
         raise TypeError(
             f"J @ v takes a tensor [n] or [n, k], a dict of tensors by parameter, or K.T of "
             f"another Jacobian, but v is a {type(stated).__name__}."
@@ -57,10 +55,10 @@ def _of_tensor(stated: Tensor, shapes: Mapping[str, torch.Size]) -> dict[str, Te
             f"not used; a dict of tensors by parameter will do as well."
         )
     _check_real(stated)
-    columns = stated.detach().reshape(len(stated), -1).mT  # [k, n]
-    pieces = torch.split(columns, widths, dim=1)
+    columns = stated.detach().mT if stated.ndim == 2 else stated.detach().unsqueeze(0)  # [k, n]
+    pieces = torch.split(columns, widths, dim=1) if widths else ()
     return {
-        name: piece.reshape(-1, *shape)
+        name: piece.reshape(len(columns), *shape)
         for (name, shape), piece in zip(shapes.items(), pieces, strict=True)
     }
 
