@@ -13,6 +13,7 @@ import posegrad
 from posegrad import Boltzmann, Clip, Combination, Engine, Mean, MultiPose
 from posegrad.testing.table import RULES
 from tests.device import DEVICE, seeded
+from tests.schedules import SCHEDULES
 
 
 def _images() -> nn.Module:
@@ -52,7 +53,7 @@ def elsewhere() -> torch.device:
         (rule, schedule)
         for rule, row in RULES.items()
         if isinstance(made := row.make(), Combination)
-        for schedule in ("auto", "retain", "store", "stream", "recompute")
+        for schedule in ("auto", *SCHEDULES)
         if schedule != "stream" or made.online() is not None
     ],
 )

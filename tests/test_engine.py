@@ -24,6 +24,7 @@ from posegrad.testing import assert_matches_autograd
 from tests.device import DEVICE
 from tests.models import FEATURES, MODELS
 from tests.reference import rows, trainable
+from tests.schedules import SCHEDULES
 
 KINDS: dict[str, Callable[[Tensor], Iterable[Tensor] | Tensor]] = {
     "stacked tensor": lambda x: x,
@@ -35,7 +36,7 @@ KINDS: dict[str, Callable[[Tensor], Iterable[Tensor] | Tensor]] = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("schedule", ["auto", "retain", "store", "stream", "recompute"])
+@pytest.mark.parametrize("schedule", ["auto", *SCHEDULES])
 @pytest.mark.parametrize("chunk_size", [1, 3])
 def test_every_kind_of_poses(kind: str, schedule: str, chunk_size: int) -> None:
     model, batch = MODELS["mlp"]().double(), torch.randn(7, FEATURES, dtype=torch.float64)
@@ -83,7 +84,7 @@ def test_shapes(shape: tuple[int, ...], chunk_size: int) -> None:
 
     engine = Engine(scorer, predict=predict, chunk_size=chunk_size)
     expected = () if set(shape) == {1} else shape
-    for schedule in ("auto", "retain", "store", "stream", "recompute"):
+    for schedule in ("auto", *SCHEDULES):
         result = engine.combine(torch.randn(5, FEATURES), Boltzmann(1.0), schedule=schedule)
         assert result.prediction.shape == expected
         assert result.per_pose.shape == (5, *expected)
@@ -136,7 +137,7 @@ def test_several_modules_are_named_by_their_number() -> None:
     assert list(gradients) == ["0.weight", "0.bias", "1.weight", "1.bias"]
 
 
-@pytest.mark.parametrize("schedule", ["auto", "retain", "store", "stream", "recompute"])
+@pytest.mark.parametrize("schedule", ["auto", *SCHEDULES])
 def test_no_grad_gives_the_same_prediction(schedule: str) -> None:
     model, batch = MODELS["mlp"](), torch.randn(5, FEATURES)
     expected = Engine(model).combine(list(batch), Mean(), schedule=schedule)

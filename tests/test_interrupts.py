@@ -29,9 +29,9 @@ from posegrad import Clip, Engine, Min
 from posegrad._threads import thread_state
 from tests.device import DEVICE
 from tests.models import FEATURES
+from tests.schedules import SCHEDULES
 
 POINTS = None if os.environ.get("POSEGRAD_PROFILE") == "soak" else 12
-SCHEDULES = ["retain", "store", "stream", "recompute"]
 WATCHED = [
     str(Path(posegrad.__file__).parent),
     torch.amp.autocast_mode.__file__,

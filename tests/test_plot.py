@@ -26,9 +26,7 @@ from posegrad import (
     plot,
 )
 from tests.device import seeded
-
-SCHEDULES = ("retain", "store", "stream", "recompute")
-
+from tests.schedules import SCHEDULES
 
 mpl.use("Agg")  # files, not windows
 

@@ -19,6 +19,7 @@ from posegrad import Boltzmann, Clip, Engine, _torch
 from posegrad.errors import StaleFactorError
 from tests.architectures import ARCHITECTURES, Architecture
 from tests.reference import rows, trainable
+from tests.schedules import SCHEDULES
 from tests.test_private_names import foreign
 
 SOURCE = inspect.getsource(_torch)
@@ -83,7 +84,7 @@ def test_rows_without_a_private_name(name: str, hidden: Callable[[str], None]) -
 
 
 @pytest.mark.filterwarnings("ignore:The predictions of different poses:UserWarning")
-@pytest.mark.parametrize("schedule", ["retain", "store", "stream", "recompute"])
+@pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("name", NAMES)
 def test_gradients_without_a_private_name(
     name: str, schedule: str, hidden: Callable[[str], None]

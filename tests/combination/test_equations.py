@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from posegrad import Combined, Engine, Max, Mean, Min, Sum
+from tests.schedules import SCHEDULES
 
 LN2 = math.log(2)
 
@@ -27,9 +28,6 @@ def _combined(rule: nn.Module, x: list[float], schedule: str) -> tuple[Line, Com
     model = Line()
     poses = [torch.tensor(value, dtype=torch.float64) for value in x]
     return model, Engine(model).combine(poses, rule, schedule=schedule)
-
-
-SCHEDULES = ["retain", "store", "stream", "recompute"]
 
 
 def _gradient(model: Line) -> float:

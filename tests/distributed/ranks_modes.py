@@ -17,6 +17,7 @@ from tests.distributed.setting import M, network, poses
 from tests.modes.columns import Refused
 from tests.modes.distributed import DDP, FSDP2, OUTCOMES
 from tests.modes.ways import WAYS
+from tests.schedules import SCHEDULES
 
 Step = Callable[[Engine, Tensor], Any]
 
@@ -52,7 +53,7 @@ def _scored(engine: Engine, X: Tensor) -> Tensor:
 W = torch.linspace(-1, 2, M, dtype=torch.float64)
 
 STEPS: dict[str, Step] = {
-    **{s: _combined(s) for s in ("retain", "store", "stream", "recompute", "auto")},
+    **{s: _combined(s) for s in (*SCHEDULES, "auto")},
     "embed": lambda engine, X: torch.logsumexp(engine.embed(list(X)).square(), 0).backward(),
     "J.combine(w)": lambda engine, X: engine.jacobian(_scored(engine, X)).combine(W),
     "J.backward(w)": lambda engine, X: engine.jacobian(_scored(engine, X)).backward(W),

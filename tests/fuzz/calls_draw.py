@@ -5,8 +5,9 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from tests.fuzz.calls_models import FOREIGN, MANY, ONCE, SEQUENCES, STAGES
+from tests.schedules import SCHEDULES
 
-SCHEDULES = ("auto", "retain", "store", "stream", "recompute")
+WAYS = ("auto", *SCHEDULES)
 
 
 @dataclass(frozen=True)
@@ -247,7 +248,7 @@ def _call(rng: random.Random, case: Case, ragged: bool) -> Call:
     poses = rng.choice([1, 2, 3, 4, 5, 6, 8])
     rule = _rule(rng, case)
     groups = rng.choice(["sizes", "ids"]) if rng.random() < 0.2 else ""
-    schedule = rng.choice(SCHEDULES)
+    schedule = rng.choice(WAYS)
     streams = rule[0] in ("Min", "Max", "Boltzmann", "Mean", "Sum")
     if schedule == "stream" and not streams and rng.random() < 0.9:
         schedule = "recompute"

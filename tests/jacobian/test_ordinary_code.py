@@ -15,6 +15,7 @@ from torch.utils.checkpoint import (
 
 from posegrad import Clip, Engine, Mean, Plan, UnsupportedModuleError
 from tests.reference import rows, trainable
+from tests.schedules import SCHEDULES
 
 
 class Attention(nn.Module):
@@ -75,7 +76,7 @@ def test_a_selective_checkpoint_is_refused_by_name_and_served_by_combine() -> No
         engine.jacobian(score(model, x))
     assert all(p.grad is None for p in model.parameters())
     expected = torch.autograd.grad(model(x).mean(), list(model.parameters()))
-    for schedule in ("retain", "store", "stream", "recompute"):
+    for schedule in SCHEDULES:
         model.zero_grad()
         engine.combine(list(x), Mean(), schedule=schedule).prediction.backward()
         torch.testing.assert_close([p.grad for p in model.parameters()], list(expected))

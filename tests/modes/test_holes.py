@@ -23,6 +23,7 @@ from posegrad import (
 )
 from tests.device import DEVICE
 from tests.modes.run import FEATURES, mlp
+from tests.schedules import SCHEDULES
 
 EPS = torch.finfo(torch.float16).eps
 
@@ -245,7 +246,7 @@ def test_autocast_does_not_reach_into_a_rule() -> None:
 
 def test_a_forward_without_graph_in_the_same_autocast_block() -> None:
     model, poses = mlp(), _poses()
-    for schedule in ("retain", "store", "stream", "recompute"):
+    for schedule in SCHEDULES:
         with torch.autocast(DEVICE.type, torch.bfloat16):
             with torch.no_grad():
                 model(poses)

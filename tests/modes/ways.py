@@ -9,6 +9,7 @@ from torchjd.aggregation import UPGrad, UPGradWeighting
 
 from posegrad import Boltzmann, Clip
 from tests.modes.run import Found, Run, Step, rows_of
+from tests.schedules import SCHEDULES
 
 __all__ = ["COMBINE", "JACOBIAN", "WAYS", "Way"]
 
@@ -144,8 +145,7 @@ def _clipping(gramian: Tensor) -> Tensor:
 
 
 COMBINE: dict[str, Way] = {
-    schedule: Way(_combined(schedule), _combined_plainly)
-    for schedule in ("retain", "store", "stream", "recompute", "auto")
+    schedule: Way(_combined(schedule), _combined_plainly) for schedule in (*SCHEDULES, "auto")
 } | {"embed": Way(_embedded, _gathered_plainly, has_rule=False)}
 
 JACOBIAN: dict[str, Way] = {

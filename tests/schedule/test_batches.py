@@ -19,8 +19,7 @@ from posegrad.testing import assert_matches_autograd, rules
 from tests.models import FEATURES, MODELS
 from tests.reference import rows, trainable
 from tests.schedule.test_inputs import GraphNet
-
-SCHEDULES = ["retain", "store", "stream", "recompute"]
+from tests.schedules import SCHEDULES
 
 Named = namedtuple("Named", ["x", "shift"])
 

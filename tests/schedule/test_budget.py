@@ -14,8 +14,7 @@ from posegrad import Boltzmann, Budget, Combination, Engine, Mean, Min, MultiPos
 from posegrad.errors import NoPosesError
 from posegrad.testing import assert_matches_autograd, peak_live_bytes, rules
 from tests.device import seeded
-
-SCHEDULES = ["retain", "store", "stream", "recompute"]
+from tests.schedules import SCHEDULES
 
 Joined = tuple[Tensor, Tensor, int]
 """The atoms of several poses `[a, 3]`, whose pose each is `[a]`, and how many poses there are."""

@@ -16,8 +16,7 @@ from posegrad.testing.table import RULES as TABLE
 from tests.combination.test_laws import RULES
 from tests.device import DEVICE
 from tests.models import BATCHED_ONLY, FEATURES, MODELS
-
-SCHEDULES = ["retain", "store", "stream", "recompute"]
+from tests.schedules import SCHEDULES
 
 
 @pytest.mark.parametrize("name", MODELS)

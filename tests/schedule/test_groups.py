@@ -22,9 +22,9 @@ from posegrad import (
 from posegrad.testing import assert_matches_autograd, rules
 from tests.device import seeded
 from tests.models import BATCHED_ONLY, FEATURES, MODELS
+from tests.schedules import SCHEDULES
 
 SIZES = [3, 1, 4, 2]
-SCHEDULES = ["retain", "store", "stream", "recompute"]
 
 
 def _shuffled(sizes: list[int], seed: int) -> Tensor:

@@ -8,8 +8,7 @@ from torch import Tensor
 
 from posegrad import Engine, Mean, Min
 from tests.models import FEATURES, MODELS
-
-SCHEDULES = ["retain", "store", "stream", "recompute"]
+from tests.schedules import SCHEDULES
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)

@@ -13,8 +13,7 @@ from torch_geometric.data import Batch, Data
 from posegrad import Engine, Mean, Min
 from posegrad.testing import assert_matches_autograd
 from tests.models import FEATURES, MODELS
-
-SCHEDULES = ["retain", "store", "stream", "recompute"]
+from tests.schedules import SCHEDULES
 
 Named = namedtuple("Named", ["x", "tag"])
 

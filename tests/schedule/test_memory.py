@@ -6,6 +6,7 @@ from torch import nn
 
 from posegrad import Boltzmann, Combination, Engine, Mean, Min
 from posegrad.testing import peak_live_bytes
+from tests.schedules import SCHEDULES
 
 WIDTH = 64
 PARAMETER_BYTES = 4 * (WIDTH * WIDTH + WIDTH) * 4 + 4 * (WIDTH + 1)
@@ -76,7 +77,7 @@ def test_nothing_is_kept_after_backward() -> None:
     model = nn.Linear(WIDTH, 1)
     batch = list(torch.randn(20, WIDTH))
     engine = Engine(model)
-    for schedule in ("retain", "store", "stream", "recompute"):
+    for schedule in SCHEDULES:
         model.weight.grad = model.bias.grad = None
         with peak_live_bytes() as peak:
             prediction, _ = engine.combine(batch, Mean(), schedule=schedule)

@@ -16,8 +16,7 @@ from torch import Tensor, nn
 
 from posegrad import Combination, Engine, Mean, Min
 from tests.models import FEATURES, MODELS
-
-SCHEDULES = ["retain", "store", "stream", "recompute"]
+from tests.schedules import SCHEDULES
 
 
 def _step(engine: Engine, batch: Tensor, schedule: str, rule: Combination) -> None:

@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from posegrad import Engine, Mean, Min, MultiPose
 from posegrad.errors import PerPoseLossError, UnsupportedModuleError
 from tests.distributed.setting import DDP_OPTIONS
+from tests.schedules import SCHEDULES
 from tests.trainers.oracle import (
     RULES,
     Compound,
@@ -37,7 +38,6 @@ def _both(schedule: str, rule: Any, **options: Any) -> tuple[DistributedDataPara
     ), plain
 
 
-SCHEDULES = ["stream", "recompute", "store", "retain"]
 STEPS = [(name, "plain") for name in RULES]
 STEPS += [(name, options) for name in SCHEDULES for options in DDP_OPTIONS if options != "plain"]
 

@@ -6,6 +6,7 @@ import torch
 pytest.importorskip("accelerate", reason="pip install accelerate")
 
 from posegrad import Mean, MultiPose
+from tests.schedules import SCHEDULES
 from tests.trainers.oracle import RULES, compounds, network, plain_loss
 from tests.trainers.with_accelerate import accelerator, assert_trains_like_a_plain_loop
 
@@ -15,7 +16,7 @@ def test_a_process_trains_like_a_plain_loop(name: str) -> None:
     assert_trains_like_a_plain_loop(name, ranks=1)
 
 
-@pytest.mark.parametrize("schedule", ["stream", "recompute", "store", "retain"])
+@pytest.mark.parametrize("schedule", SCHEDULES)
 def test_mixed_precision(schedule: str) -> None:
     poses, target = (t.float() for t in compounds(1)[0])
     plain = network().float()

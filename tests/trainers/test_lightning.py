@@ -10,6 +10,7 @@ pytest.importorskip("lightning", reason="pip install lightning")
 from torch.utils.data import DataLoader
 
 from posegrad import Mean
+from tests.schedules import SCHEDULES
 from tests.trainers.oracle import RULES, compounds, network, plain_loss
 from tests.trainers.with_lightning import Affinity, assert_fits_like_a_plain_loop, trainer
 
@@ -19,7 +20,7 @@ def test_a_process_fits_like_a_plain_loop(name: str, tmp_path: Path) -> None:
     assert_fits_like_a_plain_loop(name, tmp_path)
 
 
-@pytest.mark.parametrize("schedule", ["stream", "recompute", "store", "retain"])
+@pytest.mark.parametrize("schedule", SCHEDULES)
 def test_mixed_precision(schedule: str, tmp_path: Path) -> None:
     compound = tuple(t.float() for t in compounds(1)[0])
     plain = network().float()

@@ -30,11 +30,8 @@ __all__ = ["combine"]
 
 Schedule = Callable[[Run, Combination], Combined]
 
-SCHEDULES: dict[str, Schedule] = {
-    "retain": retain,
-    "store": store,
-    "stream": stream,
-    "recompute": recompute,
+_SCHEDULES: dict[str, Schedule] = {
+    schedule.__name__: schedule for schedule in (retain, store, stream, recompute)
 }
 
 
@@ -85,7 +82,7 @@ def _attempt(call: Call, gatherer: Gatherer) -> Combined:
         check_no_talk(call.options.modules, sharded=False)
     if name in ("stream", "store"):
         name = choose(_informed(request, run))
-    combined = SCHEDULES[name](run, request.rule)
+    combined = _SCHEDULES[name](run, request.rule)
     call.options.trust()
     return combined
 

@@ -32,7 +32,7 @@ __all__ = [
     "underflow",
 ]
 
-SCHEDULES = ("auto", "retain", "store", "stream", "recompute")
+SCHEDULES = ("auto", *(cost.schedule for cost in costs(Load())))
 
 
 @final
