@@ -1,5 +1,6 @@
 """The documentation as a site: `make docs`, or `sphinx-build docs docs/_build`."""
 
+import html
 import importlib
 import inspect
 import re
@@ -7,6 +8,7 @@ import sys
 from functools import cache
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 from docutils import nodes
 from docutils.nodes import Element
@@ -108,6 +110,8 @@ class Name(PyXRefRole):
         return title, target
 
 
+MATHML = "http://www.w3.org/1998/Math/MathML"
+ElementTree.register_namespace("", MATHML)
 TAG = re.compile(r"\\tag\{(\d+)\}")
 ALSO = {r"\dots": r"\ldots", r"\Big(": r"\Bigl(", r"\Big)": r"\Bigr)"}
 """LaTeX that docutils does not know, in what it knows."""
@@ -119,10 +123,27 @@ def mathml(node: nodes.math | nodes.math_block, *, as_block: bool) -> str:
     for found, known in ALSO.items():
         text = text.replace(found, known)
     try:
-        return tex2mathml(text, as_block=as_block)
+        return indexed(tex2mathml(text, as_block=as_block))
     except MathError as error:
         logging.getLogger(__name__).warning("formula: %s", error, location=node)
         return text
+
+
+def indexed(formula: str) -> str:
+    """A formula in which the index of a letter with an accent stands beside it.
+
+    docutils sets it below the letter, like the bound of a sum.
+    """
+    named = re.sub(r"&(?!amp;|lt;|gt;)\w+;", lambda found: html.unescape(found[0]), formula)
+    root = ElementTree.fromstring(named)
+    for stack in [*root.iter(f"{{{MATHML}}}munderover")]:
+        letter, index, accent = stack
+        if letter.tag != f"{{{MATHML}}}mo":  # else it is a sum, with its bounds
+            stack.tag = f"{{{MATHML}}}msub"
+            accented = ElementTree.Element(f"{{{MATHML}}}mover", accent="true")
+            accented.extend((letter, accent))
+            stack[:] = [accented, index]
+    return ElementTree.tostring(root, encoding="unicode")
 
 
 def visit_math(translator: HTML5Translator, node: nodes.math) -> None:

@@ -9,6 +9,7 @@ import posegrad.interop.mtenn
 from tests.test_docs import METHODS, PUBLIC, ROOT
 
 FROM_ELSEWHERE = re.compile(r"""<(?:script|link|img)[^>]*(?:src|href)="((?:https?:)?//[^"]+)""")
+INDEX_BELOW = re.compile(r"<munderover>\s*<mi>.*?</munderover>", re.DOTALL)
 MTENN = [f"posegrad.interop.mtenn.{name}" for name in posegrad.interop.mtenn.__all__]
 
 
@@ -23,6 +24,8 @@ def test_the_site_builds_loads_nothing_and_its_reference_has_every_public_name(
     built = [page.read_text(encoding="utf-8") for page in tmp_path.rglob("*.html")]
     fetched = {url for page in built for url in FROM_ELSEWHERE.findall(page)}
     assert not fetched, f"pages load {fetched}"
+    below = {found for page in built for found in INDEX_BELOW.findall(page)}
+    assert not below, f"indices stand below letters with an accent, as {below}"
 
 
 def _build(out: Path) -> None:
