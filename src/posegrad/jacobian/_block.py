@@ -156,7 +156,8 @@ class Block:
 
     def held_as(self, rows: Tensor) -> "Block":
         """The block as these rows `[M, *shape]`, which are its own."""
-        return replace(self, parts=[Rows(self.path, 0, rows)])
+        parts = [Rows(self.path, 0, rows)]
+        return Block(self.shape, self.dtype, self.device, self.count, parts, self.uses)
 
     def is_factored(self) -> bool:
         """Whether it is held otherwise than as plain rows."""

@@ -138,8 +138,12 @@ class Layout:
         """The rows of each pose, as one tensor `[R_i, ...]` each."""
         if self.stride is not None:
             return self.by_pose(tensor).unbind(0)
+        return self.in_turn(tensor).split_with_sizes(self.sizes)
+
+    def in_turn(self, tensor: Tensor) -> Tensor:
+        """The rows of the first pose, then those of the second, ..., `[R, ...]`; no dead ones."""
         rows = self.front(tensor)
-        return torch.split(rows if self._is_in_order else rows[self._order], self.sizes)
+        return rows if self._is_in_order else rows[self._order]
 
     def groups(self, *tensors: Tensor) -> Iterator[tuple[Tensor | slice, list[Tensor]]]:
         """The rows of each pose together, for poses with about equally many rows at a time.

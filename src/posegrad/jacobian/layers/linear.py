@@ -89,10 +89,14 @@ class Linear(ClosedForm):
     def rows(self, cotangent: Tensor, layout: Layout) -> Tensor:
         if layout.is_regular():
             return self._scaled(multiplied(*self._sides(*self._by_pose(cotangent, layout))))
-        rows = cotangent.new_empty(layout.count, *self.shape)
-        inputs = layout.segments(self.input.like(cotangent))
-        for a, b, row in zip(inputs, layout.segments(cotangent), rows.unbind(), strict=True):
-            torch.mm(*self._sides(a.flatten(0, -2), b.flatten(0, -2)), out=row)
+        a, b = layout.in_turn(self.input.like(cotangent)), layout.in_turn(cotangent)
+        inner = a.shape[1:-1].numel()  # rows of a layer for each row of the layout
+        sizes = [size * inner for size in layout.sizes]
+        left, right = self._sides(as_rows(a), as_rows(b))  # [..., R], [R, ...]
+        rows = b.new_empty(layout.count, *self.shape)
+        own = left.split_with_sizes(sizes, 1), right.split_with_sizes(sizes), rows.unbind()
+        for first, second, row in zip(*own, strict=True):
+            torch.mm(first, second, out=row)
         return self._scaled(rows)
 
     def write_rows(self, cotangent: Tensor, layout: Layout, into: Tensor) -> None:
