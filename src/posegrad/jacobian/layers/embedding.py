@@ -63,10 +63,11 @@ class Table(ClosedForm):
         live, width = owners != NOBODY, self.shape[1:].numel()
         if self.padding is not None:
             live &= indices != self.padding
+        entries = [wide(side.reshape(len(live), width)) for side in sides]
+        if not bool(live.all()):
+            owners, indices, *entries = (each[live] for each in (owners, indices, *entries))
         height = self.shape[0]
-        keys = owners[live] * height + indices[live] % height
-        keys, places = torch.unique(keys, return_inverse=True)
-        entries = [wide(side.reshape(len(live), width)[live]) for side in sides]
+        keys, places = torch.unique(owners * height + indices % height, return_inverse=True)
         sums = [each.new_zeros(len(keys), width).index_add_(0, places, each) for each in entries]
         return keys % height, keys.div(height, rounding_mode="floor"), sums
 
@@ -82,7 +83,9 @@ class Table(ClosedForm):
     def _inner(
         self, indices: Tensor, sides: Sequence[Tensor], owners: Tensor, count: int
     ) -> Tensor:
-        r"""The inner products of tables, from the entries that lie in the same row.
+        r"""The inner products of tables with others, or with themselves if there is one side.
+
+        They are made of the entries that lie in the same row.
 
         .. math:: \langle g_i, g_j \rangle = \sum_{r \in R_i,\, s \in R_j} [v_r = v_s]\,
             b_r \cdot b_s
@@ -91,13 +94,13 @@ class Table(ClosedForm):
         """
         indices, owners, sums = self._sums(indices, sides, owners)
         order = torch.argsort(indices)
-        first, second = (side[order] for side in sums)
+        ordered = [side[order] for side in sums]
         owners, times = owners[order], torch.bincount(indices, minlength=1)
         start, times = (t[indices[order]] for t in (times.cumsum(0) - times, times))  # [N]
         left = torch.arange(len(order), device=order.device).repeat_interleave(times)  # [pairs]
         turn = torch.arange(len(left), device=order.device) - (times.cumsum(0) - times)[left]
         right = start[left] + turn
-        values = (first[left] * second[right]).sum(1)
+        values = (ordered[0][left] * ordered[-1][right]).sum(1)
         places = owners[left] * count + owners[right]
         return values.new_zeros(count * count).index_add_(0, places, values).reshape(count, count)
 
@@ -158,8 +161,8 @@ class Embedding(Table):
 
     def inner(self, first: Tensor, second: Tensor, layout: Layout, products: Products) -> Tensor:
         indices, owners = self.looked_up(layout)
-        sides = layout.front(first), layout.front(second)
-        return self._inner(indices, sides, owners, layout.count)
+        sides = [first] if first is second else [first, second]
+        return self._inner(indices, [*map(layout.front, sides)], owners, layout.count)
 
     def across(self, own: Side, other: Self, its: Side, products: Products) -> Tensor | None:
         sides = (self, own), (other, its)
@@ -237,8 +240,8 @@ class EmbeddingBag(Table):
 
     def inner(self, first: Tensor, second: Tensor, layout: Layout, products: Products) -> Tensor:
         owners = layout.owners[self.bags.value]
-        sides = self._entries(first), self._entries(second)
-        return self._inner(self.indices.value, sides, owners, layout.count)
+        sides = [first] if first is second else [first, second]
+        return self._inner(self.indices.value, [*map(self._entries, sides)], owners, layout.count)
 
     def squares(self, cotangent: Tensor, layout: Layout, products: Products) -> Tensor | None:
         owners = layout.owners[self.bags.value]
