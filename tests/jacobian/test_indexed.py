@@ -5,6 +5,7 @@ with a plain backward that an engine makes: every law holds with `check="never"`
 `check="always"` no engine finds anything to complain of.
 """
 
+import gc
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,6 +24,7 @@ from torch_geometric.utils import scatter, softmax, to_dense_batch
 
 from posegrad import Engine, StaleFactorError
 from posegrad.graph import _inference, _trial
+from posegrad.jacobian import Layout
 from tests.jacobian.test_grammar import Step
 from tests.reference import gramian, product, rows, trainable
 
@@ -996,6 +998,18 @@ def test_numbers_that_return_after_others() -> None:
             h = _block(model, torch.tanh(model.lift(b.atoms)), b)
             output = _total(b.owner, model.energy(_block(model, h, other)))
             _assert_exact(engines, model, output)
+
+
+def test_ragged_batches_leave_no_owners_behind() -> None:
+    """Each is of a structure of its own; what is kept for a structure met again is bounded."""
+    model, kept = Parts(), []
+    engine = Engine(model, check="never")
+    for size in range(3, 40):
+        b = batch([size, 2, size + 1])
+        engine.jacobian(_graph(model, b=b))
+        gc.collect()
+        kept.append(sum(1 for held in gc.get_objects() if type(held) is Layout and held.size > 8))
+    assert kept[-1] <= kept[3]
 
 
 @pytest.mark.parametrize("pick", ["embedding", "a matrix", "gather, expanded"])

@@ -34,7 +34,7 @@ from posegrad.jacobian import Arrangement, Layout
 
 __all__ = ["Inferred", "Step", "Trail", "infer"]
 
-_MOST_KEPT = 2**16  # owners, from one graph to the next
+_MOST_KEPT = 2**14  # owners, from one graph to the next
 
 _Dim = int | None
 _Moved = Mapping[int, Layout | None]
@@ -102,11 +102,14 @@ class Trail:
 
     Args:
         steps: The structure's operators.
+        is_met_again: Whether the structure was met before. In batches of ragged poses most are met
+            once, and nothing is kept of them.
         earlier: What was found in the last graph, and what the operators that look at numbers made
             of layouts there; by the output's dimension of poses.
     """
 
     steps: list[Step] = field(default_factory=list)
+    is_met_again: bool = False
     earlier: dict[_Dim, tuple[Inferred, list[Told]]] = field(default_factory=dict)
 
     def again(self, dim: _Dim, following: "_Following") -> Inferred | None:
@@ -115,11 +118,15 @@ class Trail:
         return found if all(following.says_again(one) for one in told) else None
 
     def keep(self, dim: _Dim, found: Inferred, told: list[Told]) -> None:
-        """Keeps what was found for the next graph, unless it is kept anyway or is large."""
+        """Keeps what was found for the next graph, unless none is expected or it is large.
+
+        What holds for all graphs of the structure is kept elsewhere.
+        """
         layouts = found.layouts.values()
         stated = {id(own.stated): own.size for own in layouts if own.stated is not None}
         self.earlier.pop(dim, None)
-        if not found.is_fixed and sum(stated.values()) <= _MOST_KEPT:
+        is_large = sum(stated.values()) > _MOST_KEPT
+        if self.is_met_again and not found.is_fixed and not is_large:
             self.earlier[dim] = found, told
 
 

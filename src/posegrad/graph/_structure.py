@@ -153,6 +153,8 @@ class Structures:
             most = max(2, min(_MOST, _MOST_NODES // len(registry.nodes)))
             _forget(self._found, most)
             _forget(self._known, most)
+        else:
+            known.trail.is_met_again = True
         return known
 
 
