@@ -196,3 +196,17 @@ def test_outputs_are_planned_as_outputs() -> None:
         assert str(engine.plan(output, rule)).startswith(f"{output.numel()} rows")
     with pytest.raises(ValueError, match=r"no groups, schedule or skip_below.*\n.*list\(poses\)"):
         engine.plan(scores, Mean(), groups=[2, 3])
+
+
+@pytest.mark.parametrize("order", [[0, None, 1], [None, 0, 1], [2, 0, None], [0, None, None, 1]])
+def test_a_stacked_loss_may_be_a_constant(order: list[int | None]) -> None:
+    """As a regulariser that is switched off: its row is zero, wherever it stands."""
+    trunk, heads = nn.Linear(3, 4), nn.ModuleList(nn.Linear(4, 1) for _ in range(3))
+    model = nn.ModuleList([trunk, heads]).double()
+    engine = Engine(model, check="never")
+    for _ in range(3):
+        h = torch.tanh(trunk(torch.randn(5, 3, dtype=torch.float64)))
+        off = torch.tensor(3.0, dtype=torch.float64)
+        output = torch.stack([off if k is None else heads[k](h).square().mean() for k in order])
+        expected = rows(output, trainable(model))
+        torch.testing.assert_close(engine.jacobian(output).matrix(), expected)

@@ -208,21 +208,15 @@ def rows_of_each(
     sums: list[Tensor | None] = [None] * len(summed)
     with leaf_hooks_off(leaves), _thawed(leaves), ordinary_mode():
         for i, edge in enumerate(outputs):
-            if edge is None:
-                continue
-            found = _grad([edge], [_one(edge)], [*sources, *summed], batched=False)
-            for k, gradient in enumerate(found):
-                if gradient is None:
-                    continue
-                gradient = dense(gradient)
-                if k >= len(sources):
-                    total = sums[k - len(sources)]
-                    sums[k - len(sources)] = gradient if total is None else total + gradient
-                    continue
-                own = rows[k]
-                if own is None:
-                    own = rows[k] = gradient.new_zeros(len(outputs), *gradient.shape)
-                own[i] = gradient
+            found: tuple[Tensor | None, ...] = (None,) * (len(sources) + len(summed))
+            if edge is not None:
+                found = _grad([edge], [_one(edge)], [*sources, *summed], batched=False)
+            own = [None if g is None else dense(g).unsqueeze(0) for g in found[: len(sources)]]
+            _put(own, rows, i, i + 1, len(outputs))
+            for k, gradient in enumerate(found[len(sources) :]):
+                total = sums[k]
+                if gradient is not None:
+                    sums[k] = dense(gradient) if total is None else total + dense(gradient)
     return rows, sums
 
 
