@@ -132,41 +132,56 @@ def rows_of_graph(
     """
     found: list[Tensor | None] = [None] * len(sources)
     leaves = [source for source in sources if isinstance(source, Tensor)]
+    given = list(outputs), list(sources)
     with leaf_hooks_off(leaves), _thawed(leaves), ordinary_mode():
         for start in range(0, count, most):
             stop = min(start + most, count)
-            group = _graph_group(
-                list(outputs), cotangents(start, stop), list(sources), is_sure=is_sure
-            )
-            _put(group, found, start, stop, count)
+            batches = cotangents(start, stop)
+            several = stop - start > 1
+            rows = _batched(given[0], batches, given[1], is_sure=is_sure) if several else None
+            if rows is not None:
+                _put(rows, found, slice(start, stop), count)
+                continue
+            for i in range(start, stop):
+                row = [batch[i - start] for batch in batches]
+                _put(_grad(given[0], row, given[1], batched=False), found, i, count)
     return found
 
 
 def _put(
-    rows: Sequence[Tensor | None], found: list[Tensor | None], start: int, stop: int, count: int
+    rows: Sequence[Tensor | None], found: list[Tensor | None], place: int | slice, count: int
 ) -> None:
     """Puts some rows where all of a source will be.
 
     A function of Python may return nothing for one cotangent and a gradient for the next.
 
     Args:
-        rows: Rows `[stop - start, *shape]` of each source; None for zeros.
+        rows: A row `[*shape]` of each source, or rows `[k, *shape]`; None for zeros.
         found: `[count, *shape]` for each source, None if all of its rows were zeros so far.
-        start: The number of the first of these rows.
-        stop: The number after their last.
+        place: The number of the row, or those of the rows.
         count: How many there will be.
     """
+    start, is_one = (place, True) if isinstance(place, int) else (place.start, False)
+    places: list[Tensor] = []
+    values: list[Tensor] = []
     for i, own in enumerate(rows):
         total = found[i]
         if total is None and own is not None:
-            if stop - start == count:
+            own = dense(own)
+            if not is_one and own.shape[0] == count:
                 found[i] = own
                 continue
-            total = found[i] = own.new_empty(count, *own.shape[1:])
+            total = found[i] = own.new_empty(count, *own.shape[not is_one :])
             total[:start].zero_()
-        if total is not None:
-            place = total[start:stop]
-            place.zero_() if own is None else place.copy_(own)
+        if total is None:
+            continue
+        if own is None:
+            total[place].zero_()
+        else:
+            places.append(total[place])
+            values.append(dense(own))
+    if places:
+        torch._foreach_copy_(places, values)
 
 
 def rows_together(
@@ -211,8 +226,7 @@ def rows_of_each(
             found: tuple[Tensor | None, ...] = (None,) * (len(sources) + len(summed))
             if edge is not None:
                 found = _grad([edge], [_one(edge)], [*sources, *summed], batched=False)
-            own = [None if g is None else dense(g).unsqueeze(0) for g in found[: len(sources)]]
-            _put(own, rows, i, i + 1, len(outputs))
+            _put(found[: len(sources)], rows, i, len(outputs))
             for k, gradient in enumerate(found[len(sources) :]):
                 total = sums[k]
                 if gradient is not None:
@@ -239,26 +253,6 @@ class _thawed(Change):  # noqa: N801
     def undo(self) -> None:
         for source in self._frozen:
             source.requires_grad_(False)
-
-
-def _graph_group(
-    outputs: list[Tensor | GradientEdge],
-    batches: list[Tensor],
-    sources: list[Tensor | GradientEdge],
-    *,
-    is_sure: bool,
-) -> list[Tensor | None]:
-    count = len(batches[0])
-    if count > 1:
-        together = _batched(outputs, batches, sources, is_sure=is_sure)
-        if together is not None:
-            return together
-    found: list[Tensor | None] = [None] * len(sources)
-    for i in range(count):
-        row = _grad(outputs, [batch[i] for batch in batches], sources, batched=False)
-        own = [None if g is None else dense(g).unsqueeze(0) for g in row]
-        _put(own, found, i, i + 1, count)
-    return found
 
 
 def _batched(
