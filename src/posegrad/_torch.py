@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 __all__ = [
     "TorchDispatchMode", "UntoldError", "add_each", "address_of", "after_backward",
-    "backward_into_leaves", "backward_to", "calls_by", "ddp_sinks", "device_of",
+    "backward_into_leaves", "backward_to", "calls_by", "copy_each", "ddp_sinks", "device_of",
     "distances_backward", "dtype_of",
     "facts_of", "free_memory", "has_forward_hooks", "has_hooks", "have_noticed", "held_by",
     "holds", "hooks_of", "in_ddp",
@@ -40,6 +40,16 @@ def _found(look: Callable[[], Any], otherwise: Any) -> Any:
         return look()
     except AttributeError:
         return otherwise
+
+
+def copy_each(places: list[Tensor], values: list[Tensor]) -> None:
+    """Copies each value to its place, in one call."""
+    _found(lambda: torch._foreach_copy_, _copy_one_by_one)(places, values)
+
+
+def _copy_one_by_one(places: list[Tensor], values: list[Tensor]) -> None:
+    for place, value in zip(places, values, strict=True):
+        place.copy_(value)
 
 
 TorchDispatchMode: Any = _found(lambda: torch.utils._python_dispatch.TorchDispatchMode, object)

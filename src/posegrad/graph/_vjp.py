@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
 from posegrad._restoring import Change, leaf_hooks_off, ordinary_mode
-from posegrad._torch import backward_to, device_of, dtype_of, shape_of
+from posegrad._torch import backward_to, copy_each, device_of, dtype_of, shape_of
 from posegrad.graph._alone import apply_node
 
 __all__ = [
@@ -181,7 +181,7 @@ def _put(
             places.append(total[place])
             values.append(dense(own))
     if places:
-        torch._foreach_copy_(places, values)
+        copy_each(places, values)
 
 
 def rows_together(
