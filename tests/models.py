@@ -165,9 +165,9 @@ class Centred(nn.Module):
 class Gated(nn.Module):
     """Predictions do not depend on the neighbours yet, but the gate's gradient does."""
 
-    def __init__(self) -> None:
+    def __init__(self, features: int = FEATURES) -> None:
         super().__init__()
-        self.linear = nn.Linear(FEATURES, 1)
+        self.linear = nn.Linear(features, 1)
         self.gate = nn.Parameter(torch.zeros(()))
 
     def forward(self, x: Tensor) -> Tensor:
