@@ -1,4 +1,4 @@
-"""Plain autograd: what every cleverness has to agree with. Imports no engine."""
+"""Plain autograd: what every cleverness has to agree with, and leave alone. Imports no engine."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
