@@ -23,6 +23,19 @@ class Passed(torch.autograd.Function):
         return cotangents[0].clone()
 
 
+class Step(nn.Module):
+    """A function of its modules, its free parameters and x."""
+
+    def __init__(self, function: Callable[..., Tensor], *modules: nn.Module, **free: Tensor):
+        super().__init__()
+        self.function = function
+        self.modules_used = nn.ModuleList(modules)
+        self.free = nn.ParameterDict(free)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x, *self.modules_used, **self.free)
+
+
 class PairDistances(nn.Module):
     """A tiny network on the distances between two atoms' three coordinates each."""
 
@@ -152,9 +165,9 @@ class Centred(nn.Module):
 class Gated(nn.Module):
     """Predictions do not depend on the neighbours yet, but the gate's gradient does."""
 
-    def __init__(self) -> None:
+    def __init__(self, features: int = FEATURES) -> None:
         super().__init__()
-        self.linear = nn.Linear(FEATURES, 1)
+        self.linear = nn.Linear(features, 1)
         self.gate = nn.Parameter(torch.zeros(()))
 
     def forward(self, x: Tensor) -> Tensor:

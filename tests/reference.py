@@ -1,11 +1,13 @@
-"""Plain autograd: what every cleverness has to agree with. Imports no engine."""
+"""Plain autograd: what every cleverness has to agree with, and leave alone. Imports no engine."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
-__all__ = ["deposited", "gramian", "product", "rows", "trainable"]
+__all__ = ["deposited", "gramian", "product", "rows", "trainable", "untouched"]
 
 
 def trainable(model: nn.Module) -> dict[str, Tensor]:
@@ -47,6 +49,21 @@ def deposited(
     for p in parameters.values():
         p.grad = None
     return found
+
+
+@contextmanager
+def untouched(model: nn.Module, mark: float | None = 7.0) -> Iterator[None]:
+    """What happens inside leaves every `.grad` as it finds it: full of a number, or None."""
+    parameters = {name: p for name, p in model.named_parameters() if not is_lazy(p)}
+    for p in parameters.values():
+        p.grad = None if mark is None else torch.full_like(p, mark)
+    yield
+    for name, p in parameters.items():
+        if mark is None:
+            assert p.grad is None, name
+        else:
+            assert p.grad is not None, name
+            assert bool((p.grad == mark).all()), name
 
 
 def _dense(gradient: Tensor | None, parameter: Tensor) -> Tensor:

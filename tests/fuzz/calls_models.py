@@ -16,6 +16,17 @@ MANY = 8200  # above what the engine compares by value
 
 Options = dict[str, Any]
 
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "tanh": torch.tanh,
+    "relu in place": torch.relu_,
+    "gelu": F.gelu,
+    "silu in place": lambda x: F.silu(x, inplace=True),
+}
+
+
+def _linear() -> nn.Linear:
+    return nn.Linear(FEATURES, FEATURES)
+
 
 class Mlp(nn.Module):
     """Two layers around an activation, in place or not."""
@@ -27,11 +38,7 @@ class Mlp(nn.Module):
         self.activation = activation
 
     def forward(self, x: Tensor) -> Tensor:
-        hidden = self.up(x)
-        act = {"tanh": torch.tanh, "relu in place": torch.relu_, "gelu": F.gelu}
-        if self.activation == "silu in place":
-            return self.down(F.silu(hidden, inplace=True))
-        return self.down(act[self.activation](hidden))
+        return self.down(ACTIVATIONS[self.activation](self.up(x)))
 
 
 class Normed(nn.Module):
@@ -47,6 +54,14 @@ class Normed(nn.Module):
         return self.down(torch.tanh(self.norm(self.up(x))))
 
 
+NOISES: dict[str, Callable[[Tensor], Tensor]] = {
+    "functional": lambda x: F.dropout(x, 0.4),
+    "randn": lambda x: x + 0.3 * torch.randn_like(x),
+    "bernoulli": lambda x: x * torch.bernoulli(torch.full_like(x, 0.7)),
+    "randint": lambda x: x * (1 + torch.randint(0, 3, (1,)).to(x)),
+}
+
+
 class Noise(nn.Module):
     """Random numbers of torch's generator, drawn in every way."""
 
@@ -58,15 +73,7 @@ class Noise(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.drop is not None:
             return self.drop(x)
-        if self.kind == "functional":
-            return F.dropout(x, 0.4, training=self.training)
-        if not self.training:
-            return x
-        if self.kind == "randn":
-            return x + 0.3 * torch.randn_like(x)
-        if self.kind == "bernoulli":
-            return x * torch.bernoulli(torch.full_like(x, 0.7))
-        return x * (1 + torch.randint(0, 3, (1,)).to(x))  # "randint"
+        return NOISES[self.kind](x) if self.training else x
 
 
 class Counter(nn.Module):
@@ -77,7 +84,7 @@ class Counter(nn.Module):
     def __init__(self, kind: str, size: int) -> None:
         super().__init__()
         self.kind = kind
-        self.linear = nn.Linear(FEATURES, FEATURES)
+        self.linear = _linear()
         self.register_buffer("state", None if kind == "made late" else torch.zeros(size))
         if kind == "view":
             self.register_buffer("part", self.state[: max(1, size // 2)])
@@ -97,22 +104,23 @@ class Counter(nn.Module):
         return x * factor
 
     def _move(self, by: Tensor) -> None:
-        if self.kind in ("in place", "made late", "view"):
-            self.state.add_(by)
-        elif self.kind == "data":
-            self.state.data.add_(by)
-        elif self.kind == "replaced":
-            self.state = 0.7 * self.state + by
-        elif self.kind == "sometimes":
-            if bool(by > 0.6):
+        if self.kind.startswith("sometimes") and not bool(by > 0.6):
+            return
+        match self.kind:
+            case "in place" | "made late" | "view":
+                self.state.add_(by)
+            case "data":
+                self.state.data.add_(by)
+            case "replaced":
+                self.state = 0.7 * self.state + by
+            case "sometimes":
                 self.state.mul_(0.5).add_(by)
-        elif self.kind == "sometimes replaced":
-            if bool(by > 0.6):
+            case "sometimes replaced":
                 self.state = self.state + by
-        elif self.kind == "held twice":
-            self.held[0].add_(by)
-        elif self.kind == "numpy view":
-            self.state.numpy()[...] += float(by)
+            case "held twice":
+                self.held[0].add_(by)
+            case "numpy view":
+                self.state.numpy()[...] += float(by)
 
 
 class CodeBook(nn.Module):
@@ -123,7 +131,7 @@ class CodeBook(nn.Module):
     def __init__(self, kind: str, count: int) -> None:
         super().__init__()
         self.kind = kind
-        self.linear = nn.Linear(FEATURES, FEATURES)
+        self.linear = _linear()
         self.register_buffer("codes", torch.randn(count, FEATURES))
         self.register_buffer("used", torch.zeros(count, dtype=torch.long))
 
@@ -235,7 +243,7 @@ class Foreign(nn.Module):
         self.kind, self.size = kind, size
         self.count = 0
         self.generator = torch.Generator().manual_seed(5)
-        self.linear = nn.Linear(FEATURES, FEATURES)
+        self.linear = _linear()
 
     def forward(self, x: Tensor) -> Tensor:
         self.count += 1
@@ -248,16 +256,21 @@ class Foreign(nn.Module):
         return self.linear(x) * (1 + self.size * drawn)
 
 
-class WarmedUp(nn.Module):
-    """A buffer that a count in Python begins to move with the fourth forward."""
+class Kept(nn.Module):
+    """A layer, and a number that is kept."""
 
     state: Tensor
 
     def __init__(self) -> None:
         super().__init__()
-        self.count = 0
-        self.linear = nn.Linear(FEATURES, FEATURES)
+        self.linear = _linear()
         self.register_buffer("state", torch.zeros(()))
+
+
+class WarmedUp(Kept):
+    """A buffer that a count in Python begins to move with the fourth forward."""
+
+    count = 0
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.linear(x) * (1 + 0.1 * self.state)
@@ -267,15 +280,8 @@ class WarmedUp(nn.Module):
         return out
 
 
-class Graded(nn.Module):
+class Graded(Kept):
     """A mean that is kept of what is trained on: only where a graph is made."""
-
-    state: Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.linear = nn.Linear(FEATURES, FEATURES)
-        self.register_buffer("state", torch.zeros(()))
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.linear(x) * (1 + 0.1 * torch.tanh(self.state))
@@ -287,9 +293,9 @@ class Graded(nn.Module):
 class Twice(nn.Module):
     """One stage that is run twice in a forward."""
 
-    def __init__(self, stage: nn.Module) -> None:
+    def __init__(self, of: str, **options: Any) -> None:
         super().__init__()
-        self.stage = stage
+        self.stage = STAGES[of](**options)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.stage(torch.tanh(self.stage(x)))
@@ -301,7 +307,7 @@ class Burdened(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.unused = nn.Parameter(torch.ones(3))
-        self.frozen = nn.Linear(FEATURES, FEATURES).requires_grad_(False)
+        self.frozen = _linear().requires_grad_(False)
 
     def forward(self, x: Tensor) -> Tensor:
         return x + torch.sin(self.frozen(x))
@@ -348,7 +354,7 @@ class Experts(nn.Module):
 
     def __init__(self, count: int, drawn: bool) -> None:
         super().__init__()
-        self.experts = nn.ModuleList(nn.Linear(FEATURES, FEATURES) for _ in range(count))
+        self.experts = nn.ModuleList(_linear() for _ in range(count))
         self.drawn = drawn
 
     def forward(self, x: Tensor) -> Tensor:
@@ -365,41 +371,38 @@ class Experts(nn.Module):
         return out
 
 
-def _batch_norm(o: Options) -> nn.Module:
-    width = o["width"]
-    norm = nn.BatchNorm1d(width, momentum=o["momentum"], track_running_stats=o["track"])
-    return Normed(norm, width)
+def _batch_norm(width: int, momentum: float | None, track: bool) -> nn.Module:
+    return Normed(nn.BatchNorm1d(width, momentum=momentum, track_running_stats=track), width)
 
 
-# name: how to make it of its options.
-STAGES: dict[str, Callable[[Options], nn.Module]] = {
-    "linear": lambda o: nn.Linear(FEATURES, FEATURES),
-    "mlp": lambda o: Mlp(o["activation"]),
+# name: how to make it of its options, which calls_draw.py draws
+STAGES: dict[str, Callable[..., nn.Module]] = {
+    "linear": _linear,
+    "mlp": Mlp,
     "batch norm": _batch_norm,
-    "group norm": lambda o: Normed(nn.GroupNorm(2, 6), 6),
-    "layer norm": lambda o: Normed(nn.LayerNorm(6), 6),
-    "noise": lambda o: Noise(o["kind"]),
-    "counter": lambda o: Counter(o["kind"], o["size"]),
-    "code book": lambda o: CodeBook(o["kind"], o["count"]),
-    "spectral norm": lambda o: spectral_norm(nn.Linear(FEATURES, FEATURES)),
-    "weight norm": lambda o: weight_norm(nn.Linear(FEATURES, FEATURES)),
-    "tied": lambda o: Tied(),
-    "checkpoint": lambda o: Checkpointed(),
-    "custom": lambda o: Custom(),
-    "embedding": lambda o: Looked(o["padding"], o["max_norm"], o["sparse"]),
-    "initialised": lambda o: Initialised(),
-    "foreign": lambda o: Foreign(o["kind"], o["size"]),
-    "warmed up": lambda o: WarmedUp(),
-    "graded": lambda o: Graded(),
-    "twice": lambda o: Twice(STAGES[o["of"]](o)),
-    "burdened": lambda o: Burdened(),
-    "recurrent": lambda o: Recurrent(o["kind"], o["dropout"]),
-    "attention": lambda o: Attention(o["kind"], o["dropout"]),
-    "experts": lambda o: Experts(o["count"], o["drawn"]),
+    "group norm": lambda: Normed(nn.GroupNorm(2, 6), 6),
+    "layer norm": lambda: Normed(nn.LayerNorm(6), 6),
+    "noise": Noise,
+    "counter": Counter,
+    "code book": CodeBook,
+    "spectral norm": lambda: spectral_norm(_linear()),
+    "weight norm": lambda: weight_norm(_linear()),
+    "tied": Tied,
+    "checkpoint": Checkpointed,
+    "custom": Custom,
+    "embedding": Looked,
+    "initialised": Initialised,
+    "foreign": Foreign,
+    "warmed up": WarmedUp,
+    "graded": Graded,
+    "twice": Twice,
+    "burdened": Burdened,
+    "recurrent": Recurrent,
+    "attention": Attention,
+    "experts": Experts,
 }
 
 SEQUENCES = {"recurrent", "attention"}
-POOLED = {"experts"}
 FOREIGN = {"foreign"}  # a pose that is scored again gives another prediction
 ONCE = {"warmed up", "graded"}  # to be scored once, with its graph, or the state is another one
 
@@ -409,8 +412,8 @@ class Trunk(nn.Module):
 
     def __init__(self, stages: list[tuple[str, Options]]) -> None:
         super().__init__()
-        self.stages = nn.ModuleList(STAGES[name](options) for name, options in stages)
-        self.lift = nn.Linear(FEATURES, FEATURES)
+        self.stages = nn.ModuleList(STAGES[name](**options) for name, options in stages)
+        self.lift = _linear()
 
     def forward(self, x: Tensor, owner: Tensor | None = None, count: int = 1) -> Tensor:
         """From `[c, n, 4]`, or ragged `[N, 4]` with owners, to `[c, 4]`."""

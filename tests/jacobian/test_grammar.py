@@ -17,19 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from posegrad import Engine
-
-
-class Step(nn.Module):
-    """A function of its modules, its free parameters and x."""
-
-    def __init__(self, function: Callable[..., Tensor], *modules: nn.Module, **free: Tensor):
-        super().__init__()
-        self.function = function
-        self.modules_used = nn.ModuleList(modules)
-        self.free = nn.ParameterDict(free)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.function(x, *self.modules_used, **self.free)
+from tests.models import Step
 
 
 def _free(*shape: int) -> Tensor:

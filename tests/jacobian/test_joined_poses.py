@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from posegrad import Clip, Engine
+from tests.drawing import double
+from tests.jacobian.exact import assert_exact
 from tests.reference import gramian, rows, trainable
 
 Score = Callable[[nn.Module, Tensor], Tensor]
@@ -45,7 +47,7 @@ def _network() -> nn.Module:
 
 @pytest.mark.parametrize("score", WAYS.values(), ids=[*WAYS])
 def test_rows_are_exact_and_take_one_backward(score: Score) -> None:
-    model, x = _network(), torch.randn(6, 3, dtype=torch.float64)
+    model, x = _network(), double(6, 3)
     engine = Engine(model)
     for _ in range(3):
         output = score(model, x)
@@ -64,49 +66,40 @@ def test_other_numbers_of_the_same_structure(score: Score) -> None:
     model = _network()
     engine = Engine(model, check="never")
     for _ in range(3):
-        output = score(model, torch.randn(6, 3, dtype=torch.float64))
-        expected = rows(output, trainable(model))
-        torch.testing.assert_close(engine.jacobian(output).matrix(), expected)
+        assert_exact(engine, model, score(model, double(6, 3)))
 
 
 def test_an_entry_may_be_another_one_in_the_next_graph() -> None:
     """Selected by number: the structure is the same, the owners are not."""
-    model, x = _network(), torch.randn(6, 3, dtype=torch.float64)
+    model, x = _network(), double(6, 3)
     engine = Engine(model, check="never")
     for i, j in [(0, 1), (1, 0), (5, 2), (-1, -2), (3, 3)]:
         z = model(x)
-        output = torch.stack([z[i].sin(), z[j] * 3]).squeeze(1)
-        expected = rows(output, trainable(model))
-        torch.testing.assert_close(engine.jacobian(output).matrix(), expected)
+        assert_exact(engine, model, torch.stack([z[i].sin(), z[j] * 3]).squeeze(1))
 
 
 def test_losses_of_a_shared_trunk_take_one_backward_each_and_no_warning() -> None:
     trunk, heads = nn.Linear(3, 4), nn.ModuleList([nn.Linear(4, 1) for _ in range(3)])
     model = nn.ModuleList([trunk, heads]).double()
-    x = torch.randn(6, 3, dtype=torch.float64)
+    x = double(6, 3)
     engine = Engine(model)
     for _ in range(3):
         z = trunk(x).tanh()
         losses = torch.stack([head(z).square().mean() for head in heads])
-        expected = rows(losses, trainable(model))
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            J = engine.jacobian(losses)
-        torch.testing.assert_close(J.matrix(), expected)
+            assert_exact(engine, model, losses)
 
 
 def test_a_mean_over_the_batch_still_warns() -> None:
-    model, x = _network(), torch.randn(6, 3, dtype=torch.float64)
+    model, x = _network(), double(6, 3)
     z = model(x).squeeze(1)
-    output = z - z.mean()
-    expected = rows(output, trainable(model))
     with pytest.warns(UserWarning, match="depend on each other"):
-        J = Engine(model).jacobian(output)
-    torch.testing.assert_close(J.matrix(), expected)
+        assert_exact(Engine(model), model, z - z.mean())
 
 
 def test_clipping_a_stack_of_losses() -> None:
-    model, x = _network(), torch.randn(6, 3, dtype=torch.float64)
+    model, x = _network(), double(6, 3)
     output = WAYS["a stack of losses"](model, x)
     matrix = rows(output, trainable(model))
     weights = (0.1 / matrix.norm(dim=1)).clamp(max=1)
@@ -126,7 +119,7 @@ def _two_of_three_parts(model: nn.Module, x: Tensor, last: float) -> Tensor:
 @pytest.mark.parametrize("check", ["first", "never"])
 def test_what_no_pose_takes_may_still_make_them_all_nan(check: str) -> None:
     """Zero times infinity: autograd has nan for it, and so have we, in this graph alone."""
-    model, x = _network(), torch.randn(6, 3, dtype=torch.float64)
+    model, x = _network(), double(6, 3)
     engine = Engine(model, check=check)
     for last in [2.0, 2.0, 2.0, 0.0, 2.0]:
         output = _two_of_three_parts(model, x, last)
@@ -140,10 +133,9 @@ def test_what_no_pose_takes_may_still_make_them_all_nan(check: str) -> None:
 
 def test_an_empty_tensor_may_stand_beside_any_other() -> None:
     """torch lets `[0]` be concatenated with matrices, along any dimension."""
-    model, x = _network(), torch.randn(6, 3, dtype=torch.float64)
+    model, x = _network(), double(6, 3)
     engine = Engine(model)
     for _ in range(3):
         z = model(x)
         output = torch.cat([z.sum() * torch.zeros(0, dtype=torch.float64), z.T], dim=1)[0]
-        expected = rows(output, trainable(model))
-        torch.testing.assert_close(engine.jacobian(output).matrix(), expected)
+        assert_exact(engine, model, output)

@@ -22,7 +22,9 @@ from posegrad import (
     StaleFactorError,
 )
 from posegrad.testing import peak_live_bytes
+from tests.drawing import double
 from tests.models import FEATURES, MODELS
+from tests.reference import rows, trainable, untouched
 
 
 class Mark(torch.autograd.Function):
@@ -61,7 +63,7 @@ class Watched(nn.Module):
 
 
 def _mlp(name: str = "mlp") -> tuple[nn.Module, Tensor]:
-    return MODELS[name]().double(), torch.randn(5, FEATURES, dtype=torch.float64)
+    return MODELS[name]().double(), double(5, FEATURES)
 
 
 def _flat(gradients: dict[str, Tensor]) -> Tensor:
@@ -72,13 +74,12 @@ def _grads(model: nn.Module) -> Tensor:
     return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
 
-def _assert_rows(J: PoseJacobian, model: nn.Module, output: Tensor) -> None:
-    leaves = [p for p in model.parameters() if p.requires_grad]
-    rows = [
-        torch.cat([g.flatten() for g in torch.autograd.grad(y, leaves, retain_graph=True)])
-        for y in output.flatten()
-    ]
-    torch.testing.assert_close(J.matrix(), torch.stack(rows), rtol=1e-10, atol=1e-12)
+def _assert_reads(engine: Engine, model: nn.Module, output: Tensor) -> PoseJacobian:
+    """To more digits than a comparison has by default; the graph is kept."""
+    J = engine.jacobian(output, retain_graph=True)
+    expected = rows(output, trainable(model))
+    torch.testing.assert_close(J.matrix(), expected, rtol=1e-10, atol=1e-12)
+    return J
 
 
 def _jacobian(model: nn.Module, engine: Engine, batch: Tensor) -> None:
@@ -151,8 +152,7 @@ def test_copies_of_a_model_are_on_their_own(twin: Callable[[nn.Module], nn.Modul
     ):
         engine.jacobian(other(batch))
     for m, e in ((model, engine), (other, Engine(other))):
-        output = m(batch)
-        _assert_rows(e.jacobian(output, retain_graph=True), m, output)
+        _assert_reads(e, m, m(batch))
 
 
 def test_two_engines_on_one_model_one_with_fewer_parameters() -> None:
@@ -160,9 +160,8 @@ def test_two_engines_on_one_model_one_with_fewer_parameters() -> None:
     whole, part = Engine(model), Engine(model[2])
     for _ in range(2):
         output = model(batch)
-        few = part.jacobian(output, retain_graph=True)
-        _assert_rows(few, model[2], output)
-        _assert_rows(whole.jacobian(output, retain_graph=True), model, output)
+        _assert_reads(part, model[2], output)
+        _assert_reads(whole, model, output)
 
 
 def test_the_model_may_change_under_the_engine() -> None:
@@ -180,11 +179,8 @@ def test_the_model_may_change_under_the_engine() -> None:
     for change in changes:
         change()
         output = model(batch)
-        J = engine.jacobian(output, retain_graph=True)
-        _assert_rows(J, model, output)
-        assert list(J.combine(torch.ones_like(output))) == [
-            name for name, p in model.named_parameters() if p.requires_grad
-        ]
+        J = _assert_reads(engine, model, output)
+        assert list(J.combine(torch.ones_like(output))) == list(trainable(model))
 
 
 def _broken_loss(predictions: Tensor, poses: Tensor) -> Tensor:
@@ -237,14 +233,10 @@ def test_failures_leave_grad_and_engine_alone(
     error: type[Exception], message: str, fail: Callable[[Engine, nn.Module, Tensor], object]
 ) -> None:
     model, batch = _mlp()
-    for p in model.parameters():
-        p.grad = torch.ones_like(p)
     engine = Engine(model)
-    with pytest.raises(error, match=message):
+    with untouched(model), pytest.raises(error, match=message):
         fail(engine, model, batch)
-    assert bool((_grads(model) == 1).all())
-    output = model(batch)
-    _assert_rows(engine.jacobian(output, retain_graph=True), model, output)
+    _assert_reads(engine, model, model(batch))
 
 
 def test_hooks_on_parameters_run_once_and_only_in_backward() -> None:
@@ -287,20 +279,15 @@ def test_iteration_gives_the_rows_of_each_first_index(shape: tuple[int, ...]) ->
     model = nn.Sequential(nn.Linear(FEATURES, 6), nn.Tanh(), nn.Linear(6, 6)).double()
     model.register_parameter("idle", nn.Parameter(torch.ones(2)))
     width = torch.Size(shape[1:]).numel()
-    output = model(torch.randn(5, FEATURES, dtype=torch.float64))[:, :width].reshape(shape)
+    output = model(double(5, FEATURES))[:, :width].reshape(shape)
     J = Engine(model).jacobian(output, retain_graph=True)
     found = list(J)
     assert len(found) == len(J) == 5
     for i, row in enumerate(found):
         assert list(row) == list(J.shapes)
         for name, p in model.named_parameters():
-            expected = [
-                torch.autograd.grad(y, p, retain_graph=True, allow_unused=True)[0]
-                for y in output[i].flatten()
-            ]
-            zeros = torch.zeros_like(p)
-            whole = torch.stack([zeros if g is None else g for g in expected])
-            torch.testing.assert_close(row[name], whole.reshape(*shape[1:], *p.shape))
+            expected = rows(output[i], {name: p})
+            torch.testing.assert_close(row[name], expected.reshape(*shape[1:], *p.shape))
 
 
 def test_an_output_without_dimensions_has_no_length() -> None:
@@ -373,15 +360,15 @@ def test_gathering_in_chunks_is_the_jacobian_of_the_batch(
     batch = batch[:count]
     predictions = model(batch).squeeze(-1)
     squares = _squares(predictions, torch.arange(count))
-    for rows, loss in ((predictions, None), (squares, _squares)):
-        whole = Engine(model).jacobian(rows, retain_graph=True)
+    for output, loss in ((predictions, None), (squares, _squares)):
+        whole = Engine(model).jacobian(output, retain_graph=True)
         for poses, collate in ((batch, None), (list(batch), torch.stack)):
             engine = Engine(model, chunk_size=chunk_size, collate=collate)
             J = engine.gather(poses, loss=loss, form=form)
-            assert J.output_shape == rows.shape
+            assert J.output_shape == output.shape
             torch.testing.assert_close(J.matrix(), whole.matrix())
             torch.testing.assert_close(J.gramian(), whole.gramian())
-            torch.testing.assert_close(J.combine(rows), whole.combine(rows))
+            torch.testing.assert_close(J.combine(output), whole.combine(output))
 
 
 def _squares(predictions: Tensor, poses: Tensor) -> Tensor:
@@ -396,7 +383,7 @@ def test_a_loss_with_a_reduction_is_refused() -> None:
 
 
 def test_store_in_chunks_is_retain_for_one_pass_a_chunk() -> None:
-    model, batch = Watched(marked=False).double(), torch.randn(12, FEATURES, dtype=torch.float64)
+    model, batch = Watched(marked=False).double(), double(12, FEATURES)
     engine = Engine(model, chunk_size=4)
     for _ in range(2):  # the first time, the engine also checks
         model.zero_grad()

@@ -15,7 +15,7 @@ from posegrad.testing import peak_live_bytes
 from tests import reference
 from tests.device import DEVICE
 from tests.drawing import times
-from tests.jacobian.test_forms import CASES, Case, owners
+from tests.jacobian.forms_table import CASES, Case, alive, owners
 
 F64 = torch.float64
 
@@ -49,16 +49,11 @@ def test_parts_joined_are_their_sum(
     for start, poses, owner in uses:
         case = CASES[name](len(owner))
         layout = Layout.along(poses, case.dim, owner)
-        cotangents = tuple([_alive(i * case.cotangent, layout) for i in range(1, k + 1)])
+        cotangents = tuple([alive(i * case.cotangent, layout) for i in range(1, k + 1)])
         shape = torch.Size([poses]) if components is None else torch.Size([poses, k])
         arrangement = Arrangement(shape, None if components is None else 0)
         parts.append(Factors("a use", start * k, case.form, layout, arrangement, cotangents))
     _assert_joins(parts, count * k)
-
-
-def _alive(tensor: Tensor, layout: Layout) -> Tensor:
-    """A cotangent: rows that are nobody's are zero."""
-    return tensor - layout.only(tensor, -1)
 
 
 def _assert_joins(parts: Sequence[Factors], count: int, left: int = 1) -> None:

@@ -13,7 +13,7 @@ from posegrad import Engine, PoseJacobian
 from posegrad.jacobian import Arrangement, Block, Factors, Layout
 from posegrad.testing import peak_live_bytes
 from tests import reference
-from tests.jacobian.test_forms import CASES, Case, owners
+from tests.jacobian.forms_table import CASES, Case, owners
 
 F64 = torch.float64
 
