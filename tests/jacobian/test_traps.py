@@ -28,6 +28,7 @@ from tests.jacobian.exact import assert_exact
 from tests.jacobian.traps_table import TRAPS, WARNED
 from tests.models import Passed
 from tests.reference import rows, trainable
+from tests.schedules import SCHEDULES
 
 
 @pytest.mark.parametrize("name", TRAPS)
@@ -213,7 +214,7 @@ def test_a_complex_parameter_that_is_left_out_disturbs_nobody(by_name: bool) -> 
 
 
 @pytest.mark.parametrize("chunk_size", [1, 2])
-@pytest.mark.parametrize("schedule", ["auto", "retain", "store", "stream", "recompute"])
+@pytest.mark.parametrize("schedule", ["auto", *SCHEDULES])
 def test_combine_serves_complex_parameters(schedule: str, chunk_size: int) -> None:
     model, x = Turned(), torch.randn(4, 3)
     expected = torch.autograd.grad(Min(2.0)(model(x)), list(model.parameters()))
