@@ -57,7 +57,7 @@ def _first_screen(results: Results) -> str:
     lines = [
         _line("smooth minimum of 64 docked poses, SchNet", poses, "posegrad auto"),
         _line(
-            "clipped gradient of each text, BERT, cross entropy", _ordinary(results, "bert", "clip")
+            "clipped gradient of each text, Llama, next word", _ordinary(results, "llama", "clip")
         ),
         _line(
             "Gramian of the gradients of 64 images' losses, MLP, cross entropy",
