@@ -21,7 +21,8 @@ def dtypes_passed(node: Node) -> set[torch.dtype]:
 
     One node can stand for many operators: a compiled graph, a custom function. The tensors that
     such a node saved tell in which dtypes it computes. They are looked at as they were packed:
-    unpacking them would make a checkpoint run again.
+    unpacking them would make a checkpoint run again. Where this torch does not tell them, float16
+    is assumed.
     """
     dtypes = {*outputs_of(node)[1]}
     if is_python(node):

@@ -185,7 +185,9 @@ class EdgeRegistry:
         return passed
 
     def structure(self, numbers: Mapping[int, int]) -> tuple[Any, ...]:
-        """Kinds of nodes, edges, which parameter enters where, which output; hashable.
+        """Names, edges, facts and dtypes of nodes, which leaf is which parameter, which output.
+
+        Hashable. Sizes are not in it.
 
         Args:
             numbers: A number for each parameter, by `id`.

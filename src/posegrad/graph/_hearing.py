@@ -104,6 +104,12 @@ class Hearing:
     (`versions_count`). If the version does not fit, the sum is taken again, as autograd takes it,
     and compared bit by bit.
 
+    Args:
+        route: Where to listen, and what is read there.
+        take: Reads an operator that has all its cotangents.
+        copies: Whether cotangents are copied, since somebody may write to them.
+        counts: Whether versions count the cotangents that are added up.
+
     Attributes:
         weights: The cotangent of the output; None if none came.
         columns: The cotangents by their place in the worklist.

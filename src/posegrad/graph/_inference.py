@@ -3,16 +3,18 @@ r"""Owners of rows by construction: following the dimension of poses through the
 Probing finds the owners of any row and costs a backward. Most graphs need no probe: if the output
 `[m]` is a sum over T of `[m, T]`, and that a product of `[m, T, d]` with a weight, the dimension of
 poses can be followed from operator to operator by what each operator *is*, whatever numbers flow.
-An operator that is not in the table is probed alone, by its own vjp (`_probing.py`). Where poses
-mix, nothing is inferred for what lies behind. Everything behind a tensor that belongs to one pose
+An operator that is not in the table is probed alone, by its own vjp (`_probing.py`), unless it is
+written in Python or a checkpoint holds what it saved. Where poses mix, nothing is inferred for what
+lies behind. Everything behind a tensor that belongs to one pose
 as a whole belongs to that pose, whatever the operators are.
 
 Rows may also be picked by number, as messages between atoms are; then owners follow the numbers
 (`_indexed.py`), and each graph is asked anew, but often says what the one before it said (`Trail`).
 
-A tensor's numbers, in row-major order, are laid out as :math:`a \times m \times b`: number n
-belongs to pose :math:`\lfloor n / b \rfloor \bmod m`. Views keep b, the *stride*; other operators
-move it with their dimensions (`_moves.py`).
+Where poses take turns, a tensor's numbers, in row-major order, are laid out as
+:math:`a \times m \times b`: number n belongs to pose :math:`\lfloor n / b \rfloor \bmod m`. Views
+keep b; other operators move poses with their dimensions (`_moves.py`). Where poses lie otherwise,
+as in ragged batches, the owners along their dimension are listed.
 """
 
 from collections.abc import Mapping, Sequence
@@ -66,8 +68,8 @@ class Step(NamedTuple):
         kind: What is known of it.
         outputs: The numbers of its outputs that something depends on, and their edges.
         arguments: The numbers of its arguments that were computed by others, and their edges.
-        is_told: Whether its rule can be asked: another release of torch may not save what that
-            looks at.
+        is_told: Whether its kind has a move, and all that the move looks at was saved, which
+            another release of torch may not do.
     """
 
     node: int
@@ -79,7 +81,7 @@ class Step(NamedTuple):
 
 @final
 class Told(NamedTuple):
-    """What an operator made of layouts, which numbers may change.
+    """What an operator that looks at numbers made of layouts, in one graph.
 
     Args:
         step: The operator.
@@ -211,7 +213,7 @@ class _Following:
         registry: The graph.
         generator: The engine's own.
         memo: What was found for numbers.
-        told: What operators said that look at numbers.
+        told: What the operators that look at numbers said.
         alone: The operators that were probed alone.
     """
 
@@ -232,7 +234,7 @@ class _Following:
     def moved(
         self, step: Step, layouts: Mapping[int, Layout]
     ) -> tuple[Mapping[int, Layout | None], bool]:
-        """The layouts of an operator's arguments by its outputs', and whether structure tells."""
+        """The layouts of an operator's arguments by its outputs', and if structure alone tells."""
         kind, operator = step.kind, self.registry.nodes[step.node]
         if not (kind.cuts or kind.looks_up) and (first := _single(layouts)) is not None:
             return {i: first for i, _ in step.arguments}, True

@@ -24,8 +24,7 @@ class Outlook(NamedTuple):
 
     Args:
         paths: For each parameter how the rows of each use are read, unless poses mix.
-        backwards: The backwards that a call takes; more if poses that are probed for turn out to
-            mix.
+        backwards: The backwards that a call takes; more if probes find that poses mix.
         is_known: Whether a graph like this one was read before.
         may_mix: Whether poses may mix, as far as is known.
     """

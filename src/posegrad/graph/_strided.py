@@ -19,11 +19,12 @@ __all__ = ["restrided"]
 def restrided(
     node: Node, arg: int, layout: Layout, out: torch.Size, inside: torch.Size, memo: Memo
 ) -> Layout | None:
-    """`out = x.as_strided(size, stride)`, if every number stays where it is.
+    """`out = x.as_strided(size, stride)`, if no number changes its pose.
 
-    Owners are sent through its backward. If they come back as they were sent, none was lost or
-    added to another on the way: there are as many numbers before the operator as behind it, and
-    each comes from one place, so a place that gets two leaves another with a zero.
+    Owners, counted from one, are sent through its backward. If they come back as they were sent,
+    none was lost or added to another on the way: there are as many numbers before the operator as
+    behind it, and each comes from one place, so a place that gets two leaves another with a zero.
+    Numbers may change places within a pose.
     """
     device, dtype = device_of(node), dtype_of(node)[0]
     if out != inside or layout.is_whole or layout.has_dead_rows:

@@ -70,8 +70,8 @@ class Structure:
 
     Args:
         found: The recipe.
-        has_float16: Whether gradients pass through float16; None if only the numbers of a function
-            written in Python tell.
+        has_float16: Whether gradients pass through float16; None if each graph has to be asked, for
+            what functions written in Python saved.
         slots: Where nodes above the parameters hold saved tensors.
         trail: What following poses through earlier graphs of it told.
         is_fixed: Whether the structure alone decides where poses lie, as far as is known: no

@@ -30,7 +30,8 @@ class Subject:
         dim: The output's dimension that counts poses, if the caller has said.
         generator: The engine's own source of random numbers.
         trail: What following poses through graphs of this very structure told.
-        inferred: What `layouts` found in graphs of this very structure, by the dimension of poses.
+        inferred: What `layouts` found, by the output's dimension of poses; if numbers decide, in
+            this very graph, else in any graph of its structure.
         tensors: Lists the modules' parameters and buffers, which are no data.
         is_hooked: Whether activations are seen to have hooks, which may do today what they did not
             when rows were last compared with autograd.

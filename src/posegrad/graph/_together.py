@@ -1,8 +1,8 @@
 """Small networks: whether reading all rows in one batched backward is faster than use by use.
 
 A network of a millisecond spends most of its time in calls from Python, and reading one use takes a
-dozen of them, however small the use is. A backward of all rows, batched by vmap, takes
-none. In return it computes every number of the graph once for each row.
+dozen of them, however small the use is. A backward of all rows, batched by vmap, is a single call.
+In return it computes every number of the graph once for each row.
 """
 
 from itertools import chain

@@ -42,8 +42,8 @@ class Tracked(NamedTuple):
 class graph_clock(Change):  # noqa: N801
     """A time stamp: the graph nodes that are made inside carry a number at least as high.
 
-    Numbers are counted by thread, and an accelerator's backward has one of its own. So what a model
-    differentiates inside its forward (forces) is differentiated on this thread.
+    Each thread counts for itself, and an accelerator's backward runs on a thread of its own. So
+    what a model differentiates inside its forward (forces) is differentiated on this thread.
     """
 
     def __init__(self) -> None:

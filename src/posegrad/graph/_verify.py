@@ -58,15 +58,20 @@ class Reference:
     ) -> tuple[frozenset[str], frozenset[str]]:
         """The parameters whose rows do not add up to it.
 
-        Returns:
-            Of the doubtful ones those that disagree, and those that were compared at all: of nan
-            and infinite gradients nothing can be said.
-
         The tolerance is that of the narrowest dtype which the gradient passes. It is relative to
         the largest of the two results and of the result with the signs of w dropped, so that a
         cancellation is not taken for an error. What is below some rounding errors of the whole
         gradient is no error: some parameters have a gradient that is zero but for rounding (the
         bias of attention's keys).
+
+        Args:
+            subject: What was differentiated.
+            parts: What was read, by parameter.
+            doubtful: The parameters to compare.
+
+        Returns:
+            Of the doubtful ones those that disagree, and those that were compared at all: of nan
+            and infinite gradients nothing can be said.
         """
         registry, parameters = subject.registry, subject.parameters
         flat = self.weights.reshape(-1)

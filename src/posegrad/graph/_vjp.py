@@ -330,10 +330,10 @@ def dense(tensor: Tensor) -> Tensor:
 def _even_weights(found: Sequence[Tensor]) -> Tensor:
     """Random weights under which every row counts alike, whatever its size: `[k]`, on the CPU.
 
+    The random numbers are the same each time, and no global one is drawn.
+
     Args:
         found: Rows `[k, ...]` of several sources.
-
-    They are the same each time, and no global random number is drawn.
     """
     flat = [rows.detach().reshape(len(rows), rows[0].numel()) for rows in found]
     norms = [torch.linalg.vector_norm(r, dim=1, dtype=_wide_of(r)).cpu().double() for r in flat]

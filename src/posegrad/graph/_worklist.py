@@ -88,14 +88,17 @@ class Worklist:
 class SettledWorklist:
     """A worklist in which nothing is open: where poses lie follows from what operators are.
 
-    Its graphs need one backward for each component of a pose, and nothing is compared with it. Of
-    small networks all rows are taken together, wherever poses lie.
+    Its graphs take one backward for each component of a pose, and whatever rows take that have no
+    closed form or are pulled back; nothing is compared. Of small networks all rows are taken
+    together, wherever poses lie.
 
     Args:
         work: The worklist.
-        layouts: Whose the rows of the cotangents are; None if each graph is looked at anew: for the
-            numbers that pick rows, or for whether nobody's rows are zero, as they should be.
-        packable: One slot of each operator that is read, to see whether a checkpoint holds it.
+        layouts: Whose the rows of the cotangents are; None if there is only one pose, or each graph
+            is looked at anew: for the numbers that pick rows, or for whether nobody's rows are
+            zero, as they should be.
+        packable: One slot of each operator that is read, to see whether a checkpoint holds it; of
+            all operators, if all rows are taken together.
         left: The slots that the backward does not free.
         declined: The sites whose closed form does not serve these cotangents.
         together: Whether all rows are taken together.

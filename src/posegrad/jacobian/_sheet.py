@@ -21,8 +21,8 @@ def side_by_side(blocks: Mapping[str, Block]) -> tuple[Tensor | None, list[str]]
         blocks: The blocks that have parts.
 
     Returns:
-        None unless there are several, held as rows, of one dtype and device; and the names of all
-        other parameters.
+        The sheet, of those that are held as rows and have the first one's dtype and device; None if
+        there are fewer than two. And the names of all parameters that are not in it.
     """
     found: dict[str, Tensor] = {}
     numbers = 0

@@ -54,11 +54,16 @@ class Table(ClosedForm):
     def _sums(
         self, indices: Tensor, sides: Sequence[Tensor], owners: Tensor
     ) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """The entries of the tables that are not zero.
+        """The rows of the poses' tables that were looked up, but for padding; all others are zero.
+
+        Args:
+            indices: What was looked up, `[N]`.
+            sides: Cotangents of the look-ups, `[N, ...]`, one tensor or several.
+            owners: The pose of each look-up, `[N]`.
 
         Returns:
-            Their indices and owners, `[U]`, sorted by owner; for each of the sides the entries,
-            `[U, d]`.
+            Their indices and owners, `[U]`, sorted by owner; for each of the sides the rows,
+            `[U, d]`, summed over look-ups.
         """
         live, width = owners != NOBODY, self.shape[1:].numel()
         if self.padding is not None:
@@ -96,7 +101,7 @@ class Table(ClosedForm):
         order = torch.argsort(indices)
         ordered = [side[order] for side in sums]
         owners, times = owners[order], torch.bincount(indices, minlength=1)
-        start, times = (t[indices[order]] for t in (times.cumsum(0) - times, times))  # [N]
+        start, times = (t[indices[order]] for t in (times.cumsum(0) - times, times))  # [U]
         left = torch.arange(len(order), device=order.device).repeat_interleave(times)  # [pairs]
         turn = torch.arange(len(left), device=order.device) - (times.cumsum(0) - times)[left]
         right = start[left] + turn

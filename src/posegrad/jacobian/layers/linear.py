@@ -90,7 +90,7 @@ class Linear(ClosedForm):
         if layout.is_regular():
             return self._scaled(multiplied(*self._sides(*self._by_pose(cotangent, layout))))
         a, b = layout.in_turn(self.input.like(cotangent)), layout.in_turn(cotangent)
-        inner = a.shape[1:-1].numel()  # rows of a layer for each row of the layout
+        inner = a.shape[1:-1].numel()  # rows of A for each row of the layout
         sizes = [size * inner for size in layout.sizes]
         left, right = self._sides(as_rows(a), as_rows(b))  # [..., R], [R, ...]
         rows = b.new_empty(layout.count, *self.shape)
