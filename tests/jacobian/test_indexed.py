@@ -8,8 +8,10 @@ with a plain backward that an engine makes: every law holds with `check="never"`
 import gc
 import warnings
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from threading import Barrier
 from typing import Any
 
 import pytest
@@ -20,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch_geometric.nn import GATConv, GCNConv, GraphNorm, SAGEConv
 
-from posegrad import Engine, StaleFactorError
+from posegrad import Engine, ListeningError, StaleFactorError
 from posegrad.graph import _inference, _trial
 from posegrad.jacobian import Layout
 from tests.drawing import double
@@ -258,6 +260,67 @@ def test_numbers_that_return_after_others() -> None:
             h = block(model, torch.tanh(model.lift(b.atoms)), b)
             output = total(b.owner, model.energy(block(model, h, other)))
             _assert_exact(engines, model, output)
+
+
+class Pooled(nn.Module):
+    """The sum of each pose's atoms, `[m, 2]`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.below, self.above = nn.Linear(3, 40), nn.Linear(40, 2)
+
+    def forward(self, atoms: Tensor, owner: Tensor) -> Tensor:
+        sums = torch.zeros(3, 40, dtype=atoms.dtype).index_add(0, owner, self.below(atoms).tanh())
+        scores: Tensor = self.above(sums)
+        return scores
+
+
+def _refused_listening(engine: Engine, output: Tensor) -> None:
+    with pytest.raises(ListeningError, match="2 numbers for each pose"):
+        engine.listen(output)
+
+
+def _failed(engine: Engine, output: Tensor, atoms: Tensor) -> None:
+    atoms.add_(0)  # which the first layer saved
+    with pytest.raises(StaleFactorError, match="changed in place"):
+        engine.jacobian(output)
+
+
+@pytest.mark.parametrize("cut", ["listening refused", "reading failed"])
+def test_numbers_of_a_call_that_failed_serve_no_other(cut: str) -> None:
+    """A recipe from other sizes is not compared again, so nothing else would notice."""
+    model = Pooled().double()
+    engine = Engine(model)
+    for owner in (torch.tensor([0, 1, 1, 2]), torch.tensor([2, 2, 0, 1])):
+        engine.jacobian(model(double(4, 3), owner))
+    atoms = double(7, 3)
+    output = model(atoms, OWNER)
+    if cut == "listening refused":
+        _refused_listening(engine, output)
+    else:
+        _failed(engine, output, atoms)
+    output = model(double(7, 3), OWNER.flip(0))
+    expected = rows(output, trainable(model)).reshape(3, 2, -1)
+    torch.testing.assert_close(engine.jacobian(output).matrix().reshape(3, 2, -1), expected)
+
+
+def test_numbers_of_one_thread_serve_no_other() -> None:
+    """Threads meet a structure at once, with other numbers each."""
+    model, start = Pooled().double(), Barrier(3)
+    engine = Engine(model)
+    engine.jacobian(model(double(4, 3), torch.tensor([0, 1, 1, 2])))
+
+    def read(output: Tensor) -> Tensor:
+        start.wait()
+        return engine.jacobian(output, retain_graph=True).matrix()
+
+    with ThreadPoolExecutor(3) as pool:
+        for size in range(200, 230):
+            owners = [torch.randint(3, (size,)) for _ in range(3)]
+            outputs = [model(double(size, 3), owner) for owner in owners]
+            for output, found in zip(outputs, pool.map(read, outputs), strict=True):
+                expected = rows(output, trainable(model))
+                torch.testing.assert_close(found.reshape(expected.shape), expected)
 
 
 def test_ragged_batches_leave_no_owners_behind() -> None:

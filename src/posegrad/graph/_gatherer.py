@@ -116,7 +116,7 @@ class Gatherer:
             registry = _graph_of(output)
         dim = self._dim_of(output)
         known = self._structures.of(registry, used, output, stated=False)
-        subject = Subject(output, registry, used, (), dim, _seeded(), known.trail, {}, self.tensors)
+        subject = Subject(output, registry, used, (), dim, _seeded(), known.trail, self.tensors)
         recipe = known.found.recipe
         is_due = self.check == "always" if recipe is None else self._is_due(recipe, subject)
         with failures_named(), undisturbed():
@@ -166,7 +166,7 @@ class Gatherer:
                 heard = listened_to(output, registry, known.slots)
                 subject = Subject(
                     output, registry, used, pose_index, dim, self._generator, known.trail,
-                    known.followed, self.tensors, any(map(is_hooked, heard)), quiet, beside,
+                    self.tensors, any(map(is_hooked, heard)), quiet, beside,
                 )  # fmt: skip
                 scale = known.has_float16
                 scale = registry.has_float16() if scale is None else scale
@@ -226,9 +226,8 @@ class Gatherer:
         def read(scaled: Tensor) -> Parts:
             own = registry if scaled is output else EdgeRegistry(scaled)
             subject = Subject(
-                scaled, own, {}, pose_index, dim, self._generator, Trail(), {}, self.tensors,
-                quiet=True,
-            )  # fmt: skip
+                scaled, own, {}, pose_index, dim, self._generator, Trail(), self.tensors, quiet=True
+            )
             checked = self.check != "never"
             parts = parts_at(subject, activations, self.block_bytes, checked=checked)
             for purpose, count in subject.backwards.counts.items():
@@ -280,8 +279,8 @@ class Gatherer:
         known = self._structures.of(registry, used, output, stated=False)
         heard = listened_to(output, registry, known.slots)
         subject = Subject(
-            output, registry, used, (), dim, self._generator, known.trail, known.followed,
-            self.tensors, any(map(is_hooked, heard)), quiet=True,
+            output, registry, used, (), dim, self._generator, known.trail, self.tensors,
+            any(map(is_hooked, heard)), quiet=True,
         )  # fmt: skip
         check_static(registry)
         lock, aside, copied = python_contained(registry, used)
@@ -292,8 +291,6 @@ class Gatherer:
             check_packed(registry, known.route.packable)
             reading = Reading(subject, self.block_bytes)
             forms, tables = reading.forms(work)
-        if not subject.is_fixed:
-            known.is_fixed, known.inferred = False, {}
         return Outline(
             reading, known.route, forms, tables, layouts, parameters, subject.backwards, bool(heard)
         )
@@ -350,8 +347,6 @@ class Gatherer:
                 recipe, parts = self._read(reading, known.found)
                 if not keep_graph:
                     release(subject.registry, known.slots)
-        if not subject.is_fixed:
-            known.is_fixed, known.inferred = False, {}
         is_usual = recipe is known.found.recipe and (
             subject.is_fixed or not slow_parameters(recipe)
         )
@@ -368,10 +363,7 @@ class Gatherer:
             own = EdgeRegistry(scaled)
             stated = bool(subject.pose_index)
             known = self._structures.of(own, subject.parameters, scaled, stated=stated)
-            seen = replace(
-                subject, output=scaled, registry=own, trail=known.trail, inferred=known.followed,
-                beside=None,
-            )  # fmt: skip
+            seen = replace(subject, output=scaled, registry=own, trail=known.trail, beside=None)
             parts, backwards = self._parts_of(seen, known, keep_graph=True)
             readings.append(backwards)
             return parts

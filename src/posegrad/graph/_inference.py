@@ -106,12 +106,14 @@ class Trail:
         steps: The structure's operators.
         is_met_again: Whether the structure was met before. In batches of ragged poses most are met
             once, and nothing is kept of them.
-        earlier: What was found in the last graph, and what the operators that look at numbers made
-            of layouts there; by the output's dimension of poses.
+        fixed: What holds for all graphs of the structure, by the output's dimension of poses.
+        earlier: Likewise what was found in the last graph, if numbers were looked at, and what the
+            operators that look at them made of layouts there.
     """
 
     steps: list[Step] = field(default_factory=list)
     is_met_again: bool = False
+    fixed: dict[_Dim, Inferred] = field(default_factory=dict)
     earlier: dict[_Dim, tuple[Inferred, list[Told]]] = field(default_factory=dict)
 
     def again(self, dim: _Dim, following: "_Following") -> Inferred | None:
@@ -120,15 +122,14 @@ class Trail:
         return found if all(following.says_again(one) for one in told) else None
 
     def keep(self, dim: _Dim, found: Inferred, told: list[Told]) -> None:
-        """Keeps what was found for the next graph, unless none is expected or it is large.
-
-        What holds for all graphs of the structure is kept elsewhere.
-        """
+        """Keeps what was found; if numbers decide, unless no graph is expected or it is large."""
+        if found.is_fixed:
+            self.fixed[dim] = found
+            return
         layouts = found.layouts.values()
         stated = {id(own.stated): own.size for own in layouts if own.stated is not None}
         self.earlier.pop(dim, None)
-        is_large = sum(stated.values()) > _MOST_KEPT
-        if self.is_met_again and not found.is_fixed and not is_large:
+        if self.is_met_again and sum(stated.values()) <= _MOST_KEPT:
             self.earlier[dim] = found, told
 
 

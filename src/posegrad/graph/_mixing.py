@@ -76,5 +76,5 @@ def _subject(
         return None
     generator = torch.Generator("cpu").manual_seed(0)
     return Subject(
-        predictions, registry, used, (), 0, generator, Trail(), {}, lambda: tensors, quiet=True
+        predictions, registry, used, (), 0, generator, Trail(), lambda: tensors, quiet=True
     )

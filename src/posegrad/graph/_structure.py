@@ -8,7 +8,7 @@ from torch import Tensor
 
 from posegrad.graph._edges import EdgeRegistry
 from posegrad.graph._hearing import Route
-from posegrad.graph._inference import Inferred, Trail
+from posegrad.graph._inference import Trail
 from posegrad.graph._recipe import Recipe, is_followed, keeps_apart, slow_parameters
 from posegrad.graph._release import Slot, slots_above
 from posegrad.graph._sites import Site, kept_shapes
@@ -74,9 +74,6 @@ class Structure:
             what functions written in Python saved.
         slots: Where nodes above the parameters hold saved tensors.
         trail: What following poses through earlier graphs of it told.
-        is_fixed: Whether the structure alone decides where poses lie, as far as is known: no
-            numbers pick rows.
-        inferred: Where poses lie, as far as it follows, by the output's dimension of poses.
         settled: How to read it, once nothing is open.
         heard: How to hear it, once somebody listened. As in `settled`, where poses lie follows
             without numbers that flow; but no reading has shown which closed forms do not serve.
@@ -88,8 +85,6 @@ class Structure:
     has_float16: bool | None
     slots: list[Slot]
     trail: Trail = field(default_factory=Trail)
-    is_fixed: bool = True
-    inferred: dict[int | None, Inferred] = field(default_factory=dict)
     settled: SettledWorklist | None = None
     heard: SettledWorklist | None = None
     route: Route | None = None
@@ -102,11 +97,6 @@ class Structure:
         self.settled = SettledWorklist.of(
             subject, recipe, self.slots, declined, together=self.together
         )
-
-    @property
-    def followed(self) -> dict[int | None, Inferred]:
-        """Where poses lie in the next graph, by the output's dimension; empty if numbers decide."""
-        return self.inferred if self.is_fixed else {}
 
 
 @final

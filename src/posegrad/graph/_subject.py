@@ -1,7 +1,7 @@
 """An output, and what is asked of its graph."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import final
 
@@ -30,14 +30,14 @@ class Subject:
         dim: The output's dimension that counts poses, if the caller has said.
         generator: The engine's own source of random numbers.
         trail: What following poses through graphs of this very structure told.
-        inferred: What `layouts` found, by the output's dimension of poses; if numbers decide, in
-            this very graph, else in any graph of its structure.
         tensors: Lists the modules' parameters and buffers, which are no data.
         is_hooked: Whether activations are seen to have hooks, which may do today what they did not
             when rows were last compared with autograd.
         quiet: Whether not to warn of slow ways.
         beside: Leaves that are no parameters, if the gradient of the output's sum by them is wanted
             too.
+        inferred: Where poses lie, as far as `layouts` was asked or it holds for all graphs of the
+            structure, by the output's dimension of poses.
     """
 
     output: Tensor
@@ -47,11 +47,15 @@ class Subject:
     dim: int | None
     generator: torch.Generator
     trail: Trail
-    inferred: dict[int | None, Inferred]
     tensors: Callable[[], Iterable[Tensor]]
     is_hooked: bool = False
     quiet: bool = False
     beside: Beside | None = None
+    inferred: dict[int | None, Inferred] = field(default_factory=dict, init=False)
+
+    def __post_init__(self) -> None:
+        # A copy: what this graph's numbers say must not be taken for any other graph.
+        self.inferred.update(self.trail.fixed)
 
     def layouts(self, arrangement: Arrangement) -> Mapping[Edge, Layout]:
         """Where poses lie at the edges for which operators tell, one after another."""
