@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ import posegrad
 from posegrad import Boltzmann, Clip, Combination, Engine, Mean, MultiPose
 from posegrad.testing.table import RULES
 from tests.device import DEVICE, seeded
+from tests.reference import rows, trainable
 from tests.schedules import SCHEDULES
 
 
@@ -119,3 +121,29 @@ def test_determinism_is_kept_when_asked_for() -> None:
 def test_nothing_is_moved_to_a_device_by_name() -> None:
     sources = Path(posegrad.__file__).parent.rglob("*.py")
     assert not [path for path in sources if ".cuda(" in path.read_text()]
+
+
+class Places(nn.Module):
+    """Adds a learned row for each place, which numbers on the CPU pick."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.head = nn.Parameter(torch.randn(7, 5)), nn.Linear(5, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows_of_table = self.table[torch.arange(6, device="cpu").flip(0)]
+        scores: Tensor = self.head((x + rows_of_table).tanh()).squeeze(1)
+        return scores
+
+
+@pytest.mark.parametrize("check", ["first", "never"])
+def test_numbers_on_the_cpu_pick_rows_anywhere(check: Any) -> None:
+    model = Places().to(DEVICE, torch.float64)
+    engine = Engine(model, check=check)
+    for _ in range(3):
+        output = model(poses().double())
+        expected = rows(output, trainable(model))
+        J = engine.jacobian(output)
+        torch.testing.assert_close(J.matrix(), expected)
+        torch.testing.assert_close(J.gramian(), expected @ expected.T)
+        torch.testing.assert_close(J.norms(), expected.norm(dim=1))

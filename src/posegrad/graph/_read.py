@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
-from posegrad._torch import UntoldError, holds, saved
+from posegrad._torch import UntoldError, device_of, holds, saved
 from posegrad.jacobian import ClosedForm, Factor
 from posegrad.jacobian.layers import (
     BatchedLinear,
@@ -290,6 +290,7 @@ def numbered(op: Operator, entry: Entry) -> ClosedForm | None:
         return None
     if index.dtype not in (torch.int64, torch.int32):
         return None  # a mask
+    index = index.to(device_of(op.node))  # rows on a GPU may be picked by numbers on the CPU
     return Embedding(entry.shape, None, Factor.of(index, entry.name))
 
 
