@@ -42,16 +42,6 @@ def _found(look: Callable[[], Any], otherwise: Any) -> Any:
         return otherwise
 
 
-def copy_each(places: list[Tensor], values: list[Tensor]) -> None:
-    """Copies each value to its place, in one call."""
-    _found(lambda: torch._foreach_copy_, _copy_one_by_one)(places, values)
-
-
-def _copy_one_by_one(places: list[Tensor], values: list[Tensor]) -> None:
-    for place, value in zip(places, values, strict=True):
-        place.copy_(value)
-
-
 TorchDispatchMode: Any = _found(lambda: torch.utils._python_dispatch.TorchDispatchMode, object)
 """Sees every operator that runs; without it, memory cannot be measured."""
 
@@ -64,6 +54,16 @@ def add_each(totals: list[Tensor], terms: list[Tensor], factor: float) -> None:
 def _add_one_by_one(totals: list[Tensor], terms: list[Tensor], alpha: float) -> None:
     for total, term in zip(totals, terms, strict=True):
         total.add_(term, alpha=alpha)
+
+
+def copy_each(places: list[Tensor], values: list[Tensor]) -> None:
+    """Copies each value to its place, in one call."""
+    _found(lambda: torch._foreach_copy_, _copy_one_by_one)(places, values)
+
+
+def _copy_one_by_one(places: list[Tensor], values: list[Tensor]) -> None:
+    for place, value in zip(places, values, strict=True):
+        place.copy_(value)
 
 
 def backward_to(

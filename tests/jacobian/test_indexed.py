@@ -471,6 +471,25 @@ def test_numbers_read_from_memory(
             torch.testing.assert_close(J.matrix(), expected, rtol=40 * error, atol=40 * error)
 
 
+STRIDES = [(a, b) for a in range(3) for b in range(3) if 2 * a + b <= 5]  # of [3, 2], within 6
+
+
+@pytest.mark.parametrize("first", STRIDES)
+def test_numbers_that_share_memory(first: tuple[int, int]) -> None:
+    """Read twice by strides, where several numbers may lie in one place."""
+    layer, head = nn.Linear(2, 2).double(), nn.Linear(2, 1).double()
+    model = nn.ModuleList([layer, head])
+    engine = Engine(model, check="never")
+    for second in STRIDES:
+        read = layer(double(3, 2)).tanh().as_strided((3, 2), first)
+        again = read.as_strided((3, 2), second)
+        output = head(again).squeeze(1)
+        expected = rows(output, trainable(model))
+        with _meeting(True):
+            found = engine.jacobian(output).matrix()
+        torch.testing.assert_close(found, expected)
+
+
 def test_an_image_pooled_to_a_pixel_is_not_probed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pooling reads its own result by strides if that has one row of pixels."""
     network = nn.Sequential(

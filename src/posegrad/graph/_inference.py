@@ -5,8 +5,8 @@ Probing finds the owners of any row and costs a backward. Most graphs need no pr
 poses can be followed from operator to operator by what each operator *is*, whatever numbers flow.
 An operator that is not in the table is probed alone, by its own vjp (`_probing.py`), unless it is
 written in Python or a checkpoint holds what it saved. Where poses mix, nothing is inferred for what
-lies behind. Everything behind a tensor that belongs to one pose
-as a whole belongs to that pose, whatever the operators are.
+lies behind. Everything behind a tensor that belongs to one pose as a whole belongs to that pose,
+whatever the operators are.
 
 Rows may also be picked by number, as messages between atoms are; then owners follow the numbers
 (`_indexed.py`), and each graph is asked anew, but often says what the one before it said (`Trail`).

@@ -21,17 +21,22 @@ def restrided(
 ) -> Layout | None:
     """`out = x.as_strided(size, stride)`, if no number changes its pose.
 
-    Owners, counted from one, are sent through its backward. If they come back as they were sent,
-    none was lost or added to another on the way: there are as many numbers before the operator as
-    behind it, and each comes from one place, so a place that gets two leaves another with a zero.
-    Numbers may change places within a pose.
+    Powers of the owners are sent through its backward: o^0, o^1 and o^2. A place of memory that j
+    numbers behind the operator read and k before it share hands each of the k the sum of the j,
+    over k. If all come back as they were sent, then j = k, and the j have the owner of each of the
+    k for their mean and its square for their mean square: so they are all that owner's. Numbers may
+    change places within a pose.
     """
-    device, dtype = device_of(node), dtype_of(node)[0]
+    device = device_of(node)
     if out != inside or layout.is_whole or layout.has_dead_rows:
         return None
-    if not dtype.is_floating_point or layout.count > 1 / torch.finfo(dtype).eps:
-        return None  # the dtype cannot tell every number from the next
+    if not dtype_of(node)[0].is_floating_point or layout.count**2 * out.numel() >= 2**53:
+        return None  # float64, which the operator takes whatever its dtype, would round the sums
     shape = [size if dim == layout.dim else 1 for dim, size in enumerate(out)]
-    sent = (layout.to(device).owners + 1).to(dtype).reshape(shape).expand(out).contiguous()
-    (back,) = apply_node(node, [sent])
-    return layout if back is not None and torch.equal(back, sent) else None
+    owners = layout.to(device).owners.double().reshape(shape).expand(out)
+    for power in range(3):
+        sent = owners.pow(power)
+        (back,) = apply_node(node, [sent])
+        if back is None or not torch.equal(back, sent):
+            return None
+    return layout

@@ -132,19 +132,19 @@ def rows_of_graph(
     """
     found: list[Tensor | None] = [None] * len(sources)
     leaves = [source for source in sources if isinstance(source, Tensor)]
-    given = list(outputs), list(sources)
+    ends, starts = list(outputs), list(sources)
     with leaf_hooks_off(leaves), _thawed(leaves), ordinary_mode():
         for start in range(0, count, most):
             stop = min(start + most, count)
             batches = cotangents(start, stop)
             several = stop - start > 1
-            rows = _batched(given[0], batches, given[1], is_sure=is_sure) if several else None
+            rows = _batched(ends, batches, starts, is_sure=is_sure) if several else None
             if rows is not None:
                 _put(rows, found, slice(start, stop), count)
                 continue
             for i in range(start, stop):
                 row = [batch[i - start] for batch in batches]
-                _put(_grad(given[0], row, given[1], batched=False), found, i, count)
+                _put(_grad(ends, row, starts, batched=False), found, i, count)
     return found
 
 
@@ -171,7 +171,7 @@ def _put(
             if not is_one and own.shape[0] == count:
                 found[i] = own
                 continue
-            total = found[i] = own.new_empty(count, *own.shape[not is_one :])
+            total = found[i] = own.new_empty(count, *(own.shape if is_one else own.shape[1:]))
             total[:start].zero_()
         if total is None:
             continue

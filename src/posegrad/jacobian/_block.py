@@ -159,9 +159,9 @@ class Block:
         parts = [Rows(self.path, 0, rows)]
         return Block(self.shape, self.dtype, self.device, self.count, parts, self.uses)
 
-    def is_factored(self) -> bool:
-        """Whether it is held otherwise than as plain rows."""
-        return len(self.parts) > 1 or any(isinstance(part, Factors) for part in self.parts)
+    def is_plain(self) -> bool:
+        """Whether it is held as plain rows."""
+        return self._is_whole() and isinstance(self.parts[0], Rows)
 
     def smaller(self) -> "Block":
         """The block as it is or as plain rows, whichever is smaller."""

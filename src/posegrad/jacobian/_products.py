@@ -25,6 +25,7 @@ __all__ = [
     "multiplied",
     "pairs_are_cheaper",
     "rows_are_cheaper",
+    "squared_norms",
     "squared_sums",
     "summed_pairs",
 ]
@@ -66,8 +67,8 @@ class Products:
         """The squared norms of the rows `[..., p]`, `[R]`, in float32 at least."""
         known = self._squares.get(tensor.data_ptr())
         if known is None or not is_same(tensor, known[0]):
-            norms = torch.linalg.vector_norm(wide(as_rows(tensor)), dim=1)
-            known = self._squares[tensor.data_ptr()] = tensor, norms.square()
+            squares = squared_norms(wide(as_rows(tensor)))
+            known = self._squares[tensor.data_ptr()] = tensor, squares
         return known[1]
 
 
@@ -75,6 +76,12 @@ def as_rows(tensor: Tensor) -> Tensor:
     """`[..., p]` as `[R, p]`."""
     *rows, width = tensor.shape
     return tensor if len(rows) == 1 else tensor.reshape(prod(rows), width)
+
+
+def squared_norms(rows: Tensor) -> Tensor:
+    """The squared norms `[M]` of rows `[M, n]`."""
+    norms: Tensor = torch.linalg.vector_norm(rows, dim=1)
+    return norms.square()
 
 
 def inner_products(rows: Tensor) -> Tensor:

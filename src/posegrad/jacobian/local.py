@@ -19,7 +19,7 @@ from posegrad.jacobian._exchange import packed
 from posegrad.jacobian._iterate import one_at
 from posegrad.jacobian._parts import Weights, checked_weights
 from posegrad.jacobian._precision import exact, wide
-from posegrad.jacobian._products import Products, added, inner_products
+from posegrad.jacobian._products import Products, added, inner_products, squared_norms
 from posegrad.jacobian._projection import Projection
 from posegrad.jacobian._range import left_range, products_left_range
 from posegrad.jacobian._report import kept_bytes, report
@@ -296,12 +296,12 @@ class PoseJacobian(Jacobian):
     @exact
     def _gram(self, dtype: torch.dtype | None) -> Tensor:
         join(self._working)
-        sheet, names = side_by_side({name: self._working[name] for name in self.used})
-        small = [] if sheet is None else [sheet if dtype is None else sheet.to(dtype)]
+        sheets, names = side_by_side({name: self._working[name] for name in self.used})
         products = Products()
         # By name, since rows may replace factors, which are then freed on the way.
         grams = (self._gramian_of(name, products, dtype) for name in names)
-        total = added(chain(grams, map(inner_products, small)), self._device)
+        small = (_products_of(sheet, dtype) for sheet in sheets)
+        total = added(chain(grams, small), self._device)
         if total is not None:
             if left_range(total.diagonal(), self._working.values()):
                 return self._gram_in_double().to(total)
@@ -329,10 +329,9 @@ class PoseJacobian(Jacobian):
     def _norms(self) -> Tensor:
         join(self._working)
         products = Products()
-        sheet, names = side_by_side({name: self._working[name] for name in self.used})
+        sheets, names = side_by_side({name: self._working[name] for name in self.used})
         squares = (self._squares_of(name, products) for name in names)
-        small = [] if sheet is None else [torch.linalg.vector_norm(sheet, dim=1).square()]
-        total = added(chain(squares, small), self._device)
+        total = added(chain(squares, map(squared_norms, sheets)), self._device)
         if total is None:
             return self._zeros(*self.output_shape)
         if left_range(total, self._working.values()):
@@ -370,15 +369,14 @@ class PoseJacobian(Jacobian):
         """The inner products of one parameter's rows, `[M, M]`, the cheaper way."""
         gram = self._working[name].pairs(products)
         if gram is None:
-            rows = self._matrix_of(name)
-            gram = inner_products(rows if dtype is None else rows.to(dtype))
+            gram = _products_of(self._matrix_of(name), dtype)
         return gram if dtype is None else gram.to(dtype)
 
     def _squares_of(self, name: str, products: Products) -> Tensor:
         """The squared norms of one parameter's rows, `[M]`, the cheaper way."""
         squares = self._working[name].squares(products)
         if squares is None:
-            squares = torch.linalg.vector_norm(self._matrix_of(name), dim=1).square()
+            squares = squared_norms(self._matrix_of(name))
         return squares
 
     def _matrix_of(self, name: str) -> Tensor:
@@ -389,9 +387,13 @@ class PoseJacobian(Jacobian):
         """
         block = self._working[name]
         rows = block.rows()
-        if block.is_factored() and rows.numel() * rows.element_size() <= 2 * block.bytes():
+        if not block.is_plain() and rows.numel() * rows.element_size() <= 2 * block.bytes():
             self._working[name] = block.held_as(rows)
         return rows.reshape(block.count, block.shape.numel())
+
+
+def _products_of(rows: Tensor, dtype: torch.dtype | None) -> Tensor:
+    return inner_products(rows if dtype is None else rows.to(dtype))
 
 
 def _share(first: Tensor, second: Tensor) -> bool:
