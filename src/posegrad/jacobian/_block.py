@@ -160,8 +160,8 @@ class Block:
         return Block(self.shape, self.dtype, self.device, self.count, parts, self.uses)
 
     def is_plain(self) -> bool:
-        """Whether it is held as plain rows."""
-        return self._is_whole() and isinstance(self.parts[0], Rows)
+        """Whether nothing is left to be multiplied: plain rows, or none that depend on it."""
+        return not self.parts or (self._is_whole() and isinstance(self.parts[0], Rows))
 
     def smaller(self) -> "Block":
         """The block as it is or as plain rows, whichever is smaller."""
